@@ -1,0 +1,37 @@
+"""What the two transports share: peer credentials and the arithmetic of a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections import namedtuple
+
+from .errors import DaemonTimeout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NamedTuple
+
+    class PeerCredentials(NamedTuple):
+        """The process id and user id of a peer when it connected; None where the kernel does not tell."""
+
+        pid: int | None
+        uid: int | None
+
+else:
+    # typing costs a client 2 ms to import.
+    PeerCredentials = namedtuple("PeerCredentials", "pid uid")
+
+
+def deadline_after(timeout: float) -> float:
+    """Return the monotonic time `timeout` seconds from now. Raises `ValueError` unless it is a number of seconds >= 0."""
+    if not timeout >= 0:
+        raise ValueError(f"a timeout is a number of seconds from 0 to infinity, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
+def remaining(deadline: float) -> float:
+    """Return the seconds left until `deadline`. Raises `DaemonTimeout` when there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise DaemonTimeout("the deadline passed: the daemon is busy, stopped or waiting itself; allow a longer timeout")
+    return seconds

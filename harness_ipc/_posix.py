@@ -1,0 +1,221 @@
+"""AF_UNIX: sockets in a private directory, peers checked by uid, every read and write under one deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import sys
+from math import ceil, inf
+from multiprocessing import connection
+
+from . import paths
+from ._base import PeerCredentials, remaining
+from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, MessageTooLarge, StartFailed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+FAMILY = "AF_UNIX"
+# sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
+MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
+# listen(2): more clients than this that connect within one scheduling delay would block or be refused.
+_BACKLOG = 128
+# No allocation on a peer's mere announcement: a large frame is read in pieces of the size that a socket's buffer holds.
+_CHUNK = 256 * 1024
+# A program that restored SIGPIPE's default must not be killed by a daemon's end.
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+if sys.platform != "win32":
+
+    class Connection(connection.Connection):
+        """A `multiprocessing.connection.Connection` that keeps a deadline.
+
+        `deadline` is the monotonic time at which a blocked send or receive raises `DaemonTimeout`; infinity by default.
+        `peer` is who the kernel says is at the other end. One thread may send while another receives, never two of a kind.
+        """
+
+        def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+            sock.setblocking(False)
+            self._socket = sock
+            self.peer = peer
+            self.deadline = inf
+            self._receivable = select.poll()
+            self._receivable.register(sock, select.POLLIN)
+            super().__init__(sock.fileno())
+
+        def readable_now(self) -> bool:
+            """Whether a receive would not block: there is a frame, or the peer has gone."""
+            return bool(self._receivable.poll(0))
+
+        def finish_receiving(self) -> None:
+            """Let receives return what has already arrived and then report the end; from any thread."""
+            self._shutdown(socket.SHUT_RD)
+
+        def abort(self) -> None:
+            """Make every blocked send and receive end at once; from any thread."""
+            self._shutdown(socket.SHUT_RDWR)
+
+        def _shutdown(self, how: int) -> None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(how)
+
+        # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14): it frames, these move the bytes.
+
+        def _close(self) -> None:
+            self._socket.close()
+
+        def _bad_message_length(self) -> NoReturn:
+            raise MessageTooLarge("the peer sent a message above the limit of this side: raise max_message on both sides")
+
+        def _recv(self, size: int, read: object = None) -> object:
+            return super()._recv(size, self._read)  # type: ignore[misc]
+
+        def _send(self, buf: bytes | memoryview, write: object = None) -> None:
+            super()._send(buf, self._write)  # type: ignore[misc]
+
+        def _read(self, handle: int, size: int) -> bytes:
+            # Waits first: most reads are for the header of a frame that is still to come.
+            self._wait(self._receivable)
+            while True:
+                try:
+                    return self._socket.recv(min(size, _CHUNK))
+                except BlockingIOError:
+                    self._wait(self._receivable)
+
+        def _write(self, handle: int, buf: bytes | memoryview) -> int:
+            while True:
+                try:
+                    return self._socket.send(buf, _NO_SIGNAL)
+                except BlockingIOError:
+                    sendable = select.poll()
+                    sendable.register(self._socket, select.POLLOUT)
+                    self._wait(sendable)
+
+        def _wait(self, poll: select.poll) -> None:
+            # Rounded up: a poll that ends before the deadline would only be repeated.
+            while not poll.poll(None if self.deadline == inf else ceil(remaining(self.deadline) * 1000)):
+                pass
+
+    class Listener:
+        """A bound and listening socket that only this user can reach; several threads may accept at once."""
+
+        def __init__(self, address: str) -> None:
+            """Bind `address`. Raises `StartFailed`."""
+            try:
+                self._listener = connection.Listener(address, FAMILY, backlog=_BACKLOG)
+                os.chmod(address, 0o600)
+            except OSError as error:
+                why = "a sandbox may forbid it; " if error.errno in (errno.EPERM, errno.EACCES) else ""
+                raise StartFailed(
+                    f"the socket {address} can't be bound: {error.strerror}; {why}"
+                    "set HARNESS_IPC_RUNTIME_DIR to a directory where sockets are allowed"
+                ) from error
+            self.address = address
+
+        def accept(self) -> Connection:
+            """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
+            with self._listener.accept() as accepted:
+                # A Connection can't give its descriptor away: it is duplicated, and the original closed.
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(accepted.fileno()))
+            return _checked(sock)
+
+        def wake(self) -> None:
+            """Make one blocked accept, or all of them, return or raise `OSError`."""
+            # Linux wakes all. Where a listening socket can't be shut down (ENOTCONN on macOS), a client wakes one. The
+            # first comes first because the path may have been removed by hand.
+            listening: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
+            try:
+                listening.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                    sock.setblocking(False)
+                    sock.connect(self.address)
+
+        def close(self) -> None:
+            """Close the socket and remove its path. No accept may be blocked: see `wake`."""
+            with contextlib.suppress(OSError):
+                self._listener.close()
+
+    def new_address(directory: str, generation: str) -> str:
+        """Return the address of a new generation, and make the directory for it if `directory` is too deep.
+
+        Raises `StartFailed` if the path is above the limit of the operating system in every directory.
+        """
+        name = f"{generation[:16]}.sock"
+        address = os.path.join(directory, name)
+        if len(os.fsencode(address)) <= MAX_ADDRESS:
+            return address
+        short = paths.private_temporary_dir()
+        if len(os.fsencode(os.path.join(short, name))) <= MAX_ADDRESS:
+            paths.create_private_dir(short)
+            return os.path.join(short, name)
+        raise StartFailed(
+            f"the socket path {address} has {len(os.fsencode(address))} bytes, the operating system allows {MAX_ADDRESS}, "
+            f"and {short} is too long as well: set HARNESS_IPC_RUNTIME_DIR to a directory with a shorter path"
+        )
+
+    def dial(address: str, deadline: float) -> Connection:
+        """Connect to `address` before `deadline`, a monotonic time.
+
+        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
+        is another user's.
+        """
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectionLost(f"no socket can be made: {error.strerror}; close what is not used") from error
+        try:
+            if deadline != inf:
+                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+                seconds = max(remaining(deadline), 0.001)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+            sock.connect(address)
+        except BlockingIOError as error:
+            sock.close()
+            raise DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded") from error
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+            sock.close()
+            raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
+        except PermissionError as error:
+            sock.close()
+            raise AuthenticationFailed(f"the socket {address} can't be connected: {error.strerror}; a sandbox or another "
+                                       "user's directory is in the way") from error  # fmt: skip
+        except OSError as error:
+            sock.close()
+            raise ConnectionLost(f"the socket {address} can't be connected: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+        return _checked(sock)
+
+    def _checked(sock: socket.socket) -> Connection:
+        try:
+            peer = _credentials(sock)
+            if peer.uid is not None and peer.uid != os.geteuid():
+                raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
+            return Connection(sock, peer)
+        except OSError as error:
+            sock.close()
+            if isinstance(error, AuthenticationFailed):
+                raise
+            raise ConnectionLost(f"the peer went away at once: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+
+    def _credentials(sock: socket.socket) -> PeerCredentials:
+        if sys.platform == "linux":
+            # struct ucred, unix(7).
+            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return PeerCredentials(pid, uid & 0xFFFFFFFF)
+        if sys.platform == "darwin":
+            # sys/un.h: SOL_LOCAL 0, LOCAL_PEERCRED 1 (struct xucred: version, uid, ...), LOCAL_PEERPID 2.
+            _, uid = struct.unpack_from("2I", sock.getsockopt(0, 1, 76))
+            (pid,) = struct.unpack("i", sock.getsockopt(0, 2, 4))
+            return PeerCredentials(pid, uid)
+        return PeerCredentials(None, None)

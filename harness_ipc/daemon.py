@@ -1,0 +1,216 @@
+"""The main of a daemon process: lifetime lock, log, signals, start, serve, drain, stop. Everything once, in that order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from . import __version__, endpoint, messages, paths
+from .errors import HarnessIPCError, StartFailed
+from .server import GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from filelock import BaseFileLock
+
+    from .messages import Message
+    from .server import DaemonServer, Handler
+
+logger = logging.getLogger(__name__)
+
+# The log and one predecessor are kept: at most twice this many bytes.
+_LOG_BYTES = 5 * 1024 * 1024
+_LOG_BACKUPS = 1
+
+
+@runtime_checkable
+class App(Protocol):
+    """A daemon's application. It may also have ``async health() -> dict``: whether what it depends on answers."""
+
+    async def start(self) -> None:
+        """Make ready: called once, before the daemon can be found."""
+
+    async def handle(self, message: Message) -> Message:
+        """Answer one request."""
+
+    async def stop(self) -> None:
+        """Let go: called once after the last request, also if `start` failed."""
+
+
+def run_daemon(
+    app: App | Handler,
+    name: str,
+    *,
+    app_version: str | None = None,
+    idle_timeout: float | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+    max_message: int = messages.DEFAULT_MAX_MESSAGE,
+    handshake_timeout: float = HANDSHAKE_TIMEOUT,
+    grace_period: float = GRACE_PERIOD,
+    on_ready: Callable[[DaemonServer], None] | None = None,
+) -> None:
+    """Be the daemon `name` until SIGTERM, SIGINT, a ``shutdown`` request or `idle_timeout` seconds without a request.
+
+    `app` is an async function from a message to a reply, or an `App`. The log is the file `log_path`; `on_ready` is called
+    in the loop once clients can connect. The other arguments are those of `start_daemon_server`.
+
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; a clean end returns.
+    """
+    if not callable(app) and not isinstance(app, App):
+        raise StartFailed(f"{type(app).__name__} is no app: give an async function, or an object with start, handle and stop")
+    lock = endpoint.lock_lifetime(name)
+    try:
+        with _logging_to(name):
+            logger.info(
+                "starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, sys.version.split()[0]
+            )
+            try:
+                options = {
+                    "app_version": app_version,
+                    "max_connections": max_connections,
+                    "max_message": max_message,
+                    "handshake_timeout": handshake_timeout,
+                    "grace_period": grace_period,
+                }
+                asyncio.run(_main(app, name, lock, idle_timeout, on_ready, options))
+            except HarnessIPCError as error:
+                logger.error("%s could not start: %s", name, error)
+                raise
+            logger.info("stopped %s", name)
+    finally:
+        lock.release()
+
+
+async def _main(
+    app: App | Handler,
+    name: str,
+    lock: BaseFileLock,
+    idle_timeout: float | None,
+    on_ready: Callable[[DaemonServer], None] | None,
+    options: dict[str, Any],
+) -> None:
+    stop = asyncio.Event()
+    with _stopping_signals(stop):
+        if isinstance(app, App):
+            await _run_app(app, name, stop, lock, idle_timeout, on_ready, options)
+        else:
+            await _serve(app, None, name, stop, lock, idle_timeout, on_ready, options)
+
+
+async def _run_app(app: App, name: str, stop: asyncio.Event, *rest: Any) -> None:
+    try:
+        starting = asyncio.ensure_future(app.start())
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            logger.info("told to stop while starting")
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return
+        try:
+            starting.result()
+        except HarnessIPCError:
+            raise
+        except Exception as error:
+            logger.exception("the app's start failed")
+            raise StartFailed(f"the app's start failed: {type(error).__name__}: {error}") from error
+        await _serve(app.handle, getattr(app, "health", None), name, stop, *rest)
+    finally:
+        try:
+            await app.stop()
+        except Exception:
+            logger.exception("the app's stop failed")
+
+
+async def _serve(
+    handler: Handler,
+    health: Any,
+    name: str,
+    stop: asyncio.Event,
+    lock: BaseFileLock,
+    idle_timeout: float | None,
+    on_ready: Callable[[DaemonServer], None] | None,
+    options: dict[str, Any],
+) -> None:
+    server, address = await start_daemon_server(handler, name, health=health, on_shutdown=stop.set, lock=lock, **options)
+    async with server:
+        logger.info("ready at %s", address)
+        if on_ready is not None:
+            on_ready(server)
+        if idle_timeout is None:
+            await stop.wait()
+        else:
+            await _stop_or_idle(server, stop, idle_timeout)
+        logger.info("draining")
+
+
+async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float) -> None:
+    while (left := idle_timeout - server.idle_seconds) > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), left)
+            return
+    logger.info("idle for %g s", idle_timeout)
+
+
+@contextlib.contextmanager
+def _stopping_signals(stop: asyncio.Event) -> Any:
+    """Set `stop` on SIGTERM and SIGINT (and Ctrl-Break on Windows). A second one has its default effect: an end at once."""
+    loop = asyncio.get_running_loop()
+    previous: dict[int, Any] = {}
+
+    def on_signal(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        logger.info("received %s", signal.Signals(number).name)
+        loop.call_soon_threadsafe(stop.set)
+
+    try:
+        for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+            number = getattr(signal, signal_name, None)
+            if number is not None:
+                previous[number] = signal.signal(number, on_signal)
+    except ValueError:
+        logger.info("not in the main thread: signals are left alone")
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _PrivateRotatingFileHandler(logging.handlers.RotatingFileHandler):
+    """A log in UTF-8 that only this user can read, also after a rotation."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=paths.open_private_log)
+
+
+@contextlib.contextmanager
+def _logging_to(name: str) -> Any:
+    """Send the root logger, warnings and uncaught exceptions to the log of the daemon `name`."""
+    handler = _PrivateRotatingFileHandler(str(paths.log_path(name)), maxBytes=_LOG_BYTES, backupCount=_LOG_BACKUPS)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(min(level, logging.INFO))
+    logging.captureWarnings(True)
+    try:
+        yield
+    except BaseException:
+        if not isinstance(sys.exc_info()[1], HarnessIPCError):
+            logger.critical("%s ends by an error", name, exc_info=True)
+        raise
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,316 @@
+"""The record of one daemon generation: publish, load, discard; and the lifetime lock. It opens no connection.
+
+A generation is one run of one daemon. Its address is new each time and is found only through the record, which is a file
+``<name>.json`` in the runtime directory, renamed into place after the listener is bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+
+from . import paths
+from .errors import AlreadyRunning, DaemonNotRunning, IncompatibleDaemon, StartFailed, UnsafeDirectory
+from .messages import DEFAULT_MAX_MESSAGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from filelock import BaseFileLock
+
+SCHEMA = 1
+# A record is about 600 bytes and argv; Linux allows 128 KiB for one argument (execve(2), MAX_ARG_STRLEN).
+_MAX_RECORD = 256 * 1024
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "generation": str,
+    "family": str,
+    "address": str,
+    "authkey": str,
+    "pid": int,
+    "create_time": (int, float),
+    "version": str,
+    "python": str,
+    "started_at": (int, float),
+    "argv": list,
+    "state": str,
+}
+
+
+class Record:
+    """What a client has to know to reach one generation of a daemon, and what a person wants to know about it."""
+
+    __slots__ = ("_authkey", "_fields")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """Take the fields of a record's file. Raises `ValueError` that says which one is wrong."""
+        for key, kind in _TYPES.items():
+            value = fields.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"its {key} is missing or of a wrong type")
+        paths.check_name(fields["name"])
+        if fields["pid"] <= 0:
+            raise ValueError("its pid is not positive")
+        if len(fields["authkey"]) != 64:
+            raise ValueError("its authkey is not 64 hexadecimal digits")
+        try:
+            self._authkey = bytes.fromhex(fields["authkey"])
+        except ValueError:
+            # Not the original's text: it may quote the key.
+            raise ValueError("its authkey is not 64 hexadecimal digits") from None
+        if not fields["address"] or "\0" in fields["address"]:
+            raise ValueError("its address is not usable")
+        maximum = fields.get("max_message", DEFAULT_MAX_MESSAGE)
+        if not isinstance(maximum, int) or isinstance(maximum, bool) or maximum <= 0:
+            raise ValueError("its max_message is not a positive number")
+        self._fields = {key: value for key, value in fields.items() if key != "authkey"}
+        self._fields["max_message"] = maximum
+
+    @property
+    def name(self) -> str:
+        return str(self._fields["name"])
+
+    @property
+    def generation(self) -> str:
+        return str(self._fields["generation"])
+
+    @property
+    def family(self) -> str:
+        return str(self._fields["family"])
+
+    @property
+    def address(self) -> str:
+        return str(self._fields["address"])
+
+    @property
+    def authkey(self) -> bytes:
+        return self._authkey
+
+    @property
+    def pid(self) -> int:
+        return int(self._fields["pid"])
+
+    @property
+    def create_time(self) -> float:
+        return float(self._fields["create_time"])
+
+    @property
+    def max_message(self) -> int:
+        """The largest message, in bytes, that the daemon takes."""
+        return int(self._fields["max_message"])
+
+    def public(self) -> dict[str, Any]:
+        """Return every field but the authkey: for reports."""
+        return dict(self._fields)
+
+    def to_json(self) -> bytes:
+        """Return the content of the record's file, with the authkey."""
+        return json.dumps({**self._fields, "authkey": self._authkey.hex()}, indent=1).encode("ascii") + b"\n"
+
+    def __repr__(self) -> str:
+        return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
+
+
+def load(name: str) -> Record:
+    """Return the published record of the daemon `name`. Creates nothing.
+
+    Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` if a later version wrote it, and
+    `UnsafeDirectory` if it could have been planted or read by somebody else.
+    """
+    path = _path(name, "json")
+    try:
+        data = paths.read_private_file(path, _MAX_RECORD)
+    except FileNotFoundError:
+        raise DaemonNotRunning(f"no daemon {name!r} is running: start it first") from None
+    try:
+        record = _parse(data)
+        if record.name != name:
+            raise ValueError("it names another daemon")
+    except ValueError as error:
+        raise DaemonNotRunning(
+            f"the record {path} is damaged ({error}): start the daemon {name!r} again, which replaces it"
+        ) from None
+    return record
+
+
+def _parse(data: bytes) -> Record:
+    """Return the record in `data`. Raises `ValueError` in words that never quote `data`, and `IncompatibleDaemon`."""
+    if len(data) > _MAX_RECORD:
+        raise ValueError(f"it is larger than {_MAX_RECORD} bytes")
+    try:
+        fields = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object")
+    schema = fields.get("schema")
+    if schema != SCHEMA and isinstance(schema, int):
+        raise IncompatibleDaemon(
+            f"the daemon's record has schema {schema}, this version knows {SCHEMA}: "
+            "use the version of harness_ipc that started the daemon, or restart it"
+        )
+    return Record(fields)
+
+
+class Generation:
+    """A daemon's own hold on its name for one run: prepared before the bind, published after it, discarded at the end."""
+
+    def __init__(self, name: str, *, family: str, address: str, generation: str, app_version: str | None, max_message: int):
+        """Write down the generation under a temporary name, so that a crash before `publish` can be cleaned up too."""
+        import psutil
+
+        process = psutil.Process()
+        fields: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": paths.check_name(name),
+            "generation": generation,
+            "family": family,
+            "address": address,
+            "authkey": os.urandom(32).hex(),
+            "pid": process.pid,
+            "create_time": process.create_time(),
+            "boot_id": _boot_id(),
+            "version": _version(),
+            "app_version": app_version,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "started_at": time.time(),
+            "argv": list(sys.orig_argv),
+            "max_message": max_message,
+            "state": "ready",
+        }
+        self.record = Record({key: value for key, value in fields.items() if value is not None})
+        self._path = _path(name, "json")
+        self._draft = _path(name, f"{generation}.tmp")
+        try:
+            paths.write_private_file(self._draft, self.record.to_json())
+        except OSError as error:
+            self._forget_draft()
+            raise StartFailed(f"the record {self._draft} can't be written: {error.strerror}; make room or set "
+                              "HARNESS_IPC_RUNTIME_DIR to another directory") from error  # fmt: skip
+
+    def publish(self) -> None:
+        """Put the record in its place, atomically. Only now can clients find the daemon."""
+        try:
+            paths.retry_sharing(lambda: os.replace(self._draft, self._path))
+        except OSError as error:
+            self._forget_draft()
+            raise StartFailed(f"the record {self._path} can't be published: {error.strerror}; remove it by hand, then "
+                              "start again") from error  # fmt: skip
+
+    def discard(self) -> None:
+        """Remove the record if it still is this generation's: never a successor's."""
+        self._forget_draft()
+        with contextlib.suppress(OSError, DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory):
+            if load(self.record.name).generation == self.record.generation:
+                paths.retry_sharing(lambda: os.unlink(self._path))
+
+    def _forget_draft(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._draft)
+
+
+def lock_lifetime(name: str) -> BaseFileLock:
+    """Take the lifetime lock of the daemon `name` without waiting, creating the runtime directory if need be.
+
+    It ends with `release()` or with the process, however that ends. Raises `AlreadyRunning`, naming the pid that holds it.
+    """
+    import filelock
+
+    directory = paths.runtime_location()[0]
+    path = os.path.join(directory, f"{paths.check_name(name)}.lock")
+    paths.create_private_dir(directory)
+    # thread_local=False: it is taken in one thread and released in another.
+    lock = filelock.FileLock(path, mode=0o600, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        pid = _living_pid(name)
+        who = f"pid {pid}" if pid else "a process that has not published its record, or has withdrawn it"
+        raise AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid) from None
+    except OSError as error:
+        raise StartFailed(
+            f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you can write"
+        ) from error
+    return lock
+
+
+def cleanup_endpoint(name: str) -> bool:
+    """Remove what a dead generation of the daemon `name` left behind, and nothing of a living one.
+
+    Returns whether the name is free now: False means that a daemon is running, and that nothing was touched. The lock file
+    stays, since removing it would let two daemons hold "the" lock.
+    """
+    if not paths.check_private_dir(os.path.dirname(_path(name, "json"))):
+        return True
+    try:
+        lock = lock_lifetime(name)
+    except AlreadyRunning:
+        return False
+    try:
+        remove_leavings(name)
+    finally:
+        lock.release()
+    return True
+
+
+def remove_leavings(name: str) -> None:
+    """Remove the records, drafts and sockets of dead generations. The caller holds the lifetime lock."""
+    directory = os.path.dirname(_path(name, "json"))
+    for entry in os.listdir(directory):
+        if entry == f"{name}.json" or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
+            path = os.path.join(directory, entry)
+            with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
+                _remove_socket(_parse(paths.read_private_file(path, _MAX_RECORD)))
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _remove_socket(record: Record) -> None:
+    # Only a name that a generation could have: a damaged record must not choose what is unlinked.
+    if re.fullmatch(r"[0-9a-f]{16}\.sock", os.path.basename(record.address)):
+        with contextlib.suppress(OSError):
+            os.unlink(record.address)
+
+
+def _path(name: str, ext: str) -> str:
+    name = paths.check_name(name)
+    directory = paths.runtime_location()[0]
+    paths.check_private_dir(directory)
+    return os.path.join(directory, f"{name}.{ext}")
+
+
+def _living_pid(name: str) -> int | None:
+    import psutil
+
+    try:
+        record = load(name)
+        if psutil.Process(record.pid).create_time() == record.create_time:
+            return record.pid
+    except (DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory, psutil.Error):
+        pass
+    return None
+
+
+def _boot_id() -> str | None:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def new_generation_id() -> str:
+    """Return a new unguessable name for a generation: 32 hexadecimal digits."""
+    return os.urandom(16).hex()

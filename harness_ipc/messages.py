@@ -1,0 +1,81 @@
+"""Messages: a JSON object in one frame, and the requests reserved for the channel itself. Does no I/O."""
+
+from __future__ import annotations
+
+import json
+
+from .errors import MessageTooLarge, ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    Message = dict[str, Any]
+
+# Tens of megabytes are real: a screenshot or a DOM dump in base64.
+DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
+
+# Requests of the form {"meta": verb} that the channel answers. Any other verb is the application's own.
+PING = "ping"
+HEALTH = "health"
+SHUTDOWN = "shutdown"
+# The "meta" of the one reply that is the channel's and not the handler's: all connections are taken, nothing ran.
+BUSY = "busy"
+
+
+def _reject_constant(constant: str) -> NoReturn:
+    raise ProtocolError(f"{constant} is not JSON: send null, or a string")
+
+
+# Made once: json.loads() with parse_constant builds a decoder for each call. ensure_ascii carries lone surrogates, which
+# page text has and UTF-8 has not.
+_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+_decoder = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+def encode(message: Message, limit: int) -> bytes:
+    """Return `message` as the bytes of one frame.
+
+    Raises `ProtocolError` for anything that is not a JSON object, naming the offending type, and `MessageTooLarge` above
+    `limit` bytes.
+    """
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
+    try:
+        frame = _encoder.encode(message).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"this message can't be sent as JSON: {_one_line(error)}") from error
+    check_size(len(frame), limit)
+    return frame
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raise `MessageTooLarge` if `size` bytes are above `limit`."""
+    if size > limit:
+        raise MessageTooLarge(
+            f"a message of {size} bytes is above the limit of {limit} bytes: send less, or raise max_message on both sides",
+            size=size,
+            limit=limit,
+        )
+
+
+def decode(frame: bytes) -> Message:
+    """Return the JSON object in `frame`. Raises `ProtocolError` for anything else."""
+    try:
+        message = _decoder.decode(frame.decode("utf-8"))
+    except ProtocolError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is not a message: {_one_line(error)}") from error
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message is a JSON object, not {type(message).__name__}")
+    return message
+
+
+def error_reply(error: BaseException) -> Message:
+    """Return the reply that carries `error` to the client. Lone surrogates and control characters survive as JSON."""
+    return {"error": {"type": type(error).__name__, "message": str(error)}}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,250 @@
+"""Names, directories and private files: where a daemon's things are and whether that place is safe. Not what they say.
+
+Nothing here creates a directory unless the function's name says so, and nothing is remembered: the owner, the mode and the
+links are checked at each use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import sys
+import time
+
+from .errors import InvalidName, StartFailed, UnsafeDirectory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+_APP = "harness-ipc"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+# On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
+_SHARING_RETRY = 1.0
+_SHARING_STEP = 0.01
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it may name a daemon, else raise `InvalidName`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidName(f"{name!a} is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -")
+    return name
+
+
+def runtime_dir() -> Path:
+    """Return the directory of the endpoint records and sockets of this user. It need not exist yet.
+
+    ``HARNESS_IPC_RUNTIME_DIR`` overrides it. Raises `UnsafeDirectory` if it exists and is not private to this user.
+    """
+    from pathlib import Path
+
+    directory = runtime_location()[0]
+    check_private_dir(directory)
+    return Path(directory)
+
+
+def runtime_path(name: str, ext: str) -> Path:
+    """Return the path of the file ``<name>.<ext>`` in `runtime_dir`. Raises `InvalidName` and `UnsafeDirectory`."""
+    return runtime_dir() / f"{check_name(name)}.{ext}"
+
+
+def log_path(name: str) -> Path:
+    """Return the path of the log of the daemon `name`. ``HARNESS_IPC_LOG_DIR`` overrides its directory."""
+    from pathlib import Path
+
+    directory = os.environ.get("HARNESS_IPC_LOG_DIR")
+    if not directory:
+        import platformdirs
+
+        directory = platformdirs.user_log_dir(_APP, appauthor=False)
+    return Path(os.path.abspath(directory), f"{check_name(name)}.log")
+
+
+def runtime_location() -> tuple[str, str]:
+    """Return the runtime directory and, for people, why it is this one. Checks and creates nothing."""
+    override = os.environ.get("HARNESS_IPC_RUNTIME_DIR")
+    if override:
+        return os.path.abspath(override), "HARNESS_IPC_RUNTIME_DIR is set"
+    return _default_location()
+
+
+def private_temporary_dir() -> str:
+    """Return the short directory for a socket whose path would be too long in the runtime directory."""
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"{_APP}-{_user_id()}")
+
+
+if sys.platform == "win32":
+
+    def _user_id() -> str:
+        return os.environ.get("USERNAME", "user")
+
+    def _default_location() -> tuple[str, str]:
+        import platformdirs
+
+        return platformdirs.user_runtime_dir(_APP, appauthor=False), "the platform's directory for the user"
+
+    def _problem(path: str, info: os.stat_result, forbidden: int) -> tuple[str, str] | None:
+        # The access list of the profile protects what is in it; only links are looked at here.
+        if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
+            return "is a link", f'rmdir "{path}"'
+        return None
+
+else:
+
+    def _user_id() -> str:
+        return str(os.geteuid())
+
+    def _default_location() -> tuple[str, str]:
+        # XDG_RUNTIME_DIR and TMPDIR differ between a login, cron, ssh, sudo and a sandbox of one user, and two directories
+        # would be two daemons: what exists decides. The fallback stays in use once it is there, so that a later login,
+        # which creates /run/user/<uid>, does not hide the daemons that were started before it.
+        fallback = f"/tmp/{_APP}-runtime-{_user_id()}"
+        if _is_own_dir(fallback):
+            return fallback, "it exists already, from before this user's login directory did"
+        if sys.platform == "darwin":
+            import pwd
+
+            home = pwd.getpwuid(os.geteuid()).pw_dir
+            return f"{home}/Library/Caches/TemporaryItems/{_APP}", "the platform's directory for the user"
+        login = f"/run/user/{_user_id()}"
+        if _is_own_dir(login):
+            return f"{login}/{_APP}", "the user's login directory exists"
+        return fallback, f"{login} does not exist"
+
+    def _is_own_dir(path: str) -> bool:
+        try:
+            info = os.lstat(path)
+        except OSError:
+            return False
+        return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+
+    def _problem(path: str, info: os.stat_result, forbidden: int) -> tuple[str, str] | None:
+        import shlex
+
+        quoted = shlex.quote(path)
+        if stat.S_ISLNK(info.st_mode):
+            return "is a symbolic link", f"rm {quoted}"
+        if info.st_uid != os.geteuid():
+            return f"belongs to uid {info.st_uid}, not to {os.geteuid()}", f"sudo rm -r {quoted}"
+        if info.st_mode & forbidden:
+            kind = "700" if stat.S_ISDIR(info.st_mode) else "600"
+            return f"has mode {stat.S_IMODE(info.st_mode):04o}", f"chmod {kind} {quoted}"
+        return None
+
+
+def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
+    """Return whether the directory `path` exists; raise `UnsafeDirectory` if it is there and not private.
+
+    `forbidden` are the mode bits that it must not have.
+    """
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UnsafeDirectory(
+            f"{path} can't be examined: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory of your own",
+            path=path,
+            remedy="export HARNESS_IPC_RUNTIME_DIR=<a directory of your own>",
+        ) from error
+    if not stat.S_ISDIR(info.st_mode) and not stat.S_ISLNK(info.st_mode):
+        raise _unsafe(path, "is not a directory", f"rm {path}")
+    _refuse(path, info, forbidden)
+    return True
+
+
+def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
+    """Create the directory `path` with mode 0700 if it is missing, then check it as `check_private_dir` does."""
+    if check_private_dir(path, forbidden=forbidden):
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    except OSError as error:
+        raise StartFailed(
+            f"{path} can't be created: {error.strerror}; "
+            "set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
+        ) from error
+    check_private_dir(path, forbidden=forbidden)
+
+
+def read_private_file(path: str, limit: int) -> bytes:
+    """Return up to `limit` + 1 bytes of a file that only this user can write and read.
+
+    Raises `FileNotFoundError`, or `UnsafeDirectory` if it is a link, foreign, open to others or can't be read.
+    """
+    try:
+        # O_NONBLOCK: a FIFO in its place must not hang the open.
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = retry_sharing(lambda: os.open(path, flags))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if os.path.islink(path):
+            raise _unsafe(path, "is a symbolic link", f"rm {path}") from error
+        raise _unsafe(path, f"can't be read ({error.strerror})", f"rm {path}") from error
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise _unsafe(path, "is not a regular file", f"rm -r {path}")
+        _refuse(path, info, 0o077)
+        return os.read(descriptor, limit + 1)
+    finally:
+        os.close(descriptor)
+
+
+def write_private_file(path: str, data: bytes) -> None:
+    """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(data)
+
+
+def open_private_log(path: str, *_: object) -> int:
+    """Open the log `path` for appending, mode 0600, never through a link; in the form of `open`'s opener."""
+    create_private_dir(os.path.dirname(path), forbidden=0o022)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise StartFailed(
+            f"the log {path} can't be opened: {error.strerror}; set HARNESS_IPC_LOG_DIR to a directory that you can write"
+        ) from error
+    try:
+        _refuse(path, os.fstat(descriptor), 0o077)
+    except UnsafeDirectory:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def retry_sharing(action: Callable[[], T]) -> T:
+    """Return `action()`, repeated briefly while Windows says that somebody else has the file open."""
+    deadline = time.monotonic() + _SHARING_RETRY
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() >= deadline:
+                raise
+            time.sleep(_SHARING_STEP)
+
+
+def _refuse(path: str, info: os.stat_result, forbidden: int) -> None:
+    problem = _problem(path, info, forbidden)
+    if problem:
+        raise _unsafe(path, *problem)
+
+
+def _unsafe(path: str, problem: str, remedy: str) -> UnsafeDirectory:
+    return UnsafeDirectory(f"{path} {problem}, so it is not private to you: run `{remedy}`", path=path, remedy=remedy)

@@ -1,0 +1,519 @@
+"""The adapter: blocking connections in threads, feeding the daemon's asyncio loop. It owns no process and no signal.
+
+A few warm threads wait in accept. The one that gets a connection serves it to its end: the challenge, then frame after
+frame. Each message goes to the loop, the thread waits for the reply and sends it: so requests on one connection are
+answered in order, different connections run at once, and the loop never touches a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from . import __version__, auth, endpoint, messages, paths, transport
+from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from filelock import BaseFileLock
+
+    from .messages import Message
+    from .transport import PeerCredentials
+
+    Handler = Callable[[Message], Awaitable[Message]]
+
+logger = logging.getLogger(__name__)
+
+# Who sent the request that is being handled, for the handler: None outside of one.
+current_peer: contextvars.ContextVar[PeerCredentials | None] = contextvars.ContextVar("current_peer", default=None)
+
+MAX_CONNECTIONS = 1024
+# Seconds for a client to prove itself: an honest one takes a millisecond.
+HANDSHAKE_TIMEOUT = 5.0
+# Seconds that requests in flight get to finish when the server closes.
+GRACE_PERIOD = 5.0
+# Connections that have not proved themselves yet. Past this number the oldest is dropped to make room, once it had a
+# second; until then nothing more is accepted. So silent clients can't keep an honest one out, nor a burst of honest ones.
+_MAX_UNPROVED = 256
+_UNPROVED_GUARANTEE = 1.0
+# Threads that stay in accept. On Windows each offers a pipe instance, and a client that finds none has to wait and retry.
+_WARM_THREADS = 8
+# Seconds to wait for descriptors or threads, which nothing announces, before accept is tried again.
+_EXHAUSTED_PAUSE = 0.1
+# Seconds that a ping waits for the loop. A loop that takes longer blocks everybody: it is unresponsive.
+_LOOP_PROBE = 0.25
+# Seconds for cancelled handlers to end.
+_CANCEL_PERIOD = 1.0
+
+
+async def start_daemon_server(
+    handler: Handler,
+    name: str,
+    *,
+    app_version: str | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+    max_message: int = messages.DEFAULT_MAX_MESSAGE,
+    handshake_timeout: float = HANDSHAKE_TIMEOUT,
+    grace_period: float = GRACE_PERIOD,
+    health: Callable[[], Awaitable[Message]] | None = None,
+    on_shutdown: Callable[[], None] | None = None,
+    lock: BaseFileLock | None = None,
+) -> tuple[DaemonServer, str]:
+    """Serve `handler` as the daemon `name` on the running loop, and return the server and its address.
+
+    ```python
+    server, endpoint = await start_daemon_server(handle, "index")
+    async with server:
+        await server.serve_forever()
+    ```
+
+    `handler` is an async function from a message to a reply, both JSON objects. `max_message` is the limit of either in
+    bytes, `handshake_timeout` and `grace_period` are seconds. `health` answers the reserved request of that name;
+    `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `lock` is the lifetime lock
+    if the caller holds it already; otherwise it is taken here and released when the server has closed.
+
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
+    """
+    own_lock = endpoint.lock_lifetime(name) if lock is None else None
+    try:
+        endpoint.remove_leavings(name)
+        generation_id = endpoint.new_generation_id()
+        address = transport.new_address(paths.runtime_location()[0], generation_id)
+        generation = endpoint.Generation(
+            name,
+            family=transport.FAMILY,
+            address=address,
+            generation=generation_id,
+            app_version=app_version,
+            max_message=max_message,
+        )
+        try:
+            listener = transport.Listener(address)
+            try:
+                server = DaemonServer(
+                    handler,
+                    generation,
+                    listener,
+                    max_connections=max_connections,
+                    max_message=max_message,
+                    handshake_timeout=handshake_timeout,
+                    grace_period=grace_period,
+                    health=health,
+                    on_shutdown=on_shutdown,
+                    own_lock=own_lock,
+                )
+                generation.publish()
+            except BaseException:
+                listener.close()
+                raise
+        except BaseException:
+            generation.discard()
+            raise
+    except BaseException:
+        if own_lock is not None:
+            own_lock.release()
+        raise
+    server._start()
+    return server, address
+
+
+class _Session:
+    """One connection and the hand-over of its one request at a time to the loop and back."""
+
+    __slots__ = ("accepted_at", "connection", "message", "replied", "reply", "waiting")
+
+    def __init__(self, connection: transport.Connection) -> None:
+        self.connection = connection
+        self.accepted_at = time.monotonic()
+        self.message: Message = {}
+        self.reply: Message = {}
+        self.waiting = False
+        # A lock that the thread takes and the loop releases: a third of the cost of a concurrent future.
+        self.replied = threading.Lock()
+        self.replied.acquire()
+
+
+class DaemonServer:
+    """A serving daemon; made by `start_daemon_server`. Its methods belong to the loop's thread, as of asyncio's `Server`."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        generation: endpoint.Generation,
+        listener: transport.Listener,
+        *,
+        max_connections: int,
+        max_message: int,
+        handshake_timeout: float,
+        grace_period: float,
+        health: Callable[[], Awaitable[Message]] | None,
+        on_shutdown: Callable[[], None] | None,
+        own_lock: BaseFileLock | None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._handler = handler
+        self._health = health
+        self._on_shutdown = on_shutdown or self.close
+        self._generation = generation
+        self._listener = listener
+        self._max_connections = max_connections
+        self._max_message = max_message
+        self._handshake_timeout = handshake_timeout
+        self._grace_period = grace_period
+        self._own_lock = own_lock
+
+        # Guards all below that is touched by several threads, and announces that a connection or a thread ended.
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._accepting = 0
+        self._unproved: dict[_Session, None] = {}
+        self._sessions: set[_Session] = set()
+        self._exhausted = False
+        self._closing = False
+
+        # The way to the loop: one wake-up takes all that came meanwhile.
+        self._inbox_lock = threading.Lock()
+        self._inbox: list[_Session] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        self._probe_lock = threading.Lock()
+        self._probe_sent = 0.0
+        self._probe_lag = 0.0
+        self._probe_answered = threading.Event()
+        self._probe_answered.set()
+
+        self._in_flight = 0
+        self._last_used = time.monotonic()
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._closer = threading.Thread(target=self._shut_down, name="harness-ipc-closer", daemon=True)
+
+    @property
+    def record(self) -> endpoint.Record:
+        """The published record of this generation."""
+        return self._generation.record
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
+        return 0.0 if self._in_flight else time.monotonic() - self._last_used
+
+    def is_serving(self) -> bool:
+        """Whether the server accepts connections."""
+        return not self._closing
+
+    def close(self) -> None:
+        """Withdraw the record, stop accepting and begin to drain; `wait_closed` waits for the end of it."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._changed.notify_all()
+        self._generation.discard()
+        self._closer.start()
+
+    async def wait_closed(self) -> None:
+        """Wait until the server has closed: requests in flight are done, or cancelled after the grace period.
+
+        No thread, no descriptor and no socket file of the server is left then.
+        """
+        await asyncio.shield(self._closed)
+        self._closer.join()
+
+    async def serve_forever(self) -> None:
+        """Serve until the server is closed by somebody, or this is cancelled, which closes it."""
+        try:
+            await self.wait_closed()
+        except asyncio.CancelledError:
+            self.close()
+            await self.wait_closed()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+        await self.wait_closed()
+
+    def __repr__(self) -> str:
+        return f"<DaemonServer {self.record.name!r} {'closing' if self._closing else 'serving'} at {self.record.address!r}>"
+
+    # Threads: accept, prove, serve.
+
+    def _start(self) -> None:
+        with self._changed:
+            self._add_thread()
+
+    def _add_thread(self) -> bool:
+        """Start one more thread that accepts. The caller holds `_changed`."""
+        thread = threading.Thread(target=self._work, name="harness-ipc-worker", daemon=True)
+        self._threads.add(thread)
+        self._accepting += 1
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            self._accepting -= 1
+            return False
+        return True
+
+    def _work(self) -> None:
+        try:
+            while self._accept_one():
+                pass
+        finally:
+            with self._changed:
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()
+
+    def _accept_one(self) -> bool:
+        """Accept one connection and serve it to its end. Return whether this thread should accept another one."""
+        try:
+            connection = self._listener.accept()
+        except HarnessIPCError as error:
+            logger.warning("refused a client: %s", error)
+            return True
+        except OSError as error:
+            return self._pause(error)
+        session = _Session(connection)
+        try:
+            if not self._admit_unproved(session):
+                return not self._closing
+            self._serve(session)
+        except Exception:
+            # Nothing that one connection does may end the thread that might be the last one in accept.
+            logger.exception("a connection failed")
+        finally:
+            with self._changed:
+                self._unproved.pop(session, None)
+                self._sessions.discard(session)
+                # Under the lock, so that nobody wakes a connection that is being closed.
+                connection.close()
+                self._changed.notify_all()
+        with self._changed:
+            if self._closing or self._accepting >= _WARM_THREADS:
+                return False
+            self._accepting += 1
+            return True
+
+    def _pause(self, error: OSError) -> bool:
+        """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
+        with self._changed:
+            if not self._closing:
+                if not self._exhausted:
+                    logger.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
+                self._exhausted = True
+                self._changed.wait_for(lambda: self._closing, _EXHAUSTED_PAUSE)
+            if self._closing:
+                self._accepting -= 1
+                return False
+            return True
+
+    def _admit_unproved(self, session: _Session) -> bool:
+        """Wait for room among the unproved connections and see that somebody accepts in this thread's stead.
+
+        Return False, with this thread still counted as accepting unless the server is closing, if that can't be.
+        """
+        with self._changed:
+            while not self._closing and len(self._unproved) >= _MAX_UNPROVED:
+                oldest = next(iter(self._unproved))
+                age = time.monotonic() - oldest.accepted_at
+                if age < _UNPROVED_GUARANTEE:
+                    self._changed.wait(_UNPROVED_GUARANTEE - age)
+                else:
+                    oldest.connection.abort()
+                    self._changed.wait(_UNPROVED_GUARANTEE)
+            if self._closing:
+                self._accepting -= 1
+                return False
+            self._exhausted = False
+            if self._accepting == 1 and not self._add_thread():
+                logger.error("refused a client: no thread can be started; raise the limit of processes (ulimit -u)")
+                return False
+            self._accepting -= 1
+            self._unproved[session] = None
+            return True
+
+    def _serve(self, session: _Session) -> None:
+        connection, record = session.connection, self.record
+        try:
+            connection.deadline = time.monotonic() + self._handshake_timeout
+            auth.challenge_client(connection, record.authkey, record.address)
+            with self._changed:
+                admitted = not self._closing and len(self._sessions) < self._max_connections
+                if admitted:
+                    del self._unproved[session]
+                    self._sessions.add(session)
+                    connection.deadline = float("inf")
+            while True:
+                frame = transport.receive(connection, self._max_message)
+                transport.send(connection, self._answer(session, frame, admitted))
+                if not admitted:
+                    return
+        except AuthenticationFailed as error:
+            logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
+        except MessageTooLarge as error:
+            logger.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
+        except HarnessIPCError as error:
+            logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
+
+    def _answer(self, session: _Session, frame: bytes, admitted: bool) -> bytes:
+        try:
+            message = messages.decode(frame)
+            verb = message.get("meta")
+            if verb == messages.PING:
+                reply = self._pong()
+            elif verb == messages.SHUTDOWN:
+                logger.info("shutdown requested by pid %s", session.connection.peer.pid)
+                self._loop.call_soon_threadsafe(self._on_shutdown)
+                reply = {"shutdown": True}
+            elif not admitted:
+                logger.warning("turned the client with pid %s away: all %d connections are taken",
+                               session.connection.peer.pid, self._max_connections)  # fmt: skip
+                reply = {**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY}
+            elif verb == messages.HEALTH:
+                reply = self._ask_loop(session, message)
+            else:
+                with self._inbox_lock:
+                    self._in_flight += 1
+                try:
+                    reply = self._ask_loop(session, message)
+                finally:
+                    with self._inbox_lock:
+                        self._in_flight -= 1
+                        self._last_used = time.monotonic()
+            return messages.encode(reply, self._max_message)
+        except HarnessIPCError as error:
+            return messages.encode(messages.error_reply(error), self._max_message)
+
+    def _pong(self) -> Message:
+        """Answer a ping with how long the loop took to react, or for how long it has not."""
+        with self._probe_lock:
+            if self._probe_answered.is_set():
+                self._probe_answered.clear()
+                self._probe_sent = time.monotonic()
+                self._loop.call_soon_threadsafe(self._answer_probe)
+        responsive = self._probe_answered.wait(_LOOP_PROBE)
+        return {
+            "pong": True,
+            "pid": self.record.pid,
+            "generation": self.record.generation,
+            "version": __version__,
+            "responsive": responsive,
+            "loop_lag": self._probe_lag if responsive else time.monotonic() - self._probe_sent,
+        }
+
+    def _answer_probe(self) -> None:
+        self._probe_lag = time.monotonic() - self._probe_sent
+        self._probe_answered.set()
+
+    # The hand-over to the loop and back.
+
+    def _ask_loop(self, session: _Session, message: Message) -> Message:
+        with self._inbox_lock:
+            wake = not self._inbox
+            self._inbox.append(session)
+            session.message = message
+            session.waiting = True
+        if wake:
+            self._loop.call_soon_threadsafe(self._take_inbox)
+        session.replied.acquire()
+        reply, session.reply = session.reply, {}
+        return reply
+
+    def _take_inbox(self) -> None:
+        with self._inbox_lock:
+            inbox, self._inbox = self._inbox, []
+        for session in inbox:
+            context = self._context.copy()
+            context.run(current_peer.set, session.connection.peer)
+            task = self._loop.create_task(self._handle(session), context=context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, session: _Session) -> None:
+        try:
+            message, session.message = session.message, {}
+            if message.get("meta") == messages.HEALTH:
+                reply: Any = {"health": await self._health() if self._health is not None else None}
+            else:
+                reply = await self._handler(message)
+            if not isinstance(reply, dict):
+                raise TypeError(f"the handler returned {type(reply).__name__}, a reply is a dict")
+        except asyncio.CancelledError:
+            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the request was cancelled")))
+            raise
+        except Exception as error:
+            logger.exception("the handler failed")
+            reply = messages.error_reply(error)
+        self._give_reply(session, reply)
+
+    def _give_reply(self, session: _Session, reply: Message) -> None:
+        with self._inbox_lock:
+            if session.waiting:
+                session.waiting = False
+                session.reply = reply
+                session.replied.release()
+
+    # The end.
+
+    def _shut_down(self) -> None:
+        deadline = time.monotonic() + self._grace_period
+        try:
+            self._stop_accepting()
+            with self._changed:
+                threads = list(self._threads)
+                for session in self._unproved:
+                    session.connection.abort()
+                for session in self._sessions:
+                    session.connection.finish_receiving()
+                drained = self._changed.wait_for(lambda: not self._threads, max(0.0, deadline - time.monotonic()))
+            if not drained:
+                self._break_off()
+            for thread in threads:
+                thread.join()
+        except Exception:
+            logger.exception("closing the server failed")
+        finally:
+            if self._own_lock is not None:
+                self._own_lock.release()
+            # A loop that was closed meanwhile has nobody waiting for the news.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._report_closed)
+
+    def _stop_accepting(self) -> None:
+        with self._changed:
+            while self._accepting:
+                self._listener.wake()
+                # Again after a moment: on some systems a wake-up is a connection, which needs a free descriptor.
+                self._changed.wait(_EXHAUSTED_PAUSE)
+        self._listener.close()
+
+    def _break_off(self) -> None:
+        """Cancel the handlers that are still running and cut the connections whose peers don't read."""
+        logger.warning("%d requests are still running after %g s: cancelling them", self._in_flight, self._grace_period)
+        self._loop.call_soon_threadsafe(self._cancel_tasks)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._threads, _CANCEL_PERIOD)
+            left = [*self._sessions, *self._unproved]
+            for session in left:
+                session.connection.abort()
+        for session in left:
+            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")))
+        with self._changed:
+            self._changed.wait_for(lambda: not self._threads)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _report_closed(self) -> None:
+        if not self._closed.done():
+            self._closed.set_result(None)
