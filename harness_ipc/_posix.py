@@ -25,8 +25,10 @@ FAMILY = "AF_UNIX"
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
 # listen(2): more clients than this that connect within one scheduling delay would block or be refused.
 _BACKLOG = 128
-# No allocation on a peer's mere announcement: a large frame is read in pieces of the size that a socket's buffer holds.
-_CHUNK = 256 * 1024
+# One read takes a short frame with its header, and the next one that came with it; a long one is read in pieces of about
+# what a socket's buffer holds, so that a peer's mere announcement allocates nothing.
+_LEAST_READ = 4096
+_MOST_READ = 256 * 1024
 # A program that restored SIGPIPE's default must not be killed by a daemon's end.
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
@@ -44,13 +46,24 @@ if sys.platform != "win32":
             self._socket = sock
             self.peer = peer
             self.deadline = inf
+            self._buffered = b""
+            self._held = b""
             self._receivable = select.poll()
             self._receivable.register(sock, select.POLLIN)
             super().__init__(sock.fileno())
 
         def readable_now(self) -> bool:
             """Whether a receive would not block: there is a frame, or the peer has gone."""
-            return bool(self._receivable.poll(0))
+            return bool(self._buffered or self._receivable.poll(0))
+
+        def hold(self, frame: bytes) -> None:
+            """Send a short frame together with the next one, or before the next receive that has to wait."""
+            self._held += struct.pack("!i", len(frame)) + frame
+
+        def flush(self) -> None:
+            """Send what is held."""
+            if self._held:
+                self._send(b"")
 
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""
@@ -76,16 +89,25 @@ if sys.platform != "win32":
             return super()._recv(size, self._read)  # type: ignore[misc]
 
         def _send(self, buf: bytes | memoryview, write: object = None) -> None:
+            if self._held:
+                held, self._held = self._held, b""
+                if len(buf) > _LEAST_READ:
+                    super()._send(held, self._write)  # type: ignore[misc]
+                else:
+                    buf = held + buf
             super()._send(buf, self._write)  # type: ignore[misc]
 
         def _read(self, handle: int, size: int) -> bytes:
-            # Waits first: most reads are for the header of a frame that is still to come.
-            self._wait(self._receivable)
-            while True:
+            if not self._buffered:
+                if self._held and not self.readable_now():
+                    self.flush()
+                self._wait(self._receivable)
                 try:
-                    return self._socket.recv(min(size, _CHUNK))
+                    self._buffered = self._socket.recv(max(_LEAST_READ, min(size, _MOST_READ)))
                 except BlockingIOError:
-                    self._wait(self._receivable)
+                    return self._read(handle, size)
+            data, self._buffered = self._buffered[:size], self._buffered[size:]
+            return data
 
         def _write(self, handle: int, buf: bytes | memoryview) -> int:
             while True:
@@ -119,10 +141,10 @@ if sys.platform != "win32":
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
-            with self._listener.accept() as accepted:
-                # A Connection can't give its descriptor away: it is duplicated, and the original closed.
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(accepted.fileno()))
-            return _checked(sock)
+            accepted = self._listener.accept()
+            # A Connection can't give its descriptor away, and closes it when it is collected.
+            descriptor, accepted._handle = accepted._handle, None  # type: ignore[union-attr]
+            return _checked(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor))
 
         def wake(self) -> None:
             """Make one blocked accept, or all of them, return or raise `OSError`."""

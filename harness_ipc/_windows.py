@@ -50,6 +50,13 @@ if sys.platform == "win32":
             except OSError:
                 return True
 
+        def hold(self, frame: bytes) -> None:
+            """Send a short frame. It is not held here: each is a message of its own to a pipe."""
+            self.send_bytes(frame)
+
+        def flush(self) -> None:
+            """Nothing is held."""
+
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""
             self._finishing = True

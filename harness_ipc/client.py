@@ -47,7 +47,9 @@ def connect_daemon(
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
     `UnsafeDirectory` or `InvalidName`.
     """
-    return Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
+    client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
+    client._open(transport.deadline_after(timeout), confirm=True)
+    return client
 
 
 class Client:
@@ -65,8 +67,9 @@ class Client:
         self._lock = threading.Lock()
         self._closed = False
         self._connection: transport.Connection | None = None
+        # Receives the daemon's verdict on our proof, until that was done.
+        self._confirm: Callable[[], None] | None = None
         self._record: endpoint.Record
-        self._open(transport.deadline_after(timeout))
 
     @property
     def pid(self) -> int:
@@ -99,9 +102,13 @@ class Client:
     def close(self) -> None:
         """Close the connection; a request in another thread ends with `ConnectionLost`. Closing twice is no error."""
         self._closed = True
-        self.abort()
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            self.abort()
+            self._lock.acquire()
+        try:
             self._drop()
+        finally:
+            self._lock.release()
 
     def abort(self) -> None:
         """End the request that another thread is waiting for, with `ConnectionLost`. It may still run in the daemon."""
@@ -124,11 +131,14 @@ class Client:
         try:
             if self._closed:
                 raise ConnectionLost("this client is closed: connect again")
-            frame = messages.encode(message, min(self._max_message, self._record.max_message))
             connection = self._living(deadline)
+            frame = messages.encode(message, min(self._max_message, self._record.max_message))
             try:
                 connection.deadline = deadline
                 transport.send(connection, frame)
+                if self._confirm is not None:
+                    self._confirm()
+                    self._confirm = None
                 reply = messages.decode(transport.receive(connection, self._max_message))
                 if reply.get("meta") == messages.BUSY:
                     raise Busy(f"the daemon {self.name!r} has all the connections that it takes: try again later")
@@ -147,13 +157,26 @@ class Client:
         self._drop()
         return self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
 
-    def _open(self, deadline: float) -> transport.Connection:
-        """Connect to the generation that the record names, or to its successor if it was replaced meanwhile."""
+    def _open(self, deadline: float, *, confirm: bool = False) -> transport.Connection:
+        """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
+
+        Without `confirm` the daemon's verdict on our proof is left to be received after the first request was sent: it has
+        proved itself by then, and two turns are saved.
+        """
         record = endpoint.load(self.name)
         while True:
             try:
-                self._connection = connection = _connect(record, deadline)
-                self._record = record
+                connection = transport.dial(record.address, deadline)
+                try:
+                    connection.deadline = deadline
+                    self._confirm = auth.challenge_daemon(connection, record.authkey, record.address)
+                    if confirm:
+                        self._confirm()
+                        self._confirm = None
+                except BaseException:
+                    connection.close()
+                    raise
+                self._connection, self._record = connection, record
                 return connection
             except (DaemonNotRunning, ConnectionLost):
                 successor = endpoint.load(self.name)
@@ -167,17 +190,6 @@ class Client:
             connection.close()
 
 
-def _connect(record: endpoint.Record, deadline: float) -> transport.Connection:
-    connection = transport.dial(record.address, deadline)
-    try:
-        connection.deadline = deadline
-        auth.challenge_daemon(connection, record.authkey, record.address)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
 def request(
     name: str, message: Message, *, timeout: float = CONNECT_TIMEOUT, max_message: int = messages.DEFAULT_MAX_MESSAGE
 ) -> Message:
@@ -186,7 +198,7 @@ def request(
     Raises what `connect_daemon` and `Client.request` raise.
     """
     deadline = transport.deadline_after(timeout)
-    with connect_daemon(name, timeout=timeout, max_message=max_message) as client:
+    with Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message) as client:
         return client._request(message, deadline)
 
 

@@ -1,0 +1,30 @@
+"""What a test may need that a machine may not have: one mark for each need, and its reason.
+
+A test whose need is not met is skipped, unless ``HARNESS_TEST_REQUIRE`` (words separated by spaces or commas) names the need:
+then the missing need is a failure, so that nothing passes by being skipped where it must run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+REQUIRED = frozenset(os.environ.get("HARNESS_TEST_REQUIRE", "").replace(",", " ").split())
+
+
+def _need(name: str, met: bool, reason: str) -> pytest.MarkDecorator:
+    if name in REQUIRED and not met:
+        raise RuntimeError(f"HARNESS_TEST_REQUIRE names {name}, but this machine does not have it: {reason}")
+    return pytest.mark.skipif(not met, reason=f"{name}: {reason}")
+
+
+_POSIX = sys.platform != "win32"
+
+# AF_UNIX, file modes, signals that stop a process.
+needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals are POSIX")
+# A real other uid to try to get in from.
+needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
+# /proc/self/fd, SO_PEERCRED.
+needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
