@@ -1,0 +1,133 @@
+"""Real daemons in processes of their own, for the tests: `with spawn_daemon("name") as daemon`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from harness_ipc import current_peer, run_daemon
+
+# Far above what a start or an end takes on a loaded machine.
+PATIENCE = 60.0
+
+
+class App:
+    """A daemon's application with one method for each thing that a test wants to see."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.log: list[Any] = []
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def stop(self) -> None:
+        print("stopped", flush=True)
+
+    async def health(self) -> dict[str, Any]:
+        return {"started": self.started}
+
+    async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        params = message.get("params", {})
+        match message.get("method"):
+            case "echo":
+                return {"result": params}
+            case "sleep":
+                self.log.append(("begin", params.get("tag")))
+                await asyncio.sleep(params["seconds"])
+                self.log.append(("end", params.get("tag")))
+                return {"result": params.get("tag")}
+            case "log":
+                return {"result": self.log}
+            case "block":  # the loop itself
+                import time
+
+                time.sleep(params["seconds"])
+                return {"result": None}
+            case "fill":
+                return {"result": "x" * params["size"]}
+            case "raise":
+                raise ValueError(params.get("text", "as told"))
+            case "return":
+                return {"set": {"result": {1, 2}}, "nan": {"result": float("nan")}, "list": [1]}[params["what"]]  # type: ignore[return-value]
+            case "peer":
+                peer = current_peer.get()
+                return {"result": None if peer is None else list(peer)}
+            case _:
+                return {"raw": message}
+
+
+class DaemonProcess:
+    """A daemon that was started by a test. `lines` are read from its standard output."""
+
+    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+        self.process = process
+        self.name = name
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def read_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Return the exit status."""
+        return self.process.wait(PATIENCE)
+
+    def end(self) -> None:
+        """End the process if it still runs, also if it is stopped, and close the pipe."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
+    """Start a daemon with `App` and the options of `run_daemon`, and yield it when it is ready."""
+    with spawn_python("-m", "tests.processes", name, json.dumps(options)) as daemon:
+        daemon.name = name
+        line = daemon.read_line()
+        assert line == "ready", f"the daemon said {line!r}"
+        yield daemon
+
+
+@contextlib.contextmanager
+def spawn_python(*arguments: str) -> Iterator[DaemonProcess]:
+    """Start this interpreter with `arguments`, warnings as errors; its standard error goes to the test's."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    daemon = DaemonProcess(process, "")
+    try:
+        yield daemon
+    finally:
+        daemon.end()
+
+
+@contextlib.contextmanager
+def stopped(daemon: DaemonProcess) -> Iterator[None]:
+    """Stop the process with SIGSTOP, and wait until it has stopped; continue it at the end."""
+    daemon.signal(signal.SIGSTOP)
+    os.waitpid(daemon.pid, os.WUNTRACED)
+    try:
+        yield
+    finally:
+        daemon.signal(signal.SIGCONT)
+
+
+if __name__ == "__main__":
+    run_daemon(App(), sys.argv[1], on_ready=lambda _: print("ready", flush=True), **json.loads(sys.argv[2]))
