@@ -16,10 +16,6 @@ from . import paths
 from ._base import PeerCredentials, remaining
 from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, MessageTooLarge, StartFailed
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
-
 FAMILY = "AF_UNIX"
 # sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
@@ -29,6 +25,11 @@ _BACKLOG = 128
 # what a socket's buffer holds, so that a peer's mere announcement allocates nothing.
 _LEAST_READ = 4096
 _MOST_READ = 256 * 1024
+# A frame up to this length fits a socket's buffer on every system, if the peer has read the last one.
+_MOST_AT_ONCE = 64 * 1024
+# The framing of multiprocessing.connection: a length, or -1 and a long one.
+_HEADER = struct.Struct("!i")
+_LONG_HEADER = struct.Struct("!Q")
 # A program that restored SIGPIPE's default must not be killed by a daemon's end.
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
@@ -58,7 +59,17 @@ if sys.platform != "win32":
 
         def hold(self, frame: bytes) -> None:
             """Send a short frame together with the next one, or before the next receive that has to wait."""
-            self._held += struct.pack("!i", len(frame)) + frame
+            self._held += _HEADER.pack(len(frame)) + frame
+
+        def try_send(self, frame: bytes) -> bool:
+            """Send a frame as far as that goes without waiting; `flush` sends the rest. False: too long, nothing was done."""
+            if len(frame) > _MOST_AT_ONCE:
+                return False
+            self.hold(frame)
+            # What is wrong with the connection shows in the flush.
+            with contextlib.suppress(OSError):
+                self._held = self._held[self._socket.send(self._held, _NO_SIGNAL) :]
+            return True
 
         def flush(self) -> None:
             """Send what is held."""
@@ -77,16 +88,50 @@ if sys.platform != "win32":
             with contextlib.suppress(OSError):
                 self._socket.shutdown(how)
 
-        # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14): it frames, these move the bytes.
+        def recv_bytes(self, maxlength: int | None = None) -> bytes:
+            """Return the next frame; the base class's method, with a deadline and with as few reads as possible."""
+            (size,) = _HEADER.unpack(self._take(_HEADER.size, starting=True))
+            if size == -1:
+                (size,) = _LONG_HEADER.unpack(self._take(_LONG_HEADER.size))
+            if maxlength is not None and size > maxlength:
+                raise MessageTooLarge(
+                    f"the peer sent a message of {size} bytes, above the limit of {maxlength} bytes: raise max_message on both sides",
+                    size=size,
+                    limit=maxlength,
+                )
+            if size < 0:
+                raise OSError("a frame's header makes no sense")
+            return self._take(size)
+
+        def _take(self, size: int, *, starting: bool = False) -> bytes:
+            data = self._buffered
+            if len(data) < size:
+                pieces = [data]
+                missing = size - len(data)
+                while missing > 0:
+                    piece = self._read(_LEAST_READ if size <= _LEAST_READ else min(missing, _MOST_READ))
+                    if not piece:
+                        if starting and missing == size:
+                            raise EOFError
+                        raise OSError("the peer closed it in the middle of a message")
+                    pieces.append(piece)
+                    missing -= len(piece)
+                data = b"".join(pieces)
+            self._buffered = data[size:]
+            return data[:size]
+
+        def _read(self, size: int) -> bytes:
+            if self._held and not self.readable_now():
+                self.flush()
+            while True:
+                self._wait(self._receivable)
+                with contextlib.suppress(BlockingIOError):
+                    return self._socket.recv(size)
+
+        # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14).
 
         def _close(self) -> None:
             self._socket.close()
-
-        def _bad_message_length(self) -> NoReturn:
-            raise MessageTooLarge("the peer sent a message above the limit of this side: raise max_message on both sides")
-
-        def _recv(self, size: int, read: object = None) -> object:
-            return super()._recv(size, self._read)  # type: ignore[misc]
 
         def _send(self, buf: bytes | memoryview, write: object = None) -> None:
             if self._held:
@@ -96,18 +141,6 @@ if sys.platform != "win32":
                 else:
                     buf = held + buf
             super()._send(buf, self._write)  # type: ignore[misc]
-
-        def _read(self, handle: int, size: int) -> bytes:
-            if not self._buffered:
-                if self._held and not self.readable_now():
-                    self.flush()
-                self._wait(self._receivable)
-                try:
-                    self._buffered = self._socket.recv(max(_LEAST_READ, min(size, _MOST_READ)))
-                except BlockingIOError:
-                    return self._read(handle, size)
-            data, self._buffered = self._buffered[:size], self._buffered[size:]
-            return data
 
         def _write(self, handle: int, buf: bytes | memoryview) -> int:
             while True:

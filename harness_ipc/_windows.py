@@ -54,6 +54,10 @@ if sys.platform == "win32":
             """Send a short frame. It is not held here: each is a message of its own to a pipe."""
             self.send_bytes(frame)
 
+        def try_send(self, frame: bytes) -> bool:
+            """Never sends: a write to a pipe can't be left half done."""
+            return False
+
         def flush(self) -> None:
             """Nothing is held."""
 

@@ -18,9 +18,17 @@ from .transport import lost
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from .transport import Connection
+
+
+class Keys:
+    """The two keys of a generation: under `daemon` the daemon proves itself, under `client` its clients."""
+
+    __slots__ = ("client", "daemon")
+
+    def __init__(self, authkey: bytes, address: str) -> None:
+        self.daemon = role_key(authkey, "daemon", address)
+        self.client = role_key(authkey, "client", address)
 
 
 def role_key(authkey: bytes, role: str, address: str) -> bytes:
@@ -28,32 +36,38 @@ def role_key(authkey: bytes, role: str, address: str) -> bytes:
     return hmac.digest(authkey, f"harness-ipc/1 {role} {address}".encode("utf-8", "surrogateescape"), "sha256")
 
 
-def challenge_daemon(connection: Connection, authkey: bytes, address: str) -> Callable[[], None]:
+def challenge_daemon(connection: Connection, keys: Keys) -> None:
     """Do the client's part before `connection.deadline`.
 
-    When this returns, the daemon has proved itself and our own proof is on its way, with or before the next frame that is
-    sent. The function that it returns receives the daemon's verdict: call it before anything else is received.
+    When this returns, the daemon has proved itself and our own proof is held, to go out with the next frame that is sent.
+    The daemon's verdict on it is the first frame to be received: give that to `confirm`.
 
-    Both raise `AuthenticationFailed`, `ConnectionLost` or `DaemonTimeout`; the connection can only be closed then.
+    Raises `AuthenticationFailed`, `ConnectionLost` or `DaemonTimeout`; the connection can only be closed then.
     """
-    with _mapped_errors(connection):
-        link = _ClientLink(connection)
-        deliver_challenge(link, role_key(authkey, "daemon", address))
-        answer_challenge(link, role_key(authkey, "client", address))
-
-    def confirm() -> None:
-        with _mapped_errors(connection):
-            if connection.recv_bytes(_MAX_FRAME) != _WELCOME:
-                raise AuthenticationFailed("the daemon refused our key: it may be of another generation; try again")
-
-    return confirm
+    link = _ClientLink(connection)
+    try:
+        deliver_challenge(link, keys.daemon)
+        answer_challenge(link, keys.client)
+    except _FAILURES as error:
+        raise _typed(connection, error) from error
 
 
-def challenge_client(connection: Connection, authkey: bytes, address: str) -> None:
+def confirm(connection: Connection) -> None:
+    """Receive the daemon's verdict on our proof. Raises as `challenge_daemon` does."""
+    try:
+        verdict = connection.recv_bytes(_MAX_FRAME)
+    except _FAILURES as error:
+        raise _typed(connection, error) from error
+    if verdict != _WELCOME:
+        raise AuthenticationFailed("the daemon refused our key: it may be of another generation; try again")
+
+
+def challenge_client(connection: Connection, keys: Keys) -> None:
     """Do the daemon's part before `connection.deadline`. Raises as `challenge_daemon` does."""
-    with _mapped_errors(connection):
-        link = _DaemonLink(connection, role_key(authkey, "daemon", address))
-        deliver_challenge(link, role_key(authkey, "client", address))
+    try:
+        deliver_challenge(_DaemonLink(connection, keys.daemon), keys.client)
+    except _FAILURES as error:
+        raise _typed(connection, error) from error
 
 
 # The stock functions, one after the other, change turns eight times before a reply, and a turn is a wake-up of the other
@@ -85,16 +99,11 @@ class _DaemonLink:
     def __init__(self, connection: Connection, daemon_key: bytes) -> None:
         self._connection = connection
         self._daemon_key: bytes | None = daemon_key
-        self._challenge: bytes | None = None
 
     def send_bytes(self, frame: bytes) -> None:
         if self._daemon_key is not None:
-            key, self._daemon_key, self._challenge = self._daemon_key, None, frame
-            answer_challenge(self, key)
-        elif self._challenge is not None:
-            self._connection.hold(frame)
-            self._connection.hold(self._challenge)
-            self._challenge = None
+            key, self._daemon_key = self._daemon_key, None
+            answer_challenge(_Following(self._connection, frame), key)
         else:
             self._connection.hold(frame)
 
@@ -102,24 +111,38 @@ class _DaemonLink:
         return self._connection.recv_bytes(limit)
 
 
-@contextlib.contextmanager
-def _mapped_errors(connection: Connection) -> Iterator[None]:
-    try:
-        yield
-    except AuthenticationError as error:
+class _Following:
+    """Lets another frame follow what is sent."""
+
+    def __init__(self, connection: Connection, following: bytes) -> None:
+        self._connection = connection
+        self._following = following
+
+    def send_bytes(self, frame: bytes) -> None:
+        self._connection.hold(frame)
+        self._connection.hold(self._following)
+
+    def recv_bytes(self, limit: int) -> bytes:
+        return self._connection.recv_bytes(limit)
+
+
+# What the stock functions and a connection raise. 3.11 asserts that a challenge looks like one.
+_FAILURES = (AuthenticationError, AssertionError, HarnessIPCError, ValueError, EOFError, OSError)
+
+
+def _typed(connection: Connection, error: Exception) -> HarnessIPCError:
+    if isinstance(error, AuthenticationError):
         # The peer is told that it was refused, if it still listens.
         with contextlib.suppress(HarnessIPCError, OSError):
             connection.flush()
         # In our own words: the library's quote what the peer sent.
-        raise AuthenticationFailed("the peer has another key, or refused ours") from error
-    except (AssertionError, MessageTooLarge) as error:
-        # 3.11 asserts that a challenge looks like one.
-        raise AuthenticationFailed("the peer does not speak this protocol") from error
-    except HarnessIPCError:
-        raise
-    except ValueError as error:
-        raise AuthenticationFailed(
+        return AuthenticationFailed("the peer has another key, or refused ours")
+    if isinstance(error, (AssertionError, MessageTooLarge)):
+        return AuthenticationFailed("the peer does not speak this protocol")
+    if isinstance(error, HarnessIPCError):
+        return error
+    if isinstance(error, ValueError):
+        return AuthenticationFailed(
             "this Python's OpenSSL refuses HMAC-MD5, the only digest of CPython 3.11 (FIPS): use 3.12 or later on both sides"
-        ) from error
-    except (EOFError, OSError) as error:
-        raise lost(error) from error
+        )
+    return lost(error)

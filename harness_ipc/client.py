@@ -48,7 +48,7 @@ def connect_daemon(
     `UnsafeDirectory` or `InvalidName`.
     """
     client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
-    client._open(transport.deadline_after(timeout), confirm=True)
+    transport.flush(client._open(transport.deadline_after(timeout)))
     return client
 
 
@@ -67,8 +67,7 @@ class Client:
         self._lock = threading.Lock()
         self._closed = False
         self._connection: transport.Connection | None = None
-        # Receives the daemon's verdict on our proof, until that was done.
-        self._confirm: Callable[[], None] | None = None
+        self._unconfirmed = False
         self._record: endpoint.Record
 
     @property
@@ -136,9 +135,8 @@ class Client:
             try:
                 connection.deadline = deadline
                 transport.send(connection, frame)
-                if self._confirm is not None:
-                    self._confirm()
-                    self._confirm = None
+                if self._unconfirmed:
+                    self._confirm(connection)
                 reply = messages.decode(transport.receive(connection, self._max_message))
                 if reply.get("meta") == messages.BUSY:
                     raise Busy(f"the daemon {self.name!r} has all the connections that it takes: try again later")
@@ -151,17 +149,20 @@ class Client:
             self._lock.release()
 
     def _living(self, deadline: float) -> transport.Connection:
+        connection = self._connection
+        if connection is not None and self._unconfirmed and connection.readable_now():
+            self._confirm(connection)
         # A living daemon has nothing to say before it is asked: something to read is the end.
-        if self._connection is not None and not self._connection.readable_now():
-            return self._connection
+        if connection is not None and not connection.readable_now():
+            return connection
         self._drop()
         return self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
 
-    def _open(self, deadline: float, *, confirm: bool = False) -> transport.Connection:
+    def _open(self, deadline: float) -> transport.Connection:
         """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
 
-        Without `confirm` the daemon's verdict on our proof is left to be received after the first request was sent: it has
-        proved itself by then, and two turns are saved.
+        The daemon has proved itself then. Its verdict on our own proof is received before the first reply: until then
+        nothing that it says is taken for one, and the two turns of waiting for it are saved.
         """
         record = endpoint.load(self.name)
         while True:
@@ -169,20 +170,21 @@ class Client:
                 connection = transport.dial(record.address, deadline)
                 try:
                     connection.deadline = deadline
-                    self._confirm = auth.challenge_daemon(connection, record.authkey, record.address)
-                    if confirm:
-                        self._confirm()
-                        self._confirm = None
+                    auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
                 except BaseException:
                     connection.close()
                     raise
-                self._connection, self._record = connection, record
+                self._connection, self._record, self._unconfirmed = connection, record, True
                 return connection
             except (DaemonNotRunning, ConnectionLost):
                 successor = endpoint.load(self.name)
                 if successor.generation == record.generation:
                     raise
                 record = successor
+
+    def _confirm(self, connection: transport.Connection) -> None:
+        auth.confirm(connection)
+        self._unconfirmed = False
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

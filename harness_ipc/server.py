@@ -1,8 +1,8 @@
 """The adapter: blocking connections in threads, feeding the daemon's asyncio loop. It owns no process and no signal.
 
 A few warm threads wait in accept. The one that gets a connection serves it to its end: the challenge, then frame after
-frame. Each message goes to the loop, the thread waits for the reply and sends it: so requests on one connection are
-answered in order, different connections run at once, and the loop never touches a socket.
+frame. Each message goes to the loop, and the thread waits until it is answered: so requests on one connection are answered
+in order, and different connections run at once. The loop sends a reply only as far as that does not wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from . import __version__, auth, endpoint, messages, paths, transport
-from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge
+from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge, ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -126,13 +126,13 @@ async def start_daemon_server(
 class _Session:
     """One connection and the hand-over of its one request at a time to the loop and back."""
 
-    __slots__ = ("accepted_at", "connection", "message", "replied", "reply", "waiting")
+    __slots__ = ("accepted_at", "connection", "message", "replied", "unsent", "waiting")
 
     def __init__(self, connection: transport.Connection) -> None:
         self.connection = connection
         self.accepted_at = time.monotonic()
         self.message: Message = {}
-        self.reply: Message = {}
+        self.unsent: bytes | None = None
         self.waiting = False
         # A lock that the thread takes and the loop releases: a third of the cost of a concurrent future.
         self.replied = threading.Lock()
@@ -158,6 +158,7 @@ class DaemonServer:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
+        self._keys = auth.Keys(generation.record.authkey, generation.record.address)
         self._handler = handler
         self._health = health
         self._on_shutdown = on_shutdown or self.close
@@ -342,10 +343,10 @@ class DaemonServer:
             return True
 
     def _serve(self, session: _Session) -> None:
-        connection, record = session.connection, self.record
+        connection = session.connection
         try:
             connection.deadline = time.monotonic() + self._handshake_timeout
-            auth.challenge_client(connection, record.authkey, record.address)
+            auth.challenge_client(connection, self._keys)
             with self._changed:
                 admitted = not self._closing and len(self._sessions) < self._max_connections
                 if admitted:
@@ -354,7 +355,11 @@ class DaemonServer:
                     connection.deadline = float("inf")
             while True:
                 frame = transport.receive(connection, self._max_message)
-                transport.send(connection, self._answer(session, frame, admitted))
+                reply = self._answer(session, frame, admitted)
+                if reply is None:
+                    transport.flush(connection)
+                else:
+                    transport.send(connection, reply)
                 if not admitted:
                     return
         except AuthenticationFailed as error:
@@ -364,7 +369,8 @@ class DaemonServer:
         except HarnessIPCError as error:
             logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
 
-    def _answer(self, session: _Session, frame: bytes, admitted: bool) -> bytes:
+    def _answer(self, session: _Session, frame: bytes, admitted: bool) -> bytes | None:
+        """Return the reply to `frame`, or None if the loop has sent it already, as far as that went without waiting."""
         try:
             message = messages.decode(frame)
             verb = message.get("meta")
@@ -379,18 +385,25 @@ class DaemonServer:
                                session.connection.peer.pid, self._max_connections)  # fmt: skip
                 reply = {**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY}
             elif verb == messages.HEALTH:
-                reply = self._ask_loop(session, message)
+                return self._ask_loop(session, message)
             else:
                 with self._inbox_lock:
                     self._in_flight += 1
                 try:
-                    reply = self._ask_loop(session, message)
+                    return self._ask_loop(session, message)
                 finally:
                     with self._inbox_lock:
                         self._in_flight -= 1
                         self._last_used = time.monotonic()
+            return self._encode(reply)
+        except ProtocolError as error:
+            return self._encode(messages.error_reply(error))
+
+    def _encode(self, reply: Message) -> bytes:
+        try:
             return messages.encode(reply, self._max_message)
-        except HarnessIPCError as error:
+        except (ProtocolError, MessageTooLarge) as error:
+            logger.error("the handler's reply can't be sent: %s", error)
             return messages.encode(messages.error_reply(error), self._max_message)
 
     def _pong(self) -> Message:
@@ -416,7 +429,7 @@ class DaemonServer:
 
     # The hand-over to the loop and back.
 
-    def _ask_loop(self, session: _Session, message: Message) -> Message:
+    def _ask_loop(self, session: _Session, message: Message) -> bytes | None:
         with self._inbox_lock:
             wake = not self._inbox
             self._inbox.append(session)
@@ -425,8 +438,8 @@ class DaemonServer:
         if wake:
             self._loop.call_soon_threadsafe(self._take_inbox)
         session.replied.acquire()
-        reply, session.reply = session.reply, {}
-        return reply
+        unsent, session.unsent = session.unsent, None
+        return unsent
 
     def _take_inbox(self) -> None:
         with self._inbox_lock:
@@ -457,10 +470,13 @@ class DaemonServer:
 
     def _give_reply(self, session: _Session, reply: Message) -> None:
         with self._inbox_lock:
-            if session.waiting:
-                session.waiting = False
-                session.reply = reply
-                session.replied.release()
+            if not session.waiting:
+                return
+            session.waiting = False
+        # Sent from here if that does not wait: the client has it one wake-up earlier.
+        frame = self._encode(reply)
+        session.unsent = None if session.connection.try_send(frame) else frame
+        session.replied.release()
 
     # The end.
 

@@ -23,6 +23,8 @@ __all__ = [
     "PeerCredentials",
     "deadline_after",
     "dial",
+    "flush",
+    "lost",
     "new_address",
     "receive",
     "remaining",
@@ -48,6 +50,16 @@ def send(connection: Connection, frame: bytes) -> None:
     """Send one frame before `connection.deadline`. Raises `ConnectionLost` and `DaemonTimeout`."""
     try:
         connection.send_bytes(frame)
+    except HarnessIPCError:
+        raise
+    except OSError as error:
+        raise lost(error) from error
+
+
+def flush(connection: Connection) -> None:
+    """Send what is held, before `connection.deadline`. Raises `ConnectionLost` and `DaemonTimeout`."""
+    try:
+        connection.flush()
     except HarnessIPCError:
         raise
     except OSError as error:
