@@ -79,14 +79,17 @@ _MAX_FRAME = 256
 
 
 class _ClientLink:
-    """Holds what is sent for the next frame, and leaves the daemon's verdict, the third frame from it, to `confirm`."""
+    """Sends our challenge, holds the rest for the next frame, and leaves the daemon's verdict, its third frame, to `confirm`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._received = 0
 
     def send_bytes(self, frame: bytes) -> None:
-        self._connection.hold(frame)
+        if self._received:
+            self._connection.hold(frame)
+        else:
+            self._connection.send_bytes(frame)
 
     def recv_bytes(self, limit: int) -> bytes:
         self._received += 1
@@ -120,7 +123,7 @@ class _Following:
 
     def send_bytes(self, frame: bytes) -> None:
         self._connection.hold(frame)
-        self._connection.hold(self._following)
+        self._connection.send_bytes(self._following)
 
     def recv_bytes(self, limit: int) -> bytes:
         return self._connection.recv_bytes(limit)

@@ -48,7 +48,7 @@ def connect_daemon(
     `UnsafeDirectory` or `InvalidName`.
     """
     client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
-    transport.flush(client._open(transport.deadline_after(timeout)))
+    client._open(transport.deadline_after(timeout))
     return client
 
 
@@ -130,8 +130,9 @@ class Client:
         try:
             if self._closed:
                 raise ConnectionLost("this client is closed: connect again")
+            frame = messages.encode(message, self._max_message)
             connection = self._living(deadline)
-            frame = messages.encode(message, min(self._max_message, self._record.max_message))
+            messages.check_size(len(frame), self._record.max_message)
             try:
                 connection.deadline = deadline
                 transport.send(connection, frame)
@@ -171,6 +172,7 @@ class Client:
                 try:
                     connection.deadline = deadline
                     auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+                    transport.flush(connection)
                 except BaseException:
                     connection.close()
                     raise

@@ -15,7 +15,6 @@ import time
 
 from . import paths
 from .errors import AlreadyRunning, DaemonNotRunning, IncompatibleDaemon, StartFailed, UnsafeDirectory
-from .messages import DEFAULT_MAX_MESSAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,19 +26,21 @@ SCHEMA = 1
 # A record is about 600 bytes and argv; Linux allows 128 KiB for one argument (execve(2), MAX_ARG_STRLEN).
 _MAX_RECORD = 256 * 1024
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "generation": str,
-    "family": str,
-    "address": str,
-    "authkey": str,
-    "pid": int,
-    "create_time": (int, float),
-    "version": str,
-    "python": str,
-    "started_at": (int, float),
-    "argv": list,
-    "state": str,
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "generation": (str,),
+    "family": (str,),
+    "address": (str,),
+    "authkey": (str,),
+    "pid": (int,),
+    "create_time": _NUMBER,
+    "version": (str,),
+    "python": (str,),
+    "started_at": _NUMBER,
+    "argv": (list,),
+    "max_message": (int,),
+    "state": (str,),
 }
 
 
@@ -50,27 +51,23 @@ class Record:
 
     def __init__(self, fields: dict[str, Any]) -> None:
         """Take the fields of a record's file. Raises `ValueError` that says which one is wrong."""
-        for key, kind in _TYPES.items():
-            value = fields.get(key)
-            if not isinstance(value, kind) or isinstance(value, bool):
+        for key, kinds in _TYPES.items():
+            # Not isinstance: to that, True is a pid.
+            if type(fields.get(key)) not in kinds:
                 raise ValueError(f"its {key} is missing or of a wrong type")
-        paths.check_name(fields["name"])
-        if fields["pid"] <= 0:
-            raise ValueError("its pid is not positive")
-        if len(fields["authkey"]) != 64:
-            raise ValueError("its authkey is not 64 hexadecimal digits")
+        if fields["pid"] <= 0 or fields["max_message"] <= 0:
+            raise ValueError("its pid or max_message is not positive")
+        if not fields["address"] or "\0" in fields["address"]:
+            raise ValueError("its address is not usable")
         try:
             self._authkey = bytes.fromhex(fields["authkey"])
         except ValueError:
-            # Not the original's text: it may quote the key.
+            self._authkey = b""
+        if len(self._authkey) != 32:
+            # Without the original's text: it may quote the key.
             raise ValueError("its authkey is not 64 hexadecimal digits") from None
-        if not fields["address"] or "\0" in fields["address"]:
-            raise ValueError("its address is not usable")
-        maximum = fields.get("max_message", DEFAULT_MAX_MESSAGE)
-        if not isinstance(maximum, int) or isinstance(maximum, bool) or maximum <= 0:
-            raise ValueError("its max_message is not a positive number")
-        self._fields = {key: value for key, value in fields.items() if key != "authkey"}
-        self._fields["max_message"] = maximum
+        self._fields = {**fields}
+        del self._fields["authkey"]
 
     @property
     def name(self) -> str:
@@ -197,7 +194,7 @@ class Generation:
     def publish(self) -> None:
         """Put the record in its place, atomically. Only now can clients find the daemon."""
         try:
-            paths.retry_sharing(lambda: os.replace(self._draft, self._path))
+            paths.retry_sharing(os.replace, self._draft, self._path)
         except OSError as error:
             self._forget_draft()
             raise StartFailed(f"the record {self._path} can't be published: {error.strerror}; remove it by hand, then "
@@ -208,7 +205,7 @@ class Generation:
         self._forget_draft()
         with contextlib.suppress(OSError, DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory):
             if load(self.record.name).generation == self.record.generation:
-                paths.retry_sharing(lambda: os.unlink(self._path))
+                paths.retry_sharing(os.unlink, self._path)
 
     def _forget_draft(self) -> None:
         with contextlib.suppress(OSError):
@@ -279,10 +276,10 @@ def _remove_socket(record: Record) -> None:
 
 
 def _path(name: str, ext: str) -> str:
-    name = paths.check_name(name)
+    paths.check_name(name)
     directory = paths.runtime_location()[0]
     paths.check_private_dir(directory)
-    return os.path.join(directory, f"{name}.{ext}")
+    return f"{directory}{os.sep}{name}.{ext}"
 
 
 def _living_pid(name: str) -> int | None:

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 
-from .errors import InvalidName, StartFailed, UnsafeDirectory
+from .errors import ConnectionLost, InvalidName, StartFailed, UnsafeDirectory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
 _SHARING_RETRY = 1.0
 _SHARING_STEP = 0.01
+
+# Never through a link; O_NONBLOCK, because a FIFO in a file's place must not hang the open.
+_SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = os.O_RDONLY | _SAFELY
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFELY
 
 
 def check_name(name: str) -> str:
@@ -71,7 +77,7 @@ def runtime_location() -> tuple[str, str]:
     """Return the runtime directory and, for people, why it is this one. Checks and creates nothing."""
     override = os.environ.get("HARNESS_IPC_RUNTIME_DIR")
     if override:
-        return os.path.abspath(override), "HARNESS_IPC_RUNTIME_DIR is set"
+        return override if os.path.isabs(override) else os.path.abspath(override), "HARNESS_IPC_RUNTIME_DIR is set"
     return _default_location()
 
 
@@ -92,10 +98,12 @@ if sys.platform == "win32":
 
         return platformdirs.user_runtime_dir(_APP, appauthor=False), "the platform's directory for the user"
 
-    def _problem(path: str, info: os.stat_result, forbidden: int) -> tuple[str, str] | None:
+    def _problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
         # The access list of the profile protects what is in it; only links are looked at here.
         if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
             return "is a link", f'rmdir "{path}"'
+        if stat.S_IFMT(info.st_mode) != kind:
+            return "is not what belongs there", f'del "{path}"'
         return None
 
 else:
@@ -127,7 +135,9 @@ else:
             return False
         return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
 
-    def _problem(path: str, info: os.stat_result, forbidden: int) -> tuple[str, str] | None:
+    def _problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
+        if info.st_mode & (0o170000 | forbidden) == kind and info.st_uid == os.geteuid():
+            return None
         import shlex
 
         quoted = shlex.quote(path)
@@ -135,10 +145,12 @@ else:
             return "is a symbolic link", f"rm {quoted}"
         if info.st_uid != os.geteuid():
             return f"belongs to uid {info.st_uid}, not to {os.geteuid()}", f"sudo rm -r {quoted}"
-        if info.st_mode & forbidden:
-            kind = "700" if stat.S_ISDIR(info.st_mode) else "600"
-            return f"has mode {stat.S_IMODE(info.st_mode):04o}", f"chmod {kind} {quoted}"
-        return None
+        if stat.S_IFMT(info.st_mode) != kind:
+            return "is not a directory" if kind == stat.S_IFDIR else "is not a regular file", f"rm -r {quoted}"
+        return (
+            f"has mode {stat.S_IMODE(info.st_mode):04o}",
+            f"chmod {'700' if kind == stat.S_IFDIR else '600'} {quoted}",
+        )
 
 
 def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
@@ -151,14 +163,9 @@ def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise UnsafeDirectory(
-            f"{path} can't be examined: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory of your own",
-            path=path,
-            remedy="export HARNESS_IPC_RUNTIME_DIR=<a directory of your own>",
-        ) from error
-    if not stat.S_ISDIR(info.st_mode) and not stat.S_ISLNK(info.st_mode):
-        raise _unsafe(path, "is not a directory", f"rm {path}")
-    _refuse(path, info, forbidden)
+        remedy = "export HARNESS_IPC_RUNTIME_DIR=<a directory of your own>"
+        raise UnsafeDirectory(f"{path} can't be examined ({error.strerror}): run `{remedy}`", path=path, remedy=remedy) from error
+    _refuse(path, info, stat.S_IFDIR, forbidden)
     return True
 
 
@@ -170,6 +177,8 @@ def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
+            # The umask may have taken away even the owner's rights.
+            os.chmod(path, 0o700)
     except OSError as error:
         raise StartFailed(
             f"{path} can't be created: {error.strerror}; "
@@ -184,20 +193,17 @@ def read_private_file(path: str, limit: int) -> bytes:
     Raises `FileNotFoundError`, or `UnsafeDirectory` if it is a link, foreign, open to others or can't be read.
     """
     try:
-        # O_NONBLOCK: a FIFO in its place must not hang the open.
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = retry_sharing(lambda: os.open(path, flags))
+        descriptor = retry_sharing(os.open, path, _READ)
     except FileNotFoundError:
         raise
     except OSError as error:
-        if os.path.islink(path):
-            raise _unsafe(path, "is a symbolic link", f"rm {path}") from error
-        raise _unsafe(path, f"can't be read ({error.strerror})", f"rm {path}") from error
+        _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
+        if isinstance(error, PermissionError):
+            raise _unsafe(path, f"can't be read ({error.strerror})", f"chmod 600 {path}") from error
+        raise ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again") from error
     try:
         info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise _unsafe(path, "is not a regular file", f"rm -r {path}")
-        _refuse(path, info, 0o077)
+        _refuse(path, info, stat.S_IFREG, 0o077)
         # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
         return os.read(descriptor, min(limit, info.st_size) + 1)
     finally:
@@ -206,43 +212,42 @@ def read_private_file(path: str, limit: int) -> bytes:
 
 def write_private_file(path: str, data: bytes) -> None:
     """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags, 0o600), "wb") as file:
+    with open(os.open(path, _CREATE, 0o600), "wb") as file:
+        os.chmod(path, 0o600)
         file.write(data)
 
 
 def open_private_log(path: str, *_: object) -> int:
     """Open the log `path` for appending, mode 0600, never through a link; in the form of `open`'s opener."""
     create_private_dir(os.path.dirname(path), forbidden=0o022)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, _APPEND, 0o600)
     except OSError as error:
         raise StartFailed(
             f"the log {path} can't be opened: {error.strerror}; set HARNESS_IPC_LOG_DIR to a directory that you can write"
         ) from error
     try:
-        _refuse(path, os.fstat(descriptor), 0o077)
+        _refuse(path, os.fstat(descriptor), stat.S_IFREG, 0o077)
     except UnsafeDirectory:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def retry_sharing(action: Callable[[], T]) -> T:
-    """Return `action()`, repeated briefly while Windows says that somebody else has the file open."""
+def retry_sharing(action: Callable[..., T], *arguments: object) -> T:
+    """Return ``action(*arguments)``, repeated briefly while Windows says that somebody else has the file open."""
     deadline = time.monotonic() + _SHARING_RETRY
     while True:
         try:
-            return action()
+            return action(*arguments)
         except PermissionError:
             if sys.platform != "win32" or time.monotonic() >= deadline:
                 raise
             time.sleep(_SHARING_STEP)
 
 
-def _refuse(path: str, info: os.stat_result, forbidden: int) -> None:
-    problem = _problem(path, info, forbidden)
+def _refuse(path: str, info: os.stat_result, kind: int, forbidden: int) -> None:
+    problem = _problem(path, info, kind, forbidden)
     if problem:
         raise _unsafe(path, *problem)
 
