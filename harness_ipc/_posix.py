@@ -95,7 +95,8 @@ if sys.platform != "win32":
                 (size,) = _LONG_HEADER.unpack(self._take(_LONG_HEADER.size))
             if maxlength is not None and size > maxlength:
                 raise MessageTooLarge(
-                    f"the peer sent a message of {size} bytes, above the limit of {maxlength} bytes: raise max_message on both sides",
+                    f"the peer sent a message of {size} bytes, above the limit of {maxlength} bytes: "
+                    "raise max_message on both sides",
                     size=size,
                     limit=maxlength,
                 )
@@ -176,7 +177,7 @@ if sys.platform != "win32":
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
             accepted = self._listener.accept()
             # A Connection can't give its descriptor away, and closes it when it is collected.
-            descriptor, accepted._handle = accepted._handle, None  # type: ignore[union-attr]
+            descriptor, accepted._handle = accepted._handle, None  # type: ignore[attr-defined]
             return _checked(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor))
 
         def wake(self) -> None:

@@ -46,8 +46,8 @@ def challenge_daemon(connection: Connection, keys: Keys) -> None:
     """
     link = _ClientLink(connection)
     try:
-        deliver_challenge(link, keys.daemon)
-        answer_challenge(link, keys.client)
+        deliver_challenge(link, keys.daemon)  # type: ignore[arg-type]
+        answer_challenge(link, keys.client)  # type: ignore[arg-type]
     except _FAILURES as error:
         raise _typed(connection, error) from error
 
@@ -65,21 +65,22 @@ def confirm(connection: Connection) -> None:
 def challenge_client(connection: Connection, keys: Keys) -> None:
     """Do the daemon's part before `connection.deadline`. Raises as `challenge_daemon` does."""
     try:
-        deliver_challenge(_DaemonLink(connection, keys.daemon), keys.client)
+        deliver_challenge(_DaemonLink(connection, keys.daemon), keys.client)  # type: ignore[arg-type]
     except _FAILURES as error:
         raise _typed(connection, error) from error
 
 
 # The stock functions, one after the other, change turns eight times before a reply, and a turn is a wake-up of the other
 # process: most of what a one-shot request costs. The links let frames that follow each other travel together: four turns.
-# Both sides still get along with a peer that takes the steps one by one.
+# Both sides still get along with a peer that takes the steps one by one. The stock functions ask no more of a connection than
+# send_bytes and recv_bytes, whatever their annotations say.
 
 _WELCOME = b"#WELCOME#"
 _MAX_FRAME = 256
 
 
 class _ClientLink:
-    """Sends our challenge, holds the rest for the next frame, and leaves the daemon's verdict, its third frame, to `confirm`."""
+    """Sends our challenge, holds the rest for the next frame, and leaves the daemon's verdict, its third, to `confirm`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -106,7 +107,7 @@ class _DaemonLink:
     def send_bytes(self, frame: bytes) -> None:
         if self._daemon_key is not None:
             key, self._daemon_key = self._daemon_key, None
-            answer_challenge(_Following(self._connection, frame), key)
+            answer_challenge(_Following(self._connection, frame), key)  # type: ignore[arg-type]
         else:
             self._connection.hold(frame)
 

@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="harness-ipc",
         description="One authenticated channel between a long-lived local daemon and short-lived processes.",
-        epilog="exit status: 0 well; 1 the reply was an error; 2 usage; 3 not running; 4 timed out; 5 refused; 6 could not start",
+        epilog="exit status: 0 well; 1 the reply was an error; 2 usage; 3 not running; 4 timed out; 5 refused; "
+        "6 could not start",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -177,7 +178,7 @@ def _load_app(specification: str) -> Any:
 
     module_name, _, path = specification.partition(":")
     if not module_name or not path:
-        raise StartFailed(f"{specification!r} is not MODULE:APP: name a module and what to take from it, as in service:handle")
+        raise InvalidName(f"{specification!a} is not MODULE:APP: name a module and what to take from it, as in service:handle")
     # As `python -m` does: the program is where the user stands.
     sys.path.insert(0, os.getcwd())
     try:

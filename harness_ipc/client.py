@@ -9,7 +9,16 @@ import threading
 from math import inf
 
 from . import auth, endpoint, messages, transport
-from .errors import Busy, ConnectionLost, DaemonNotRunning, DaemonTimeout, HarnessIPCError, InvalidName, ProtocolError, RemoteError
+from .errors import (
+    Busy,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    HarnessIPCError,
+    InvalidName,
+    ProtocolError,
+    RemoteError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +188,7 @@ class Client:
                 self._connection, self._record, self._unconfirmed = connection, record, True
                 return connection
             except (DaemonNotRunning, ConnectionLost):
-                successor = endpoint.load(self.name)
+                successor = endpoint.load(self.name, again=True)
                 if successor.generation == record.generation:
                     raise
                 record = successor

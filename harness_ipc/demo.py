@@ -72,7 +72,7 @@ def run(*, as_json: bool = False) -> int:
 
 def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dict[str, Any]:
     start = time.perf_counter()
-    errors = processes.enter_context(open(os.path.join(directory, "stderr"), "w+b"))
+    errors = processes.enter_context(open(os.path.join(directory, "stderr"), "w+b"))  # noqa: SIM115 - the stack closes it
     serve = ["-m", "harness_ipc", "serve", "harness_ipc.demo:handle", "--name", _NAME, "--json"]
     daemon = processes.enter_context(_spawned(serve, errors))
     lines = _lines(daemon)

@@ -114,14 +114,24 @@ class Record:
         return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
 
 
-def load(name: str) -> Record:
-    """Return the published record of the daemon `name`. Creates nothing.
+# What was read last, by path, with what the file system said of the file. Parsing is most of the cost of finding a daemon, and
+# a file with the same identity, times and size is the same record: publishing always makes a new file.
+_read_last: dict[str, tuple[tuple[int, ...], Record]] = {}
+
+
+def load(name: str, *, again: bool = False) -> Record:
+    """Return the published record of the daemon `name`. Creates nothing. `again` reads it even if it seems unchanged.
 
     Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` if a later version wrote it, and
     `UnsafeDirectory` if it could have been planted or read by somebody else.
     """
     path = _path(name, "json")
     try:
+        # Taken before the content is read: a record that is replaced in between is read again next time.
+        stamp = paths.private_file_stamp(path)
+        last = _read_last.get(path)
+        if last is not None and last[0] == stamp and not again:
+            return last[1]
         data = paths.read_private_file(path, _MAX_RECORD)
     except FileNotFoundError:
         raise DaemonNotRunning(f"no daemon {name!r} is running: start it first") from None
@@ -133,6 +143,7 @@ def load(name: str) -> Record:
         raise DaemonNotRunning(
             f"the record {path} is damaged ({error}): start the daemon {name!r} again, which replaces it"
         ) from None
+    _read_last[path] = stamp, record
     return record
 
 
@@ -204,7 +215,7 @@ class Generation:
         """Remove the record if it still is this generation's: never a successor's."""
         self._forget_draft()
         with contextlib.suppress(OSError, DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory):
-            if load(self.record.name).generation == self.record.generation:
+            if load(self.record.name, again=True).generation == self.record.generation:
                 paths.retry_sharing(os.unlink, self._path)
 
     def _forget_draft(self) -> None:

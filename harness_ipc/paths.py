@@ -115,7 +115,7 @@ else:
         # XDG_RUNTIME_DIR and TMPDIR differ between a login, cron, ssh, sudo and a sandbox of one user, and two directories
         # would be two daemons: what exists decides. The fallback stays in use once it is there, so that a later login,
         # which creates /run/user/<uid>, does not hide the daemons that were started before it.
-        fallback = f"/tmp/{_APP}-runtime-{_user_id()}"
+        fallback = f"/tmp/{_APP}-runtime-{_user_id()}"  # noqa: S108 - its owner is checked at each use
         if _is_own_dir(fallback):
             return fallback, "it exists already, from before this user's login directory did"
         if sys.platform == "darwin":
@@ -164,7 +164,9 @@ def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
         return False
     except OSError as error:
         remedy = "export HARNESS_IPC_RUNTIME_DIR=<a directory of your own>"
-        raise UnsafeDirectory(f"{path} can't be examined ({error.strerror}): run `{remedy}`", path=path, remedy=remedy) from error
+        raise UnsafeDirectory(
+            f"{path} can't be examined ({error.strerror}): run `{remedy}`", path=path, remedy=remedy
+        ) from error
     _refuse(path, info, stat.S_IFDIR, forbidden)
     return True
 
@@ -185,6 +187,18 @@ def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
             "set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
         ) from error
     check_private_dir(path, forbidden=forbidden)
+
+
+def private_file_stamp(path: str) -> tuple[int, ...]:
+    """Return what tells this content of the file `path` from any other. Raises as `read_private_file` does."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConnectionLost(f"{path} can't be examined: {error.strerror}") from error
+    _refuse(path, info, stat.S_IFREG, 0o077)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def read_private_file(path: str, limit: int) -> bytes:

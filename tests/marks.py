@@ -28,3 +28,7 @@ needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and sign
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.
 needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
+# pip, to install the package as a user does.
+needs_network = _need(
+    "network", "network" in REQUIRED, "it installs from a package index; set HARNESS_TEST_REQUIRE=network to run it"
+)

@@ -9,13 +9,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from harness_ipc import current_peer, run_daemon
+from harness_ipc import auth, current_peer, endpoint, run_daemon, runtime_dir, transport
 
 # Far above what a start or an end takes on a loaded machine.
 PATIENCE = 60.0
+
+
+class UnprintableError(Exception):
+    """An error that fails again when somebody wants to read it."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 class App:
@@ -24,6 +32,7 @@ class App:
     def __init__(self) -> None:
         self.started = False
         self.log: list[Any] = []
+        self.meeting = asyncio.Barrier(2)
 
     async def start(self) -> None:
         self.started = True
@@ -46,15 +55,22 @@ class App:
                 return {"result": params.get("tag")}
             case "log":
                 return {"result": self.log}
+            case "meet":  # another request that runs at the same time
+                await self.meeting.wait()
+                return {"result": params.get("tag")}
             case "block":  # the loop itself
                 import time
 
                 time.sleep(params["seconds"])
                 return {"result": None}
+            case "reply":  # just this
+                return dict(params["reply"])
             case "fill":
                 return {"result": "x" * params["size"]}
             case "raise":
                 raise ValueError(params.get("text", "as told"))
+            case "raise unprintable":
+                raise UnprintableError
             case "return":
                 return {"set": {"result": {1, 2}}, "nan": {"result": float("nan")}, "list": [1]}[params["what"]]  # type: ignore[return-value]
             case "peer":
@@ -109,13 +125,34 @@ def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
 def spawn_python(*arguments: str) -> Iterator[DaemonProcess]:
     """Start this interpreter with `arguments`, warnings as errors; its standard error goes to the test's."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        [sys.executable, "-W", "error", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     daemon = DaemonProcess(process, "")
     try:
         yield daemon
     finally:
         daemon.end()
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter with `arguments`, warnings as errors, to its end."""
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+    )
+
+
+def runtime_files(ending: str = "") -> list[str]:
+    """Return the names of the files in the runtime directory, but of no lock, which end with `ending`."""
+    return [name for name in sorted(os.listdir(runtime_dir())) if name.endswith(ending) and not name.endswith(".lock")]
 
 
 @contextlib.contextmanager
@@ -127,6 +164,25 @@ def stopped(daemon: DaemonProcess) -> Iterator[None]:
         yield
     finally:
         daemon.signal(signal.SIGCONT)
+
+
+def dial_daemon(name: str) -> transport.Connection:
+    """Return a bare connection on which both sides have proved themselves: for frames that no `Client` would send."""
+    record = endpoint.load(name)
+    connection = transport.dial(record.address, transport.deadline_after(PATIENCE))
+    connection.deadline = transport.deadline_after(PATIENCE)
+    auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+    transport.flush(connection)
+    auth.confirm(connection)
+    return connection
+
+
+def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Return once `condition` is true, which nothing announces; fail after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

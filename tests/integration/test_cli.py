@@ -1,0 +1,185 @@
+"""The command `harness-ipc` as a user runs it: what it prints, where, and its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness_ipc import __version__, endpoint, identify, request
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
+
+_SERVICE = """
+async def handle(message):
+    return {"result": message["params"]["x"] * 2}
+
+class App:
+    async def start(self): self.factor = 3
+    async def handle(self, message): return {"result": message["params"]["x"] * self.factor}
+    async def stop(self): pass
+"""
+
+
+def _run(*arguments: str, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "harness_ipc", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        cwd=cwd,
+    )
+
+
+@contextlib.contextmanager
+def _serve(tmp_path: Path, app: str, *options: str) -> Iterator[DaemonProcess]:
+    (tmp_path / "service.py").write_text(_SERVICE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with spawn_python("-m", "harness_ipc", "serve", app, *options) as daemon:
+            yield daemon
+
+
+@pytest.mark.parametrize(("app", "result"), [("service:handle", 42), ("service:App", 63)])
+def test_serve_and_call(tmp_path: Path, app: str, result: int) -> None:
+    with _serve(tmp_path, app, "--name", "svc") as daemon:
+        record_line = daemon.read_line()
+        assert record_line == f"svc: pid {daemon.pid} serves at {endpoint.load('svc').address}"
+        called = _run("call", "--name", "svc", '{"params": {"x": 21}}')
+        assert (called.returncode, json.loads(called.stdout), called.stderr) == (0, {"result": result}, "")
+        text = '{"params": {"x": "\\ud800 é 😀"}}'
+        piped = _run("call", "--name", "svc", "-", stdin=text)
+        assert json.loads(piped.stdout)["result"].startswith("\ud800 é 😀")
+        assert request("svc", {"meta": "shutdown"}) == {"shutdown": True}
+        assert daemon.wait() == 0
+
+
+def test_serve_tells_its_endpoint_as_json_without_the_key(tmp_path: Path) -> None:
+    with _serve(tmp_path, "service:handle", "--json") as daemon:
+        told = json.loads(daemon.read_line())
+        assert told["pid"] == identify("default") == daemon.pid
+        assert sorted(told) == ["address", "family", "generation", "name", "pid"]
+
+
+def test_serve_ends_when_idle(tmp_path: Path) -> None:
+    with _serve(tmp_path, "service:handle", "--idle-timeout", "0.2") as daemon:
+        assert daemon.wait() == 0
+
+
+@needs_posix
+def test_interrupting_serve_is_a_clean_end(tmp_path: Path) -> None:
+    with _serve(tmp_path, "service:handle") as daemon:
+        daemon.read_line()
+        daemon.signal(signal.SIGINT)
+        assert daemon.wait() == 0
+    assert identify("default") is None
+
+
+def test_ping_prints_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with spawn_daemon("pinged") as daemon:
+        monkeypatch.setenv("HARNESS_IPC_NAME", "pinged")
+        shown = _run("ping")
+        assert shown.returncode == 0
+        assert shown.stdout.startswith(f"pinged: pid {daemon.pid} answered in ")
+        told = json.loads(_run("ping", "--json").stdout)
+        assert (told["name"], told["pid"], told["pong"], told["responsive"]) == ("pinged", daemon.pid, True, True)
+        assert told["round_trip_ms"] > 0
+
+
+def test_an_error_reply_is_printed_and_exits_with_1() -> None:
+    with spawn_daemon("failing"):
+        called = _run("call", "--name", "failing", '{"method": "raise", "params": {"text": "so"}}')
+    assert (called.returncode, json.loads(called.stdout)) == (1, {"error": {"type": "ValueError", "message": "so"}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["call", "nonsense"], 2, "the message is not usable"),
+        (["call", "[1]"], 2, "a JSON object, not list"),
+        (["call", '{"x": NaN}'], 2, "NaN is not JSON"),
+        (["call", "--timeout", "-1", "{}"], 2, "--timeout"),
+        (["call", "--timeout", "nan", "{}"], 2, "--timeout"),
+        (["ping", "--name", "a/b"], 2, "is not a daemon name"),
+        (["serve", "os"], 2, "is not MODULE:APP"),
+        ([], 2, "COMMAND"),
+        (["call", "{}"], 3, "no daemon 'default' is running"),
+        (["ping"], 3, "no daemon 'default' is running"),
+        (["serve", "nosuchmodule:app"], 6, "nosuchmodule"),
+        (["serve", "os:nosuchapp"], 6, "nosuchapp"),
+        (["serve", "os:sep"], 6, "str is no app"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
+    result = _run(*arguments)
+    assert (result.returncode, result.stdout) == (status, "")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    if not result.stderr.startswith("usage:"):
+        assert result.stderr.count("\n") == 1
+
+
+@needs_posix
+def test_a_stopped_daemon_times_out_and_an_open_directory_is_refused(private_directories: Path) -> None:
+    with spawn_daemon("default") as daemon:
+        with stopped(daemon):
+            assert _run("ping", "--timeout", "0.3").returncode == 4
+        os.chmod(private_directories / "run", 0o755)
+        refused = _run("ping")
+        assert refused.returncode == 5
+        assert f"chmod 700 {private_directories / 'run'}" in refused.stderr
+        os.chmod(private_directories / "run", 0o700)
+        assert _run("ping").returncode == 0
+
+
+def test_a_second_daemon_of_a_name_exits_with_6(tmp_path: Path) -> None:
+    with spawn_daemon("taken") as daemon:
+        (tmp_path / "service.py").write_text(_SERVICE, encoding="utf-8")
+        second = _run("serve", "service:handle", "--name", "taken", cwd=tmp_path)
+        assert second.returncode == 6
+        assert f"pid {daemon.pid}" in second.stderr
+        assert identify("taken") == daemon.pid
+
+
+@needs_posix
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with spawn_daemon("default"):
+        command = [sys.executable, "-m", "harness_ipc", "call", '{"method": "fill", "params": {"size": 1000000}}']
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        with process.stderr:
+            assert process.stderr.read() == b""
+        process.wait(PATIENCE)
+
+
+def test_version_and_module() -> None:
+    assert _run("--version").stdout == f"harness-ipc {__version__}\n"
+
+
+def test_the_demo_keeps_its_promises_and_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = private_directories / "t"
+    temporary.mkdir()
+    for variable in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.setenv(variable, str(temporary))
+    shown = _run("demo", "--json")
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads(shown.stdout)
+    assert report["ok"] is True
+    assert report["requests"] == 3000
+    assert report["wrong_replies"] == 0
+    assert report["intruder"]["refused"] is report["silent"]["refused"] is True
+    assert 0 < report["kept"]["p50_ms"] <= report["kept"]["p99_ms"]
+    assert "3000 requests from 4 processes answered" in shown.stderr
+    assert list(temporary.iterdir()) == []
