@@ -30,13 +30,14 @@ from .transport import PeerCredentials
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .bridge import current_peer
     from .daemon import App, run_daemon
-    from .server import DaemonServer, current_peer, start_daemon_server
+    from .server import DaemonServer, start_daemon_server
 
 _DAEMON_SIDE = {
     "App": "daemon",
     "DaemonServer": "server",
-    "current_peer": "server",
+    "current_peer": "bridge",
     "run_daemon": "daemon",
     "start_daemon_server": "server",
 }

@@ -1,30 +1,31 @@
-"""AF_PIPE: named pipes with unguessable names, overlapped reads and writes under one deadline."""
+"""AF_PIPE: named pipes that only their owner can open, overlapped reads and writes under one deadline."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from math import ceil, inf
 from multiprocessing import connection
 
 from ._base import PeerCredentials, remaining
-from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, MessageTooLarge
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
+from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, MessageTooLarge, StartFailed
 
 FAMILY = "AF_PIPE"
-# The first read of a frame: the size that multiprocessing.connection uses. The rest is read once its length is known.
-_FIRST_READ = 128
-# One WaitNamedPipe, at most: it is not interrupted by anything else, and 0 would mean the server's own default.
-_MAX_WAIT_MS = 1000
+# The first read takes a short frame in whole; the rest of a longer one is read once its length is known.
+_FIRST_READ = 4096
+# The pipe copies what is sent ahead of the peer's reads: not more than this is worth doing in the daemon's loop.
+_MOST_AT_ONCE = 64 * 1024
+# One wait is at most this long: nothing interrupts WaitNamedPipe, and milliseconds have 32 bits.
+_MOST_WAIT = 1.0
+# winerror.h and winbase.h; _winapi lacks them.
+_ERROR_IO_INCOMPLETE = 996
+_PIPE_REJECT_REMOTE_CLIENTS = 8
+_SECURITY_SQOS_PRESENT = 0x100000
+_SECURITY_IDENTIFICATION = 0x10000
 
 if sys.platform == "win32":
     import _winapi
-
-    _ERROR_SEM_TIMEOUT = _winapi.ERROR_SEM_TIMEOUT
-    _ERROR_PIPE_BUSY = _winapi.ERROR_PIPE_BUSY
 
     class Connection(connection.PipeConnection):
         """A `multiprocessing.connection.PipeConnection` that keeps a deadline.
@@ -33,13 +34,14 @@ if sys.platform == "win32":
         `peer` is who the kernel says is at the other end. One thread may send while another receives, never two of a kind.
         """
 
+        _handle: int
+
         def __init__(self, handle: int, peer: PeerCredentials) -> None:
             super().__init__(handle)
             self.deadline = inf
             self.peer = peer
             self._finishing = False
             self._aborted = False
-            self._more = False
             self._receiving: _winapi.Overlapped | None = None
             self._sending: _winapi.Overlapped | None = None
 
@@ -55,11 +57,27 @@ if sys.platform == "win32":
             self.send_bytes(frame)
 
         def try_send(self, frame: bytes) -> bool:
-            """Never sends: a write to a pipe can't be left half done."""
-            return False
+            """Begin to send a frame; `flush` waits until the pipe has taken it. False: too long, nothing was done."""
+            if len(frame) > _MOST_AT_ONCE:
+                return False
+            # A peer that has gone shows in the next receive.
+            with contextlib.suppress(OSError):
+                self._begin_send(frame)
+            return True
 
         def flush(self) -> None:
-            """Nothing is held."""
+            """Wait until the pipe has taken the frame that is being sent."""
+            if self._sending is None:
+                return
+            try:
+                # After self._sending was set: an abort() before that has cancelled nothing.
+                if self._aborted:
+                    self._sending.cancel()
+                _, error = self._finish(self._sending)
+            finally:
+                self._sending = None
+            if error:
+                raise ConnectionLost("the connection was ended in the middle of a message")
 
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""
@@ -72,101 +90,141 @@ if sys.platform == "win32":
             self.finish_receiving()
             _cancel(self._sending)
 
-        # The seams of multiprocessing.connection.PipeConnection: the same calls, with a bounded wait in between.
-
-        def _bad_message_length(self) -> NoReturn:
-            raise MessageTooLarge("the peer sent a message above the limit of this side: raise max_message on both sides")
+        # The seams of multiprocessing.connection.PipeConnection (unchanged from 3.11 to 3.14).
 
         def _send_bytes(self, buf: bytes | memoryview) -> None:
-            overlapped, error = _winapi.WriteFile(self._handle, buf, overlapped=True)
-            self._sending = overlapped
-            try:
-                # After self._sending is set: an abort() in between has then cancelled nothing.
-                if self._aborted:
-                    overlapped.cancel()
-                written = self._finish(overlapped, error)
-            finally:
-                self._sending = None
-            if written != len(buf):
-                raise ConnectionLost("the connection ended in the middle of a message")
+            self._begin_send(buf)
+            self.flush()
 
-        def _recv_bytes(self, maxsize: int | None = None) -> object:
-            import io
+        def _begin_send(self, buf: bytes | memoryview) -> None:
+            self._sending, _ = _winapi.WriteFile(self._handle, buf, overlapped=True)
 
-            limit = _FIRST_READ if maxsize is None else min(maxsize, _FIRST_READ)
-            frame = io.BytesIO()
-            frame.write(self._read(limit))
-            left: int = _winapi.PeekNamedPipe(self._handle)[1] if self._more else 0
-            if left:
-                if maxsize is not None and frame.tell() + left > maxsize:
-                    self._bad_message_length()
-                frame.write(self._read(left))
-            return frame
+        def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:
+            data, more = self._read(_FIRST_READ if maxsize is None else min(maxsize, _FIRST_READ))
+            if more:
+                # A message is there in whole or not at all.
+                left = _winapi.PeekNamedPipe(self._handle)[1]
+                size = len(data) + left
+                if maxsize is not None and size > maxsize:
+                    raise MessageTooLarge(
+                        f"the peer sent a message of {size} bytes, above the limit of {maxsize} bytes: raise max_message on both sides",
+                        size=size,
+                        limit=maxsize,
+                    )
+                data += self._read(left)[0]
+            return io.BytesIO(data)
 
-        def _read(self, size: int) -> bytes:
+        def _read(self, size: int) -> tuple[bytes, bool]:
+            """Return up to `size` bytes of a message and whether there is more of it."""
             if self._finishing and not self.readable_now():
                 raise EOFError
             try:
-                overlapped, error = _winapi.ReadFile(self._handle, size, overlapped=True)
-                self._receiving = overlapped
-                try:
-                    if self._finishing and error == _winapi.ERROR_IO_PENDING:
-                        overlapped.cancel()
-                    self._finish(overlapped, error)
-                finally:
-                    self._receiving = None
+                self._receiving, _ = _winapi.ReadFile(self._handle, size, overlapped=True)
+                # After self._receiving was set: a finish_receiving() before that has cancelled nothing.
+                if self._finishing:
+                    self._receiving.cancel()
+                _, error = self._finish(self._receiving)
+                if error == _winapi.ERROR_OPERATION_ABORTED:
+                    raise EOFError
+                return self._receiving.getbuffer() or b"", error == _winapi.ERROR_MORE_DATA
             except BrokenPipeError:
                 raise EOFError from None
-            return overlapped.getbuffer() or b""
+            finally:
+                self._receiving = None
 
-        def _finish(self, overlapped: _winapi.Overlapped, error: int) -> int:
-            """Wait for `overlapped` until the deadline and return the number of bytes that it moved."""
+        def _finish(self, overlapped: _winapi.Overlapped) -> tuple[int, int]:
+            """Wait for `overlapped` until the deadline; return the number of bytes that it moved and an error."""
             try:
-                if error == _winapi.ERROR_IO_PENDING:
-                    self._wait(overlapped)
+                while (result := overlapped.GetOverlappedResult(False))[1] == _ERROR_IO_INCOMPLETE:
+                    milliseconds = (
+                        _winapi.INFINITE if self.deadline == inf else ceil(min(remaining(self.deadline), _MOST_WAIT) * 1000)
+                    )
+                    # EINTR: a signal's handler has returned.
+                    with contextlib.suppress(InterruptedError):
+                        _winapi.WaitForMultipleObjects([overlapped.event], False, milliseconds)
+                return result
             except BaseException:
-                overlapped.cancel()
-                overlapped.GetOverlappedResult(True)
+                # The system writes to the buffer until it has given up the operation.
+                with contextlib.suppress(OSError):
+                    overlapped.cancel()
+                    overlapped.GetOverlappedResult(True)
                 raise
-            moved, error = overlapped.GetOverlappedResult(True)
-            self._more = error == _winapi.ERROR_MORE_DATA
-            if error == _winapi.ERROR_OPERATION_ABORTED:
-                raise EOFError
-            return int(moved)
-
-        def _wait(self, overlapped: _winapi.Overlapped) -> None:
-            milliseconds = _winapi.INFINITE if self.deadline == inf else ceil(remaining(self.deadline) * 1000)
-            if _winapi.WaitForMultipleObjects([overlapped.event], False, milliseconds) == _winapi.WAIT_TIMEOUT:
-                remaining(self.deadline)
 
     def _cancel(overlapped: _winapi.Overlapped | None) -> None:
         if overlapped is not None:
             with contextlib.suppress(OSError):
                 overlapped.cancel()
 
-    class Listener:
-        """A named pipe; several threads may accept at once, each with an instance of its own."""
+    class _PipeListener(connection.PipeListener):  # type: ignore[name-defined,misc]
+        """The same, closed to other users, who could read from a pipe by default, and to other machines."""
 
         def __init__(self, address: str) -> None:
-            self._listener = connection.Listener(address, FAMILY)
+            import ctypes
+            import struct
+
+            # Full access for the owner, none for anybody else: learn.microsoft.com/windows/win32/ipc/named-pipe-security-and-access-rights
+            descriptor = ctypes.c_void_p()
+            convert = ctypes.WinDLL("advapi32").ConvertStringSecurityDescriptorToSecurityDescriptorW
+            if not convert("D:P(A;;GA;;;OW)", 1, ctypes.byref(descriptor), None):
+                raise ctypes.WinError()
+            # SECURITY_ATTRIBUTES: length, descriptor, not inherited.
+            layout = struct.Struct("IPi0P")
+            self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, descriptor.value, 0))
+            self._security = ctypes.addressof(self._attributes)
+            super().__init__(address)
+
+        def _new_handle(self, first: bool = False) -> int:
+            return _winapi.CreateNamedPipe(
+                self._address,
+                _winapi.PIPE_ACCESS_DUPLEX
+                | _winapi.FILE_FLAG_OVERLAPPED
+                | (_winapi.FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0),
+                _winapi.PIPE_TYPE_MESSAGE | _winapi.PIPE_READMODE_MESSAGE | _winapi.PIPE_WAIT | _PIPE_REJECT_REMOTE_CLIENTS,
+                _winapi.PIPE_UNLIMITED_INSTANCES,
+                connection.BUFSIZE,
+                connection.BUFSIZE,
+                _winapi.NMPWAIT_WAIT_FOREVER,
+                self._security,
+            )
+
+    class Listener:
+        """A named pipe that only this user can open; several threads may accept at once, each with an instance of its own."""
+
+        def __init__(self, address: str) -> None:
+            """Make the pipe `address`. Raises `StartFailed`."""
+            import ctypes
+
             self.address = address
+            self._kernel32 = ctypes.WinDLL("kernel32")
+            try:
+                self._listener = _PipeListener(address)
+            except OSError as error:
+                raise StartFailed(f"the pipe {address} can't be made: {error.strerror}") from error
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`."""
             accepted = self._listener.accept()
             # A PipeConnection can't give its handle away, and closes it when it is collected.
             handle, accepted._handle = accepted._handle, None
-            return Connection(handle, PeerCredentials(_client_pid(handle), None))
+            return Connection(handle, PeerCredentials(self._client_pid(handle), None))
 
         def wake(self) -> None:
             """Make one blocked accept return."""
             with contextlib.suppress(OSError):
-                connection.Client(self.address, FAMILY).close()
+                _winapi.CloseHandle(_open(self.address))
 
         def close(self) -> None:
             """Close the pipe. No accept may be blocked: see `wake`."""
             with contextlib.suppress(OSError):
                 self._listener.close()
+
+        def _client_pid(self, handle: int) -> int | None:
+            import ctypes
+
+            # The user is not told; the pipe's access list is what keeps users apart.
+            pid = ctypes.c_ulong()
+            known = self._kernel32.GetNamedPipeClientProcessId(ctypes.c_void_p(handle), ctypes.byref(pid))
+            return pid.value if known else None
 
     def new_address(directory: str, generation: str) -> str:
         """Return the address of a new generation. Pipes have a namespace of their own: `directory` plays no part."""
@@ -175,36 +233,34 @@ if sys.platform == "win32":
     def dial(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
-        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts.
+        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
+        is another user's.
         """
         while True:
             left = remaining(deadline)
             try:
-                _winapi.WaitNamedPipe(address, _MAX_WAIT_MS if left == inf else max(1, min(_MAX_WAIT_MS, int(left * 1000))))
-                handle = _winapi.CreateFile(
-                    address,
-                    _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
-                    0,
-                    _winapi.NULL,
-                    _winapi.OPEN_EXISTING,
-                    _winapi.FILE_FLAG_OVERLAPPED,
-                    _winapi.NULL,
-                )
-                break
+                dialled = Connection(_open(address), PeerCredentials(None, None))
+                _winapi.SetNamedPipeHandleState(dialled._handle, _winapi.PIPE_READMODE_MESSAGE, None, None)
+                return dialled
             except FileNotFoundError as error:
                 raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
             except PermissionError as error:
                 raise AuthenticationFailed(f"the pipe {address} belongs to another user") from error
             except OSError as error:
-                if error.winerror not in (_ERROR_SEM_TIMEOUT, _ERROR_PIPE_BUSY):
+                if error.winerror != _winapi.ERROR_PIPE_BUSY:
                     raise ConnectionLost(f"the pipe {address} can't be connected: {error.strerror}") from error
-        _winapi.SetNamedPipeHandleState(handle, _winapi.PIPE_READMODE_MESSAGE, None, None)
-        return Connection(handle, PeerCredentials(None, None))
+            # All instances are taken. Whatever goes wrong here shows in the next try.
+            with contextlib.suppress(OSError):
+                _winapi.WaitNamedPipe(address, ceil(min(left, _MOST_WAIT) * 1000))
 
-    def _client_pid(handle: int) -> int | None:
-        import ctypes
-
-        # GetNamedPipeClientProcessId. The user is not told; the pipe's access list is what keeps users apart.
-        pid = ctypes.c_ulong()
-        known = ctypes.WinDLL("kernel32").GetNamedPipeClientProcessId(ctypes.c_void_p(handle), ctypes.byref(pid))
-        return pid.value if known else None
+    def _open(address: str) -> int:
+        return _winapi.CreateFile(
+            address,
+            _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
+            0,
+            _winapi.NULL,
+            _winapi.OPEN_EXISTING,
+            # Whoever made a pipe of this name may learn who we are, but not act as us.
+            _winapi.FILE_FLAG_OVERLAPPED | _SECURITY_SQOS_PRESENT | _SECURITY_IDENTIFICATION,
+            _winapi.NULL,
+        )

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from filelock import BaseFileLock
 
+    from .bridge import Handler
     from .messages import Message
-    from .server import DaemonServer, Handler
+    from .server import DaemonServer
 
 logger = logging.getLogger(__name__)
 

@@ -33,11 +33,11 @@ _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=True, separators=(",",
 _decoder = json.JSONDecoder(parse_constant=_reject_constant)
 
 
-def encode(message: Message, limit: int) -> bytes:
+def encode(message: Message, limit: int | None = None) -> bytes:
     """Return `message` as the bytes of one frame.
 
     Raises `ProtocolError` for anything that is not a JSON object, naming the offending type, and `MessageTooLarge` above
-    `limit` bytes.
+    `limit` bytes, if there is one.
     """
     if not isinstance(message, dict):
         raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
@@ -45,7 +45,8 @@ def encode(message: Message, limit: int) -> bytes:
         frame = _encoder.encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"this message can't be sent as JSON: {_one_line(error)}") from error
-    check_size(len(frame), limit)
+    if limit is not None:
+        check_size(len(frame), limit)
     return frame
 
 
@@ -73,8 +74,12 @@ def decode(frame: bytes) -> Message:
 
 
 def error_reply(error: BaseException) -> Message:
-    """Return the reply that carries `error` to the client. Lone surrogates and control characters survive as JSON."""
-    return {"error": {"type": type(error).__name__, "message": str(error)}}
+    """Return the reply that carries `error` to the client."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        text = f"(its text failed with {type(failure).__name__})"
+    return {"error": {"type": type(error).__name__, "message": text}}
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,21 +1,21 @@
 """The adapter: blocking connections in threads, feeding the daemon's asyncio loop. It owns no process and no signal.
 
 A few warm threads wait in accept. The one that gets a connection serves it to its end: the challenge, then frame after
-frame. Each message goes to the loop, and the thread waits until it is answered: so requests on one connection are answered
-in order, and different connections run at once. The loop sends a reply only as far as that does not wait.
+frame, each of which the bridge takes to the loop while the thread waits: so requests on one connection are answered in order,
+and different connections run at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from . import __version__, auth, endpoint, messages, paths, transport
+from .bridge import LoopBridge, Session
 from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge, ProtocolError
 
 if TYPE_CHECKING:
@@ -23,15 +23,10 @@ if TYPE_CHECKING:
 
     from filelock import BaseFileLock
 
+    from .bridge import Handler
     from .messages import Message
-    from .transport import PeerCredentials
-
-    Handler = Callable[[Message], Awaitable[Message]]
 
 logger = logging.getLogger(__name__)
-
-# Who sent the request that is being handled, for the handler: None outside of one.
-current_peer: contextvars.ContextVar[PeerCredentials | None] = contextvars.ContextVar("current_peer", default=None)
 
 MAX_CONNECTIONS = 1024
 # Seconds for a client to prove itself: an honest one takes a millisecond.
@@ -46,8 +41,6 @@ _UNPROVED_GUARANTEE = 1.0
 _WARM_THREADS = 8
 # Seconds to wait for descriptors or threads, which nothing announces, before accept is tried again.
 _EXHAUSTED_PAUSE = 0.1
-# Seconds that a ping waits for the loop. A loop that takes longer blocks everybody: it is unresponsive.
-_LOOP_PROBE = 0.25
 # Seconds for cancelled handlers to end.
 _CANCEL_PERIOD = 1.0
 
@@ -123,22 +116,6 @@ async def start_daemon_server(
     return server, address
 
 
-class _Session:
-    """One connection and the hand-over of its one request at a time to the loop and back."""
-
-    __slots__ = ("accepted_at", "connection", "message", "replied", "unsent", "waiting")
-
-    def __init__(self, connection: transport.Connection) -> None:
-        self.connection = connection
-        self.accepted_at = time.monotonic()
-        self.message: Message = {}
-        self.unsent: bytes | None = None
-        self.waiting = False
-        # A lock that the thread takes and the loop releases: a third of the cost of a concurrent future.
-        self.replied = threading.Lock()
-        self.replied.acquire()
-
-
 class DaemonServer:
     """A serving daemon; made by `start_daemon_server`. Its methods belong to the loop's thread, as of asyncio's `Server`."""
 
@@ -157,10 +134,8 @@ class DaemonServer:
         own_lock: BaseFileLock | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
+        self._bridge = LoopBridge(handler, health, max_message)
         self._keys = auth.Keys(generation.record.authkey, generation.record.address)
-        self._handler = handler
-        self._health = health
         self._on_shutdown = on_shutdown or self.close
         self._generation = generation
         self._listener = listener
@@ -174,24 +149,11 @@ class DaemonServer:
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
         self._accepting = 0
-        self._unproved: dict[_Session, None] = {}
-        self._sessions: set[_Session] = set()
+        self._unproved: dict[Session, None] = {}
+        self._sessions: set[Session] = set()
         self._exhausted = False
         self._closing = False
 
-        # The way to the loop: one wake-up takes all that came meanwhile.
-        self._inbox_lock = threading.Lock()
-        self._inbox: list[_Session] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-
-        self._probe_lock = threading.Lock()
-        self._probe_sent = 0.0
-        self._probe_lag = 0.0
-        self._probe_answered = threading.Event()
-        self._probe_answered.set()
-
-        self._in_flight = 0
-        self._last_used = time.monotonic()
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._closer = threading.Thread(target=self._shut_down, name="harness-ipc-closer", daemon=True)
 
@@ -203,7 +165,7 @@ class DaemonServer:
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
-        return 0.0 if self._in_flight else time.monotonic() - self._last_used
+        return self._bridge.idle_seconds
 
     def is_serving(self) -> bool:
         """Whether the server accepts connections."""
@@ -283,7 +245,7 @@ class DaemonServer:
             return True
         except OSError as error:
             return self._pause(error)
-        session = _Session(connection)
+        session = Session(connection)
         try:
             if not self._admit_unproved(session):
                 return not self._closing
@@ -296,7 +258,8 @@ class DaemonServer:
                 self._unproved.pop(session, None)
                 self._sessions.discard(session)
                 # Under the lock, so that nobody wakes a connection that is being closed.
-                connection.close()
+                with contextlib.suppress(OSError):
+                    connection.close()
                 self._changed.notify_all()
         with self._changed:
             if self._closing or self._accepting >= _WARM_THREADS:
@@ -317,7 +280,7 @@ class DaemonServer:
                 return False
             return True
 
-    def _admit_unproved(self, session: _Session) -> bool:
+    def _admit_unproved(self, session: Session) -> bool:
         """Wait for room among the unproved connections and see that somebody accepts in this thread's stead.
 
         Return False, with this thread still counted as accepting unless the server is closing, if that can't be.
@@ -342,7 +305,7 @@ class DaemonServer:
             self._unproved[session] = None
             return True
 
-    def _serve(self, session: _Session) -> None:
+    def _serve(self, session: Session) -> None:
         connection = session.connection
         try:
             connection.deadline = time.monotonic() + self._handshake_timeout
@@ -353,15 +316,9 @@ class DaemonServer:
                     del self._unproved[session]
                     self._sessions.add(session)
                     connection.deadline = float("inf")
-            while True:
-                frame = transport.receive(connection, self._max_message)
-                reply = self._answer(session, frame, admitted)
-                if reply is None:
-                    transport.flush(connection)
-                else:
-                    transport.send(connection, reply)
-                if not admitted:
-                    return
+            self._serve_one(session, admitted)
+            while admitted:
+                self._serve_one(session, admitted)
         except AuthenticationFailed as error:
             logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
         except MessageTooLarge as error:
@@ -369,114 +326,44 @@ class DaemonServer:
         except HarnessIPCError as error:
             logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
 
-    def _answer(self, session: _Session, frame: bytes, admitted: bool) -> bytes | None:
+    def _serve_one(self, session: Session, admitted: bool) -> None:
+        """Receive a request and see it answered. Nothing here outlives the call: an idle connection holds no message."""
+        connection = session.connection
+        reply = self._answer(session, transport.receive(connection, self._max_message), admitted)
+        if reply is None:
+            transport.flush(connection)
+        else:
+            transport.send(connection, reply)
+
+    def _answer(self, session: Session, frame: bytes, admitted: bool) -> bytes | None:
         """Return the reply to `frame`, or None if the loop has sent it already, as far as that went without waiting."""
         try:
             message = messages.decode(frame)
-            verb = message.get("meta")
-            if verb == messages.PING:
-                reply = self._pong()
-            elif verb == messages.SHUTDOWN:
-                logger.info("shutdown requested by pid %s", session.connection.peer.pid)
-                self._loop.call_soon_threadsafe(self._on_shutdown)
-                reply = {"shutdown": True}
-            elif not admitted:
-                logger.warning("turned the client with pid %s away: all %d connections are taken",
-                               session.connection.peer.pid, self._max_connections)  # fmt: skip
-                reply = {**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY}
-            elif verb == messages.HEALTH:
-                return self._ask_loop(session, message)
-            else:
-                with self._inbox_lock:
-                    self._in_flight += 1
-                try:
-                    return self._ask_loop(session, message)
-                finally:
-                    with self._inbox_lock:
-                        self._in_flight -= 1
-                        self._last_used = time.monotonic()
-            return self._encode(reply)
         except ProtocolError as error:
-            return self._encode(messages.error_reply(error))
-
-    def _encode(self, reply: Message) -> bytes:
-        try:
-            return messages.encode(reply, self._max_message)
-        except (ProtocolError, MessageTooLarge) as error:
-            logger.error("the handler's reply can't be sent: %s", error)
-            return messages.encode(messages.error_reply(error), self._max_message)
+            return self._bridge.encode(messages.error_reply(error))
+        verb = message.get("meta")
+        if verb == messages.PING:
+            return self._bridge.encode(self._pong())
+        if verb == messages.SHUTDOWN:
+            logger.info("shutdown requested by pid %s", session.connection.peer.pid)
+            self._loop.call_soon_threadsafe(self._on_shutdown)
+            return self._bridge.encode({"shutdown": True})
+        if not admitted:
+            pid = session.connection.peer.pid
+            logger.warning("turned the client with pid %s away: all %d connections are taken", pid, self._max_connections)
+            return self._bridge.encode({**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY})
+        return self._bridge.ask(session, message)
 
     def _pong(self) -> Message:
-        """Answer a ping with how long the loop took to react, or for how long it has not."""
-        with self._probe_lock:
-            if self._probe_answered.is_set():
-                self._probe_answered.clear()
-                self._probe_sent = time.monotonic()
-                self._loop.call_soon_threadsafe(self._answer_probe)
-        responsive = self._probe_answered.wait(_LOOP_PROBE)
+        responsive, lag = self._bridge.probe()
         return {
             "pong": True,
             "pid": self.record.pid,
             "generation": self.record.generation,
             "version": __version__,
             "responsive": responsive,
-            "loop_lag": self._probe_lag if responsive else time.monotonic() - self._probe_sent,
+            "loop_lag": lag,
         }
-
-    def _answer_probe(self) -> None:
-        self._probe_lag = time.monotonic() - self._probe_sent
-        self._probe_answered.set()
-
-    # The hand-over to the loop and back.
-
-    def _ask_loop(self, session: _Session, message: Message) -> bytes | None:
-        with self._inbox_lock:
-            wake = not self._inbox
-            self._inbox.append(session)
-            session.message = message
-            session.waiting = True
-        if wake:
-            self._loop.call_soon_threadsafe(self._take_inbox)
-        session.replied.acquire()
-        unsent, session.unsent = session.unsent, None
-        return unsent
-
-    def _take_inbox(self) -> None:
-        with self._inbox_lock:
-            inbox, self._inbox = self._inbox, []
-        for session in inbox:
-            context = self._context.copy()
-            context.run(current_peer.set, session.connection.peer)
-            task = self._loop.create_task(self._handle(session), context=context)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _handle(self, session: _Session) -> None:
-        try:
-            message, session.message = session.message, {}
-            if message.get("meta") == messages.HEALTH:
-                reply: Any = {"health": await self._health() if self._health is not None else None}
-            else:
-                reply = await self._handler(message)
-            if not isinstance(reply, dict):
-                raise TypeError(f"the handler returned {type(reply).__name__}, a reply is a dict")
-        except asyncio.CancelledError:
-            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the request was cancelled")))
-            raise
-        except Exception as error:
-            logger.exception("the handler failed")
-            reply = messages.error_reply(error)
-        self._give_reply(session, reply)
-
-    def _give_reply(self, session: _Session, reply: Message) -> None:
-        with self._inbox_lock:
-            if not session.waiting:
-                return
-            session.waiting = False
-        # Sent from here if that does not wait: the client has it one wake-up earlier.
-        frame = self._encode(reply)
-        session.unsent = None if session.connection.try_send(frame) else frame
-        session.replied.release()
 
     # The end.
 
@@ -514,21 +401,17 @@ class DaemonServer:
 
     def _break_off(self) -> None:
         """Cancel the handlers that are still running and cut the connections whose peers don't read."""
-        logger.warning("%d requests are still running after %g s: cancelling them", self._in_flight, self._grace_period)
-        self._loop.call_soon_threadsafe(self._cancel_tasks)
+        in_flight = self._bridge.in_flight
+        logger.warning("%d requests are still running after %g s: cancelling them", in_flight, self._grace_period)
+        self._bridge.cancel()
         with self._changed:
             self._changed.wait_for(lambda: not self._threads, _CANCEL_PERIOD)
             left = [*self._sessions, *self._unproved]
             for session in left:
                 session.connection.abort()
-        for session in left:
-            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")))
+        self._bridge.break_off(left)
         with self._changed:
             self._changed.wait_for(lambda: not self._threads)
-
-    def _cancel_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
 
     def _report_closed(self) -> None:
         if not self._closed.done():
