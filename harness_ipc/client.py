@@ -139,9 +139,9 @@ class Client:
         try:
             if self._closed:
                 raise ConnectionLost("this client is closed: connect again")
-            frame = messages.encode(message, self._max_message)
             connection = self._living(deadline)
-            messages.check_size(len(frame), self._record.max_message)
+            # Only now: the daemon checks our proof meanwhile, and what its limit is was not known before.
+            frame = messages.encode(message, min(self._max_message, self._record.max_message))
             try:
                 connection.deadline = deadline
                 transport.send(connection, frame)

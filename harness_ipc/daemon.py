@@ -18,8 +18,6 @@ from .server import GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from filelock import BaseFileLock
-
     from .bridge import Handler
     from .messages import Message
     from .server import DaemonServer
@@ -64,97 +62,101 @@ def run_daemon(
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; a clean end returns.
     """
-    if not callable(app) and not isinstance(app, App):
-        raise StartFailed(f"{type(app).__name__} is no app: give an async function, or an object with start, handle and stop")
+    application = _as_app(app)
+
+    async def serve(stop: asyncio.Event) -> None:
+        server, address = await start_daemon_server(
+            application.handle,
+            name,
+            app_version=app_version,
+            max_connections=max_connections,
+            max_message=max_message,
+            handshake_timeout=handshake_timeout,
+            grace_period=grace_period,
+            health=getattr(application, "health", None),
+            on_shutdown=stop.set,
+            lock=lock,
+        )
+        async with server:
+            logger.info("ready at %s", address)
+            if on_ready is not None:
+                on_ready(server)
+            await _stop_or_idle(server, stop, idle_timeout)
+            logger.info("draining")
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        with _stopping_signals(stop):
+            try:
+                if await _start(application, stop):
+                    await serve(stop)
+            finally:
+                try:
+                    await application.stop()
+                except Exception:
+                    logger.exception("the app's stop failed")
+
     lock = endpoint.lock_lifetime(name)
     try:
         with _logging_to(name):
-            logger.info(
-                "starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, sys.version.split()[0]
-            )
-            try:
-                options = {
-                    "app_version": app_version,
-                    "max_connections": max_connections,
-                    "max_message": max_message,
-                    "handshake_timeout": handshake_timeout,
-                    "grace_period": grace_period,
-                }
-                asyncio.run(_main(app, name, lock, idle_timeout, on_ready, options))
-            except HarnessIPCError as error:
-                logger.error("%s could not start: %s", name, error)
-                raise
+            version = ".".join(map(str, sys.version_info[:3]))
+            logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
+            asyncio.run(main())
             logger.info("stopped %s", name)
     finally:
         lock.release()
 
 
-async def _main(
-    app: App | Handler,
-    name: str,
-    lock: BaseFileLock,
-    idle_timeout: float | None,
-    on_ready: Callable[[DaemonServer], None] | None,
-    options: dict[str, Any],
-) -> None:
-    stop = asyncio.Event()
-    with _stopping_signals(stop):
-        if isinstance(app, App):
-            await _run_app(app, name, stop, lock, idle_timeout, on_ready, options)
-        else:
-            await _serve(app, None, name, stop, lock, idle_timeout, on_ready, options)
+def _as_app(app: App | Handler) -> App:
+    if isinstance(app, App):
+        return app
+    if callable(app):
+        return _FunctionApp(app)
+    raise StartFailed(f"{type(app).__name__} is no app: give an async function, or an object with start, handle and stop")
 
 
-async def _run_app(app: App, name: str, stop: asyncio.Event, *rest: Any) -> None:
+class _FunctionApp:
+    """The app of a handler that needs neither start nor stop."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def handle(self, message: Message) -> Message:
+        """Hand over to the handler."""
+        return await self._handler(message)
+
+    async def start(self) -> None:
+        """Nothing to prepare."""
+
+    async def stop(self) -> None:
+        """Nothing to let go."""
+
+
+async def _start(app: App, stop: asyncio.Event) -> bool:
+    """Wait for the app's start. Return False if `stop` was set before it was done."""
+    starting = asyncio.ensure_future(app.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        logger.info("told to stop while starting")
+        starting.cancel()
+        await asyncio.wait({starting})
+        return False
     try:
-        starting = asyncio.ensure_future(app.start())
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not starting.done():
-            logger.info("told to stop while starting")
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
-            return
-        try:
-            starting.result()
-        except HarnessIPCError:
-            raise
-        except Exception as error:
-            logger.exception("the app's start failed")
-            raise StartFailed(f"the app's start failed: {type(error).__name__}: {error}") from error
-        await _serve(app.handle, getattr(app, "health", None), name, stop, *rest)
-    finally:
-        try:
-            await app.stop()
-        except Exception:
-            logger.exception("the app's stop failed")
+        starting.result()
+    except HarnessIPCError:
+        raise
+    except Exception as error:
+        logger.exception("the app's start failed")
+        raise StartFailed(f"the app's start failed: {type(error).__name__}: {error}; its log has the traceback") from error
+    return True
 
 
-async def _serve(
-    handler: Handler,
-    health: Any,
-    name: str,
-    stop: asyncio.Event,
-    lock: BaseFileLock,
-    idle_timeout: float | None,
-    on_ready: Callable[[DaemonServer], None] | None,
-    options: dict[str, Any],
-) -> None:
-    server, address = await start_daemon_server(handler, name, health=health, on_shutdown=stop.set, lock=lock, **options)
-    async with server:
-        logger.info("ready at %s", address)
-        if on_ready is not None:
-            on_ready(server)
-        if idle_timeout is None:
-            await stop.wait()
-        else:
-            await _stop_or_idle(server, stop, idle_timeout)
-        logger.info("draining")
-
-
-async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float) -> None:
+async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
+    if idle_timeout is None:
+        await stop.wait()
+        return
     while (left := idle_timeout - server.idle_seconds) > 0:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), left)
@@ -206,9 +208,11 @@ def _logging_to(name: str) -> Any:
     logging.captureWarnings(True)
     try:
         yield
+    except HarnessIPCError as error:
+        logger.error("%s ends: %s", name, error)
+        raise
     except BaseException:
-        if not isinstance(sys.exc_info()[1], HarnessIPCError):
-            logger.critical("%s ends by an error", name, exc_info=True)
+        logger.critical("%s ends by an error", name, exc_info=True)
         raise
     finally:
         logging.captureWarnings(False)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _APP = "harness-ipc"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+_SET_DIRECTORIES = "set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
+
 # On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
 _SHARING_RETRY = 1.0
 _SHARING_STEP = 0.01
@@ -160,7 +162,7 @@ def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
     """
     try:
         info = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         remedy = "export HARNESS_IPC_RUNTIME_DIR=<a directory of your own>"
@@ -173,6 +175,8 @@ def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
 
 def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
     """Create the directory `path` with mode 0700 if it is missing, then check it as `check_private_dir` does."""
+    if os.path.isfile(path):
+        raise StartFailed(f"{path} is a file in the place of a directory: move it away, or {_SET_DIRECTORIES}")
     if check_private_dir(path, forbidden=forbidden):
         return
     try:
@@ -182,10 +186,7 @@ def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
             # The umask may have taken away even the owner's rights.
             os.chmod(path, 0o700)
     except OSError as error:
-        raise StartFailed(
-            f"{path} can't be created: {error.strerror}; "
-            "set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
-        ) from error
+        raise StartFailed(f"{path} can't be created: {error.strerror}; {_SET_DIRECTORIES}") from error
     check_private_dir(path, forbidden=forbidden)
 
 
