@@ -14,8 +14,8 @@ from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, Mess
 FAMILY = "AF_PIPE"
 # The first read takes a short frame in whole; the rest of a longer one is read once its length is known.
 _FIRST_READ = 4096
-# The pipe copies what is sent ahead of the peer's reads: not more than this is worth doing in the daemon's loop.
-_MOST_AT_ONCE = 64 * 1024
+# What a pipe holds for a peer that does not read yet; it takes a frame up to this length without waiting.
+_BUFFER = 64 * 1024
 # One wait is at most this long: nothing interrupts WaitNamedPipe, and milliseconds have 32 bits.
 _MOST_WAIT = 1.0
 # winerror.h and winbase.h; _winapi lacks them.
@@ -46,9 +46,9 @@ if sys.platform == "win32":
             self._sending: _winapi.Overlapped | None = None
 
         def readable_now(self) -> bool:
-            """Whether a receive would not block: there is a frame, or the peer has gone."""
+            """Whether a receive would not block: there is a frame, or the end."""
             try:
-                return bool(_winapi.PeekNamedPipe(self._handle)[0])
+                return self._finishing or bool(_winapi.PeekNamedPipe(self._handle)[0])
             except OSError:
                 return True
 
@@ -58,7 +58,7 @@ if sys.platform == "win32":
 
         def try_send(self, frame: bytes) -> bool:
             """Begin to send a frame; `flush` waits until the pipe has taken it. False: too long, nothing was done."""
-            if len(frame) > _MOST_AT_ONCE:
+            if len(frame) > _BUFFER:
                 return False
             # A peer that has gone shows in the next receive.
             with contextlib.suppress(OSError):
@@ -102,12 +102,15 @@ if sys.platform == "win32":
         def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:
             data, more = self._read(_FIRST_READ if maxsize is None else min(maxsize, _FIRST_READ))
             if more:
-                # A message is there in whole or not at all.
+                # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
                 left = _winapi.PeekNamedPipe(self._handle)[1]
+                if not left:
+                    raise OSError("the peer gave a message up in the middle")
                 size = len(data) + left
                 if maxsize is not None and size > maxsize:
                     raise MessageTooLarge(
-                        f"the peer sent a message of {size} bytes, above the limit of {maxsize} bytes: raise max_message on both sides",
+                        f"the peer sent a message of {size} bytes, above the limit of {maxsize} bytes: "
+                        "raise max_message on both sides",
                         size=size,
                         limit=maxsize,
                     )
@@ -116,9 +119,9 @@ if sys.platform == "win32":
 
         def _read(self, size: int) -> tuple[bytes, bool]:
             """Return up to `size` bytes of a message and whether there is more of it."""
-            if self._finishing and not self.readable_now():
-                raise EOFError
             try:
+                if self._finishing and not _winapi.PeekNamedPipe(self._handle)[0]:
+                    raise EOFError
                 self._receiving, _ = _winapi.ReadFile(self._handle, size, overlapped=True)
                 # After self._receiving was set: a finish_receiving() before that has cancelled nothing.
                 if self._finishing:
@@ -162,7 +165,8 @@ if sys.platform == "win32":
             import ctypes
             import struct
 
-            # Full access for the owner, none for anybody else: learn.microsoft.com/windows/win32/ipc/named-pipe-security-and-access-rights
+            # Full access for the owner, none for anybody else: "SID Strings" and "Named Pipe Security and Access Rights" in
+            # the Win32 documentation.
             descriptor = ctypes.c_void_p()
             convert = ctypes.WinDLL("advapi32").ConvertStringSecurityDescriptorToSecurityDescriptorW
             if not convert("D:P(A;;GA;;;OW)", 1, ctypes.byref(descriptor), None):
@@ -181,8 +185,8 @@ if sys.platform == "win32":
                 | (_winapi.FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0),
                 _winapi.PIPE_TYPE_MESSAGE | _winapi.PIPE_READMODE_MESSAGE | _winapi.PIPE_WAIT | _PIPE_REJECT_REMOTE_CLIENTS,
                 _winapi.PIPE_UNLIMITED_INSTANCES,
-                connection.BUFSIZE,
-                connection.BUFSIZE,
+                _BUFFER,
+                _BUFFER,
                 _winapi.NMPWAIT_WAIT_FOREVER,
                 self._security,
             )
