@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import namedtuple
+from math import inf
 
 from .errors import DaemonTimeout
 
@@ -22,11 +23,18 @@ else:
     PeerCredentials = namedtuple("PeerCredentials", "pid uid")
 
 
+# Seconds; poll(2) and Windows' waits take milliseconds in 31 bits. Whoever waits longer waits for ever.
+_LONGEST_WAIT = 2_000_000.0
+
+
 def deadline_after(timeout: float) -> float:
-    """Return the monotonic time `timeout` seconds from now. Raises `ValueError` unless it is a number of seconds >= 0."""
+    """Return the monotonic time `timeout` seconds from now, or infinity if that is more than three weeks away.
+
+    Raises `ValueError` unless it is a number of seconds >= 0.
+    """
     if not timeout >= 0:
         raise ValueError(f"a timeout is a number of seconds from 0 to infinity, not {timeout!r}")
-    return time.monotonic() + timeout
+    return time.monotonic() + timeout if timeout < _LONGEST_WAIT else inf
 
 
 def remaining(deadline: float) -> float:

@@ -226,11 +226,10 @@ if sys.platform != "win32":
         except OSError as error:
             raise ConnectionLost(f"no socket can be made: {error.strerror}; close what is not used") from error
         try:
-            if deadline != inf:
-                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
-                seconds = max(remaining(deadline), 0.001)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
-            sock.connect(address)
+            _connect(sock, address, deadline)
+        except DaemonTimeout:
+            sock.close()
+            raise
         except BlockingIOError as error:
             sock.close()
             raise DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded") from error
@@ -248,6 +247,21 @@ if sys.platform != "win32":
             sock.close()
             raise
         return _checked(sock)
+
+    def _connect(sock: socket.socket, address: str, deadline: float) -> None:
+        while True:
+            if deadline != inf:
+                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+                seconds = max(remaining(deadline), 0.001)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+            sock.connect(address)
+            try:
+                sock.getpeername()
+                return
+            except OSError as error:
+                # A signal ended the wait, and Python, which thinks of TCP, takes the socket for one that goes on connecting.
+                if error.errno != errno.ENOTCONN:
+                    raise
 
     def _checked(sock: socket.socket) -> Connection:
         try:

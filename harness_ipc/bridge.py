@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import messages
-from .errors import ConnectionLost, MessageTooLarge, ProtocolError
+from .errors import ConnectionLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -112,10 +112,11 @@ class LoopBridge:
         """Return the frame of `reply`, or of the error that it can't be one."""
         try:
             return messages.encode(reply, self._max_message)
-        except (ProtocolError, MessageTooLarge) as error:
-            logger.error("the reply can't be sent: %s", error)
+        except Exception as error:  # of the reply's own methods too, where it is no plain dict
+            sorry = messages.error_reply(error)
+            logger.error("the reply can't be sent: %s", sorry["error"]["message"])
             # Without a limit: the error is short, and there has to be a reply.
-            return messages.encode(messages.error_reply(error))
+            return messages.encode(sorry)
 
     def cancel(self) -> None:
         """Cancel the handlers that are running, from any thread."""

@@ -5,7 +5,10 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from functools import partial
 from math import inf
 
 from . import auth, endpoint, messages, transport
@@ -22,7 +25,8 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
@@ -57,7 +61,7 @@ def connect_daemon(
     `UnsafeDirectory` or `InvalidName`.
     """
     client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
-    client._open(transport.deadline_after(timeout))
+    client._connect(transport.deadline_after(timeout))
     return client
 
 
@@ -73,11 +77,14 @@ class Client:
         self._connect_timeout = timeout
         self._request_timeout = request_timeout
         self._max_message = max_message
-        self._lock = threading.Lock()
-        self._closed = False
-        self._connection: transport.Connection | None = None
-        self._unconfirmed = False
         self._record: endpoint.Record
+        # Held by the one call that uses the connection.
+        self._turn = threading.Lock()
+        # Guards what others have to see of that call to end it.
+        self._guard = threading.Lock()
+        self._call: _Call | None = None
+        self._connection: transport.Connection | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int:
@@ -98,7 +105,7 @@ class Client:
         when the connection had to be opened again. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing
         was sent, and the connection goes on.
         """
-        return self._request(message, transport.deadline_after(self._request_timeout if timeout is None else timeout))
+        return self._request(message, self._deadline(timeout))
 
     def call(self, method: str, *, timeout: float | None = None, **params: Any) -> Any:
         """Send ``{"method": method, "params": params}`` and return ``reply["result"]``.
@@ -109,20 +116,9 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; a request in another thread ends with `ConnectionLost`. Closing twice is no error."""
-        self._closed = True
-        if not self._lock.acquire(blocking=False):
-            self.abort()
-            self._lock.acquire()
-        try:
+        self._end()
+        with self._turn:
             self._drop()
-        finally:
-            self._lock.release()
-
-    def abort(self) -> None:
-        """End the request that another thread is waiting for, with `ConnectionLost`. It may still run in the daemon."""
-        connection = self._connection
-        if connection is not None:
-            connection.abort()
 
     def __enter__(self) -> Self:
         return self
@@ -133,74 +129,116 @@ class Client:
     def __repr__(self) -> str:
         return f"<Client {self.name!r} {'closed' if self._closed else 'open'}>"
 
-    def _request(self, message: Message, deadline: float) -> Message:
-        if not self._lock.acquire(timeout=-1 if deadline == inf else max(0.0, transport.remaining(deadline))):
-            raise DaemonTimeout("another thread's request on this client took until the deadline: use a client for each thread")
-        try:
-            if self._closed:
-                raise ConnectionLost("this client is closed: connect again")
-            connection = self._living(deadline)
-            # Only now: the daemon checks our proof meanwhile, and what its limit is was not known before.
-            frame = messages.encode(message, min(self._max_message, self._record.max_message))
+    def _deadline(self, timeout: float | None) -> float:
+        return transport.deadline_after(self._request_timeout if timeout is None else timeout)
+
+    def _connect(self, deadline: float, call: _Call | None = None) -> None:
+        with self._turn_for(call, deadline):
+            connection = self._open(deadline)
             try:
+                auth.confirm(connection)
+            except BaseException:
+                self._drop()
+                raise
+
+    def _request(self, message: Message, deadline: float, call: _Call | None = None) -> Message:
+        with self._turn_for(call, deadline):
+            connection = self._connection
+            # A living daemon has nothing to say before it is asked: something to read is the end.
+            fresh = connection is None or connection.readable_now()
+            if connection is None or fresh:
+                self._drop()
+                connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
+            used = fresh
+            try:
+                # Not earlier: the daemon checks our proof meanwhile, and what its limit is was not known before.
+                frame = messages.encode(message, min(self._max_message, self._record.max_message))
+                used = True
                 connection.deadline = deadline
                 transport.send(connection, frame)
-                if self._unconfirmed:
-                    self._confirm(connection)
+                if fresh:
+                    auth.confirm(connection)
                 reply = messages.decode(transport.receive(connection, self._max_message))
                 if reply.get("meta") == messages.BUSY:
                     raise Busy(f"the daemon {self.name!r} has all the connections that it takes: try again later")
             except BaseException:
-                # The reply may still come: it must not be taken for the next request's.
-                self._drop()
+                # The verdict or the reply may still come: it must not be taken for the next request's.
+                if used:
+                    self._drop()
                 raise
             return reply
-        finally:
-            self._lock.release()
 
-    def _living(self, deadline: float) -> transport.Connection:
-        connection = self._connection
-        if connection is not None and self._unconfirmed and connection.readable_now():
-            self._confirm(connection)
-        # A living daemon has nothing to say before it is asked: something to read is the end.
-        if connection is not None and not connection.readable_now():
-            return connection
-        self._drop()
-        return self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
+    @contextlib.contextmanager
+    def _turn_for(self, call: _Call | None, deadline: float) -> Iterator[None]:
+        if not self._turn.acquire(timeout=-1 if deadline == inf else transport.remaining(deadline)):
+            raise DaemonTimeout("another thread's request on this client took until the deadline: use a client for each thread")
+        try:
+            with self._guard:
+                self._call = call
+                self._check()
+            yield
+        except ConnectionLost:
+            # Say so if it was us.
+            self._check()
+            raise
+        finally:
+            self._turn.release()
 
     def _open(self, deadline: float) -> transport.Connection:
         """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
 
-        The daemon has proved itself then. Its verdict on our own proof is received before the first reply: until then
-        nothing that it says is taken for one, and the two turns of waiting for it are saved.
+        The daemon has proved itself then, and our own proof is on its way. Its verdict is left to `auth.confirm`, which has
+        to come before anything that the daemon says is believed: a request may be sent meanwhile, which saves two turns.
         """
         record = endpoint.load(self.name)
         while True:
             try:
                 connection = transport.dial(record.address, deadline)
                 try:
+                    with self._guard:
+                        self._connection, self._record = connection, record
+                        self._check()
                     connection.deadline = deadline
                     auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
                     transport.flush(connection)
                 except BaseException:
-                    connection.close()
+                    self._drop()
                     raise
-                self._connection, self._record, self._unconfirmed = connection, record, True
                 return connection
             except (DaemonNotRunning, ConnectionLost):
+                self._check()
                 successor = endpoint.load(self.name, again=True)
                 if successor.generation == record.generation:
                     raise
                 record = successor
 
-    def _confirm(self, connection: transport.Connection) -> None:
-        auth.confirm(connection)
-        self._unconfirmed = False
-
     def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        with self._guard:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ConnectionLost("this client is closed: connect again")
+        if self._call is not None and self._call.ended:
+            raise ConnectionLost("the request was cancelled")
+
+    def _end(self, call: _Call | None = None) -> None:
+        """End `call`, or all of them now and in future, from any thread. What was sent may still run in the daemon."""
+        with self._guard:
+            if call is None:
+                self._closed = True
+            else:
+                call.ended = True
+            if self._connection is not None and (self._closed or self._call is call):
+                self._connection.abort()
+
+
+class _Call:
+    """One call of a client that somebody may want to end before its time."""
+
+    ended = False
 
 
 def request(
@@ -258,59 +296,57 @@ async def aconnect_daemon(
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
 ) -> AsyncClient:
     """Connect as `connect_daemon` does, without blocking the event loop."""
-    client = AsyncClient()
+    deadline = transport.deadline_after(timeout)
+    client = AsyncClient(Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message))
     try:
-        await client._open(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
+        await client._run(deadline, client._client._connect)
     except BaseException:
-        await client.close()
+        # Not waited for: whoever cancels this wants it to end.
+        client._begin_close()
         raise
     return client
 
 
 class AsyncClient:
-    """A `Client` for coroutines, made by `aconnect_daemon`. It blocks in one thread of its own, never in the loop's executor.
+    """A `Client` for coroutines, made by `aconnect_daemon`. It blocks in a thread of its own, never in the loop's executor.
 
-    Requests go one after the other; a cancelled one ends the connection, which the next one opens again.
+    Requests go one after the other. A cancelled one ends the connection, which the next one opens again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, client: Client) -> None:
+        import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="harness-ipc-client")
-        self._client: Client | None = None
-        self._closed = False
+        self._client = client
+        self._turn = asyncio.Lock()
+        # One thread, but for a moment after a cancelled request that was still connecting.
+        self._executor = ThreadPoolExecutor(thread_name_prefix="harness-ipc-client")
 
     @property
-    def client(self) -> Client:
-        """The connected `Client`: for its `pid` and `generation`."""
-        if self._client is None:
-            raise ConnectionLost("this client is closed: connect again")
-        return self._client
+    def pid(self) -> int:
+        """See `Client.pid`."""
+        return self._client.pid
+
+    @property
+    def generation(self) -> str:
+        """See `Client.generation`."""
+        return self._client.generation
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """See `Client.request`; the timeout also counts the wait for other requests of this client."""
-        client = self.client
-        deadline = transport.deadline_after(client._request_timeout if timeout is None else timeout)
-        return await self._run(lambda: client._request(message, deadline))
+        return await self._run(self._client._deadline(timeout), partial(self._client._request, message))
 
     async def call(self, method: str, *, timeout: float | None = None, **params: Any) -> Any:
         """See `Client.call`."""
         return result_of(await self.request({"method": method, "params": params}, timeout=timeout))
 
     async def close(self) -> None:
-        """See `Client.close`. It returns when the thread has ended."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._client is not None:
-            self._client.abort()
-        try:
-            # Last in the thread's queue, so that a connection which is only being made is closed too.
-            await self._run(self._close)
-        except BaseException:
-            self._executor.shutdown(wait=False)
-            raise
-        self._executor.shutdown()
+        """See `Client.close`. It returns when the connection is closed and the thread has ended."""
+        import asyncio
+
+        if (closing := self._begin_close()) is not None:
+            await asyncio.shield(asyncio.wrap_future(closing))
+            self._executor.shutdown()
 
     async def __aenter__(self) -> Self:
         return self
@@ -320,28 +356,34 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _open(self, name: str, *, timeout: float, request_timeout: float, max_message: int) -> None:
-        def connect() -> None:
-            self._client = connect_daemon(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
+    def _begin_close(self) -> Future[None] | None:
+        try:
+            closing = self._executor.submit(self._client.close)
+        except RuntimeError:
+            return None
+        # What runs now ends at once, and nothing more can be submitted.
+        self._client._end()
+        self._executor.shutdown(wait=False)
+        return closing
 
-        await self._run(connect)
-
-    def _close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-
-    async def _run(self, call: Callable[[], T]) -> T:
+    async def _run(self, deadline: float, action: Callable[[float, _Call], T]) -> T:
         import asyncio
 
         try:
-            job = self._executor.submit(call)
-        except RuntimeError:
-            raise ConnectionLost("this client is closed: connect again") from None
+            async with asyncio.timeout(None if deadline == inf else max(0.0, deadline - time.monotonic())):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise DaemonTimeout("another request on this client took until the deadline: use a client for each task") from None
         try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            # Not if it still waits behind another request, which would be ended in its stead.
-            if job.running() and self._client is not None:
-                self._client.abort()
-            raise
+            call = _Call()
+            try:
+                job = self._executor.submit(action, deadline, call)
+            except RuntimeError:
+                raise ConnectionLost("this client is closed: connect again") from None
+            try:
+                return await asyncio.wrap_future(job)
+            except asyncio.CancelledError:
+                self._client._end(call)
+                raise
+        finally:
+            self._turn.release()

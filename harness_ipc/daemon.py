@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from . import __version__, endpoint, messages, paths
 from .errors import HarnessIPCError, StartFailed
-from .server import GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
+from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
+from .transport import deadline_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from .bridge import Handler
     from .messages import Message
@@ -60,9 +61,12 @@ def run_daemon(
     `app` is an async function from a message to a reply, or an `App`. The log is the file `log_path`; `on_ready` is called
     in the loop once clients can connect. The other arguments are those of `start_daemon_server`.
 
-    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; a clean end returns.
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none; a
+    clean end returns.
     """
     application = _as_app(app)
+    if idle_timeout is not None:
+        deadline_after(idle_timeout)
 
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
@@ -101,10 +105,29 @@ def run_daemon(
         with _logging_to(name):
             version = ".".join(map(str, sys.version_info[:3]))
             logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
-            asyncio.run(main())
+            _run(main())
             logger.info("stopped %s", name)
     finally:
         lock.release()
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """Do as `asyncio.run`, but wait only a while for tasks that go on when they are cancelled."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(main)
+    finally:
+        try:
+            if left := asyncio.all_tasks(loop):
+                for task in left:
+                    task.cancel()
+                _, left = loop.run_until_complete(asyncio.wait(left, timeout=CANCEL_PERIOD))
+            for task in left:
+                logger.error("left behind, since it goes on when it is cancelled: %r", task)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            loop.close()
 
 
 def _as_app(app: App | Handler) -> App:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # A record is about 600 bytes and argv; Linux allows 128 KiB for one argument (execve(2), MAX_ARG_STRLEN).
 _MAX_RECORD = 256 * 1024
+
+# Seconds since 1970, far beyond any clock and within what a float and a datetime can hold: the year 9999.
+_END_OF_TIME = 253_402_300_800
 
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -57,8 +59,12 @@ class Record:
                 raise ValueError(f"its {key} is missing or of a wrong type")
         if fields["pid"] <= 0 or fields["max_message"] <= 0:
             raise ValueError("its pid or max_message is not positive")
+        if not (0 <= fields["create_time"] < _END_OF_TIME and 0 <= fields["started_at"] < _END_OF_TIME):
+            raise ValueError("its create_time or started_at is no time")
         if not fields["address"] or "\0" in fields["address"]:
             raise ValueError("its address is not usable")
+        # As the keys are derived from it; raises UnicodeError, a ValueError.
+        fields["address"].encode("utf-8", "surrogateescape")
         try:
             self._authkey = bytes.fromhex(fields["authkey"])
         except ValueError:
@@ -158,7 +164,9 @@ def _parse(data: bytes) -> Record:
     if not isinstance(fields, dict):
         raise ValueError("it is not a JSON object")
     schema = fields.get("schema")
-    if schema != SCHEMA and isinstance(schema, int):
+    if type(schema) is not int:
+        raise ValueError("its schema is missing or of a wrong type")
+    if schema != SCHEMA:
         raise IncompatibleDaemon(
             f"the daemon's record has schema {schema}, this version knows {SCHEMA}: "
             "use the version of harness_ipc that started the daemon, or restart it"
@@ -280,10 +288,14 @@ def remove_leavings(name: str) -> None:
 
 
 def _remove_socket(record: Record) -> None:
-    # Only a name that a generation could have: a damaged record must not choose what is unlinked.
-    if re.fullmatch(r"[0-9a-f]{16}\.sock", os.path.basename(record.address)):
+    # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked.
+    directory, name = os.path.split(record.address)
+    if name == f"{record.generation[:16]}.sock":
         with contextlib.suppress(OSError):
-            os.unlink(record.address)
+            if any(
+                os.path.samefile(directory, place) for place in (paths.runtime_location()[0], paths.private_temporary_dir())
+            ):
+                os.unlink(record.address)
 
 
 def _path(name: str, ext: str) -> str:

@@ -108,6 +108,9 @@ if sys.platform == "win32":
             return "is not what belongs there", f'del "{path}"'
         return None
 
+    def _make_readable(path: str) -> str:
+        return f'icacls "{path}" /reset'
+
 else:
 
     def _user_id() -> str:
@@ -149,10 +152,13 @@ else:
             return f"belongs to uid {info.st_uid}, not to {os.geteuid()}", f"sudo rm -r {quoted}"
         if stat.S_IFMT(info.st_mode) != kind:
             return "is not a directory" if kind == stat.S_IFDIR else "is not a regular file", f"rm -r {quoted}"
-        return (
-            f"has mode {stat.S_IMODE(info.st_mode):04o}",
-            f"chmod {'700' if kind == stat.S_IFDIR else '600'} {quoted}",
-        )
+        remedy = f"chmod 700 {quoted}" if kind == stat.S_IFDIR else _make_readable(path)
+        return f"has mode {stat.S_IMODE(info.st_mode):04o}", remedy
+
+    def _make_readable(path: str) -> str:
+        import shlex
+
+        return f"chmod 600 {shlex.quote(path)}"
 
 
 def check_private_dir(path: str, *, forbidden: int = 0o077) -> bool:
@@ -209,20 +215,21 @@ def read_private_file(path: str, limit: int) -> bytes:
     """
     try:
         descriptor = retry_sharing(os.open, path, _READ)
-    except FileNotFoundError:
+        try:
+            info = os.fstat(descriptor)
+            _refuse(path, info, stat.S_IFREG, 0o077)
+            # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
+            return os.read(descriptor, min(limit, info.st_size) + 1)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, UnsafeDirectory):
         raise
     except OSError as error:
+        # What can't be opened is refused for what it is, if that is the reason.
         _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
         if isinstance(error, PermissionError):
-            raise _unsafe(path, f"can't be read ({error.strerror})", f"chmod 600 {path}") from error
+            raise _unsafe(path, f"can't be read ({error.strerror})", _make_readable(path)) from error
         raise ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again") from error
-    try:
-        info = os.fstat(descriptor)
-        _refuse(path, info, stat.S_IFREG, 0o077)
-        # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
-        return os.read(descriptor, min(limit, info.st_size) + 1)
-    finally:
-        os.close(descriptor)
 
 
 def write_private_file(path: str, data: bytes) -> None:
@@ -243,7 +250,9 @@ def open_private_log(path: str, *_: object) -> int:
         ) from error
     try:
         _refuse(path, os.fstat(descriptor), stat.S_IFREG, 0o077)
-    except UnsafeDirectory:
+        # The umask may have taken away even the owner's rights.
+        os.chmod(path, 0o600)
+    except OSError:
         os.close(descriptor)
         raise
     return descriptor

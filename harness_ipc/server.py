@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+from math import inf
 from typing import TYPE_CHECKING, Self
 
 from . import __version__, auth, endpoint, messages, paths, transport
@@ -42,7 +43,7 @@ _WARM_THREADS = 8
 # Seconds to wait for descriptors or threads, which nothing announces, before accept is tried again.
 _EXHAUSTED_PAUSE = 0.1
 # Seconds for cancelled handlers to end.
-_CANCEL_PERIOD = 1.0
+CANCEL_PERIOD = 1.0
 
 
 async def start_daemon_server(
@@ -71,8 +72,10 @@ async def start_daemon_server(
     `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `lock` is the lifetime lock
     if the caller holds it already; otherwise it is taken here and released when the server has closed.
 
-    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none.
     """
+    for seconds in (handshake_timeout, grace_period):
+        transport.deadline_after(seconds)
     own_lock = endpoint.lock_lifetime(name) if lock is None else None
     try:
         endpoint.remove_leavings(name)
@@ -308,14 +311,14 @@ class DaemonServer:
     def _serve(self, session: Session) -> None:
         connection = session.connection
         try:
-            connection.deadline = time.monotonic() + self._handshake_timeout
+            connection.deadline = transport.deadline_after(self._handshake_timeout)
             auth.challenge_client(connection, self._keys)
             with self._changed:
                 admitted = not self._closing and len(self._sessions) < self._max_connections
                 if admitted:
                     del self._unproved[session]
                     self._sessions.add(session)
-                    connection.deadline = float("inf")
+                    connection.deadline = inf
             self._serve_one(session, admitted)
             while admitted:
                 self._serve_one(session, admitted)
@@ -340,18 +343,18 @@ class DaemonServer:
         try:
             message = messages.decode(frame)
         except ProtocolError as error:
-            return self._bridge.encode(messages.error_reply(error))
+            return messages.encode(messages.error_reply(error))
         verb = message.get("meta")
         if verb == messages.PING:
-            return self._bridge.encode(self._pong())
+            return messages.encode(self._pong())
         if verb == messages.SHUTDOWN:
             logger.info("shutdown requested by pid %s", session.connection.peer.pid)
             self._loop.call_soon_threadsafe(self._on_shutdown)
-            return self._bridge.encode({"shutdown": True})
+            return messages.encode({"shutdown": True})
         if not admitted:
             pid = session.connection.peer.pid
             logger.warning("turned the client with pid %s away: all %d connections are taken", pid, self._max_connections)
-            return self._bridge.encode({**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY})
+            return messages.encode({**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY})
         return self._bridge.ask(session, message)
 
     def _pong(self) -> Message:
@@ -368,7 +371,7 @@ class DaemonServer:
     # The end.
 
     def _shut_down(self) -> None:
-        deadline = time.monotonic() + self._grace_period
+        deadline = transport.deadline_after(self._grace_period)
         try:
             self._stop_accepting()
             with self._changed:
@@ -377,7 +380,8 @@ class DaemonServer:
                     session.connection.abort()
                 for session in self._sessions:
                     session.connection.finish_receiving()
-                drained = self._changed.wait_for(lambda: not self._threads, max(0.0, deadline - time.monotonic()))
+                left = None if deadline == inf else max(0.0, deadline - time.monotonic())
+                drained = self._changed.wait_for(lambda: not self._threads, left)
             if not drained:
                 self._break_off()
             for thread in threads:
@@ -405,7 +409,7 @@ class DaemonServer:
         logger.warning("%d requests are still running after %g s: cancelling them", in_flight, self._grace_period)
         self._bridge.cancel()
         with self._changed:
-            self._changed.wait_for(lambda: not self._threads, _CANCEL_PERIOD)
+            self._changed.wait_for(lambda: not self._threads, CANCEL_PERIOD)
             left = [*self._sessions, *self._unproved]
             for session in left:
                 session.connection.abort()

@@ -26,6 +26,13 @@ class UnprintableError(Exception):
         raise ValueError("no text")
 
 
+class UnreadableReply(dict[str, Any]):
+    """A reply that fails when somebody wants to read it."""
+
+    def items(self) -> Any:
+        raise LookupError("no items")
+
+
 class App:
     """A daemon's application with one method for each thing that a test wants to see."""
 
@@ -71,6 +78,8 @@ class App:
                 raise ValueError(params.get("text", "as told"))
             case "raise unprintable":
                 raise UnprintableError
+            case "return unreadable":
+                return UnreadableReply(result=None)
             case "return":
                 return {"set": {"result": {1, 2}}, "nan": {"result": float("nan")}, "list": [1]}[params["what"]]  # type: ignore[return-value]
             case "peer":

@@ -1,0 +1,233 @@
+"""Another user of the machine, a real one: no record, no connection, no place to squat. Run as a program, it is that user."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import socket
+import sys
+from multiprocessing.connection import Connection, deliver_challenge
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness_ipc import (
+    StartFailed,
+    UnsafeDirectory,
+    auth,
+    cleanup_endpoint,
+    connect_daemon,
+    endpoint,
+    log_path,
+    ping,
+    request,
+    run_daemon,
+    runtime_dir,
+    runtime_path,
+    transport,
+)
+from tests.marks import needs_posix, needs_root
+from tests.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [needs_posix, needs_root]
+
+STRANGER = 12345
+NAME = "private"
+# How a connection ends whose other end was closed before it read anything.
+RESET = ("ConnectionResetError", "BrokenPipeError")
+
+
+def try_raw(address: str) -> str:
+    """Say nothing, and return what the daemon says."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(address)
+        return sock.recv(100).decode()
+
+
+def try_with_the_key(address: str, authkey: str) -> None:
+    """Do what a client does, with a record that somebody gave away, but for its look at who is listening."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(address)
+        with Connection(sock.detach()) as connection:
+            deliver_challenge(connection, auth.role_key(bytes.fromhex(authkey), "daemon", address))
+
+
+# What the stranger may try, by name: each is done in a process of its own, and tells what it came to.
+ATTEMPTS: dict[str, Callable[..., object]] = {
+    "load": lambda: endpoint.load(NAME).address,
+    "request": lambda: request(NAME, {"method": "echo"}),
+    "connect": lambda: connect_daemon(NAME),
+    "ping": lambda: ping(NAME),
+    "clean up": lambda: cleanup_endpoint(NAME),
+    "serve": lambda: run_daemon(App(), NAME),
+    "dial": lambda address: transport.dial(address, transport.deadline_after(PATIENCE)).close(),
+    "raw": try_raw,
+    "with the key": try_with_the_key,
+    "open": lambda path: open(path, "rb").close(),
+    "create": lambda path: open(path, "xb").close(),
+    "unlink": os.unlink,
+    "mkdir": lambda path: os.mkdir(path, 0o700),
+    "link": os.symlink,
+    "who": lambda: [os.getuid(), os.geteuid(), os.getgid(), os.getgroups()],
+}
+
+
+def attempt(verb: str, *arguments: str) -> Any:
+    """Let the stranger try, and return what it got, or the names of the error and of its base classes."""
+    with spawn_python("-m", "tests.integration.test_access", verb, *arguments) as stranger:
+        return json.loads(stranger.read_line())
+
+
+def main(verb: str, *arguments: str) -> None:
+    # Everything is imported before: the stranger may have no access to this interpreter's library.
+    for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil"):
+        importlib.import_module(module)
+    if sys.platform == "win32":
+        raise AssertionError("for POSIX")
+    os.setgroups([])
+    os.setgid(STRANGER)
+    os.setuid(STRANGER)
+    try:
+        outcome: Any = ATTEMPTS[verb](*arguments)
+    except Exception as error:
+        outcome = [kind.__name__ for kind in type(error).__mro__]
+    print(json.dumps(outcome), flush=True)
+
+
+@pytest.fixture
+def daemon() -> Iterator[DaemonProcess]:
+    with spawn_daemon(NAME, handshake_timeout=3600) as process:
+        yield process
+        assert request(NAME, {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+        assert process.process.poll() is None
+
+
+@contextlib.contextmanager
+def mode(path: Path, bits: int) -> Iterator[None]:
+    before = path.stat().st_mode
+    path.chmod(bits)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
+@pytest.fixture(params=["closed", "searchable", "open"])
+def reach(request: pytest.FixtureRequest, private_directories: Path, daemon: DaemonProcess) -> Iterator[str]:
+    """Make more and more of the way to the runtime directory open to others, but for that directory itself."""
+    outer = {"closed": 0o700, "searchable": 0o711, "open": 0o755}[request.param]
+    with mode(private_directories, outer):
+        yield request.param
+
+
+def test_the_stranger_is_a_stranger() -> None:
+    assert attempt("who") == [STRANGER, STRANGER, STRANGER, []]
+
+
+@pytest.mark.usefixtures("reach")
+@pytest.mark.parametrize("verb", ["load", "request", "connect", "clean up", "serve"])
+def test_another_user_gets_a_typed_error_by_name(verb: str) -> None:
+    assert attempt(verb)[:3] == ["UnsafeDirectory", "HarnessIPCError", "PermissionError"]
+
+
+@pytest.mark.usefixtures("reach")
+def test_another_users_ping_says_no() -> None:
+    assert attempt("ping") is False
+
+
+@pytest.mark.usefixtures("reach")
+@pytest.mark.parametrize("ext", ["json", "lock"])
+def test_another_user_can_neither_read_nor_replace_a_file_that_it_is_told_of(ext: str) -> None:
+    path = str(runtime_path(NAME, ext))
+    assert attempt("open", path)[0] == "PermissionError"
+    assert attempt("unlink", path)[0] == "PermissionError"
+    assert attempt("create", path + "x")[0] == "PermissionError"
+
+
+@pytest.mark.usefixtures("reach")
+def test_another_user_cannot_connect_to_a_socket_that_it_is_told_of() -> None:
+    address = endpoint.load(NAME).address
+    assert attempt("dial", address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
+    assert attempt("raw", address)[0] == "PermissionError"
+
+
+@pytest.fixture
+def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[endpoint.Record]:
+    """Undo on purpose all that the file system does against others, and put it back."""
+    record = endpoint.load(NAME)
+    with mode(private_directories, 0o755), mode(runtime_dir(), 0o711), mode(Path(record.address), 0o666):
+        yield record
+
+
+def test_the_daemon_refuses_another_user_that_reaches_it_before_it_reads_a_byte(opened: endpoint.Record) -> None:
+    # It said nothing, the handshake has an hour: it was refused for who it is.
+    assert attempt("raw", opened.address) == ""
+    assert attempt("with the key", opened.address, opened.authkey.hex())[0] in ("EOFError", *RESET)
+    log = log_path(NAME).read_text(encoding="utf-8")
+    assert log.count(f"belongs to uid {STRANGER}, not to 0") == 2
+    assert opened.authkey.hex() not in log
+
+
+def test_a_client_refuses_a_daemon_of_another_user(opened: endpoint.Record) -> None:
+    """Here the stranger is the client, and we are the other user."""
+    assert attempt("dial", opened.address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
+
+
+def test_an_opened_directory_is_refused_by_its_owner(opened: endpoint.Record) -> None:
+    for call in (lambda: request(NAME, {}), lambda: connect_daemon(NAME), runtime_dir):
+        with pytest.raises(UnsafeDirectory, match="mode 0711") as caught:
+            call()
+        assert caught.value.remedy == f"chmod 700 {os.environ['HARNESS_IPC_RUNTIME_DIR']}"
+
+
+@pytest.mark.parametrize("squat", ["mkdir", "link", "create"])
+def test_a_runtime_directory_that_another_user_made_first_is_refused(private_directories: Path, squat: str) -> None:
+    run, elsewhere = private_directories / "run", private_directories / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    with mode(private_directories, 0o1777):
+        assert attempt(squat, *([str(elsewhere)] if squat == "link" else []), str(run)) is None
+        for call in (runtime_dir, lambda: endpoint.load(NAME), lambda: request(NAME, {}), lambda: cleanup_endpoint(NAME)):
+            with pytest.raises(UnsafeDirectory) as caught:
+                call()
+            assert caught.value.path == str(run)
+            assert str(run) in caught.value.remedy
+        assert not ping(NAME)
+        with pytest.raises((UnsafeDirectory, StartFailed), match=str(run)):
+            run_daemon(App(), NAME)
+        assert not list(elsewhere.iterdir())
+        # The remedy is what mends it.
+        os.system(caught.value.remedy.removeprefix("sudo "))
+        with spawn_daemon(NAME):
+            assert ping(NAME)
+
+
+def test_a_directory_for_short_sockets_that_another_user_made_first_is_refused(
+    private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = private_directories / "tmp"
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / ("deep" * 30)))
+    short = temporary / f"harness-ipc-{os.geteuid()}"
+    with mode(private_directories, 0o711):
+        assert attempt("mkdir", str(short)) is None
+        with pytest.raises(UnsafeDirectory) as caught:
+            run_daemon(App(), NAME)
+        assert caught.value.path == str(short)
+        short.rmdir()
+        with spawn_daemon(NAME):
+            assert ping(NAME)
+            assert Path(endpoint.load(NAME).address).parent == short
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,654 @@
+"""The clients, blocking and not: each caller gets its own reply or one typed error, from whatever thread, task or process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from typing import Any, TypeAlias
+
+import pytest
+
+from harness_ipc import (
+    AsyncClient,
+    AuthenticationFailed,
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    InvalidName,
+    ProtocolError,
+    RemoteError,
+    aconnect_daemon,
+    auth,
+    connect_daemon,
+    endpoint,
+    identify,
+    ping,
+    request,
+    runtime_dir,
+    transport,
+)
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, stopped, wait_until
+
+# What takes so long does not end by itself while a test runs.
+NEVER = 3600.0
+
+
+@pytest.fixture
+def daemon() -> Iterator[DaemonProcess]:
+    """A daemon that must serve at the end."""
+    with spawn_daemon("test") as daemon:
+        yield daemon
+        assert serves()
+
+
+def serves() -> bool:
+    return request("test", {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+
+def begun(tag: str) -> bool:
+    """Whether the request to sleep with this tag runs in the daemon."""
+    return ["begin", tag] in request("test", {"method": "log"})["result"]
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    with connect_daemon("test") as client:
+        yield client
+
+
+def run(main: Callable[[AsyncClient], Awaitable[None]]) -> None:
+    """Run `main` with a client, in a loop whose default executor refuses to work; afterwards no thread may be left."""
+
+    class Refusing(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("the loop's default executor is not ours to use")
+
+    async def in_time() -> None:
+        asyncio.get_running_loop().set_default_executor(Refusing())
+        async with asyncio.timeout(PATIENCE), await aconnect_daemon("test") as client:
+            await main(client)
+
+    before = set(threading.enumerate())
+    asyncio.run(in_time())
+    assert set(threading.enumerate()) == before
+
+
+# Requests and replies.
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [
+        ({"result": {"a": [1, None, "ü \ud800"]}}, {"a": [1, None, "ü \ud800"]}),
+        ({"result": None}, None),
+        ({"result": 1, "more": 2}, 1),
+        ({"error": {"type": "KeyError", "message": "gone"}}, ("KeyError", "gone")),
+        ({"error": {"message": "gone"}}, ("", "gone")),
+        ({"error": {"code": 1}}, ("", "{'code': 1}")),
+        ({"error": "gone", "result": 1}, ("", "gone")),
+        ({"error": None}, ("", "None")),
+        ({"error": {"type": 1, "message": ["gone"]}}, ("1", "['gone']")),
+        ({}, ProtocolError),
+        ({"results": 1}, ProtocolError),
+    ],
+)
+def test_a_reply_is_a_result_or_one_error(client: Client, reply: dict[str, Any], outcome: Any) -> None:
+    if isinstance(outcome, tuple):
+        with pytest.raises(RemoteError) as caught:
+            client.call("reply", reply=reply)
+        assert (caught.value.type, str(caught.value)) == outcome
+    elif outcome is ProtocolError:
+        with pytest.raises(ProtocolError):
+            client.call("reply", reply=reply)
+    else:
+        assert client.call("reply", reply=reply) == outcome
+    # The raw reply is nobody's error, and the connection is still good.
+    assert client.request({"method": "reply", "params": {"reply": reply}}) == reply
+
+
+@pytest.mark.parametrize("message", [[1], None, {"a": {1}}, {"a": math.nan}, {(1, 2): 3}, {"a": b"bytes"}])
+def test_what_is_no_message_is_not_sent(client: Client, message: Any) -> None:
+    with pytest.raises(ProtocolError):
+        client.request(message)
+    assert client.call("echo", n=1) == {"n": 1}
+
+
+@pytest.mark.parametrize("timeout", [-1.0, math.nan, -math.inf])
+def test_a_timeout_that_is_none_is_refused(client: Client, timeout: float) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: connect_daemon("test", timeout=timeout),
+        lambda: request("test", {}, timeout=timeout),
+        lambda: client.request({}, timeout=timeout),
+        lambda: ping("test", timeout),
+        lambda: identify("test", timeout),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="timeout"):
+            call()
+
+
+@pytest.mark.parametrize("timeout", [60, 60.0, 30 * 86400.0, 1e10, 1e300, math.inf])
+def test_a_timeout_may_be_as_long_as_one_likes(daemon: DaemonProcess, timeout: float) -> None:
+    with connect_daemon("test", timeout=timeout, request_timeout=timeout) as client:
+        # The sleep makes it wait for the reply.
+        assert client.call("sleep", seconds=0.01, tag=1) == 1
+        assert client.call("sleep", seconds=0.01, tag=2, timeout=timeout) == 2
+    assert ping("test", timeout)
+
+
+def test_no_time_at_all_is_a_timeout_and_sends_nothing(client: Client) -> None:
+    with pytest.raises(DaemonTimeout):
+        client.call("sleep", seconds=0, tag="never", timeout=0)
+    with pytest.raises(DaemonTimeout):
+        connect_daemon("test", timeout=0)
+    assert not ping("test", 0)
+    assert client.call("log") == []
+
+
+def test_a_late_reply_is_not_taken_for_the_next_ones(client: Client) -> None:
+    generation = client.generation
+    with pytest.raises(DaemonTimeout):
+        client.call("sleep", seconds=0.5, tag="late", timeout=0.1)
+    assert client.call("sleep", seconds=1.0, tag="next") == "next"
+    assert client.generation == generation
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../test", "x" * 65, "naïve", "test\n", "test\0"])
+def test_a_bad_name_is_refused_by_all(name: str) -> None:
+    for call in (connect_daemon, ping, identify, lambda name: request(name, {})):
+        with pytest.raises(InvalidName):
+            call(name)
+
+
+# Threads and processes.
+
+
+def test_threads_that_share_a_client_each_get_their_own_reply(client: Client) -> None:
+    def converse(thread: int) -> bool:
+        return all(client.call("echo", thread=thread, n=n) == {"thread": thread, "n": n} for n in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(converse, range(8)))
+
+
+CONVERSE = """
+import os
+from harness_ipc import connect_daemon, request
+with connect_daemon("test") as client:
+    for n in range(100):
+        assert client.call("echo", pid=os.getpid(), n=n) == {"pid": os.getpid(), "n": n}
+    assert client.call("peer")[0] in (os.getpid(), None)
+for n in range(20):
+    assert request("test", {"method": "echo", "params": {"n": n}}, timeout=60) == {"result": {"n": n}}
+"""
+
+
+def test_processes_at_once_each_get_their_own_replies(daemon: DaemonProcess) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for process in pool.map(lambda _: run_python("-c", CONVERSE), range(8)):
+            assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_closing_from_another_thread_ends_requests(client: Client, waiting: int) -> None:
+    with ThreadPoolExecutor(waiting) as pool:
+        jobs = [pool.submit(client.call, "sleep", seconds=NEVER, tag="blocked", timeout=NEVER) for _ in range(waiting)]
+        wait_until(lambda: begun("blocked"))
+        client.close()
+        assert all(isinstance(job.exception(PATIENCE), ConnectionLost) for job in jobs)
+    # Those that waited for their turn have not run.
+    assert request("test", {"method": "log"})["result"] == [["begin", "blocked"]]
+
+
+class BeingEncoded(dict[str, int]):
+    """A part of a message that holds its encoding up: the request has begun, but nothing of it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(n=1)
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def items(self) -> Any:
+        self.begun.set()
+        assert self.may_go_on.wait(PATIENCE)
+        return super().items()
+
+
+def test_closing_ends_a_request_that_just_begins(client: Client) -> None:
+    assert client.call("echo") == {}
+    part = BeingEncoded()
+    with ThreadPoolExecutor(2) as pool:
+        job = pool.submit(client.call, "sleep", seconds=NEVER, part=part, timeout=10)
+        assert part.begun.wait(PATIENCE)
+        closing = pool.submit(client.close)
+        wait_until(lambda: "closed" in repr(client))
+        part.may_go_on.set()
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+        closing.result(PATIENCE)
+
+
+def test_a_closed_client_is_closed(client: Client) -> None:
+    assert client.call("echo") == {}
+    client.close()
+    client.close()
+    for _ in range(2):
+        with pytest.raises(ConnectionLost):
+            client.call("echo")
+
+
+# Daemons that are not what they should be.
+
+
+Served: TypeAlias = "Connection[Any, Any]"
+
+
+@contextlib.contextmanager
+def scripted_daemon(serve: Callable[[Served, auth.Keys], None]) -> Iterator[None]:
+    """Be a daemon that takes one connection after the other and does with it what the test wants."""
+    directory = runtime_dir()
+    directory.mkdir(mode=0o700, exist_ok=True)
+    generation_id = endpoint.new_generation_id()
+    address = transport.new_address(str(directory), generation_id)
+    generation = endpoint.Generation(
+        "test", family=transport.FAMILY, address=address, generation=generation_id, app_version=None, max_message=1 << 26
+    )
+    keys = auth.Keys(generation.record.authkey, address)
+    over = threading.Event()
+    with Listener(address, transport.FAMILY) as listener, ThreadPoolExecutor(1) as pool:
+        generation.publish()
+
+        def accept() -> None:
+            while True:
+                with listener.accept() as connection, contextlib.suppress(EOFError):
+                    if over.is_set():
+                        return
+                    serve(connection, keys)
+
+        job = pool.submit(accept)
+        try:
+            yield
+        finally:
+            over.set()
+            transport.dial(address, transport.deadline_after(PATIENCE)).close()
+            job.result(PATIENCE)
+            generation.discard()
+
+
+def prove(connection: Served, keys: auth.Keys) -> None:
+    answer_challenge(connection, keys.daemon)
+    deliver_challenge(connection, keys.client)
+
+
+def answer_all(connection: Served, keys: auth.Keys) -> None:
+    """Be a daemon whose every result is 1, until the client goes away."""
+    prove(connection, keys)
+    while True:
+        connection.recv_bytes()
+        connection.send_bytes(b'{"result": 1}')
+
+
+@pytest.mark.parametrize("reply", [b"", b"{", b"[1]", b"null", b'{"result": NaN}', b'{"result": "\xff"}', b'{"a":' * 100_000])
+def test_a_reply_that_is_no_message_is_an_error_and_the_next_one_is_read(reply: bytes) -> None:
+    def serve(connection: Served, keys: auth.Keys) -> None:
+        prove(connection, keys)
+        while True:
+            message = json.loads(connection.recv_bytes())
+            connection.send_bytes(reply if message["method"] == "odd" else b'{"result": 1}')
+
+    with scripted_daemon(serve), connect_daemon("test") as client:
+        with pytest.raises(ProtocolError):
+            client.call("odd")
+        assert client.call("even") == 1
+
+
+@pytest.mark.parametrize(("verdict", "error"), [(None, ConnectionLost), (b"#FAILURE#", AuthenticationFailed)])
+def test_a_client_that_is_refused_knows_it_when_it_connects(verdict: bytes | None, error: type[Exception]) -> None:
+    refused = threading.Event()
+
+    def serve(connection: Served, keys: auth.Keys) -> None:
+        if refused.is_set():
+            answer_all(connection, keys)
+        refused.set()
+        answer_challenge(connection, keys.daemon)
+        connection.send_bytes(b"#CHALLENGE#{sha256}" + bytes(32))
+        connection.recv_bytes()
+        if verdict is not None:
+            connection.send_bytes(verdict)
+
+    with scripted_daemon(serve):
+        with pytest.raises(error):
+            connect_daemon("test")
+        with connect_daemon("test") as client:
+            assert client.call("echo") == 1
+
+
+def test_a_daemon_that_hangs_up_instead_of_a_reply_is_an_error_and_not_an_empty_reply() -> None:
+    def serve(connection: Served, keys: auth.Keys) -> None:
+        prove(connection, keys)
+        connection.recv_bytes()
+
+    with scripted_daemon(serve), connect_daemon("test") as client:
+        for _ in range(2):
+            with pytest.raises(ConnectionLost):
+                client.request({})
+        with pytest.raises(ConnectionLost):
+            request("test", {})
+        assert not ping("test")
+
+
+class Reopening:
+    """A daemon that hangs up on its first client, and lets the next one wait for the proof until `may_go_on`."""
+
+    def __init__(self) -> None:
+        self.hung_up = threading.Event()
+        self.reopened = threading.Event()
+        self.may_go_on = threading.Event()
+        self.requests: list[Any] = []
+
+    def __call__(self, connection: Served, keys: auth.Keys) -> None:
+        if not self.hung_up.is_set():
+            prove(connection, keys)
+            connection.recv_bytes()
+            connection.send_bytes(b'{"result": 1}')
+            connection.close()
+            self.hung_up.set()
+            return
+        self.reopened.set()
+        assert self.may_go_on.wait(PATIENCE)
+        with contextlib.suppress(OSError):
+            prove(connection, keys)
+            while True:
+                self.requests.append(json.loads(connection.recv_bytes())["method"])
+                if self.requests[-1] != "late":
+                    connection.send_bytes(b'{"result": 2}')
+
+
+def test_closing_while_a_request_connects_again_ends_it() -> None:
+    daemon = Reopening()
+    with scripted_daemon(daemon), ThreadPoolExecutor(2) as pool, connect_daemon("test", timeout=PATIENCE) as client:
+        assert client.call("early") == 1
+        assert daemon.hung_up.wait(PATIENCE)
+        job = pool.submit(client.call, "late", timeout=10)
+        assert daemon.reopened.wait(PATIENCE)
+        closing = pool.submit(client.close)
+        wait_until(lambda: "closed" in repr(client))
+        daemon.may_go_on.set()
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+        closing.result(PATIENCE)
+    assert daemon.requests == []
+
+
+def test_cancelling_while_a_request_connects_again_ends_it() -> None:
+    daemon = Reopening()
+
+    async def main(client: AsyncClient) -> None:
+        assert await client.call("early") == 1
+        assert daemon.hung_up.wait(PATIENCE)
+        late = asyncio.create_task(client.call("late", timeout=10))
+        while not daemon.reopened.is_set():
+            await asyncio.sleep(0)
+        await cancel(late)
+        daemon.may_go_on.set()
+        assert await client.call("next", timeout=5) == 2
+        assert daemon.requests == ["next"]
+
+    with scripted_daemon(daemon):
+        run(main)
+
+
+WITH_SIGPIPE = """
+import signal
+from harness_ipc import HarnessIPCError, connect_daemon
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+with connect_daemon("test") as client:
+    for text in ("x" * 40_000_000, "short"):
+        try:
+            print(client.call("echo", text=text))
+        except HarnessIPCError as error:
+            print(type(error).__name__, flush=True)
+"""
+
+
+@needs_posix
+def test_a_daemon_that_hangs_up_on_a_long_request_kills_nobody() -> None:
+    def serve(connection: Served, keys: auth.Keys) -> None:
+        prove(connection, keys)
+        # More of the request will not fit into the socket: the client is in the middle of sending it.
+        assert connection.poll(PATIENCE)
+
+    with scripted_daemon(serve):
+        process = run_python("-c", WITH_SIGPIPE)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.split() == ["ConnectionLost"] * 2
+    with spawn_daemon("test"):
+        assert serves()
+
+
+SURVIVE = """
+import os, signal
+from harness_ipc import HarnessIPCError, connect_daemon
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+with connect_daemon("test") as client:
+    print(client.call("echo", n=1), flush=True)
+    os.kill(client.pid, signal.SIGKILL)
+    kinds = set()
+    while "DaemonNotRunning" not in kinds:
+        try:
+            client.call("echo")
+        except HarnessIPCError as error:
+            kinds.add(type(error).__name__)
+print(sorted(kinds - {"ConnectionLost"}), flush=True)
+"""
+
+
+@needs_posix
+def test_a_daemon_that_is_killed_kills_no_client() -> None:
+    with spawn_daemon("test") as daemon, spawn_python("-c", SURVIVE) as process:
+        assert process.read_line() == "{'n': 1}"
+        daemon.wait()
+        assert process.read_line() == "['DaemonNotRunning']"
+        assert process.wait() == 0
+    with spawn_daemon("test"):
+        assert serves()
+
+
+# What a client costs.
+
+
+FRESH = """
+import sys
+from harness_ipc.client import request
+assert request("test", {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+print(*sorted({"asyncio", "concurrent", "filelock", "platformdirs", "psutil"} & set(sys.modules)))
+"""
+
+
+def test_a_client_imports_nothing_of_a_daemon(daemon: DaemonProcess) -> None:
+    process = run_python("-c", FRESH)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "\n", "")
+
+
+TIDY = """
+import asyncio
+from harness_ipc import aconnect_daemon, connect_daemon, ping, request
+with connect_daemon("test") as client:
+    client.call("echo")
+assert ping("test") and not ping("nobody") and request("test", {})
+async def main():
+    async with await aconnect_daemon("test") as client:
+        await client.call("echo")
+    client = await aconnect_daemon("test")
+    await client.close()
+    try:
+        await aconnect_daemon("nobody")
+    except ConnectionRefusedError:
+        print("refused")
+asyncio.run(main(), debug=True)
+"""
+
+
+def test_clients_leave_no_resource_to_be_warned_of(daemon: DaemonProcess) -> None:
+    process = run_python("-c", TIDY)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "refused\n", "")
+
+
+# The client for coroutines.
+
+
+def test_coroutines_have_the_same_verbs(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        assert client.pid == daemon.pid
+        assert await client.request({"a": 1}) == {"raw": {"a": 1}}
+        assert await client.call("echo", n=1) == {"n": 1}
+        with pytest.raises(RemoteError, match="as told"):
+            await client.call("raise")
+        with pytest.raises(ProtocolError):
+            await client.call("unknown")
+        with pytest.raises(ValueError, match="timeout"):
+            await client.call("echo", timeout=-1)
+        with pytest.raises(DaemonTimeout):
+            await client.call("sleep", seconds=NEVER, timeout=0.1)
+        assert await client.call("echo", n=2) == {"n": 2}
+
+    run(main)
+
+
+def test_coroutines_at_once_each_get_their_own_reply(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        assert await asyncio.gather(*(client.call("echo", n=n) for n in range(100))) == [{"n": n} for n in range(100)]
+
+    run(main)
+
+
+def test_the_loop_turns_while_a_request_waits(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        async with await aconnect_daemon("test") as other:
+            # Neither is answered before both have been asked.
+            assert sum(await asyncio.gather(client.call("meet", tag=1), other.call("meet", tag=2))) == 3
+
+    run(main)
+
+
+async def begin(client: AsyncClient, tag: str) -> asyncio.Task[Any]:
+    """Return the task of a request that does not end, once it runs in the daemon."""
+    task = asyncio.create_task(client.call("sleep", seconds=NEVER, tag=tag, timeout=NEVER))
+    async with await aconnect_daemon("test") as observer:
+        while ["begin", tag] not in await observer.call("log"):
+            pass
+    return task
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
+def test_a_cancelled_request_keeps_nobody_waiting(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        for tag in ("first", "second"):
+            await cancel(await begin(client, tag))
+            assert await client.call("echo", n=1) == {"n": 1}
+
+    run(main)
+
+
+def test_cancelling_who_still_queues_ends_nobody_else(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        running = asyncio.create_task(client.call("meet", tag="running"))
+        queued = [asyncio.create_task(client.call("sleep", seconds=0, tag=f"queued {n}")) for n in range(3)]
+        await asyncio.sleep(0)
+        await cancel(queued[0])
+        await cancel(queued[2])
+        async with await aconnect_daemon("test") as other:
+            assert await other.call("meet", tag="other") == "other"
+        assert await running == "running"
+        assert await queued[1] == "queued 1"
+        assert await client.call("log") == [["begin", "queued 1"], ["end", "queued 1"]]
+
+    run(main)
+
+
+def test_cancelling_at_any_moment_spoils_nothing_for_the_others(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        for turns in range(300):
+            doomed = asyncio.create_task(client.call("sleep", seconds=0.001 * (turns % 2), tag=-1))
+            spared = asyncio.create_task(client.call("echo", n=turns, timeout=PATIENCE))
+            for _ in range(turns % 30):
+                await asyncio.sleep(0)
+            doomed.cancel()
+            assert await spared == {"n": turns}
+            await asyncio.wait({doomed})
+
+    run(main)
+
+
+def test_cancelling_a_request_that_just_begins_ends_it(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        assert await client.call("echo") == {}
+        part = BeingEncoded()
+        task = asyncio.create_task(client.call("sleep", seconds=NEVER, part=part, timeout=10))
+        while not part.begun.is_set():
+            await asyncio.sleep(0)
+        await cancel(task)
+        part.may_go_on.set()
+        assert await client.call("echo", n=1, timeout=5) == {"n": 1}
+
+    run(main)
+
+
+@needs_posix
+def test_cancelling_who_connects_ends_it(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        with stopped(daemon):
+            connecting = asyncio.create_task(aconnect_daemon("test", timeout=NEVER))
+            done, _ = await asyncio.wait({connecting}, timeout=0.2)
+            assert not done
+            async with asyncio.timeout(10):
+                await cancel(connecting)
+
+    run(main)
+
+
+def test_closing_ends_requests_and_may_be_repeated(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        task = await begin(client, "blocked")
+        queued = asyncio.create_task(client.call("sleep", seconds=0, tag="queued"))
+        await asyncio.sleep(0)
+        await client.close()
+        await client.close()
+        outcomes = await asyncio.gather(task, queued, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ConnectionLost] * 2
+        with pytest.raises(ConnectionLost):
+            await client.call("echo")
+        async with await aconnect_daemon("test") as other:
+            assert await other.call("log") == [["begin", "blocked"]]
+
+    run(main)
+
+
+def test_coroutines_follow_a_restart() -> None:
+    async def main(client: AsyncClient) -> None:
+        before = client.generation
+        old.process.kill()
+        old.wait()
+        with pytest.raises(DaemonNotRunning):
+            await client.call("echo")
+        with pytest.raises(DaemonNotRunning):
+            await aconnect_daemon("test")
+        stack.enter_context(spawn_daemon("test"))
+        assert await client.call("echo", n=1) == {"n": 1}
+        assert client.generation != before
+
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(spawn_daemon("test"))
+        run(main)
+        assert serves()

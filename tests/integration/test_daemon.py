@@ -1,0 +1,354 @@
+"""A daemon's process from its first instruction to its last: what starts it, what ends it, and what it writes down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    AlreadyRunning,
+    ConnectionLost,
+    DaemonNotRunning,
+    RemoteError,
+    StartFailed,
+    cleanup_endpoint,
+    connect_daemon,
+    log_path,
+    ping,
+    request,
+    run_daemon,
+    runtime_dir,
+)
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+
+# A period that no test waits for: what ends before it, ends for a better reason.
+NEVER = 3600.0
+LOG_BYTES = 5 * 2**20
+
+
+class FailsToStart(App):
+    async def start(self) -> None:
+        raise LookupError("no such model: größer")
+
+
+class FailsToStop(App):
+    async def stop(self) -> None:
+        await super().stop()
+        raise LookupError("nothing to let go")
+
+
+class StartsForEver(App):
+    async def start(self) -> None:
+        print("starting", flush=True)
+        await asyncio.sleep(NEVER)
+
+
+class StartsSlowly(App):
+    """Its start does not even give way to the loop."""
+
+    async def start(self) -> None:
+        print("starting", flush=True)
+        assert sys.stdin.readline() or True
+
+
+class Unstoppable(App):
+    async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        while message.get("method") == "sleep":
+            with contextlib.suppress(asyncio.CancelledError):
+                await super().handle(message)
+        return await super().handle(message)
+
+
+class Talkative(App):
+    async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        match message.get("method"):
+            case "warn":
+                warnings.simplefilter("always")
+                warnings.warn("careful", stacklevel=1)
+            case "log":
+                for _ in range(message["lines"]):
+                    logging.getLogger("talk").info("x" * 1000)
+            case "drop":  # an exception that nobody asks for
+                asyncio.get_running_loop().call_soon({"key": 1}.pop, "dropped")
+        return {"result": None}
+
+
+async def function(message: dict[str, Any]) -> dict[str, Any]:
+    return {"result": message.get("params")}
+
+
+@contextlib.contextmanager
+def spawn_app(app: str, *, until: str = "ready", **options: Any) -> Iterator[DaemonProcess]:
+    """Start an app of this module as the daemon "test", and yield it when it has said `until`."""
+    with spawn_python("-m", "tests.integration.test_daemon", app, json.dumps(options)) as daemon:
+        assert daemon.read_line() == until
+        yield daemon
+
+
+def serves(name: str = "test") -> bool:
+    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+
+def assert_clean() -> None:
+    """Nothing is left of the daemon, and a successor serves."""
+    assert runtime_files() == []
+    assert cleanup_endpoint("test")
+    with spawn_daemon("test"):
+        assert serves()
+
+
+def the_log() -> str:
+    return log_path("test").read_text(encoding="utf-8")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# Its end.
+
+ENDS = ["shutdown", pytest.param("SIGTERM", marks=needs_posix), pytest.param("SIGINT", marks=needs_posix)]
+
+
+@pytest.mark.parametrize("way", ENDS)
+@pytest.mark.parametrize("app", ["function", "App"])
+def test_it_serves_until_it_is_told_to_stop(app: str, way: str) -> None:
+    with spawn_app(app) as daemon:
+        assert serves()
+        if way == "shutdown":
+            assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+        else:
+            daemon.signal(signal.Signals[way])
+        assert daemon.wait() == 0
+        assert daemon.read_line() == ("stopped" if app == "App" else "")
+        assert daemon.read_line() == ""
+    assert_clean()
+
+
+@contextlib.contextmanager
+def in_flight(**params: Any) -> Iterator[Future[Any]]:
+    """Send a request that sleeps, and yield its outcome once it has begun."""
+    with connect_daemon("test") as client, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(client.call, "sleep", timeout=NEVER, **params)
+        wait_until(lambda: bool(request("test", {"method": "log"})["result"]))
+        yield job
+
+
+def test_a_request_in_flight_finishes_before_the_end() -> None:
+    with spawn_daemon("test", grace_period=NEVER) as daemon, in_flight(seconds=0.5, tag="slept") as job:
+        assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+        assert job.result(PATIENCE) == "slept"
+        assert daemon.wait() == 0
+    assert_clean()
+
+
+@pytest.mark.parametrize("app", ["App", "Unstoppable"])
+def test_a_request_that_does_not_end_does_not_prevent_the_end(app: str) -> None:
+    with spawn_app(app, grace_period=0.2) as daemon, in_flight(seconds=NEVER) as job:
+        assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+        assert isinstance(job.exception(PATIENCE), (RemoteError, ConnectionLost))
+        assert daemon.process.wait(15) == 0
+    assert_clean()
+
+
+@needs_posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_a_long_drain_at_once(number: str) -> None:
+    with spawn_daemon("test", grace_period=NEVER) as daemon, in_flight(seconds=NEVER) as job:
+        daemon.signal(signal.Signals[number])
+        wait_until(lambda: runtime_files(".json") == [])
+        assert daemon.process.poll() is None
+        daemon.signal(signal.Signals[number])
+        assert daemon.wait() != 0
+        assert isinstance(job.exception(PATIENCE), (RemoteError, ConnectionLost))
+    with spawn_daemon("test"):
+        assert serves()
+
+
+def test_a_stop_that_fails_is_logged_and_leaves_nothing() -> None:
+    with spawn_app("FailsToStop") as daemon:
+        assert serves()
+        request("test", {"meta": "shutdown"})
+        daemon.wait()
+        assert "nothing to let go" in the_log()
+    assert_clean()
+
+
+def test_idle_it_ends_by_itself_and_only_then() -> None:
+    with spawn_daemon("test", idle_timeout=2.0) as daemon, connect_daemon("test") as kept:
+        # Longer than the idle timeout.
+        assert kept.call("sleep", seconds=3.0, tag="slept") == "slept"
+        assert serves()
+        # Neither pings nor a kept connection are use.
+        wait_until(lambda: not ping("test"))
+        assert daemon.wait() == 0
+        assert daemon.read_line() == "stopped"
+        with pytest.raises(DaemonNotRunning):
+            kept.call("echo")
+    assert_clean()
+
+
+# Its start.
+
+
+def test_a_second_one_is_refused_and_told_who_is_first() -> None:
+    with spawn_daemon("test") as daemon:
+        with pytest.raises(AlreadyRunning, match=rf"\b{daemon.pid}\b") as caught:
+            run_daemon(App(), "test")
+        assert caught.value.pid == daemon.pid
+        second = run_python("-m", "tests.processes", "test", "{}")
+        assert second.returncode != 0
+        assert f"pid {daemon.pid}" in second.stderr
+        assert second.stdout == ""  # neither ready nor stopped: it has not come so far
+        assert serves()
+
+
+def test_one_that_has_not_come_up_yet_is_the_first_too() -> None:
+    with spawn_app("StartsForEver", until="starting"):
+        with pytest.raises(AlreadyRunning) as caught:
+            run_daemon(App(), "test")
+        assert caught.value.pid is None
+        assert not ping("test")
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
+    failed = run_python("-m", "tests.integration.test_daemon", "FailsToStart", "{}")
+    assert failed.returncode != 0
+    assert "StartFailed" in failed.stderr
+    assert failed.stdout == "stopped\n"
+    log = the_log()
+    assert "Traceback" in log
+    assert "LookupError: no such model: größer" in log
+    assert_clean()
+
+
+@needs_posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_start_that_takes_long(number: str) -> None:
+    with spawn_app("StartsForEver", until="starting") as daemon:
+        assert runtime_files() == []
+        daemon.signal(signal.Signals[number])
+        assert daemon.wait() == 0
+        assert daemon.read_line() == "stopped"
+    assert_clean()
+
+
+@pytest.mark.parametrize("app", [object(), 1, None, type("Half", (), {"handle": function})()])
+def test_what_is_no_app_is_refused_before_anything_is_done(app: Any) -> None:
+    with pytest.raises(StartFailed, match=type(app).__name__):
+        run_daemon(app, "test")
+    with pytest.raises(FileNotFoundError):
+        runtime_files()
+
+
+def test_it_runs_in_a_thread_that_may_not_handle_signals() -> None:
+    ready = threading.Event()
+    thread = threading.Thread(target=run_daemon, args=(function, "test"), kwargs={"on_ready": lambda _: ready.set()})
+    thread.start()
+    try:
+        assert ready.wait(PATIENCE)
+        assert serves()
+    finally:
+        request("test", {"meta": "shutdown"})
+        thread.join()
+    assert_clean()
+
+
+# Its log.
+
+
+@pytest.mark.parametrize("obstacle", ["a file where the directory belongs", "a file above it", "a directory for the log"])
+def test_a_log_that_can_not_be_written_is_told_with_what_to_set(
+    private_directories: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    directory = private_directories / "log"
+    with monkeypatch.context() as patch:
+        if obstacle == "a directory for the log":
+            log_path("test").mkdir(parents=True)
+        else:
+            directory.write_text("in the way")
+            if obstacle == "a file above it":
+                patch.setenv("HARNESS_IPC_LOG_DIR", str(directory / "log"))
+        with pytest.raises(StartFailed, match="HARNESS_IPC_LOG_DIR"):
+            run_daemon(App(), "test")
+        assert runtime_files() == []
+    if directory.is_dir():
+        log_path("test").rmdir()
+    else:
+        assert directory.read_text() == "in the way"
+        directory.unlink()
+    assert_clean()
+
+
+def test_the_log_is_utf8_and_private_and_each_run_appends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    umask = os.umask(0)
+    try:
+        for run in (1, 2):
+            with spawn_daemon("test") as daemon:
+                with connect_daemon("test") as client, pytest.raises(RemoteError, match="größer ☃ \ud800"):
+                    client.call("raise", text="größer ☃ \ud800")
+                request("test", {"meta": "shutdown"})
+                assert daemon.wait() == 0
+            log = the_log()
+            assert log.count("starting test: pid") == log.count("stopped test") == run
+            assert f"starting test: pid {daemon.pid}," in log
+            assert log.count("ValueError: größer ☃ \\ud800") == log.count("Traceback") == run
+    finally:
+        os.umask(umask)
+    if os.name == "posix":
+        assert (mode(log_path("test")), mode(log_path("test").parent), mode(runtime_dir())) == (0o600, 0o700, 0o700)
+
+
+def test_warnings_and_what_nobody_catches_land_in_the_log() -> None:
+    with spawn_app("Talkative"):
+        assert request("test", {"method": "warn"}) == {"result": None}
+        assert request("test", {"method": "drop"}) == {"result": None}
+        assert request("test", {"method": "echo"}) == {"result": None}
+        log = the_log()
+        assert "UserWarning: careful" in log
+        assert "KeyError: 'dropped'" in log
+
+
+def test_a_long_log_is_rotated_and_one_predecessor_kept() -> None:
+    log = log_path("test")
+    predecessor = log.with_name("test.log.1")
+    with spawn_app("Talkative") as daemon:
+        for _ in range(3):
+            assert request("test", {"method": "log", "lines": 4000}, timeout=PATIENCE) == {"result": None}
+        assert request("test", {"method": "echo"}) == {"result": None}
+        request("test", {"meta": "shutdown"})
+        assert daemon.wait() == 0
+    assert sorted(path.name for path in log.parent.iterdir()) == ["test.log", "test.log.1"]
+    assert LOG_BYTES - 2000 < predecessor.stat().st_size <= LOG_BYTES
+    assert 0 < log.stat().st_size <= LOG_BYTES
+    assert "stopped test" in the_log()
+    if os.name == "posix":
+        assert (mode(log), mode(predecessor)) == (0o600, 0o600)
+    assert_clean()
+
+
+if __name__ == "__main__":
+    app = globals()[sys.argv[1]]
+    run_daemon(
+        app() if isinstance(app, type) else app,
+        "test",
+        on_ready=lambda _: print("ready", flush=True),
+        **json.loads(sys.argv[2]),
+    )

@@ -1,0 +1,418 @@
+"""Every call ends at its deadline, whatever the other side does or does not, and its late reply is nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness_ipc import (
+    ConnectionLost,
+    DaemonTimeout,
+    HarnessIPCError,
+    aconnect_daemon,
+    auth,
+    connect_daemon,
+    endpoint,
+    identify,
+    paths,
+    ping,
+    request,
+    transport,
+)
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Behaviour = Callable[["FakeDaemon", transport.Connection], None]
+    Asking = Callable[[dict[str, Any], float], None]
+
+TIMEOUT = 0.2
+# Seconds by which a loaded machine may be late.
+MARGIN = 5.0
+ECHO = {"method": "echo", "params": {}}
+
+
+@contextlib.contextmanager
+def takes(seconds: float) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    assert seconds <= time.monotonic() - begin < seconds + MARGIN
+
+
+@contextlib.contextmanager
+def times_out(seconds: float = TIMEOUT) -> Iterator[None]:
+    with takes(seconds), pytest.raises(DaemonTimeout):
+        yield
+
+
+@pytest.fixture
+def daemon() -> Iterator[DaemonProcess]:
+    with spawn_daemon("late") as process:
+        yield process
+        assert request("late", {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+
+
+async def aconnect() -> None:
+    await aconnect_daemon("late", timeout=TIMEOUT)
+
+
+CALLS: dict[str, Callable[[], object]] = {
+    # The first answer is the daemon's proof: a stopped daemon does not get as far.
+    "connect_daemon": lambda: connect_daemon("late", timeout=TIMEOUT),
+    "aconnect_daemon": lambda: asyncio.run(aconnect()),
+    "request": lambda: request("late", ECHO, timeout=TIMEOUT),
+    "large request": lambda: request("late", {"method": "echo", "params": {"text": "x" * 40_000_000}}, timeout=TIMEOUT),
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_stopped_daemon_is_a_timeout_for_a_new_connection(daemon: DaemonProcess, call: Callable[[], object]) -> None:
+    with stopped(daemon), times_out():
+        call()
+
+
+@needs_posix
+def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
+    with stopped(daemon):
+        with takes(TIMEOUT):
+            assert not ping("late", timeout=TIMEOUT)
+        with takes(TIMEOUT):
+            assert identify("late", timeout=TIMEOUT) is None
+    assert ping("late", timeout=PATIENCE)
+
+
+@needs_posix
+@pytest.mark.parametrize("text", ["", "x" * 40_000_000], ids=["short", "long"])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_kept_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess, text: str, used: bool) -> None:
+    with connect_daemon("late") as client:
+        if used:
+            assert client.call("echo", n=0) == {"n": 0}
+        with stopped(daemon):
+            for n in (1, 2):
+                with times_out():
+                    client.call("echo", n=n, text=text, timeout=TIMEOUT)
+        for n in (3, 4):
+            assert client.call("echo", n=n, timeout=PATIENCE) == {"n": n}
+
+
+@needs_posix
+def test_a_kept_async_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess) -> None:
+    async def main() -> None:
+        async with await aconnect_daemon("late") as client:
+            assert await client.call("echo", n=0) == {"n": 0}
+            with stopped(daemon):
+                with times_out():
+                    await client.call("echo", n=1, timeout=TIMEOUT)
+                with times_out():
+                    await client.call("echo", n=2, timeout=TIMEOUT)
+            assert await client.call("echo", n=3, timeout=PATIENCE) == {"n": 3}
+
+    asyncio.run(main())
+
+
+def test_a_slow_handler_is_a_timeout_and_the_next_request_gets_its_own_reply(daemon: DaemonProcess) -> None:
+    with connect_daemon("late") as client:
+        with times_out():
+            client.call("sleep", seconds=2 * TIMEOUT, tag="late", timeout=TIMEOUT)
+        assert client.call("echo", n=1) == {"n": 1}
+        # The slow one has run to its end: neither its end nor its reply disturbed anybody.
+        wait_until(lambda: client.call("log") == [["begin", "late"], ["end", "late"]])
+    with times_out():
+        request("late", {"method": "sleep", "params": {"seconds": 600, "tag": "later"}}, timeout=TIMEOUT)
+
+
+def test_a_clients_request_timeout_is_for_requests_without_their_own(daemon: DaemonProcess) -> None:
+    with connect_daemon("late", request_timeout=TIMEOUT) as client:
+        with times_out():
+            client.call("sleep", seconds=600)
+        assert client.call("sleep", seconds=TIMEOUT + 0.1, tag="t", timeout=PATIENCE) == "t"
+        assert client.call("sleep", seconds=0.1, tag="t", timeout=float("inf")) == "t"
+
+
+def test_a_clients_first_request_may_come_long_after_it_connected(daemon: DaemonProcess) -> None:
+    with connect_daemon("late", timeout=1.0) as client:
+        time.sleep(1.1)  # the time that was for connecting is over
+        assert client.call("echo", n=1) == {"n": 1}
+
+
+def test_a_client_that_threads_share_is_a_timeout_for_the_one_that_waits(daemon: DaemonProcess) -> None:
+    with connect_daemon("late") as client:
+        thread = threading.Thread(target=lambda: client.call("sleep", seconds=3 * TIMEOUT, tag="long"))
+        thread.start()
+        wait_until(lambda: request("late", {"method": "log"})["result"] == [["begin", "long"]])
+        with times_out():
+            client.call("echo", timeout=TIMEOUT)
+        thread.join(PATIENCE)
+        assert client.call("log") == [["begin", "long"], ["end", "long"]]
+
+
+def test_an_async_client_that_tasks_share_is_a_timeout_for_the_one_that_waits(daemon: DaemonProcess) -> None:
+    async def main() -> None:
+        async with await aconnect_daemon("late") as client:
+            task = asyncio.create_task(client.call("sleep", seconds=TIMEOUT + 2 * MARGIN, tag="long"))
+            while request("late", {"method": "log"})["result"] != [["begin", "long"]]:
+                await asyncio.sleep(0.01)
+            try:
+                with times_out():
+                    await client.call("echo", timeout=TIMEOUT)
+            finally:
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await client.call("echo", n=1) == {"n": 1}
+
+    asyncio.run(main())
+
+
+def fill_queue(address: str) -> list[socket.socket]:
+    """Connect until nobody else can."""
+    connected: list[socket.socket] = []
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            sock.close()
+            return connected
+        connected.append(sock)
+
+
+@pytest.fixture
+def full_queue(daemon: DaemonProcess) -> Iterator[None]:
+    with stopped(daemon), contextlib.ExitStack() as stack:
+        for sock in fill_queue(endpoint.load("late").address):
+            stack.enter_context(sock)
+        yield
+
+
+# Elsewhere a full queue refuses at once.
+@needs_linux
+@pytest.mark.usefixtures("full_queue")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_full_accept_queue_is_a_timeout(call: Callable[[], object]) -> None:
+    with times_out():
+        call()
+
+
+@pytest.fixture
+def many_signals() -> Iterator[None]:
+    """Interrupt whatever the main thread waits for, again and again, by a signal that has a handler."""
+    assert sys.platform != "win32"
+    over = threading.Event()
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        while not over.wait(TIMEOUT / 10):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    yield
+    over.set()
+    thread.join(PATIENCE)
+    signal.signal(signal.SIGUSR1, previous)
+
+
+@needs_linux
+@pytest.mark.usefixtures("full_queue", "many_signals")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_signals_do_not_end_the_wait_for_a_full_accept_queue(call: Callable[[], object]) -> None:
+    with times_out():
+        call()
+
+
+@needs_posix
+@pytest.mark.usefixtures("many_signals")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_signals_do_not_end_the_wait_for_a_stopped_daemon(daemon: DaemonProcess, call: Callable[[], object]) -> None:
+    with stopped(daemon), times_out():
+        call()
+
+
+class FakeDaemon:
+    """Somebody who has a daemon's record and key, and behaves on each connection as the test says."""
+
+    def __init__(self, behave: Behaviour) -> None:
+        self.behave = behave
+        self.behaved = threading.Event()
+        self.over = threading.Event()
+        directory = paths.runtime_location()[0]
+        paths.create_private_dir(directory)
+        generation = endpoint.new_generation_id()
+        address = transport.new_address(directory, generation)
+        self.listener = transport.Listener(address)
+        self.generation = endpoint.Generation(
+            "fake", family=transport.FAMILY, address=address, generation=generation, app_version=None, max_message=1 << 26
+        )
+        self.generation.publish()
+        self.keys = auth.Keys(self.generation.record.authkey, address)
+        self.threads = [threading.Thread(target=self.accept)]
+        self.threads[0].start()
+
+    def accept(self) -> None:
+        while True:
+            # Woken at the end by an error or by a connection, as the system likes.
+            with contextlib.suppress(OSError, HarnessIPCError):
+                thread = threading.Thread(target=self.serve, args=[self.listener.accept()])
+                self.threads.append(thread)
+                thread.start()
+            if self.over.is_set():
+                return
+
+    def serve(self, connection: transport.Connection) -> None:
+        # The client hangs up when it has had enough.
+        with connection, contextlib.suppress(EOFError, OSError, HarnessIPCError):
+            connection.deadline = transport.deadline_after(PATIENCE)
+            if not self.over.is_set():
+                self.behave(self, connection)
+
+    def prove(self, connection: transport.Connection) -> None:
+        auth.challenge_client(connection, self.keys)
+        transport.flush(connection)
+
+    def trickle(self, connection: transport.Connection, size: int) -> None:
+        """Send a frame of `size` bytes, a byte at a time."""
+        for byte in struct.pack("!i", size) + bytes(size):
+            os.write(connection.fileno(), bytes([byte]))
+            if self.over.wait(TIMEOUT / 10):
+                break
+
+    def close(self) -> None:
+        self.over.set()
+        self.listener.wake()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        self.listener.close()
+        self.generation.discard()
+
+
+def trickle_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.trickle(connection, 200)
+
+
+def trickle_reply(fake: FakeDaemon, connection: transport.Connection) -> None:
+    close_after_request(fake, connection)
+    fake.trickle(connection, 1000)
+
+
+def read_a_little_at_a_time(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.prove(connection)
+    while not fake.over.wait(TIMEOUT / 10):
+        with contextlib.suppress(BlockingIOError):
+            os.read(connection.fileno(), 10_000)
+
+
+def say_nothing(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.over.wait(PATIENCE)
+
+
+def prove_and_say_nothing(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.prove(connection)
+    fake.over.wait(PATIENCE)
+
+
+def close_at_once(fake: FakeDaemon, connection: transport.Connection) -> None:
+    pass
+
+
+def close_in_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+    os.write(connection.fileno(), struct.pack("!i", 40) + b"half")
+
+
+def close_after_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.prove(connection)
+
+
+def close_after_request(fake: FakeDaemon, connection: transport.Connection) -> None:
+    fake.prove(connection)
+    connection.recv_bytes()
+
+
+def close_in_header(fake: FakeDaemon, connection: transport.Connection) -> None:
+    close_after_request(fake, connection)
+    os.write(connection.fileno(), b"\0\0")
+
+
+def close_in_reply(fake: FakeDaemon, connection: transport.Connection) -> None:
+    close_after_request(fake, connection)
+    os.write(connection.fileno(), struct.pack("!i", 100) + b'{"result": ')
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeDaemon]:
+    with contextlib.closing(FakeDaemon(request.param)) as daemon:
+        yield daemon
+
+
+def ask_once(message: dict[str, Any], timeout: float) -> None:
+    request("fake", message, timeout=timeout)
+
+
+def ask_kept(message: dict[str, Any], timeout: float) -> None:
+    with connect_daemon("fake", timeout=timeout) as client:
+        client.request(message, timeout=timeout)
+
+
+def ask_async(message: dict[str, Any], timeout: float) -> None:
+    async def main() -> None:
+        async with await aconnect_daemon("fake", timeout=timeout) as client:
+            await client.request(message, timeout=timeout)
+
+    asyncio.run(main())
+
+
+ASKING = pytest.mark.parametrize("ask", [ask_once, ask_kept, ask_async])
+LARGE = {"text": "x" * 40_000_000}
+SLOW = [
+    (say_nothing, {}),
+    (prove_and_say_nothing, {}),
+    (prove_and_say_nothing, LARGE),
+    pytest.param(trickle_proof, {}, marks=needs_posix),
+    pytest.param(trickle_reply, {}, marks=needs_posix),
+    pytest.param(read_a_little_at_a_time, LARGE, marks=needs_posix),
+]
+BREAKING = [
+    (close_at_once, {}),
+    (close_after_proof, {}),
+    (close_after_proof, LARGE),
+    (close_after_request, {}),
+    pytest.param(close_in_proof, {}, marks=needs_posix),
+    pytest.param(close_in_header, {}, marks=needs_posix),
+    pytest.param(close_in_reply, {}, marks=needs_posix),
+]
+
+
+@ASKING
+@pytest.mark.parametrize(("fake", "message"), SLOW, indirect=["fake"])
+def test_a_daemon_that_takes_its_time_is_a_timeout(fake: FakeDaemon, message: dict[str, Any], ask: Asking) -> None:
+    with times_out():
+        ask(message, TIMEOUT)
+
+
+@ASKING
+@pytest.mark.parametrize(("fake", "message"), BREAKING, indirect=["fake"])
+def test_a_daemon_that_hangs_up_is_a_lost_connection(fake: FakeDaemon, message: dict[str, Any], ask: Asking) -> None:
+    with pytest.raises(ConnectionLost):
+        ask(message, PATIENCE)
+
+
+@pytest.mark.parametrize("fake", [say_nothing, prove_and_say_nothing, close_at_once, close_after_request], indirect=True)
+def test_no_fault_of_a_daemon_is_an_error_of_ping(fake: FakeDaemon) -> None:
+    assert ping("fake", timeout=TIMEOUT) is False
+    assert identify("fake", timeout=TIMEOUT) is None

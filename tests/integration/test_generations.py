@@ -1,0 +1,231 @@
+"""One daemon after the other under one name: what a dead one leaves, and that nobody takes a living one's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    cleanup_endpoint,
+    connect_daemon,
+    endpoint,
+    identify,
+    ping,
+    request,
+    runtime_path,
+)
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, DaemonProcess, run_python, runtime_files, spawn_daemon, wait_until
+
+NEVER = 3600.0
+# On Windows a pipe has no file.
+SOCKETS = 1 if os.name == "posix" else 0
+
+
+def serves(name: str = "test") -> bool:
+    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+
+def log() -> Any:
+    return request("test", {"method": "log"})["result"]
+
+
+def kill(daemon: DaemonProcess) -> None:
+    daemon.process.kill()
+    daemon.wait()
+
+
+def leave_dead_generation(name: str = "test") -> None:
+    with spawn_daemon(name) as daemon:
+        assert serves(name)
+        kill(daemon)
+
+
+def assert_one_generation() -> None:
+    """What is there belongs to the living daemon, and it serves."""
+    assert runtime_files(".json") == ["test.json"]
+    assert runtime_files(".tmp") == []
+    assert len(runtime_files(".sock")) == SOCKETS
+    assert serves()
+
+
+def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
+    leave_dead_generation()
+    assert len(runtime_files()) == 1 + SOCKETS
+    dead = endpoint.load("test")
+    for attempt in (lambda: connect_daemon("test"), lambda: request("test", {})):
+        with pytest.raises(DaemonNotRunning):
+            attempt()
+    assert ping("test") is False
+    assert identify("test") is None
+    # Clients clear nothing away.
+    assert len(runtime_files()) == 1 + SOCKETS
+    with spawn_daemon("test") as daemon:
+        living = endpoint.load("test")
+        assert identify("test") == living.pid == daemon.pid
+        for key in ("generation", "address", "authkey"):
+            assert getattr(living, key) != getattr(dead, key)
+        assert_one_generation()
+
+
+DIES_BEFORE_IT_PUBLISHES = """
+import os, sys
+from harness_ipc import endpoint, paths, transport
+directory = paths.runtime_location()[0]
+paths.create_private_dir(directory)
+generation = endpoint.new_generation_id()
+address = transport.new_address(directory, generation)
+draft = endpoint.Generation(
+    sys.argv[1], family=transport.FAMILY, address=address, generation=generation, app_version=None, max_message=1000
+)
+listener = transport.Listener(address)
+os._exit(0)
+"""
+
+
+def test_a_daemon_that_died_before_it_published_leaves_nothing_to_the_next_one() -> None:
+    for name in ("test", "test-2"):
+        assert run_python("-c", DIES_BEFORE_IT_PUBLISHES, name).returncode == 0
+    assert len(runtime_files(".tmp")) == 2
+    assert len(runtime_files(".sock")) == 2 * SOCKETS
+    assert not ping("test")
+    with spawn_daemon("test"):
+        # Those of another name are not its own to remove.
+        (draft,) = runtime_files(".tmp")
+        assert draft.startswith("test-2.")
+        assert len(runtime_files(".sock")) == 2 * SOCKETS
+        assert cleanup_endpoint("test-2")
+        assert_one_generation()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"schema": 1, "pid": true}', b'{"schema": 99}'])
+def test_a_damaged_record_is_replaced(content: bytes) -> None:
+    leave_dead_generation()
+    runtime_path("test", "json").write_bytes(content)
+    assert not ping("test")
+    with spawn_daemon("test"):
+        assert runtime_files(".json") == ["test.json"]
+        assert serves()
+
+
+@contextlib.contextmanager
+def two_generations() -> Iterator[tuple[DaemonProcess, DaemonProcess, Client]]:
+    """Yield an old daemon, its successor and a client of the old one: both live, since somebody removed the lock."""
+    with spawn_daemon("test") as old, connect_daemon("test") as client:
+        client.call("echo")
+        runtime_path("test", "lock").unlink()
+        with spawn_daemon("test") as new:
+            assert (client.pid, identify("test")) == (old.pid, new.pid)
+            yield old, new, client
+
+
+@needs_posix
+@pytest.mark.parametrize("way", ["signal", "shutdown"])
+def test_an_old_daemon_takes_nothing_of_its_successor_along(way: str) -> None:
+    with two_generations() as (old, new, client):
+        successor = endpoint.load("test")
+        if way == "signal":
+            old.signal(signal.SIGTERM)
+        else:
+            client.request({"meta": "shutdown"})
+        assert old.wait() == 0
+        assert identify("test") == new.pid
+        assert endpoint.load("test").generation == successor.generation
+        assert os.path.exists(successor.address)
+        assert_one_generation()
+
+
+@contextlib.contextmanager
+def connect_after_start() -> Iterator[tuple[DaemonProcess, Client]]:
+    with spawn_daemon("test") as daemon, connect_daemon("test") as client:
+        yield daemon, client
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_kept_client_goes_on_with_the_successor(asked: bool, ended: str) -> None:
+    with connect_after_start() as (old, client):
+        before = client.generation
+        if asked:
+            assert client.call("sleep", seconds=0, tag="old") == "old"
+        if ended == "killed":
+            old.process.kill()
+        else:
+            request("test", {"meta": "shutdown"})
+        old.wait()
+        with pytest.raises(DaemonNotRunning):
+            client.call("echo")
+        with spawn_daemon("test") as new:
+            assert client.call("sleep", seconds=0, tag="new") == "new"
+            assert client.pid == new.pid
+            assert client.generation != before
+            assert log() == [["begin", "new"], ["end", "new"]]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_kept_client_that_slept_through_a_restart_notices_nothing(asked: bool) -> None:
+    with connect_after_start() as (old, client):
+        if asked:
+            assert client.call("echo") == {}
+        kill(old)
+        with spawn_daemon("test") as new:
+            assert client.call("echo", n=1) == {"n": 1}
+            assert client.pid == new.pid
+
+
+@contextlib.contextmanager
+def in_flight(client: Client) -> Iterator[Future[Any]]:
+    """Send a request that does not end, and yield its outcome once it has begun."""
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(client.call, "sleep", seconds=NEVER, tag="once", timeout=NEVER)
+        wait_until(lambda: log() == [["begin", "once"]])
+        yield job
+
+
+def test_a_request_whose_daemon_is_killed_is_lost_and_not_repeated() -> None:
+    with connect_after_start() as (old, client), in_flight(client) as job:
+        kill(old)
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+        with spawn_daemon("test"):
+            assert log() == []
+            assert client.call("echo", n=2) == {"n": 2}
+            assert log() == []
+
+
+@needs_posix
+def test_nothing_is_repeated_though_a_successor_is_there_already() -> None:
+    with connect_after_start() as (old, client), in_flight(client) as job:
+        runtime_path("test", "lock").unlink()
+        with spawn_daemon("test") as new:
+            assert identify("test") == new.pid
+            kill(old)
+            assert isinstance(job.exception(PATIENCE), ConnectionLost)
+            assert log() == []
+            # A new request is another matter.
+            assert client.call("sleep", seconds=0, tag="again") == "again"
+            assert client.pid == new.pid
+
+
+def test_cleaning_up_spares_the_living() -> None:
+    assert cleanup_endpoint("test") is True
+    with spawn_daemon("test") as daemon:
+        before = runtime_files()
+        assert cleanup_endpoint("test") is False
+        assert runtime_files() == before
+        assert serves()
+        kill(daemon)
+        assert runtime_files() == before
+        assert cleanup_endpoint("test") is True
+        assert runtime_files() == []
+        assert cleanup_endpoint("test") is True
+    with spawn_daemon("test"):
+        assert serves()

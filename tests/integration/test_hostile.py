@@ -1,0 +1,365 @@
+"""Peers without the key, with bad manners or about to die: the daemon drops them, keeps nothing of theirs and serves on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import socket
+import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import answer_challenge, deliver_challenge
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from harness_ipc import AuthenticationFailed, ConnectionLost, auth, endpoint, log_path, request, transport
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+# No peer is dropped for its slowness by a daemon with this handshake timeout: what it drops, it drops for a reason.
+NEVER = 3600.0
+HONEST = {"method": "echo", "params": {"n": 1}}
+HONEST_FRAME = json.dumps(HONEST).encode()
+
+
+def serves(name: str, timeout: float = 5.0) -> bool:
+    return request(name, HONEST, timeout=timeout) == {"result": {"n": 1}}
+
+
+@contextlib.contextmanager
+def attacked_daemon(**options: Any) -> Iterator[DaemonProcess]:
+    """Yield a daemon that must serve at the end, have logged no key and have met nothing that its code did not expect."""
+    with spawn_daemon("victim", **options) as daemon:
+        assert serves("victim")
+        yield daemon
+        assert serves("victim")
+        log = log_path("victim").read_text(encoding="utf-8")
+        assert "starting victim" in log
+        assert endpoint.load("victim").authkey.hex() not in log
+        assert "Traceback" not in log
+
+
+@pytest.fixture
+def victim() -> Iterator[DaemonProcess]:
+    with attacked_daemon(handshake_timeout=NEVER) as daemon:
+        yield daemon
+
+
+def raw_socket(data: bytes = b"") -> socket.socket:
+    """Connect as somebody would who knows nothing but the address, and send `data`."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(endpoint.load("victim").address)
+    sock.settimeout(PATIENCE)
+    sock.sendall(data)
+    return sock
+
+
+def said(sock: socket.socket) -> bytes:
+    """Return all that the daemon says until it hangs up."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):  # it hung up without reading all that we said
+        while piece := sock.recv(4096):
+            data += piece
+    return data
+
+
+@contextlib.contextmanager
+def dialled() -> Iterator[transport.Connection]:
+    with transport.dial(endpoint.load("victim").address, transport.deadline_after(PATIENCE)) as connection:
+        connection.deadline = transport.deadline_after(PATIENCE)
+        yield connection
+
+
+def is_dropped(connection: transport.Connection) -> bool:
+    """Whether the daemon hangs up without another word."""
+    connection.deadline = transport.deadline_after(PATIENCE)
+    with pytest.raises(ConnectionLost):
+        transport.receive(connection, 1 << 20)
+    return True
+
+
+def frame(content: bytes) -> bytes:
+    return struct.pack("!i", len(content)) + content
+
+
+GARBAGE = {
+    "http": b"GET / HTTP/1.1\r\n\r\n",
+    "text": b"hello, is anybody there?\n" * 10,
+    "2 GiB": struct.pack("!i", 2**31 - 1),
+    "2 GiB, long": struct.pack("!iQ", -1, 2**31),
+    "8 EiB, long": struct.pack("!iQ", -1, 2**63),
+    "16 EiB, long": struct.pack("!iQ", -1, 2**64 - 1),
+    "negative": struct.pack("!i", -2),
+    "most negative": struct.pack("!i", -(2**31)),
+    "257 bytes": struct.pack("!i", 257),
+    "empty frame": frame(b""),
+    "request": frame(HONEST_FRAME),
+    "welcome": frame(b"#WELCOME#") * 3,
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
+def test_what_is_no_challenge_is_dropped_at_once(victim: DaemonProcess, data: bytes) -> None:
+    with raw_socket(data) as sock:
+        assert b"#WELCOME#" not in said(sock)
+
+
+@needs_posix
+@pytest.mark.parametrize("data", [b"", b"\0\0", struct.pack("!i", 40), frame(b"#CHALLENGE#" + bytes(29))[:30]])
+def test_who_says_nothing_or_half_is_dropped_in_time_and_keeps_nobody_waiting(data: bytes) -> None:
+    with attacked_daemon(handshake_timeout=0.5), raw_socket(data) as sock:
+        assert serves("victim")
+        assert said(sock) == b""
+
+
+class Bomb:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_unpickled(victim: DaemonProcess, private_directories: Path) -> None:
+    data = pickle.dumps(Bomb(private_directories / "boom"))
+    assert len(data) <= 256  # as a challenge may be: it is read
+    with dialled() as connection:
+        transport.send(connection, data)
+        assert is_dropped(connection)
+    with dial_daemon("victim") as connection:
+        transport.send(connection, data)
+        assert json.loads(transport.receive(connection, 1 << 20))["error"]["type"] == "ProtocolError"
+    assert not (private_directories / "boom").exists()
+    pickle.loads(data)
+    assert (private_directories / "boom").exists()
+
+
+class Recorder:
+    """A connection for the stock functions that notes what the daemon says, and lies as it is told."""
+
+    def __init__(self, connection: transport.Connection, lie: Callable[[bytes], bytes] = bytes) -> None:
+        self.connection = connection
+        self.lie = lie
+        self.heard: list[bytes] = []
+
+    def send_bytes(self, data: bytes) -> None:
+        self.connection.send_bytes(self.lie(data))
+
+    def recv_bytes(self, limit: int) -> bytes:
+        self.heard.append(self.connection.recv_bytes(limit))
+        return self.heard[-1]
+
+
+def test_a_client_with_another_key_refuses_the_daemon(victim: DaemonProcess) -> None:
+    with dialled() as connection, pytest.raises(AuthenticationFailed) as caught:
+        auth.challenge_daemon(connection, auth.Keys(bytes(32), endpoint.load("victim").address))
+    assert endpoint.load("victim").authkey.hex() not in str(caught.value)
+
+
+def test_the_right_key_at_another_address_is_refused(victim: DaemonProcess) -> None:
+    with dialled() as connection, pytest.raises(AuthenticationFailed):
+        auth.challenge_daemon(connection, auth.Keys(endpoint.load("victim").authkey, "another address"))
+
+
+ANSWERS: dict[str, Callable[[bytes], bytes]] = {
+    "of a wrong key": bytes,
+    "of zeros": lambda answer: b"\0" * len(answer),
+    "empty": lambda answer: b"",
+    "welcome instead": lambda answer: b"#WELCOME#",
+    "request instead": lambda answer: HONEST_FRAME,
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_who_ignores_the_daemons_proof_and_answers_wrongly_is_refused(
+    victim: DaemonProcess, answer: Callable[[bytes], bytes]
+) -> None:
+    with dialled() as connection:
+        # A stock challenge, whose answer is not even looked at.
+        connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
+        assert connection.recv_bytes(256)
+        connection.send_bytes(b"#WELCOME#")
+        recorder: Any = Recorder(connection, answer)
+        with pytest.raises(AuthenticationError):
+            answer_challenge(recorder, bytes(32))
+        assert recorder.heard[0].startswith(b"#CHALLENGE#")
+        assert recorder.heard[1:] == [b"#FAILURE#"]
+        assert is_dropped(connection)
+
+
+def test_the_daemons_own_answer_does_not_prove_a_client(victim: DaemonProcess) -> None:
+    """Somebody without the key has the daemon answer on one connection what it asks on another."""
+    with dialled() as one, dialled() as other:
+        one.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
+        one.recv_bytes(256)
+        one.send_bytes(b"#WELCOME#")
+        challenge = one.recv_bytes(256)
+        other.send_bytes(challenge)
+        one.send_bytes(other.recv_bytes(256))
+        assert one.recv_bytes(256) == b"#FAILURE#"
+        assert is_dropped(one)
+
+
+def test_who_refuses_the_daemons_proof_is_dropped(victim: DaemonProcess) -> None:
+    record = endpoint.load("victim")
+    with dialled() as connection:
+        recorder: Any = Recorder(connection)
+        with pytest.raises(AuthenticationError):
+            deliver_challenge(recorder, auth.role_key(record.authkey, "client", record.address))
+        # It has sent its own challenge together with its answer.
+        assert connection.recv_bytes(256).startswith(b"#CHALLENGE#")
+        assert is_dropped(connection)
+
+
+INVALID = {
+    "no JSON": b"{nonsense",
+    "no UTF-8": b'{"a": "\xff"}',
+    "list": b"[1, 2]",
+    "string": b'"shutdown"',
+    "null": b"null",
+    "empty": b"",
+    "NaN": b'{"a": NaN}',
+    "Infinity": b'{"a": -Infinity}',
+    "deep": b'{"a":' * 100_000,
+    "digits": b'{"a": ' + b"9" * 10_000 + b"}",
+    "pickle": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("data", INVALID.values(), ids=INVALID)
+def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: DaemonProcess, data: bytes) -> None:
+    with dial_daemon("victim") as connection:
+        for _ in range(2):
+            transport.send(connection, data)
+            error = json.loads(transport.receive(connection, 1 << 20))["error"]
+            assert error["type"] == "ProtocolError"
+            assert len(error["message"]) < 500
+            transport.send(connection, HONEST_FRAME)
+            assert json.loads(transport.receive(connection, 1 << 20)) == {"result": {"n": 1}}
+
+
+@needs_posix
+@pytest.mark.parametrize("size", [64 * 2**20 + 1, 2**31 - 1, 2**31, 2**63, 2**64 - 1])
+def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess, size: int) -> None:
+    with dial_daemon("victim") as connection:
+        os.write(connection.fileno(), struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size))
+        assert is_dropped(connection)
+    log = log_path("victim").read_text(encoding="utf-8")
+    assert f"a message of {size} bytes, above the limit of {64 * 2**20} bytes" in log
+
+
+@needs_posix
+def test_a_client_that_dies_at_any_byte_of_a_frame_leaves_nothing(victim: DaemonProcess) -> None:
+    data = frame(HONEST_FRAME)
+    assert len(data) > 40
+    process = psutil.Process(victim.pid)
+    before = process.num_fds()
+    for length in range(41):
+        with dial_daemon("victim") as connection:
+            os.write(connection.fileno(), data[:length])
+    assert serves("victim")
+    wait_until(lambda: process.num_fds() <= before)
+
+
+@needs_posix
+def test_a_client_that_dies_before_its_reply_leaves_nothing(victim: DaemonProcess) -> None:
+    process = psutil.Process(victim.pid)
+    before = process.num_fds()
+    for method, params in [("echo", {}), ("fill", {"size": 10_000_000}), ("sleep", {"seconds": 0.2})] * 3:
+        with dial_daemon("victim") as connection:
+            transport.send(connection, json.dumps({"method": method, "params": params}).encode())
+    assert serves("victim")
+    wait_until(lambda: process.num_fds() <= before)
+
+
+def mischief(number: int) -> Any:
+    """Open one of many kinds of bad connections, and return it still open."""
+    match number % 6:
+        case 0:
+            return raw_socket()
+        case 1:
+            return raw_socket(b"\0\0")
+        case 2:
+            return raw_socket(list(GARBAGE.values())[number % len(GARBAGE)])
+        case 3:
+            return raw_socket(frame(b"#CHALLENGE#{sha256}" + bytes(32)) + frame(b"#WELCOME#") + frame(bytes(40)))
+        case 4:
+            connection = dial_daemon("victim")
+            transport.send(connection, list(INVALID.values())[number % len(INVALID)])
+            return connection
+        case _:
+            connection = dial_daemon("victim")
+            os.write(connection.fileno(), frame(HONEST_FRAME)[: number % 40])
+            return connection
+
+
+@contextlib.contextmanager
+def many_open_files() -> Iterator[None]:
+    """Allow us and our children 1024 descriptors, where the default is fewer (256 on macOS)."""
+    if sys.platform == "win32":
+        raise AssertionError("for POSIX")
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 1024), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@needs_posix
+def test_two_hundred_of_all_kinds_at_once_hinder_no_honest_client() -> None:
+    with many_open_files(), attacked_daemon(handshake_timeout=NEVER) as daemon, ThreadPoolExecutor(4) as pool:
+        process = psutil.Process(daemon.pid)
+        before = process.num_fds()
+        over = threading.Event()
+
+        def be_honest() -> int:
+            served = 0
+            while not over.is_set() or not served:
+                assert serves("victim")
+                served += 1
+            return served
+
+        honest = [pool.submit(be_honest) for _ in range(4)]
+        with contextlib.ExitStack() as stack:
+            stack.callback(over.set)
+            for number in range(200):
+                stack.enter_context(mischief(number))
+            # The silent and the half-said third, and those with the key, are still there.
+            assert process.num_fds() >= before + 100
+            assert all(serves("victim") for _ in range(50))
+        assert all(job.result(PATIENCE) for job in honest)
+        wait_until(lambda: process.num_fds() <= before)
+
+
+@needs_posix
+def test_more_silent_clients_than_the_bound_keep_no_honest_one_out() -> None:
+    with many_open_files(), attacked_daemon(handshake_timeout=NEVER) as daemon, contextlib.ExitStack() as stack:
+        process = psutil.Process(daemon.pid)
+        before = process.num_fds()
+        silent = [stack.enter_context(raw_socket()) for _ in range(300)]
+        for _ in range(3):
+            assert serves("victim", timeout=30.0)
+        # The bound holds, and it is the oldest that made room.
+        assert process.num_fds() < before + 300
+        assert said(silent[0]) == b""
+        silent[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[-1].recv(1)
+        stack.close()
+        wait_until(lambda: process.num_fds() <= before)

@@ -1,0 +1,504 @@
+"""The adapter on a loop of the test's own: what it promises while it serves, and that its end leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    AlreadyRunning,
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonServer,
+    PeerCredentials,
+    cleanup_endpoint,
+    connect_daemon,
+    current_peer,
+    endpoint,
+    ping,
+    request,
+    runtime_dir,
+    start_daemon_server,
+    transport,
+)
+from tests.marks import needs_linux
+from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, wait_until
+
+# A period that no test waits for: what ends before it, ends for a better reason.
+NEVER = 3600.0
+# A period that a test waits out.
+SOON = 0.2
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def in_time() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await main()
+
+    asyncio.run(in_time())
+
+
+async def echo(message: dict[str, Any]) -> dict[str, Any]:
+    return {"result": message}
+
+
+async def ask(message: dict[str, Any] | None = None, name: str = "test") -> dict[str, Any]:
+    return await asyncio.to_thread(request, name, message or {"n": 1}, timeout=PATIENCE)
+
+
+async def serves(name: str = "test") -> bool:
+    return await ask(name=name) == {"result": {"n": 1}}
+
+
+def threads() -> set[threading.Thread]:
+    """Return the living threads but those in which the tests ask."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Any = echo, **options: Any) -> AsyncIterator[DaemonServer]:
+    """Serve as the daemon "test". When it has closed, nothing may be left of it and a successor must serve."""
+    before = threads()
+    server, address = await start_daemon_server(handler, "test", **options)
+    assert address == server.record.address == endpoint.load("test").address
+    async with server:
+        assert server.is_serving()
+        yield server
+    assert not server.is_serving()
+    assert threads() == before
+    assert runtime_files() == []
+    successor, _ = await start_daemon_server(echo, "test")
+    async with successor:
+        assert await serves()
+
+
+class Waiting:
+    """A handler that tells when it began and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.may_go_on = asyncio.Event()
+        self.cancelled = 0
+
+    async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.began.set()
+        try:
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return {"result": message}
+
+
+class Unstoppable(Waiting):
+    """One that does not let itself be cancelled either."""
+
+    async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        while not self.may_go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await super().__call__(message)
+        return {"result": message}
+
+
+# Closing.
+
+
+def test_start_returns_the_server_and_its_endpoint_and_leaving_the_context_closes() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            assert server.record.pid == os.getpid()
+            assert await serves()
+
+    run(main)
+
+
+def test_close_and_wait_closed_may_be_called_again_and_by_several() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            waiting = [asyncio.create_task(server.wait_closed()) for _ in range(3)]
+            server.close()
+            server.close()
+            await asyncio.gather(*waiting)
+            await server.wait_closed()
+            server.close()
+
+    run(main)
+
+
+def test_cancelling_who_waits_for_the_end_closes_nothing() -> None:
+    async def main() -> None:
+        async with serving():
+            server, _ = await start_daemon_server(echo, "other")
+            async with server:
+                waiting = asyncio.create_task(server.wait_closed())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+                assert waiting.cancelled()
+                assert server.is_serving()
+                assert await serves("other")
+
+    run(main)
+
+
+@pytest.mark.parametrize("way", ["close", "shutdown", "cancel"])
+def test_serve_forever_ends(way: str) -> None:
+    async def main() -> None:
+        async with serving() as server:
+            forever = asyncio.create_task(server.serve_forever())
+            assert await serves()
+            assert not forever.done()
+            if way == "close":
+                server.close()
+            elif way == "shutdown":
+                assert await ask({"meta": "shutdown"}) == {"shutdown": True}
+            else:
+                forever.cancel()
+            await asyncio.wait({forever})
+            assert forever.cancelled() == (way == "cancel")
+            assert not server.is_serving()
+            # All of it is done, not only begun.
+            assert cleanup_endpoint("test")
+            assert runtime_files() == []
+
+    run(main)
+
+
+def test_who_takes_the_shutdown_request_decides() -> None:
+    async def main() -> None:
+        told = asyncio.Event()
+        async with serving(on_shutdown=told.set) as server:
+            assert await ask({"meta": "shutdown"}) == {"shutdown": True}
+            await told.wait()
+            assert server.is_serving()
+            assert await serves()
+
+    run(main)
+
+
+@needs_linux
+def test_thirty_servers_one_after_the_other_leave_nothing() -> None:
+    async def live() -> None:
+        async with serving():
+            with await asyncio.to_thread(connect_daemon, "test") as kept, await asyncio.to_thread(dial_daemon, "test"):
+                assert await asyncio.to_thread(kept.request, {"n": 2}) == {"result": {"n": 2}}
+
+    async def main() -> None:
+        await live()  # and import what is imported late
+        before = os.listdir("/proc/self/fd")
+        for _ in range(30):
+            await live()
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert os.listdir(runtime_dir()) == ["test.lock"]
+
+    run(main)
+
+
+def test_a_request_in_flight_finishes_and_nobody_else_comes_in() -> None:
+    async def main() -> None:
+        handler = Waiting()
+        async with serving(handler, grace_period=NEVER) as server:
+            in_flight = asyncio.create_task(ask())
+            await handler.began.wait()
+            server.close()
+            with pytest.raises(DaemonNotRunning):
+                await ask()
+            assert not in_flight.done()
+            handler.may_go_on.set()
+            assert await in_flight == {"result": {"n": 1}}
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [Waiting, Unstoppable])
+def test_a_request_longer_than_the_grace_period_is_cancelled(kind: type[Waiting]) -> None:
+    async def main() -> None:
+        handler = kind()
+        async with serving(handler, grace_period=SOON) as server:
+            in_flight = asyncio.create_task(ask())
+            await handler.began.wait()
+            server.close()
+            await server.wait_closed()
+            with contextlib.suppress(ConnectionLost):
+                assert (await in_flight)["error"]["type"] == "CancelledError"
+            assert handler.cancelled
+        handler.may_go_on.set()
+
+    run(main)
+
+
+def test_requests_that_were_sent_ahead_do_not_prolong_the_end() -> None:
+    async def main() -> None:
+        handler = Waiting()
+        async with serving(handler, grace_period=SOON):
+            with await asyncio.to_thread(dial_daemon, "test") as connection:
+                for _ in range(100):
+                    transport.send(connection, b"{}")
+                await handler.began.wait()
+
+    run(main)
+
+
+def test_idle_and_silent_clients_do_not_delay_the_end() -> None:
+    async def main() -> None:
+        async with serving(grace_period=NEVER, handshake_timeout=NEVER) as server:
+            with contextlib.ExitStack() as stack:
+                kept = [stack.enter_context(await asyncio.to_thread(connect_daemon, "test")) for _ in range(10)]
+                deadline = transport.deadline_after(PATIENCE)
+                silent = [stack.enter_context(transport.dial(server.record.address, deadline)) for _ in range(10)]
+                assert await asyncio.to_thread(kept[0].request, {"n": 1}) == {"result": {"n": 1}}
+                server.close()
+                await server.wait_closed()
+                assert all(connection.readable_now() for connection in silent)
+                with pytest.raises(DaemonNotRunning):
+                    await asyncio.to_thread(kept[0].request, {"n": 1})
+
+    run(main)
+
+
+def test_a_client_that_does_not_read_its_long_reply_does_not_prevent_the_end() -> None:
+    async def main() -> None:
+        async def fill(message: dict[str, Any]) -> dict[str, Any]:
+            replied.set()
+            return {"result": "x" * 40_000_000}
+
+        replied = asyncio.Event()
+        async with serving(fill, grace_period=SOON):
+            with await asyncio.to_thread(dial_daemon, "test") as connection:
+                transport.send(connection, b"{}")
+                await replied.wait()
+                assert len((await ask())["result"]) == 40_000_000
+
+    run(main)
+
+
+def test_the_runtime_directory_may_be_gone_at_the_end() -> None:
+    async def main() -> None:
+        before = threads()
+        server, _ = await start_daemon_server(echo, "test", grace_period=NEVER)
+        async with server:
+            with await asyncio.to_thread(connect_daemon, "test") as kept:
+                shutil.rmtree(runtime_dir(), ignore_errors=os.name == "nt")
+                assert await asyncio.to_thread(kept.request, {"n": 1}) == {"result": {"n": 1}}
+        assert threads() == before
+        async with serving():
+            assert await serves()
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", ["test", "other"])
+def test_a_name_is_served_once(name: str) -> None:
+    async def main() -> None:
+        async with serving() as server:
+            if name == "test":
+                with pytest.raises(AlreadyRunning, match=str(os.getpid())) as caught:
+                    await start_daemon_server(echo, name)
+                assert caught.value.pid == os.getpid()
+            else:
+                other, address = await start_daemon_server(Waiting(), name)
+                assert address != server.record.address
+                async with other:
+                    assert await asyncio.to_thread(ping, name)
+                assert runtime_files(".json") == ["test.json"]
+            assert await serves()
+
+    run(main)
+
+
+# Requests.
+
+
+def test_a_handler_knows_its_peer_and_nobody_else_does() -> None:
+    async def main() -> None:
+        async def peer(message: dict[str, Any]) -> dict[str, Any]:
+            return {"result": current_peer.get(), "inner": await asyncio.create_task(inner())}
+
+        async def inner() -> PeerCredentials | None:
+            return current_peer.get()
+
+        async with serving(peer):
+            uid = os.geteuid() if hasattr(os, "geteuid") else None
+            assert await ask() == {"result": [os.getpid(), uid], "inner": [os.getpid(), uid]}
+            script = "import os, harness_ipc; print(os.getpid(), harness_ipc.request('test', {})['result'][0])"
+            pids = (await asyncio.to_thread(run_python, "-c", script)).stdout.split()
+            assert pids[0] == pids[1] != str(os.getpid())
+            assert current_peer.get() is None
+
+    run(main)
+
+
+def test_context_variables_do_not_leak_from_one_request_into_the_next() -> None:
+    variable = contextvars.ContextVar("variable", default="of nobody")
+
+    async def main() -> None:
+        async def exchange(message: dict[str, Any]) -> dict[str, Any]:
+            before = variable.get()
+            variable.set(message["new"])
+            await asyncio.sleep(0)
+            return {"before": before, "after": variable.get()}
+
+        variable.set("of the server")
+        async with serving(exchange):
+            with await asyncio.to_thread(connect_daemon, "test") as kept:
+                for new in ("one", "two"):
+                    expected = {"before": "of the server", "after": new}
+                    assert await asyncio.to_thread(kept.request, {"new": new}) == expected
+                    assert await ask({"new": new}) == expected
+            assert variable.get() == "of the server"
+
+    run(main)
+
+
+def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
+    blocked, release = threading.Event(), threading.Event()
+
+    async def block(message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("block"):
+            blocked.set()
+            assert release.wait(PATIENCE)
+        return {"result": message}
+
+    def look() -> None:
+        def pong() -> dict[str, Any]:
+            return request("test", {"meta": "ping"}, timeout=PATIENCE)
+
+        assert pong()["responsive"] is True
+        blocker = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
+        blocker.start()
+        try:
+            assert blocked.wait(PATIENCE)
+            assert ping("test")
+            reply = pong()
+            assert (reply["pong"], reply["pid"], reply["responsive"]) == (True, os.getpid(), False)
+            assert reply["loop_lag"] > 0
+        finally:
+            release.set()
+            blocker.join()
+        wait_until(lambda: pong()["responsive"] is True)
+        assert request("test", {"n": 1}) == {"result": {"n": 1}}
+
+    async def main() -> None:
+        async with serving(block):
+            await asyncio.to_thread(look)
+
+    run(main)
+
+
+async def healthy() -> dict[str, Any]:
+    return {"upstream": "answers"}
+
+
+async def unhealthy() -> dict[str, Any]:
+    raise OSError("no upstream")
+
+
+@pytest.mark.parametrize(
+    ("health", "reply"),
+    [
+        (None, {"health": None}),
+        (healthy, {"health": {"upstream": "answers"}}),
+        (unhealthy, {"error": {"type": "OSError", "message": "no upstream"}}),
+    ],
+)
+def test_health_is_the_apps_own_answer(health: Any, reply: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with serving(health=health):
+            assert await ask({"meta": "health"}) == reply
+            assert await serves()
+
+    run(main)
+
+
+@pytest.mark.parametrize("message", [{"meta": "restart"}, {"meta": ["ping"]}, {"meta": None}, {"meta": {"ping": 1}}, {}])
+def test_what_the_channel_does_not_know_is_the_handlers(message: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with serving():
+            with await asyncio.to_thread(connect_daemon, "test") as kept:
+                assert await asyncio.to_thread(kept.request, message) == {"result": message}
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "logged"),
+    [
+        ("1 / 0", "ZeroDivisionError", "Traceback"),
+        ("[1]", "TypeError", "list"),
+        ("None", "TypeError", "NoneType"),
+        ("{'result': {1}}", "ProtocolError", "set"),
+        ("{'result': float('nan')}", "ProtocolError", "JSON"),
+        ("{'result': 'x' * 2000}", "MessageTooLarge", "2013"),
+    ],
+)
+def test_a_bad_handler_gives_an_error_and_a_log_and_the_daemon_goes_on(
+    caplog: pytest.LogCaptureFixture, code: str, kind: str, logged: str
+) -> None:
+    async def main() -> None:
+        async def misbehave(message: dict[str, Any]) -> Any:
+            return eval(message["code"]) if "code" in message else {"result": message}
+
+        async with serving(misbehave, max_message=1000):
+            with await asyncio.to_thread(connect_daemon, "test") as kept:
+                reply = await asyncio.to_thread(kept.request, {"code": code})
+                assert reply["error"]["type"] == kind
+                assert await asyncio.to_thread(kept.request, {"n": 1}) == {"result": {"n": 1}}
+            assert await serves()
+
+    with caplog.at_level(logging.INFO, "harness_ipc"):
+        run(main)
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert logged in caplog.text
+
+
+def test_one_connection_is_served_in_order_and_others_at_the_same_time() -> None:
+    async def main() -> None:
+        handler = Waiting()
+        seen: list[int] = []
+
+        async def order(message: dict[str, Any]) -> dict[str, Any]:
+            seen.append(message["n"])
+            return await handler(message) if message["n"] == 0 else {"result": message}
+
+        def pipeline(connection: transport.Connection) -> list[int]:
+            return [json.loads(transport.receive(connection, 1000))["result"]["n"] for _ in range(3)]
+
+        async with serving(order, grace_period=NEVER):
+            with await asyncio.to_thread(dial_daemon, "test") as connection:
+                for n in (0, 10, 20):
+                    transport.send(connection, json.dumps({"n": n}).encode())
+                await handler.began.wait()
+                assert await serves()
+                assert seen == [0, 1]
+                handler.may_go_on.set()
+                assert await asyncio.to_thread(pipeline, connection) == [0, 10, 20]
+                assert seen == [0, 1, 10, 20]
+
+    run(main)
+
+
+def test_threads_and_kept_clients_are_not_in_each_others_way() -> None:
+    async def main() -> None:
+        async with serving():
+            with contextlib.ExitStack() as stack:
+                kept = [stack.enter_context(await asyncio.to_thread(connect_daemon, "test")) for _ in range(40)]
+
+                async def converse(client: Client, number: int) -> None:
+                    for n in range(5):
+                        assert await asyncio.to_thread(client.request, {"n": [number, n]}) == {"result": {"n": [number, n]}}
+
+                await asyncio.gather(*(converse(client, number) for number, client in enumerate(kept)))
+                assert await serves()
+
+    run(main)

@@ -1,0 +1,95 @@
+"""The package as its users import it: every name is there, the import is light, and it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness_ipc
+from harness_ipc import auth, endpoint, messages, paths, transport
+
+ROOT = Path(harness_ipc.__file__).parents[1]
+# What a client has no use for: each costs milliseconds of every short-lived process.
+HEAVY = {"asyncio", "filelock", "psutil", "platformdirs", "typing", "logging", "pathlib", "subprocess", "tempfile"}
+# What multiprocessing.connection brings with it anyway differs from one Python to the next.
+GIVEN = "import json, sys, multiprocessing.connection; given = set(sys.modules)"
+MODULES = "sorted(set(sys.modules) - given)"
+
+
+def run_fresh(expression: str, module: str, directory: Path) -> Any:
+    """Import `module` in a new interpreter and return `expression`: warnings as errors, and nothing from site."""
+    source = f"{GIVEN}; sys.path.insert(0, {str(ROOT)!r}); import {module}; print(json.dumps({expression}))"
+    environment = {**os.environ, "HOME": str(directory), "TMPDIR": str(directory), "XDG_RUNTIME_DIR": str(directory)}
+    command = [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", source]
+    run = subprocess.run(
+        command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=True
+    )
+    return json.loads(run.stdout)
+
+
+def test_every_public_name_is_there() -> None:
+    assert [name for name in harness_ipc.__all__ if not hasattr(harness_ipc, name)] == []
+    assert list(harness_ipc.__all__) == sorted(set(harness_ipc.__all__))
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = harness_ipc.nonesuch
+
+
+def test_every_public_error_is_exported() -> None:
+    leaves = {leaf.__name__ for leaf in harness_ipc.HarnessIPCError.__subclasses__()}
+    assert leaves < set(harness_ipc.__all__)
+
+
+@pytest.mark.parametrize("module", ["harness_ipc", "harness_ipc.client", "harness_ipc.endpoint", "harness_ipc.errors"])
+def test_the_import_is_light_and_leaves_no_trace(module: str, tmp_path: Path, private_directories: Path) -> None:
+    loaded = run_fresh(MODULES, module, tmp_path)
+    assert module in loaded
+    assert HEAVY & set(loaded) == set()
+    assert list(tmp_path.iterdir()) == []
+    assert list(private_directories.iterdir()) == []
+
+
+def test_looking_for_a_daemon_that_is_not_there_leaves_no_trace(tmp_path: Path, private_directories: Path) -> None:
+    found = run_fresh('[harness_ipc.ping("d"), harness_ipc.identify("d")]', "harness_ipc", tmp_path)
+    assert found == [False, None]
+    assert list(tmp_path.iterdir()) == []
+    assert list(private_directories.iterdir()) == []
+
+
+def test_finding_connecting_and_asking_import_nothing_heavy(tmp_path: Path) -> None:
+    directory = paths.runtime_location()[0]
+    paths.create_private_dir(directory)
+    identity = endpoint.new_generation_id()
+    address = transport.new_address(directory, identity)
+    generation = endpoint.Generation(
+        "d", family=transport.FAMILY, address=address, generation=identity, app_version=None, max_message=1000
+    )
+    listener = transport.Listener(address)
+
+    def answer_one() -> Any:
+        with listener.accept() as connection:
+            connection.deadline = transport.deadline_after(60)
+            auth.challenge_client(connection, auth.Keys(generation.record.authkey, address))
+            message = messages.decode(transport.receive(connection, 1000))
+            transport.send(connection, messages.encode({"result": message}, 1000))
+            return message
+
+    try:
+        generation.publish()
+        with ThreadPoolExecutor(1) as executor:
+            answered = executor.submit(answer_one)
+            try:
+                reply, loaded = run_fresh(f'[harness_ipc.request("d", {{"a": 1}}), {MODULES}]', "harness_ipc", tmp_path)
+            finally:
+                listener.wake()
+        assert answered.result() == {"a": 1}
+    finally:
+        listener.close()
+    assert reply == {"result": {"a": 1}}
+    assert HEAVY & set(loaded) == set()
