@@ -57,6 +57,27 @@ if sys.platform != "win32":
             """Whether a receive would not block: there is a frame, or the peer has gone."""
             return bool(self._buffered or self._receivable.poll(0))
 
+        # An event loop can tell when there is something to receive.
+        LOOP_CAN_WATCH = True
+
+        @property
+        def has_more(self) -> bool:
+            """Whether something is left to flush, or was read and not yet received."""
+            return bool(self._held or self._buffered)
+
+        def receive_now(self, limit: int) -> bytes | None:
+            """Return the next frame without waiting, or None: `recv_bytes` then has to wait for it, or to say what is wrong."""
+            if not self._buffered:
+                # What is wrong with the connection shows in the receive.
+                with contextlib.suppress(OSError):
+                    self._buffered = self._socket.recv(_MOST_AT_ONCE)
+            if len(self._buffered) < _HEADER.size:
+                return None
+            (size,) = _HEADER.unpack_from(self._buffered)
+            if not 0 <= size <= min(limit, len(self._buffered) - _HEADER.size):
+                return None
+            return self._take(_HEADER.size + size)[_HEADER.size :]
+
         def hold(self, frame: bytes) -> None:
             """Send a short frame together with the next one, or before the next receive that has to wait."""
             self._held += _HEADER.pack(len(frame)) + frame

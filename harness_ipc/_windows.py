@@ -45,6 +45,18 @@ if sys.platform == "win32":
             self._receiving: _winapi.Overlapped | None = None
             self._sending: _winapi.Overlapped | None = None
 
+        # The proactor loop can't wait for a pipe that it did not open.
+        LOOP_CAN_WATCH = False
+
+        @property
+        def has_more(self) -> bool:
+            """Whether something is left to flush."""
+            return self._sending is not None
+
+        def receive_now(self, limit: int) -> bytes | None:
+            """Return None: `recv_bytes` has to wait."""
+            return None
+
         def readable_now(self) -> bool:
             """Whether a receive would not block: there is a frame, or the end."""
             try:

@@ -1,8 +1,14 @@
-"""From a worker thread to the event loop and back: one message at a time for each session. It accepts and closes nothing."""
+"""From a connection to the event loop and back: one message at a time for each session. It accepts and closes nothing.
+
+A session belongs to a worker thread, which receives a message, has the loop answer it and waits. Where the loop can watch the
+connection, the thread may leave a session to it: the loop then answers short messages without the thread, and wakes it for
+all else: what is long, what comes in pieces, what is the channel's own, and the end.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -10,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import messages
-from .errors import ConnectionLost
+from .errors import ConnectionLost, ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -32,17 +38,35 @@ _PROBE_PATIENCE = 0.25
 class Session:
     """One connection, and the one request of it that is on its way through the loop."""
 
-    __slots__ = ("accepted_at", "connection", "message", "replied", "unsent", "waiting")
+    __slots__ = (
+        "accepted_at",
+        "connection",
+        "counts",
+        "left_to_loop",
+        "message",
+        "parked",
+        "received",
+        "unsent",
+        "waiting",
+        "wake",
+    )
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.accepted_at = time.monotonic()
         self.message: Message = {}
+        # What the loop leaves to the thread: a frame that is not for the handler, a reply that it can't send without waiting.
+        self.received: bytes | None = None
         self.unsent: bytes | None = None
+        # A request is on its way, and whether it counts as use of the daemon.
         self.waiting = False
-        # A lock that the thread takes and the loop releases: a third of the cost of a concurrent future.
-        self.replied = threading.Lock()
-        self.replied.acquire()
+        self.counts = False
+        # The thread has left the session to the loop.
+        self.left_to_loop = False
+        # The thread waits for a lock that the loop releases: a third of the cost of a concurrent future.
+        self.parked = False
+        self.wake = threading.Lock()
+        self.wake.acquire()
 
 
 class LoopBridge:
@@ -77,24 +101,41 @@ class LoopBridge:
         Returns the reply if this thread has to send it, or None if the loop did, as far as that went without waiting: the
         rest is in the connection's `flush`. Raises `ConnectionLost` if the loop answers nothing any more.
         """
-        counts = message.get("meta") != messages.HEALTH
         with self._lock:
-            if self._broken_off or self._loop.is_closed():
-                raise ConnectionLost("the daemon has stopped")
+            self._check()
             wake = not self._inbox
             self._inbox.append(session)
-            session.message = message
-            session.waiting = True
-            self.in_flight += counts
-        try:
-            if wake:
-                self._loop.call_soon_threadsafe(self._take_inbox)
-            session.replied.acquire()
-        finally:
-            if counts:
-                with self._lock:
-                    self.in_flight -= 1
-                    self._last_used = time.monotonic()
+            self._expect_reply(session, message)
+            session.parked = True
+        if wake:
+            self._loop.call_soon_threadsafe(self._take_inbox)
+        return self._wait(session)
+
+    def leave_to_loop(self, session: Session) -> bytes | None:
+        """Have the loop answer what it can by itself, and wait until the session's thread is needed again.
+
+        Returns and raises as `ask`; there need not have been a request.
+        """
+        if not session.connection.LOOP_CAN_WATCH or session.connection.has_more:
+            return None
+        with self._lock:
+            self._check()
+            session.left_to_loop = session.parked = True
+        self._loop.call_soon_threadsafe(self._watch, session)
+        return self._wait(session)
+
+    def _check(self) -> None:
+        if self._broken_off or self._loop.is_closed():
+            raise ConnectionLost("the daemon has stopped")
+
+    def _expect_reply(self, session: Session, message: Message) -> None:
+        session.message = message
+        session.waiting = True
+        session.counts = message.get("meta") != messages.HEALTH
+        self.in_flight += session.counts
+
+    def _wait(self, session: Session) -> bytes | None:
+        session.wake.acquire()
         unsent, session.unsent = session.unsent, None
         return unsent
 
@@ -128,6 +169,7 @@ class LoopBridge:
             self._broken_off = True
         for session in sessions:
             self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")))
+            self._give_back(session)
 
     # In the loop's thread.
 
@@ -135,11 +177,47 @@ class LoopBridge:
         with self._lock:
             inbox, self._inbox = self._inbox, []
         for session in inbox:
-            context = self._context.copy()
-            context.run(current_peer.set, session.connection.peer)
-            task = self._loop.create_task(self._handle(session), context=context)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start_task(session)
+
+    def _start_task(self, session: Session) -> None:
+        context = self._context.copy()
+        context.run(current_peer.set, session.connection.peer)
+        task = self._loop.create_task(self._handle(session), context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _watch(self, session: Session) -> None:
+        if session.left_to_loop:
+            try:
+                self._loop.add_reader(session.connection.fileno(), self._on_readable, session)
+            except OSError:
+                self._give_back(session)
+
+    def _on_readable(self, session: Session) -> None:
+        connection = session.connection
+        if session.waiting:
+            # More, or the end, before the reply to the last one: the thread sees to it when it has been sent.
+            self._unwatch(session)
+            return
+        frame = connection.receive_now(self._max_message)
+        if frame is not None:
+            message = self._for_handler(frame)
+            with self._lock:
+                if message is not None and not self._broken_off:
+                    self._expect_reply(session, message)
+            if session.waiting:
+                self._start_task(session)
+                return
+            session.received = frame
+        self._give_back(session)
+
+    @staticmethod
+    def _for_handler(frame: bytes) -> Message | None:
+        try:
+            message = messages.decode(frame)
+        except ProtocolError:
+            return None
+        return None if message.get("meta") in (messages.PING, messages.SHUTDOWN) else message
 
     async def _handle(self, session: Session) -> None:
         message, session.message = session.message, {}
@@ -166,10 +244,33 @@ class LoopBridge:
             if not session.waiting:
                 return
             session.waiting = False
+            if session.counts:
+                self.in_flight -= 1
+                self._last_used = time.monotonic()
         # Sent from here if that does not wait: the client has it one wake-up earlier.
         frame = self.encode(reply)
         session.unsent = None if session.connection.try_send(frame) else frame
-        session.replied.release()
+        if not session.left_to_loop or session.unsent is not None or session.connection.has_more:
+            self._give_back(session)
+
+    def _give_back(self, session: Session) -> None:
+        """Wake the session's thread, if nobody has yet."""
+        with self._lock:
+            if session.parked:
+                self._unwatch(session)
+                session.parked = False
+                session.wake.release()
+
+    def _unwatch(self, session: Session) -> None:
+        if session.left_to_loop:
+            session.left_to_loop = False
+            descriptor = session.connection.fileno()
+            if not self._broken_off:
+                self._loop.remove_reader(descriptor)
+            else:
+                # It may be another thread that says so, and a loop that was closed meanwhile watches nothing.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._loop.remove_reader, descriptor)
 
     def _answer_probe(self) -> None:
         self._probe_lag = time.monotonic() - self._probe_sent

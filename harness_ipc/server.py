@@ -322,6 +322,8 @@ class DaemonServer:
             self._serve_one(session, admitted)
             while admitted:
                 self._serve_one(session, admitted)
+                # Who asks twice may ask often.
+                self._send(connection, self._bridge.leave_to_loop(session))
         except AuthenticationFailed as error:
             logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
         except MessageTooLarge as error:
@@ -332,7 +334,12 @@ class DaemonServer:
     def _serve_one(self, session: Session, admitted: bool) -> None:
         """Receive a request and see it answered. Nothing here outlives the call: an idle connection holds no message."""
         connection = session.connection
-        reply = self._answer(session, transport.receive(connection, self._max_message), admitted)
+        frame, session.received = session.received, None
+        if frame is None:
+            frame = transport.receive(connection, self._max_message)
+        self._send(connection, self._answer(session, frame, admitted))
+
+    def _send(self, connection: transport.Connection, reply: bytes | None) -> None:
         if reply is None:
             transport.flush(connection)
         else:

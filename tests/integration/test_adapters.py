@@ -1,0 +1,240 @@
+"""Both ways in which a kept connection is served, by its thread and by the loop: whatever comes, the answers are the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import struct
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from harness_ipc import ConnectionLost, DaemonServer, connect_daemon, request, start_daemon_server, transport
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, dial_daemon, wait_until
+
+MIB = 2**20
+# A period that no test waits for.
+NEVER = 3600.0
+
+
+@pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "threads"], autouse=True)
+def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two is used: on Windows only threads can be."""
+    if request.param == "threads":
+        monkeypatch.setattr(transport.Connection, "LOOP_CAN_WATCH", False)
+    return str(request.param)
+
+
+class Handler:
+    """Echoes, and waits or gives a long reply if it is told to."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.may_go_on = asyncio.Event()
+
+    async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.seen.append(message.get("n"))
+        if "wait" in message:
+            await self.may_go_on.wait()
+        return {"result": "x" * message["fill"] if "fill" in message else message}
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, **options: Any) -> AsyncIterator[DaemonServer]:
+    before = threading.active_count()
+    server, _ = await start_daemon_server(handler, "test", **options)
+    async with server:
+        yield server
+        assert await asyncio.to_thread(request, "test", {"n": -1}, timeout=PATIENCE) == {"result": {"n": -1}}
+    assert len([thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]) <= before
+
+
+def run(talk: Callable[[DaemonServer, Handler], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(PATIENCE):
+            handler = Handler()
+            async with serving(handler, **options) as server:
+                await talk(server, handler)
+
+    asyncio.run(main())
+
+
+def exchange(connection: transport.Connection, frame: bytes) -> dict[str, Any]:
+    transport.send(connection, frame)
+    return reply_from(connection)
+
+
+def reply_from(connection: transport.Connection) -> dict[str, Any]:
+    return dict(json.loads(transport.receive(connection, 64 * MIB)))
+
+
+def frame_of(**message: Any) -> bytes:
+    return json.dumps(message).encode()
+
+
+@contextlib.contextmanager
+def kept_connection(server: DaemonServer, adapter: str) -> Iterator[transport.Connection]:
+    """A connection that has been used enough to be left to the loop, if that is how it is served."""
+    with dial_daemon("test") as connection:
+        for n in range(3):
+            assert exchange(connection, frame_of(n=n)) == {"result": {"n": n}}
+        wait_until(lambda: is_watched(server) == (adapter == "loop"))
+        yield connection
+
+
+def is_watched(server: DaemonServer) -> bool:
+    return any(session.left_to_loop for session in server._sessions)
+
+
+FRAMES: dict[str, tuple[bytes, Callable[[dict[str, Any]], bool]]] = {
+    "short": (frame_of(n=5), lambda reply: reply == {"result": {"n": 5}}),
+    "ping": (frame_of(meta="ping"), lambda reply: reply["pid"] == os.getpid() and reply["responsive"]),
+    "health": (frame_of(meta="health"), lambda reply: reply == {"health": None}),
+    "other meta": (frame_of(meta=["ping"]), lambda reply: reply == {"result": {"meta": ["ping"]}}),
+    "long": (frame_of(text="x" * MIB), lambda reply: reply == {"result": {"text": "x" * MIB}}),
+    "buffer": (frame_of(text="x" * 64 * 1024), lambda reply: reply == {"result": {"text": "x" * 64 * 1024}}),
+    "long reply": (frame_of(fill=MIB), lambda reply: reply == {"result": "x" * MIB}),
+    "empty": (b"", lambda reply: reply["error"]["type"] == "ProtocolError"),
+    "no JSON": (b"{", lambda reply: reply["error"]["type"] == "ProtocolError"),
+    "no object": (b"[1]", lambda reply: reply["error"]["type"] == "ProtocolError"),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str, adapter: str) -> None:
+    frame, is_right = FRAMES[kind]
+
+    def converse(server: DaemonServer) -> None:
+        with kept_connection(server, adapter) as connection:
+            for n in range(3):
+                assert is_right(exchange(connection, frame))
+                assert exchange(connection, frame_of(n=n)) == {"result": {"n": n}}
+
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        await asyncio.to_thread(converse, server)
+
+    run(talk)
+
+
+@needs_posix
+def test_a_request_in_two_pieces_is_answered_and_keeps_nobody_waiting(adapter: str) -> None:
+    def converse(server: DaemonServer) -> None:
+        with kept_connection(server, adapter) as connection:
+            body = frame_of(n=777)
+            frame = struct.pack("!i", len(body)) + body
+            for cut in (1, 3, 4, 5, len(frame) - 1):
+                os.write(connection.fileno(), frame[:cut])
+                assert request("test", {"n": 1}, timeout=PATIENCE) == {"result": {"n": 1}}
+                os.write(connection.fileno(), frame[cut:])
+                assert reply_from(connection) == {"result": {"n": 777}}
+                assert exchange(connection, frame_of(n=cut)) == {"result": {"n": cut}}
+
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        await asyncio.to_thread(converse, server)
+
+    run(talk)
+
+
+def test_a_request_above_the_limit_ends_that_connection_only(adapter: str) -> None:
+    def converse(server: DaemonServer) -> None:
+        with kept_connection(server, adapter) as connection, pytest.raises(ConnectionLost):
+            exchange(connection, frame_of(text="x" * 1000))
+
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        await asyncio.to_thread(converse, server)
+
+    run(talk, max_message=500)
+
+
+def test_requests_sent_ahead_are_answered_in_order(adapter: str) -> None:
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        def send_all() -> list[Any]:
+            for message in ({"n": 10, "wait": 1}, {"n": 11}, {"n": 12}):
+                transport.send(connection, frame_of(**message))
+            loop.call_soon_threadsafe(handler.may_go_on.set)
+            return [reply_from(connection)["result"]["n"] for _ in range(3)]
+
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            connection = await asyncio.to_thread(stack.enter_context, kept_connection(server, adapter))
+            assert await asyncio.to_thread(send_all) == [10, 11, 12]
+            assert handler.seen == [0, 1, 2, 10, 11, 12]
+            # Let alone again, it is served as before.
+            assert await asyncio.to_thread(exchange, connection, frame_of(n=13)) == {"result": {"n": 13}}
+
+    run(talk)
+
+
+def test_a_client_that_dies_while_it_is_answered_costs_nothing(adapter: str) -> None:
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        def die() -> None:
+            with kept_connection(server, adapter) as connection:
+                transport.send(connection, frame_of(n=10, wait=1))
+                wait_until(lambda: 10 in handler.seen)
+
+        await asyncio.to_thread(die)
+        handler.may_go_on.set()
+        await asyncio.to_thread(wait_until, lambda: not server._sessions)
+
+    run(talk)
+
+
+def test_a_client_that_reads_no_replies_holds_up_only_itself(adapter: str) -> None:
+    def converse(server: DaemonServer) -> None:
+        with kept_connection(server, adapter) as connection:
+            for _ in range(20):
+                transport.send(connection, frame_of(fill=60_000))
+            assert request("test", {"n": 1}, timeout=PATIENCE) == {"result": {"n": 1}}
+            assert [len(reply_from(connection)["result"]) for _ in range(20)] == [60_000] * 20
+
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        await asyncio.to_thread(converse, server)
+
+    run(talk)
+
+
+@needs_linux
+def test_a_hundred_connections_one_after_the_other_leave_no_descriptor(adapter: str) -> None:
+    def converse(_: int) -> None:
+        with connect_daemon("test") as client:
+            for n in range(5):
+                assert client.request({"n": n}, timeout=PATIENCE) == {"result": {"n": n}}
+
+    async def talk(server: DaemonServer, handler: Handler) -> None:
+        def count() -> int:
+            return len(os.listdir("/proc/self/fd"))
+
+        with ThreadPoolExecutor(4) as pool:
+            before = count()
+            # The numbers of closed descriptors are used again: a watch that was left would disturb the next connection.
+            await asyncio.to_thread(lambda: list(pool.map(converse, range(100))))
+            await asyncio.to_thread(wait_until, lambda: not server._sessions and count() == before)
+
+    run(talk)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(adapter: str, stubborn: bool) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(PATIENCE):
+            handler = Handler()
+            server, _ = await start_daemon_server(handler, "test", grace_period=0.2 if stubborn else NEVER)
+            with contextlib.ExitStack() as stack:
+                connection = await asyncio.to_thread(stack.enter_context, kept_connection(server, adapter))
+                stack.enter_context(await asyncio.to_thread(connect_daemon, "test"))
+                transport.send(connection, frame_of(n=10, wait=1))
+                await asyncio.to_thread(wait_until, lambda: 10 in handler.seen)
+                server.close()
+                if not stubborn:
+                    handler.may_go_on.set()
+                reply = await asyncio.to_thread(reply_from, connection)
+                assert reply["error"]["type"] == "CancelledError" if stubborn else reply["result"]["n"] == 10
+                await server.wait_closed()
+
+    asyncio.run(main())
