@@ -1,6 +1,7 @@
 """One authenticated, race-free, cross-platform channel between a long-lived local daemon and short-lived processes.
 
-Importing this imports what a client needs. The daemon's side, which imports asyncio, is loaded when it is first named.
+Importing this imports what a client needs. The daemon's side, which imports asyncio, and the manager are loaded when they are
+first named.
 """
 
 from __future__ import annotations
@@ -32,14 +33,32 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .bridge import current_peer
     from .daemon import App, run_daemon
+    from .manager import (
+        DaemonStatus,
+        daemon_alive,
+        daemon_status,
+        ensure_daemon,
+        list_daemons,
+        restart_daemon,
+        spawn_kwargs,
+        stop_daemon,
+    )
     from .server import DaemonServer, start_daemon_server
 
-_DAEMON_SIDE = {
+_LOADED_WHEN_NAMED = {
     "App": "daemon",
     "DaemonServer": "server",
+    "DaemonStatus": "manager",
     "current_peer": "bridge",
+    "daemon_alive": "manager",
+    "daemon_status": "manager",
+    "ensure_daemon": "manager",
+    "list_daemons": "manager",
+    "restart_daemon": "manager",
     "run_daemon": "daemon",
+    "spawn_kwargs": "startup",
     "start_daemon_server": "server",
+    "stop_daemon": "manager",
 }
 
 __all__ = [
@@ -52,6 +71,7 @@ __all__ = [
     "ConnectionLost",
     "DaemonNotRunning",
     "DaemonServer",
+    "DaemonStatus",
     "DaemonTimeout",
     "HarnessIPCError",
     "IncompatibleDaemon",
@@ -67,20 +87,27 @@ __all__ = [
     "cleanup_endpoint",
     "connect_daemon",
     "current_peer",
+    "daemon_alive",
+    "daemon_status",
+    "ensure_daemon",
     "identify",
+    "list_daemons",
     "log_path",
     "ping",
     "request",
+    "restart_daemon",
     "run_daemon",
     "runtime_dir",
     "runtime_path",
+    "spawn_kwargs",
     "start_daemon_server",
+    "stop_daemon",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in _DAEMON_SIDE:
+    if name in _LOADED_WHEN_NAMED:
         from importlib import import_module
 
-        return getattr(import_module(f".{_DAEMON_SIDE[name]}", __name__), name)
+        return getattr(import_module(f".{_LOADED_WHEN_NAMED[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

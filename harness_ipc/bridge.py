@@ -84,6 +84,9 @@ class LoopBridge:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken_off = False
         self.in_flight = 0
+        # Answered so far, and how many of the answers were errors. Requests for the health don't count.
+        self.requests = 0
+        self.errors = 0
         self._last_used = time.monotonic()
         self._probe_sent = 0.0
         self._probe_lag = 0.0
@@ -246,6 +249,8 @@ class LoopBridge:
             session.waiting = False
             if session.counts:
                 self.in_flight -= 1
+                self.requests += 1
+                self.errors += "error" in reply
                 self._last_used = time.monotonic()
         # Sent from here if that does not wait: the client has it one wake-up earlier.
         frame = self.encode(reply)

@@ -6,6 +6,7 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from functools import partial
@@ -78,6 +79,7 @@ class Client:
         self._request_timeout = request_timeout
         self._max_message = max_message
         self._record: endpoint.Record
+        self._process = os.getpid()
         # Held by the one call that uses the connection.
         self._turn = threading.Lock()
         # Guards what others have to see of that call to end it.
@@ -219,6 +221,8 @@ class Client:
                 connection.close()
 
     def _check(self) -> None:
+        if self._process != os.getpid():
+            raise ConnectionLost("this client belongs to the process before the fork: connect again in this one")
         if self._closed:
             raise ConnectionLost("this client is closed: connect again")
         if self._call is not None and self._call.ended:
@@ -231,7 +235,7 @@ class Client:
                 self._closed = True
             else:
                 call.ended = True
-            if self._connection is not None and (self._closed or self._call is call):
+            if self._connection is not None and (self._closed or self._call is call) and self._process == os.getpid():
                 self._connection.abort()
 
 

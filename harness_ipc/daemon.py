@@ -9,9 +9,10 @@ import logging.handlers
 import os
 import signal
 import sys
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from . import __version__, endpoint, messages, paths
+from . import __version__, endpoint, messages, paths, startup
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
 from .transport import deadline_after
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 # The log and one predecessor are kept: at most twice this many bytes.
 _LOG_BYTES = 5 * 1024 * 1024
 _LOG_BACKUPS = 1
+# Seconds between two looks whether the record and the socket are still there: two calls of the file system.
+_LOOK_INTERVAL = 2.0
 
 
 @runtime_checkable
@@ -80,9 +83,12 @@ def run_daemon(
             health=getattr(application, "health", None),
             on_shutdown=stop.set,
             lock=lock,
+            detached=report.detached,
         )
         async with server:
             logger.info("ready at %s", address)
+            report.send(state="ready", name=name, pid=os.getpid(), generation=server.record.generation)
+            report.close()
             if on_ready is not None:
                 on_ready(server)
             await _stop_or_idle(server, stop, idle_timeout)
@@ -100,15 +106,18 @@ def run_daemon(
                 except Exception:
                     logger.exception("the app's stop failed")
 
-    lock = endpoint.lock_lifetime(name)
-    try:
-        with _logging_to(name):
-            version = ".".join(map(str, sys.version_info[:3]))
-            logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
-            _run(main())
-            logger.info("stopped %s", name)
-    finally:
-        lock.release()
+    with startup.reporting() as report:
+        lock = endpoint.lock_lifetime(name)
+        try:
+            with _logging_to(name):
+                version = ".".join(map(str, sys.version_info[:3]))
+                logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
+                endpoint.note_start(name)
+                _run(main())
+                logger.info("stopped %s", name)
+        finally:
+            endpoint.forget_start(name)
+            lock.release()
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -177,14 +186,18 @@ async def _start(app: App, stop: asyncio.Event) -> bool:
 
 
 async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
-    if idle_timeout is None:
-        await stop.wait()
-        return
-    while (left := idle_timeout - server.idle_seconds) > 0:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), left)
+    """Wait until the daemon should end: it was told to, it is idle, or nobody can find it any more."""
+    while not stop.is_set():
+        left = inf if idle_timeout is None else idle_timeout - server.idle_seconds
+        if left <= 0:
+            logger.info("idle for %g s", idle_timeout)
             return
-    logger.info("idle for %g s", idle_timeout)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), min(left, _LOOK_INTERVAL))
+        if not stop.is_set() and not server.is_reachable():
+            # To serve on would be to be an orphan beside the next daemon of the name.
+            logger.error("nobody can reach this daemon: its record or its socket was removed from the runtime directory")
+            return
 
 
 @contextlib.contextmanager
@@ -217,6 +230,19 @@ class _PrivateRotatingFileHandler(logging.handlers.RotatingFileHandler):
 
     def _open(self) -> Any:
         return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=paths.open_private_log)
+
+    def doRollover(self) -> None:  # noqa: N802 - the base class's name
+        """Rotate, and take standard error along if it goes into the log."""
+        follows = False
+        with contextlib.suppress(OSError):  # there may be no standard error
+            follows = os.path.sameopenfile(2, self._descriptor())
+        super().doRollover()
+        if follows:
+            os.dup2(self._descriptor(), 2)
+
+    def _descriptor(self) -> int:
+        assert self.stream is not None
+        return self.stream.fileno()
 
 
 @contextlib.contextmanager

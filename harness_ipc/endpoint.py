@@ -13,12 +13,13 @@ import sys
 import time
 
 from . import paths
-from .errors import AlreadyRunning, DaemonNotRunning, IncompatibleDaemon, StartFailed, UnsafeDirectory
+from .errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed, UnsafeDirectory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    import psutil
     from filelock import BaseFileLock
 
 SCHEMA = 1
@@ -27,6 +28,11 @@ _MAX_RECORD = 256 * 1024
 
 # Seconds since 1970, far beyond any clock and within what a float and a datetime can hold: the year 9999.
 _END_OF_TIME = 253_402_300_800
+
+# Seconds for a process that holds the lifetime lock only to clean up.
+_LOCK_PATIENCE = 0.5
+# Seconds by which two readings of one process' time of creation may differ.
+_CLOCK_SLACK = 2.0
 
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -177,11 +183,18 @@ def _parse(data: bytes) -> Record:
 class Generation:
     """A daemon's own hold on its name for one run: prepared before the bind, published after it, discarded at the end."""
 
-    def __init__(self, name: str, *, family: str, address: str, generation: str, app_version: str | None, max_message: int):
+    def __init__(
+        self,
+        name: str,
+        *,
+        family: str,
+        address: str,
+        generation: str,
+        app_version: str | None,
+        max_message: int,
+        detached: str | None = None,
+    ) -> None:
         """Write down the generation under a temporary name, so that a crash before `publish` can be cleaned up too."""
-        import psutil
-
-        process = psutil.Process()
         fields: dict[str, Any] = {
             "schema": SCHEMA,
             "name": paths.check_name(name),
@@ -189,14 +202,15 @@ class Generation:
             "family": family,
             "address": address,
             "authkey": os.urandom(32).hex(),
-            "pid": process.pid,
-            "create_time": process.create_time(),
+            **_own_identity(),
             "boot_id": _boot_id(),
             "version": _version(),
             "app_version": app_version,
             "python": ".".join(map(str, sys.version_info[:3])),
             "started_at": time.time(),
-            "argv": list(sys.orig_argv),
+            "argv": [sys.executable, *sys.orig_argv[1:]],
+            "cwd": _own_cwd(),
+            "detached": detached,
             "max_message": max_message,
             "state": "ready",
         }
@@ -218,6 +232,18 @@ class Generation:
             self._forget_draft()
             raise StartFailed(f"the record {self._path} can't be published: {error.strerror}; remove it by hand, then "
                               "start again") from error  # fmt: skip
+        forget_start(self.record.name)
+
+    def is_published(self) -> bool:
+        """Whether clients still find this generation."""
+        try:
+            found = load(self.record.name).generation == self.record.generation
+        except DaemonNotRunning:
+            return False
+        except (HarnessIPCError, OSError):
+            # It can't be told now, for want of descriptors perhaps.
+            return True
+        return found and (self.record.family != "AF_UNIX" or os.path.exists(self.record.address))
 
     def discard(self) -> None:
         """Remove the record if it still is this generation's: never a successor's."""
@@ -244,7 +270,8 @@ def lock_lifetime(name: str) -> BaseFileLock:
     # thread_local=False: it is taken in one thread and released in another.
     lock = filelock.FileLock(path, mode=0o600, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        # Somebody may hold it for a moment only, to clean up: see `cleanup_endpoint`. Who serves does not let go.
+        lock.acquire(timeout=0 if _living_pid(name) else _LOCK_PATIENCE, poll_interval=0.01)
     except filelock.Timeout:
         pid = _living_pid(name)
         who = f"pid {pid}" if pid else "a process that has not published its record, or has withdrawn it"
@@ -270,6 +297,7 @@ def cleanup_endpoint(name: str) -> bool:
         return False
     try:
         remove_leavings(name)
+        forget_start(name)
     finally:
         lock.release()
     return True
@@ -305,15 +333,70 @@ def _path(name: str, ext: str) -> str:
     return f"{directory}{os.sep}{name}.{ext}"
 
 
-def _living_pid(name: str) -> int | None:
+def note_start(name: str) -> None:
+    """Write down that this process, which holds the lifetime lock of `name`, is starting. Raises `StartFailed`."""
+    path, draft = _path(name, "starting"), _path(name, f"{new_generation_id()}.tmp")
+    try:
+        paths.write_private_file(draft, json.dumps({**_own_identity(), "started_at": time.time()}).encode())
+        paths.retry_sharing(os.replace, draft, path)
+    except OSError as error:
+        raise StartFailed(f"the note {path} can't be written: {error.strerror}; make room or set HARNESS_IPC_RUNTIME_DIR to "
+                          "another directory") from error  # fmt: skip
+
+
+def forget_start(name: str) -> None:
+    """Remove the note. The caller holds the lifetime lock."""
+    with contextlib.suppress(OSError):
+        paths.retry_sharing(os.unlink, _path(name, "starting"))
+
+
+def load_start(name: str) -> tuple[psutil.Process, float] | None:
+    """Return the process that is starting as the daemon `name` and since when, in seconds since 1970, if there is one."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        note = json.loads(paths.read_private_file(_path(name, "starting"), _MAX_RECORD))
+        if (process := living_process(note["pid"], note["create_time"])) is not None:
+            return process, float(note["started_at"])
+    return None
+
+
+def living_process(pid: int, create_time: float) -> psutil.Process | None:
+    """Return the process with this pid if it is the one that was created then and has not ended: pids are used again."""
     import psutil
 
+    # Not isinstance: to that, True is a pid, and that of init.
+    if type(pid) is not int or pid <= 0:
+        return None
     try:
-        record = load(name)
-        if psutil.Process(record.pid).create_time() == record.create_time:
-            return record.pid
-    except (DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory, psutil.Error):
+        process = psutil.Process(pid)
+        # The time is derived from that of the boot, which a correction of the clock moves a little.
+        if abs(process.create_time() - create_time) < _CLOCK_SLACK and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except (psutil.Error, OverflowError):
         pass
+    return None
+
+
+def _living_pid(name: str) -> int | None:
+    process = None
+    with contextlib.suppress(HarnessIPCError, OSError):
+        record = load(name)
+        process = living_process(record.pid, record.create_time)
+    if process is None and (start := load_start(name)) is not None:
+        process = start[0]
+    return process.pid if process is not None else None
+
+
+def _own_identity() -> dict[str, Any]:
+    import psutil
+
+    process = psutil.Process()
+    return {"pid": process.pid, "create_time": process.create_time()}
+
+
+def _own_cwd() -> str | None:
+    # It may have been removed.
+    with contextlib.suppress(OSError):
+        return os.getcwd()
     return None
 
 

@@ -58,6 +58,7 @@ async def start_daemon_server(
     health: Callable[[], Awaitable[Message]] | None = None,
     on_shutdown: Callable[[], None] | None = None,
     lock: BaseFileLock | None = None,
+    detached: str | None = None,
 ) -> tuple[DaemonServer, str]:
     """Serve `handler` as the daemon `name` on the running loop, and return the server and its address.
 
@@ -70,7 +71,8 @@ async def start_daemon_server(
     `handler` is an async function from a message to a reply, both JSON objects. `max_message` is the limit of either in
     bytes, `handshake_timeout` and `grace_period` are seconds. `health` answers the reserved request of that name;
     `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `lock` is the lifetime lock
-    if the caller holds it already; otherwise it is taken here and released when the server has closed.
+    if the caller holds it already; otherwise it is taken here and released when the server has closed. `detached` is how the
+    process was detached from its starter, for the record.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none.
     """
@@ -88,6 +90,7 @@ async def start_daemon_server(
             generation=generation_id,
             app_version=app_version,
             max_message=max_message,
+            detached=detached,
         )
         try:
             listener = transport.Listener(address)
@@ -169,6 +172,10 @@ class DaemonServer:
     def idle_seconds(self) -> float:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
         return self._bridge.idle_seconds
+
+    def is_reachable(self) -> bool:
+        """Whether the record and the socket, by which clients find this server, are still there and still its own."""
+        return self._generation.is_published()
 
     def is_serving(self) -> bool:
         """Whether the server accepts connections."""
@@ -373,6 +380,10 @@ class DaemonServer:
             "version": __version__,
             "responsive": responsive,
             "loop_lag": lag,
+            "connections": len(self._sessions),
+            "requests": self._bridge.requests,
+            "errors": self._bridge.errors,
+            "idle": self._bridge.idle_seconds,
         }
 
     # The end.

@@ -219,10 +219,10 @@ def test_a_second_one_is_refused_and_told_who_is_first() -> None:
 
 
 def test_one_that_has_not_come_up_yet_is_the_first_too() -> None:
-    with spawn_app("StartsForEver", until="starting"):
+    with spawn_app("StartsForEver", until="starting") as daemon:
         with pytest.raises(AlreadyRunning) as caught:
             run_daemon(App(), "test")
-        assert caught.value.pid is None
+        assert caught.value.pid == daemon.pid
         assert not ping("test")
 
 
@@ -241,7 +241,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_start_that_takes_long(number: str) -> None:
     with spawn_app("StartsForEver", until="starting") as daemon:
-        assert runtime_files() == []
+        assert runtime_files() == ["test.starting"]
         daemon.signal(signal.Signals[number])
         assert daemon.wait() == 0
         assert daemon.read_line() == "stopped"

@@ -1,0 +1,427 @@
+"""Start once, stop surely, see everything: what programs and people do with daemons that they did not start themselves.
+
+It acts on one generation, never on a name alone: a process is signalled only if it is the very one that the record names, by
+pid and time of creation. What an established daemon says of itself comes by the way that every request takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import client, endpoint, messages, paths, startup
+from .errors import (
+    AlreadyRunning,
+    AuthenticationFailed,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    HarnessIPCError,
+    IncompatibleDaemon,
+    StartFailed,
+    UnsafeDirectory,
+)
+from .startup import spawn_kwargs
+from .transport import deadline_after, remaining
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Literal
+
+    import psutil
+
+__all__ = [
+    "DaemonStatus",
+    "daemon_alive",
+    "daemon_status",
+    "ensure_daemon",
+    "list_daemons",
+    "restart_daemon",
+    "spawn_kwargs",
+    "stop_daemon",
+]
+
+# Seconds for a start: an app may load a model or wait for a browser.
+START_TIMEOUT = 60.0
+# Seconds for a drain: the daemon's own grace period, and what its app needs to let go.
+STOP_TIMEOUT = 10.0
+# Seconds for a daemon to say how it is: its loop gets a quarter of one.
+STATUS_TIMEOUT = 2.0
+# Seconds for a process that was told to terminate, and for the system to end one that was killed.
+_TERMINATE_PERIOD = 2.0
+_KILL_PERIOD = 10.0
+# Seconds between two looks at what nothing announces: the end of a process that is not our child, a lock that somebody holds.
+_POLL = 0.01
+_LOG_TAIL = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """What is known of the daemon `name`. Times are seconds, `since` and `uptime`'s start seconds since 1970.
+
+    `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
+    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use).
+    """
+
+    name: str
+    state: str
+    log_path: str
+    pid: int | None = None
+    since: float | None = None
+    generation: str | None = None
+    version: str | None = None
+    app_version: str | None = None
+    python: str | None = None
+    uptime: float | None = None
+    connections: int | None = None
+    requests: int | None = None
+    errors: int | None = None
+    loop_lag: float | None = None
+    idle: float | None = None
+    detached: str | None = None
+    health: dict[str, Any] | None = None
+    problem: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon's process is there and has published itself."""
+        return self.state in ("running", "unresponsive")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, in their order: the documented shape."""
+        return asdict(self)
+
+
+def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT) -> DaemonStatus:
+    """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
+
+    Creates and changes nothing. Raises `InvalidName` only.
+    """
+    return _look(name, timeout, health=True)[0]
+
+
+def daemon_alive(name: str) -> bool:
+    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName`."""
+    return _look(name, STATUS_TIMEOUT, health=False)[0].alive
+
+
+def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
+    """Return the states of all daemons of this user that run, start or left a record, by name. Creates nothing.
+
+    Raises `UnsafeDirectory`.
+    """
+    directory = paths.runtime_location()[0]
+    names = set()
+    if paths.check_private_dir(directory):
+        for entry in os.listdir(directory):
+            stem, _, ext = entry.partition(".")
+            if ext in ("json", "starting"):
+                with contextlib.suppress(ValueError):
+                    names.add(paths.check_name(stem))
+    states = (daemon_status(name, timeout=timeout) for name in sorted(names))
+    return [status for status in states if status.state != "absent"]
+
+
+def ensure_daemon(
+    name: str,
+    argv: Sequence[str],
+    *,
+    timeout: float = START_TIMEOUT,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    version: str | None = None,
+    on_mismatch: Literal["error", "restart", "accept"] = "error",
+) -> DaemonStatus:
+    """Return the state of the daemon `name`, once it runs: it is started with the command line `argv` if it does not.
+
+    ```python
+    ensure_daemon("index", [sys.executable, "-m", "my_index"])
+    ```
+
+    The program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
+    is detached, has the null device as standard input and output, and its standard error goes into the log. `env` is added
+    to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
+    is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted.
+
+    Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
+    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed` or `InvalidName`.
+    """
+    deadline = deadline_after(timeout)
+    if (status := _usable(name, version, on_mismatch, deadline)) is not None:
+        return status
+    import filelock
+
+    directory = paths.runtime_location()[0]
+    paths.create_private_dir(directory)
+    # Held by the one process that starts; it is no daemon's lock, so `mode` and place are all that it shares with that.
+    lock = filelock.FileLock(os.path.join(directory, f"{name}.start"), mode=0o600, thread_local=False)
+    try:
+        lock.acquire(timeout=remaining(deadline), poll_interval=_POLL)
+    except filelock.Timeout:
+        raise _still_starting(name) from None
+    except OSError as error:
+        raise StartFailed(
+            f"the lock {lock.lock_file} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you "
+            "can write"
+        ) from error
+    try:
+        while (status := _usable(name, version, on_mismatch, deadline)) is None:
+            # Whoever holds the lifetime lock is starting, or still draining.
+            if endpoint.cleanup_endpoint(name):
+                _start(name, argv, env, cwd, deadline)
+            else:
+                _pause(name, deadline)
+        return status
+    finally:
+        lock.release()
+
+
+def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT) -> bool:
+    """End the daemon `name`, and return whether there was one, when its process is gone, its lock free and its record removed.
+
+    It is asked to, and has `timeout` seconds to finish what is in flight; then it is terminated, then killed. Only the very
+    process that the record names is ever signalled.
+
+    Raises `DaemonTimeout` if the system does not end it, `AuthenticationFailed` if it is not ours, `IncompatibleDaemon`,
+    `UnsafeDirectory` or `InvalidName`.
+    """
+    generation = None
+    try:
+        record = endpoint.load(name, again=True)
+        generation = record.generation
+        process = endpoint.living_process(record.pid, record.create_time)
+    except DaemonNotRunning:
+        start = endpoint.load_start(name)
+        process = start[0] if start is not None else None
+    if process is not None:
+        asked = generation is not None and _ask_to_stop(name, generation, min(timeout, STATUS_TIMEOUT))
+        _end(name, process, timeout if asked else 0.0)
+    deadline = deadline_after(timeout + _KILL_PERIOD)
+    while not endpoint.cleanup_endpoint(name):
+        if _successor(name, generation):
+            break
+        _pause(name, deadline)
+    return process is not None
+
+
+def restart_daemon(name: str, *, timeout: float = START_TIMEOUT, stop_timeout: float = STOP_TIMEOUT) -> DaemonStatus:
+    """Stop the daemon `name` and start it again with the command line and the directory of its record.
+
+    Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
+    """
+    record = endpoint.load(name, again=True).public()
+    argv, cwd = record["argv"], record.get("cwd")
+    if not (argv and all(isinstance(word, str) for word in argv) and isinstance(cwd, str | None)):
+        raise DaemonNotRunning(f"the record of {name!r} has no command line to start it with: start it yourself")
+    stop_daemon(name, timeout=stop_timeout)
+    return ensure_daemon(name, argv, timeout=timeout, cwd=cwd)
+
+
+# Looking.
+
+
+def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
+    """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
+    log = str(paths.log_path(name))
+
+    def found(state: str, problem: object = None, **fields: Any) -> DaemonStatus:
+        return DaemonStatus(name, state, log, problem=None if problem is None else str(problem), **fields)
+
+    def not_running(error: HarnessIPCError, state: str) -> DaemonStatus:
+        start = endpoint.load_start(name)
+        if start is None:
+            return found(state, error)
+        return found("starting", "it is starting: wait, or see its log", pid=start[0].pid, since=start[1])
+
+    try:
+        record = endpoint.load(name, again=True)
+    except DaemonNotRunning as error:
+        return not_running(
+            error, "stale" if os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json")) else "absent"
+        ), None
+    except IncompatibleDaemon as error:
+        return found("incompatible", error), error
+    except (UnsafeDirectory, ConnectionLost) as error:
+        return found("forbidden", error), error
+
+    public = record.public()
+    known: dict[str, Any] = {
+        key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")
+    }
+    now = time.time()
+    known.update(since=public["started_at"], uptime=max(0.0, now - public["started_at"]))
+    try:
+        pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
+    except AuthenticationFailed as error:
+        return found("forbidden", error, **known), error
+    except HarnessIPCError as error:
+        if endpoint.living_process(record.pid, record.create_time) is None:
+            return not_running(
+                DaemonNotRunning(f"the daemon {name!r} ended without removing its record: start it again"), "stale"
+            ), None
+        known["since"] = None
+        return found(
+            "unresponsive", f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it", **known
+        ), None
+    known.update({key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")})
+    if not pong.get("responsive"):
+        known["since"] = now - float(pong.get("loop_lag") or 0.0)
+        problem = f"its event loop has been blocked for at least {now - known['since']:.1f} s: wait, or stop it"
+        return found("unresponsive", problem, **known), None
+    if health:
+        known["health"] = _health(name, timeout)
+    return found("running", **known), None
+
+
+def _health(name: str, timeout: float) -> dict[str, Any] | None:
+    try:
+        reply = client.request(name, {"meta": messages.HEALTH}, timeout=timeout)
+    except HarnessIPCError as error:
+        return messages.error_reply(error)
+    if "error" in reply:
+        return {"error": reply["error"]}
+    health = reply.get("health")
+    return health if isinstance(health, dict) else None
+
+
+def _usable(name: str, version: str | None, on_mismatch: str, deadline: float) -> DaemonStatus | None:
+    """Return the state of a daemon that is there and may be used, or None if one has to be started."""
+    status, error = _look(name, min(STATUS_TIMEOUT, remaining(deadline)), health=False)
+    if error is not None:
+        raise error
+    if not status.alive:
+        return None
+    if version is None or status.app_version == version or on_mismatch == "accept":
+        return status
+    if on_mismatch != "restart":
+        raise IncompatibleDaemon(
+            f"the daemon {name!r} that runs has version {status.app_version}, not {version}: restart it, or accept it"
+        )
+    stop_daemon(name)
+    return None
+
+
+# Starting.
+
+
+def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, deadline: float) -> None:
+    """Start the daemon and wait until it is ready, or somebody else's is. Raises `StartFailed` and `DaemonTimeout`."""
+    log = str(paths.log_path(name))
+    descriptor = paths.open_private_log(log)
+    try:
+        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(argv))[1:-1]}\n"
+        start = os.fstat(descriptor).st_size
+        try:
+            os.write(descriptor, banner.encode())
+            child = startup.Child(argv, environment={**os.environ, **(env or {})}, cwd=cwd, stderr=descriptor)
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else error
+            raise StartFailed(f"{argv[0]!a} can't be started: {text}; check the command and the directory {cwd}") from error
+    finally:
+        os.close(descriptor)
+    try:
+        word = child.next_word(remaining(deadline))
+    except TimeoutError:
+        raise _still_starting(name) from None
+    if word is None:
+        # Most likely it ends. If not, it closed what it had inherited.
+        while child.process.poll() is None:
+            if _look(name, STATUS_TIMEOUT, health=False)[0].alive:
+                return
+            _pause(name, deadline)
+        raise _start_failed(name, f"it ended with status {child.process.returncode} before it was ready", log, start)
+    if word.get("state") == "failed":
+        if word.get("type") == AlreadyRunning.__name__:
+            return
+        raise _start_failed(name, str(word.get("message")), log, start)
+    if word.get("name") != name:
+        child.process.terminate()
+        raise _start_failed(name, f"its command line starts the daemon {word.get('name')!r}", log, start)
+
+
+def _start_failed(name: str, why: str, log: str, start: int) -> StartFailed:
+    tail = ""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _LOG_TAIL, start if start < size else 0))
+        tail = file.read().decode("utf-8", "backslashreplace")
+    # A program that dies says why in its last line.
+    last = tail.rstrip().rpartition("\n")[2]
+    if last and last not in why and not last.startswith("---"):
+        why = f"{why} ({ascii(last)[1:-1]})"
+    return StartFailed(f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}", log_tail=tail)
+
+
+def _still_starting(name: str) -> DaemonTimeout:
+    start = endpoint.load_start(name)
+    since = f"it has been starting for {time.time() - start[1]:.1f} s" if start else "somebody is still starting or ending it"
+    return DaemonTimeout(
+        f"the daemon {name!r} is not ready: {since}; allow a longer timeout, or see its log {paths.log_path(name)}"
+    )
+
+
+def _pause(name: str, deadline: float) -> None:
+    try:
+        time.sleep(min(_POLL, remaining(deadline)))
+    except DaemonTimeout:
+        raise _still_starting(name) from None
+
+
+# Stopping.
+
+
+def _ask_to_stop(name: str, generation: str, timeout: float) -> bool:
+    """Ask that generation to shut down, and no other. Return whether it said that it will."""
+    try:
+        with client.connect_daemon(name, timeout=timeout) as daemon:
+            if daemon.generation != generation:
+                return False
+            return "shutdown" in daemon.request({"meta": messages.SHUTDOWN}, timeout=timeout)
+    except AuthenticationFailed:
+        raise
+    except HarnessIPCError:
+        return False
+
+
+def _end(name: str, process: psutil.Process, timeout: float) -> None:
+    import psutil
+
+    for signal, period in ((None, timeout), (process.terminate, _TERMINATE_PERIOD), (process.kill, _KILL_PERIOD)):
+        try:
+            if signal is not None:
+                signal()
+        except psutil.NoSuchProcess:
+            return
+        except psutil.AccessDenied as error:
+            raise AuthenticationFailed(f"the daemon {name!r}, pid {process.pid}, is not yours to stop") from error
+        if _has_ended(process, period):
+            return
+    raise DaemonTimeout(f"pid {process.pid} of the daemon {name!r} does not end though it was killed: the system holds it")
+
+
+def _has_ended(process: psutil.Process, period: float) -> bool:
+    import psutil
+
+    deadline = time.monotonic() + period
+    while True:
+        try:
+            # A zombie has ended: it only waits for its parent to hear of it.
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL)
+
+
+def _successor(name: str, generation: str | None) -> bool:
+    """Return whether another generation than that one has taken the name."""
+    try:
+        return endpoint.load(name, again=True).generation != generation
+    except HarnessIPCError:
+        return endpoint.load_start(name) is not None
