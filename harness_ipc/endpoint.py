@@ -13,7 +13,7 @@ import sys
 import time
 
 from . import paths
-from .errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed, UnsafeDirectory
+from .errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _MAX_RECORD = 256 * 1024
 # Seconds since 1970, far beyond any clock and within what a float and a datetime can hold: the year 9999.
 _END_OF_TIME = 253_402_300_800
 
+# What a daemon can be doing while clients can't find it, and the endings of the files that then say which process it is.
+PHASES = ("starting", "draining")
 # Seconds for a process that holds the lifetime lock only to clean up.
 _LOCK_PATIENCE = 0.5
 # Seconds by which two readings of one process' time of creation may differ.
@@ -217,6 +219,7 @@ class Generation:
         self.record = Record({key: value for key, value in fields.items() if value is not None})
         self._path = _path(name, "json")
         self._draft = _path(name, f"{generation}.tmp")
+        self._draining = _path(name, "draining")
         try:
             paths.write_private_file(self._draft, self.record.to_json())
         except OSError as error:
@@ -245,12 +248,26 @@ class Generation:
             return True
         return found and (self.record.family != "AF_UNIX" or os.path.exists(self.record.address))
 
-    def discard(self) -> None:
-        """Remove the record if it still is this generation's: never a successor's."""
+    def withdraw(self) -> None:
+        """Let no client find this generation any more. Until `discard`, another name of the record tells who still drains."""
         self._forget_draft()
-        with contextlib.suppress(OSError, DaemonNotRunning, IncompatibleDaemon, UnsafeDirectory):
-            if load(self.record.name, again=True).generation == self.record.generation:
-                paths.retry_sharing(os.unlink, self._path)
+        if self._is_ours(self._path):
+            with contextlib.suppress(OSError):
+                paths.retry_sharing(os.replace, self._path, self._draining)
+
+    def discard(self) -> None:
+        """Remove all that was written of this generation, and nothing of a successor's."""
+        self._forget_draft()
+        for path in (self._path, self._draining):
+            if self._is_ours(path):
+                with contextlib.suppress(OSError):
+                    paths.retry_sharing(os.unlink, path)
+
+    def _is_ours(self, path: str) -> bool:
+        try:
+            return _parse(paths.read_private_file(path, _MAX_RECORD)).generation == self.record.generation
+        except (OSError, ValueError, IncompatibleDaemon):
+            return False
 
     def _forget_draft(self) -> None:
         with contextlib.suppress(OSError):
@@ -307,7 +324,7 @@ def remove_leavings(name: str) -> None:
     """Remove the records, drafts and sockets of dead generations. The caller holds the lifetime lock."""
     directory = os.path.dirname(_path(name, "json"))
     for entry in os.listdir(directory):
-        if entry == f"{name}.json" or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
+        if entry in (f"{name}.json", f"{name}.draining") or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
             path = os.path.join(directory, entry)
             with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
                 _remove_socket(_parse(paths.read_private_file(path, _MAX_RECORD)))
@@ -350,10 +367,10 @@ def forget_start(name: str) -> None:
         paths.retry_sharing(os.unlink, _path(name, "starting"))
 
 
-def load_start(name: str) -> tuple[psutil.Process, float] | None:
-    """Return the process that is starting as the daemon `name` and since when, in seconds since 1970, if there is one."""
+def load_phase(name: str, phase: str) -> tuple[psutil.Process, float] | None:
+    """Return the process that is "starting" or "draining" as the daemon `name`, and when it started in seconds since 1970."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        note = json.loads(paths.read_private_file(_path(name, "starting"), _MAX_RECORD))
+        note = json.loads(paths.read_private_file(_path(name, phase), _MAX_RECORD))
         if (process := living_process(note["pid"], note["create_time"])) is not None:
             return process, float(note["started_at"])
     return None
@@ -381,8 +398,9 @@ def _living_pid(name: str) -> int | None:
     with contextlib.suppress(HarnessIPCError, OSError):
         record = load(name)
         process = living_process(record.pid, record.create_time)
-    if process is None and (start := load_start(name)) is not None:
-        process = start[0]
+    for phase in PHASES:
+        if process is None and (noted := load_phase(name, phase)) is not None:
+            process = noted[0]
     return process.pid if process is not None else None
 
 

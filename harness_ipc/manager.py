@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Seconds between two looks at what nothing announces: the end of a process that is not our child, a lock that somebody holds.
 _POLL = 0.01
+# Seconds for a child that has said why it fails to print its traceback and end.
+_EXIT_PERIOD = 2.0
+# Bytes.
 _LOG_TAIL = 4096
 
 
@@ -119,11 +123,11 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
     if paths.check_private_dir(directory):
         for entry in os.listdir(directory):
             stem, _, ext = entry.partition(".")
-            if ext in ("json", "starting"):
+            if ext in ("json", *endpoint.PHASES):
                 with contextlib.suppress(ValueError):
                     names.add(paths.check_name(stem))
     states = (daemon_status(name, timeout=timeout) for name in sorted(names))
-    return [status for status in states if status.state != "absent"]
+    return [status for status in states if status.state != "absent" or status.pid is not None]
 
 
 def ensure_daemon(
@@ -173,8 +177,8 @@ def ensure_daemon(
             # Whoever holds the lifetime lock is starting, or still draining.
             if endpoint.cleanup_endpoint(name):
                 _start(name, argv, env, cwd, deadline)
-            else:
-                _pause(name, deadline)
+            elif not _pause(deadline):
+                raise _still_starting(name)
         return status
     finally:
         lock.release()
@@ -195,17 +199,18 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT) -> bool:
         generation = record.generation
         process = endpoint.living_process(record.pid, record.create_time)
     except DaemonNotRunning:
-        start = endpoint.load_start(name)
-        process = start[0] if start is not None else None
+        process, phase = _without_record(name)
+        asked = phase == "draining"
+    else:
+        # Also if its process is not found: a clock that was set since makes it look like another. The key proves it.
+        asked = _ask_to_stop(name, generation, min(timeout, STATUS_TIMEOUT))
     if process is not None:
-        asked = generation is not None and _ask_to_stop(name, generation, min(timeout, STATUS_TIMEOUT))
         _end(name, process, timeout if asked else 0.0)
     deadline = deadline_after(timeout + _KILL_PERIOD)
-    while not endpoint.cleanup_endpoint(name):
-        if _successor(name, generation):
-            break
-        _pause(name, deadline)
-    return process is not None
+    while not endpoint.cleanup_endpoint(name) and not _is_taken_over(name, generation):
+        if not _pause(deadline):
+            raise DaemonTimeout(f"the daemon {name!r} does not end: a process that no record names still holds its lock")
+    return asked or process is not None
 
 
 def restart_daemon(name: str, *, timeout: float = START_TIMEOUT, stop_timeout: float = STOP_TIMEOUT) -> DaemonStatus:
@@ -227,54 +232,50 @@ def restart_daemon(name: str, *, timeout: float = START_TIMEOUT, stop_timeout: f
 def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
     """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
     log = str(paths.log_path(name))
-
-    def found(state: str, problem: object = None, **fields: Any) -> DaemonStatus:
-        return DaemonStatus(name, state, log, problem=None if problem is None else str(problem), **fields)
-
-    def not_running(error: HarnessIPCError, state: str) -> DaemonStatus:
-        start = endpoint.load_start(name)
-        if start is None:
-            return found(state, error)
-        return found("starting", "it is starting: wait, or see its log", pid=start[0].pid, since=start[1])
-
-    try:
-        record = endpoint.load(name, again=True)
-    except DaemonNotRunning as error:
-        return not_running(
-            error, "stale" if os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json")) else "absent"
-        ), None
-    except IncompatibleDaemon as error:
-        return found("incompatible", error), error
-    except (UnsafeDirectory, ConnectionLost) as error:
-        return found("forbidden", error), error
-
-    public = record.public()
-    known: dict[str, Any] = {
-        key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")
-    }
-    now = time.time()
-    known.update(since=public["started_at"], uptime=max(0.0, now - public["started_at"]))
-    try:
-        pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
-    except AuthenticationFailed as error:
-        return found("forbidden", error, **known), error
-    except HarnessIPCError as error:
-        if endpoint.living_process(record.pid, record.create_time) is None:
-            return not_running(
-                DaemonNotRunning(f"the daemon {name!r} ended without removing its record: start it again"), "stale"
-            ), None
-        known["since"] = None
-        return found(
-            "unresponsive", f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it", **known
-        ), None
+    while True:
+        try:
+            record = endpoint.load(name, again=True)
+        except DaemonNotRunning as error:
+            return _without_daemon(name, log, error), None
+        except IncompatibleDaemon as error:
+            return DaemonStatus(name, "incompatible", log, problem=str(error)), error
+        except (UnsafeDirectory, ConnectionLost) as error:
+            return DaemonStatus(name, "forbidden", log, problem=str(error)), error
+        public = record.public()
+        known = {key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")}
+        began = public["started_at"]
+        try:
+            pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
+        except AuthenticationFailed as error:
+            return DaemonStatus(name, "forbidden", log, problem=str(error), **known), error
+        except HarnessIPCError as error:
+            if _published(name) != record.generation:
+                continue
+            if endpoint.living_process(record.pid, record.create_time) is None:
+                return _without_daemon(name, log, error), None
+            problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
+            return DaemonStatus(name, "unresponsive", log, problem=problem, **known), None
+        if pong.get("generation") == record.generation:
+            break
     known.update({key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")})
+    known["uptime"] = max(0.0, time.time() - began)
     if not pong.get("responsive"):
-        known["since"] = now - float(pong.get("loop_lag") or 0.0)
-        problem = f"its event loop has been blocked for at least {now - known['since']:.1f} s: wait, or stop it"
-        return found("unresponsive", problem, **known), None
-    if health:
-        known["health"] = _health(name, timeout)
-    return found("running", **known), None
+        lag = float(pong.get("loop_lag") or 0.0)
+        problem = f"its event loop has been blocked for at least {lag:.1f} s: wait, or stop it"
+        return DaemonStatus(name, "unresponsive", log, since=time.time() - lag, problem=problem, **known), None
+    return DaemonStatus(name, "running", log, since=began, health=_health(name, timeout) if health else None, **known), None
+
+
+def _without_daemon(name: str, log: str, error: HarnessIPCError) -> DaemonStatus:
+    """Return the state where no living process has a record: there may be one that is starting, or that drains."""
+    if (noted := endpoint.load_phase(name, "starting")) is not None:
+        problem = "it is starting: wait, or see its log"
+        return DaemonStatus(name, "starting", log, pid=noted[0].pid, since=noted[1], problem=problem)
+    if (noted := endpoint.load_phase(name, "draining")) is not None:
+        problem = f"pid {noted[0].pid} is finishing what is in flight: wait, or stop it"
+        return DaemonStatus(name, "absent", log, pid=noted[0].pid, problem=problem)
+    left = os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json"))
+    return DaemonStatus(name, "stale" if left else "absent", log, problem=str(error))
 
 
 def _health(name: str, timeout: float) -> dict[str, Any] | None:
@@ -332,46 +333,58 @@ def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: s
         while child.process.poll() is None:
             if _look(name, STATUS_TIMEOUT, health=False)[0].alive:
                 return
-            _pause(name, deadline)
-        raise _start_failed(name, f"it ended with status {child.process.returncode} before it was ready", log, start)
+            if not _pause(deadline):
+                raise _still_starting(name)
+        raise _start_failed(
+            name, f"it ended with status {child.process.returncode} before it was ready", log, start, quote=True
+        )
     if word.get("state") == "failed":
         if word.get("type") == AlreadyRunning.__name__:
             return
+        # It has yet to print its traceback.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(_EXIT_PERIOD)
         raise _start_failed(name, str(word.get("message")), log, start)
     if word.get("name") != name:
         child.process.terminate()
         raise _start_failed(name, f"its command line starts the daemon {word.get('name')!r}", log, start)
 
 
-def _start_failed(name: str, why: str, log: str, start: int) -> StartFailed:
+def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:
+    """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
     tail = ""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _LOG_TAIL, start if start < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")
-    # A program that dies says why in its last line.
     last = tail.rstrip().rpartition("\n")[2]
-    if last and last not in why and not last.startswith("---"):
+    if quote and not last.startswith("---"):
         why = f"{why} ({ascii(last)[1:-1]})"
     return StartFailed(f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}", log_tail=tail)
 
 
 def _still_starting(name: str) -> DaemonTimeout:
-    start = endpoint.load_start(name)
+    start = endpoint.load_phase(name, "starting")
     since = f"it has been starting for {time.time() - start[1]:.1f} s" if start else "somebody is still starting or ending it"
     return DaemonTimeout(
         f"the daemon {name!r} is not ready: {since}; allow a longer timeout, or see its log {paths.log_path(name)}"
     )
 
 
-def _pause(name: str, deadline: float) -> None:
-    try:
-        time.sleep(min(_POLL, remaining(deadline)))
-    except DaemonTimeout:
-        raise _still_starting(name) from None
+def _pause(deadline: float) -> bool:
+    """Wait a moment for what nothing announces. Return whether there was time left."""
+    time.sleep(_POLL)
+    return time.monotonic() < deadline
 
 
 # Stopping.
+
+
+def _without_record(name: str) -> tuple[psutil.Process | None, str | None]:
+    for phase in endpoint.PHASES:
+        if (noted := endpoint.load_phase(name, phase)) is not None:
+            return noted[0], phase
+    return None, None
 
 
 def _ask_to_stop(name: str, generation: str, timeout: float) -> bool:
@@ -419,9 +432,17 @@ def _has_ended(process: psutil.Process, period: float) -> bool:
         time.sleep(_POLL)
 
 
-def _successor(name: str, generation: str | None) -> bool:
-    """Return whether another generation than that one has taken the name."""
+def _published(name: str) -> str | None:
+    """Return the generation that the record of `name` names now, if there is one."""
     try:
-        return endpoint.load(name, again=True).generation != generation
+        return endpoint.load(name, again=True).generation
     except HarnessIPCError:
-        return endpoint.load_start(name) is not None
+        return None
+
+
+def _is_taken_over(name: str, generation: str | None) -> bool:
+    """Return whether a later generation than that one has the name, or is about to."""
+    published = _published(name)
+    if published is None:
+        return endpoint.load_phase(name, "starting") is not None
+    return published != generation

@@ -188,7 +188,7 @@ class DaemonServer:
                 return
             self._closing = True
             self._changed.notify_all()
-        self._generation.discard()
+        self._generation.withdraw()
         self._closer.start()
 
     async def wait_closed(self) -> None:
@@ -407,6 +407,7 @@ class DaemonServer:
         except Exception:
             logger.exception("closing the server failed")
         finally:
+            self._generation.discard()
             if self._own_lock is not None:
                 self._own_lock.release()
             # A loop that was closed meanwhile has nobody waiting for the news.

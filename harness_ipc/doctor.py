@@ -1,0 +1,399 @@
+"""What is wrong on this machine, and the command that mends it. It looks, and changes nothing: no start, no stop, no removal.
+
+Its one trial, a connection to itself, is made in a private temporary directory of its own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from . import __version__, auth, endpoint, manager, paths, transport
+from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Literal
+
+_DEPENDENCIES = ("platformdirs", "filelock", "psutil")
+# Seconds for the round trip: it takes milliseconds.
+_ROUND_TRIP = 5.0
+_FRAME = b"are you there?"
+# Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
+_NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
+_OF_A_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.(json|starting|draining|[0-9a-f]{32}\.tmp)")
+_SOCKET = re.compile(r"[0-9a-f]{16}\.sock")
+# A draft is a record, with its argv, or less: see `endpoint`.
+_MAX_DRAFT = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. `remedy` is a command that mends it, or None where none does."""
+
+    level: Literal["ok", "warning", "failure"]
+    topic: str
+    text: str
+    remedy: str | None = None
+
+
+def run(*, as_json: bool = False) -> int:
+    """Print the findings, one a line, or as one JSON object, and return the exit status: 1 if there is a failure, else 0."""
+    findings = examine()
+    ok = all(finding.level != "failure" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            _print_line(f"{finding.level.upper():<9}{finding.topic}: {finding.text}{remedy}")
+    sys.stdout.flush()
+    return 0 if ok else 1
+
+
+def examine() -> list[Finding]:
+    """Make every check and return what it found. A check that fails itself is a failure among the others; nothing is raised."""
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _dependencies, _runtime_directory, _log_directory]
+    checks += [_socket_path, _digest, _round_trip, _daemons]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            for finding in check():
+                findings.append(finding)  # noqa: PERF402 - what was found before a check failed is kept
+        except Exception as error:
+            topic = check.__name__.strip("_").replace("_", " ")
+            remedy = error.remedy if isinstance(error, UnsafeDirectory) else None
+            findings.append(Finding("failure", topic, f"the check failed: {_describe(error)}", remedy))
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    implementation = platform.python_implementation()
+    text = f"{implementation} {platform.python_version()}, {sys.executable or 'its path is unknown'}"
+    supported = implementation == "CPython"
+    yield Finding("ok", "python", text) if supported else Finding("warning", "python", f"{text}: only CPython is supported")
+    yield Finding("ok", "harness_ipc", f"{__version__}, {os.path.dirname(__file__)}")
+
+
+def _dependencies() -> Iterator[Finding]:
+    for name in _DEPENDENCIES:
+        try:
+            importlib.import_module(name)
+            yield Finding("ok", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("ok", name, "its version is unknown: it was installed without its metadata")
+        except ImportError as error:
+            remedy = f"{_quote(sys.executable)} -m pip install --force-reinstall {name}"
+            yield Finding("failure", name, f"it can't be imported: {_describe(error)}", remedy)
+
+
+# Directories.
+
+
+def _runtime_directory() -> Iterator[Finding]:
+    path, why = paths.runtime_location()
+    yield _directory("runtime directory", path, why, "HARNESS_IPC_RUNTIME_DIR", 0o077)
+
+
+def _log_directory() -> Iterator[Finding]:
+    variable = "HARNESS_IPC_LOG_DIR"
+    why = f"{variable} is set" if os.environ.get(variable) else "the platform's directory for logs"
+    # Others may read where it is, but not write: as `paths.open_private_log` has it.
+    yield _directory("log directory", str(paths.log_path("x").parent), why, variable, 0o022)
+
+
+def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -> Finding:
+    try:
+        exists = paths.check_private_dir(path, forbidden=forbidden)
+    except UnsafeDirectory as error:
+        return Finding("failure", topic, f"{_without_remedy(error)} ({why})", error.remedy)
+    elsewhere = _set(variable, "<a directory of your own on a local disk>")
+    text, place = f"{path} ({why})", path
+    if exists:
+        if sys.platform != "win32":
+            info = os.stat(path)
+            text += f", owner uid {info.st_uid}, mode {info.st_mode & 0o7777:04o}"
+            if info.st_mode & 0o300 != 0o300:
+                return Finding("failure", topic, f"{text}: you can't write there", f"chmod 700 {_quote(path)}")
+    else:
+        # A drive of Windows that is not there has no parent.
+        while not os.path.lexists(place) and place != os.path.dirname(place):
+            place = os.path.dirname(place)
+        text += ", will be made at the first start"
+    if not os.path.isdir(place):
+        return Finding("failure", topic, f"{text}, but {place} is no directory", elsewhere)
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return Finding("failure", topic, f"{text}, but {place} can't be written", elsewhere)
+    kind = _file_system(place)
+    if kind is not None:
+        text += f", on {kind}"
+        if _NETWORK.fullmatch(kind):
+            return Finding("warning", topic, f"{text}, a network file system: locks and sockets may fail there", elsewhere)
+    return Finding("ok", topic, text)
+
+
+def _file_system(path: str) -> str | None:
+    if sys.platform == "win32":
+        return None
+    import psutil
+
+    real = os.path.realpath(path) + "/"
+    # The last one first: a later mount hides an earlier one of the same place.
+    mounts = [
+        (len(mount.mountpoint), mount.fstype)
+        for mount in reversed(psutil.disk_partitions(all=True))
+        if real.startswith(mount.mountpoint.rstrip("/") + "/")
+    ]
+    return max(mounts, key=lambda mount: mount[0])[1] if mounts else None
+
+
+if sys.platform == "win32":
+
+    def _socket_path() -> Iterator[Finding]:
+        # A pipe has no path in the file system.
+        return iter(())
+
+    def _trial_parent() -> str | None:
+        return None
+
+else:
+    from ._posix import MAX_ADDRESS
+
+    def _socket_path() -> Iterator[Finding]:
+        topic = "socket path"
+        length = _socket_length(paths.runtime_location()[0])
+        if length <= MAX_ADDRESS:
+            yield Finding("ok", topic, f"{length} bytes, the operating system allows {MAX_ADDRESS}")
+            return
+        short = paths.private_temporary_dir()
+        text = f"{length} bytes in the runtime directory, the operating system allows {MAX_ADDRESS}"
+        remedy = _set("HARNESS_IPC_RUNTIME_DIR", "<a directory with a shorter path>")
+        if _socket_length(short) > MAX_ADDRESS:
+            yield Finding("failure", topic, f"{text}, and {short} is too long as well", remedy)
+            return
+        fallback = _directory(topic, short, "the short directory for sockets", "HARNESS_IPC_RUNTIME_DIR", 0o077)
+        yield Finding(fallback.level, topic, f"{text}: instead, {fallback.text}", fallback.remedy)
+
+    def _socket_length(directory: str) -> int:
+        return len(os.fsencode(os.path.join(directory, f"{0:016x}.sock")))
+
+    def _trial_parent() -> str | None:
+        # The round trip must not fail for a long TMPDIR, which daemons need not use.
+        return None if _socket_length(os.path.join(tempfile.gettempdir(), "hi-12345678")) <= MAX_ADDRESS else "/tmp"  # noqa: S108
+
+
+# The channel.
+
+
+def _digest() -> Iterator[Finding]:
+    only_md5 = sys.version_info < (3, 12)
+    try:
+        hmac.new(b"k", b"m", "md5").digest()
+    except ValueError as error:
+        refused = f"this Python's OpenSSL refuses HMAC-MD5 ({error}; FIPS?)"
+        if only_md5:
+            text = f"{refused}, the only digest of CPython 3.11: use 3.12 or later on both sides"
+            yield Finding("failure", "digest", text)
+        else:
+            yield Finding("warning", "digest", f"HMAC-SHA256; {refused}, the only one of processes on CPython 3.11")
+        return
+    text = "HMAC-MD5, the only one of CPython 3.11" if only_md5 else "HMAC-SHA256, and HMAC-MD5 with processes on CPython 3.11"
+    yield Finding("ok", "digest", text)
+
+
+def _round_trip() -> Iterator[Finding]:
+    errors: list[Exception] = []
+    with tempfile.TemporaryDirectory(prefix="hi-", dir=_trial_parent(), ignore_cleanup_errors=True) as directory:
+        try:
+            seconds = _timed_round_trip(directory, errors)
+        except (HarnessIPCError, OSError) as error:
+            # Often only one side knows why the connection broke.
+            text = "; the other side: ".join(map(_describe, [error, *errors]))
+            yield Finding("failure", "round trip", f"over {transport.FAMILY} it failed: {text}")
+            return
+    text = f"over {transport.FAMILY}, connected, mutually proved and answered in {seconds * 1000:.1f} ms"
+    yield Finding("ok", "round trip", text)
+
+
+def _timed_round_trip(directory: str, errors: list[Exception]) -> float:
+    address = transport.new_address(directory, endpoint.new_generation_id())
+    keys = auth.Keys(os.urandom(32), address)
+    deadline = transport.deadline_after(_ROUND_TRIP)
+    listener = transport.Listener(address)
+    echo = threading.Thread(target=_echo, args=(listener, keys, deadline, errors), name="harness-ipc-doctor", daemon=True)
+    echo.start()
+    try:
+        start = time.perf_counter()
+        with transport.dial(address, deadline) as connection:
+            connection.deadline = deadline
+            auth.challenge_daemon(connection, keys)
+            transport.send(connection, _FRAME)
+            auth.confirm(connection)
+            if transport.receive(connection, len(_FRAME)) != _FRAME:
+                raise HarnessIPCError("another frame came back than was sent")
+            return time.perf_counter() - start
+    finally:
+        if echo.is_alive():
+            listener.wake()
+            echo.join(_ROUND_TRIP)
+        listener.close()
+
+
+def _echo(listener: transport.Listener, keys: auth.Keys, deadline: float, errors: list[Exception]) -> None:
+    try:
+        with listener.accept() as connection:
+            connection.deadline = deadline
+            auth.challenge_client(connection, keys)
+            transport.send(connection, transport.receive(connection, len(_FRAME)))
+    except (HarnessIPCError, OSError) as error:
+        errors.append(error)
+
+
+# Daemons and what dead ones left.
+
+
+def _daemons() -> Iterator[Finding]:
+    directory = paths.runtime_location()[0]
+    try:
+        # Before the daemons are asked: what one of them removes meanwhile was no leftover.
+        entries = sorted(os.listdir(directory)) if paths.check_private_dir(directory) else []
+        daemons = manager.list_daemons()
+    except UnsafeDirectory:
+        # The check of the directory has said so.
+        return
+    for status in daemons:
+        yield _daemon(status)
+    if not daemons:
+        yield Finding("ok", "daemons", "none runs")
+    # A name whose record is not that of a dead process may have a living one.
+    living = {status.name for status in daemons if status.state != "stale"}
+    leftovers = list(_leftovers(directory, entries, living))
+    yield from leftovers or [Finding("ok", "leftovers", "none")]
+
+
+def _daemon(status: manager.DaemonStatus) -> Finding:
+    topic = f"daemon {status.name}"
+    text = status.state if status.pid is None else f"{status.state}, pid {status.pid}"
+    if status.problem:
+        text += f": {status.problem}"
+    log = f"; its log is {status.log_path}"
+    match status.state:
+        case "running":
+            text += f", for {status.uptime or 0:.0f} s"
+            if error := (status.health or {}).get("error"):
+                if isinstance(error, dict):
+                    error = f"{error.get('type')}: {error.get('message')}"
+                return Finding("warning", topic, f"{text}, but not healthy: {error}{log}")
+            return Finding("ok", topic, text)
+        case "starting" | "absent":
+            return Finding("ok", topic, text + log)
+        case "stale":
+            return Finding("warning", topic, text + log, _stop(status.name))
+        case "forbidden":
+            try:
+                endpoint.load(status.name)
+            except UnsafeDirectory as error:
+                return Finding("failure", topic, f"{status.state}: {_without_remedy(error)}", error.remedy)
+    return Finding("failure", topic, text + log)
+
+
+def _leftovers(directory: str, entries: list[str], living: set[str]) -> Iterator[Finding]:
+    """Find what no living process has among the `entries` that are still there; `living` are the names of daemons."""
+    used: set[str] = set()
+    left: dict[str, tuple[str, str]] = {}
+    for entry in entries:
+        if not (match := _OF_A_NAME.fullmatch(entry)):
+            continue
+        name, kind = match.groups()
+        # What clears a name's leavings would stop its daemon, too.
+        remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name)
+        if kind == "json":
+            try:
+                lives, address = name in living, endpoint.load(name).address
+            except HarnessIPCError:
+                continue
+        elif kind in endpoint.PHASES:
+            lives, address = endpoint.load_phase(name, kind) is not None, ""
+        else:
+            lives, address = _look_at_draft(os.path.join(directory, entry))
+        if lives:
+            used.add(address)
+        else:
+            if kind != "json":
+                left[entry] = "what a daemon wrote that died before it was ready, or while it drained", remedy
+            if _SOCKET.fullmatch(socket := os.path.basename(address)):
+                left[socket] = "the socket of a daemon that died", remedy
+    for entry in entries:
+        path = os.path.join(directory, entry)
+        if _SOCKET.fullmatch(entry) and path not in used and entry not in left and _nobody_listens(path):
+            left[entry] = "a socket that no record names, and where nobody listens", _remove(path)
+        if entry in left and os.path.lexists(path):
+            what, remedy = left[entry]
+            yield Finding("warning", "leftovers", f"{path}: {what}", remedy)
+
+
+def _look_at_draft(path: str) -> tuple[bool, str]:
+    """Return whether the process that wrote the draft lives, and the address that it names."""
+    try:
+        fields = json.loads(paths.read_private_file(path, _MAX_DRAFT))
+        return endpoint.living_process(fields["pid"], fields["create_time"]) is not None, str(fields.get("address", ""))
+    except (OSError, ValueError, TypeError, LookupError):
+        return False, ""
+
+
+def _nobody_listens(address: str) -> bool:
+    # A daemon that ends withdraws its record a moment before its socket.
+    try:
+        transport.dial(address, transport.deadline_after(_ROUND_TRIP)).close()
+    except DaemonNotRunning:
+        return True
+    except HarnessIPCError:
+        pass
+    return False
+
+
+# Words.
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _without_remedy(error: UnsafeDirectory) -> str:
+    return str(error).removesuffix(f": run `{error.remedy}`")
+
+
+def _stop(name: str) -> str:
+    # A name may begin with what argparse takes for an option.
+    return f"harness-ipc stop --name{'=' if name.startswith('-') else ' '}{name}"
+
+
+def _set(variable: str, value: str) -> str:
+    return f"{'set' if sys.platform == 'win32' else 'export'} {variable}={value}"
+
+
+def _remove(path: str) -> str:
+    return f"{'del' if sys.platform == 'win32' else 'rm'} {_quote(path)}"
+
+
+def _quote(path: str) -> str:
+    return f'"{path}"' if sys.platform == "win32" else shlex.quote(path)
+
+
+def _print_line(text: str) -> None:
+    # No character may end the line, move the cursor or be unknown to the console.
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    encoding = sys.stdout.encoding or "ascii"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding))
