@@ -1,17 +1,21 @@
 """The command `harness-ipc`. Reports go to stdout; what a person has to know goes to stderr, in one line.
 
-Exit status: 0 well; 1 the reply was an error; 2 usage; 3 not running; 4 timed out; 5 refused; 6 could not start.
+Exit status: 0 well; 1 the reply was an error, or a fault was found; 2 usage; 3 not running; 4 timed out; 5 refused; 6 could not
+start. What only some commands need, they import themselves: `call` and `ping` are run often, and are to be quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 
-from . import __version__, client, messages
+from . import __version__, client, messages, paths
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
@@ -29,8 +33,10 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
+
+    from .manager import DaemonStatus
 
 _EXIT_STATUS: list[tuple[type[HarnessIPCError], int]] = [
     (InvalidName, 2),
@@ -45,16 +51,39 @@ _EXIT_STATUS: list[tuple[type[HarnessIPCError], int]] = [
     (StartFailed, 6),
     (HarnessIPCError, 1),
 ]
+_STATE_STATUS = {
+    "running": 0,
+    "incompatible": 1,
+    "absent": 3,
+    "starting": 3,
+    "stale": 3,
+    "unresponsive": 4,
+    "forbidden": 5,
+}
+
+# Seconds: the manager's own, which can't be imported for the help text alone. A test compares them.
+_START_TIMEOUT = 60.0
+_STOP_TIMEOUT = 10.0
+_STATUS_TIMEOUT = 2.0
+# Seconds of silence that a person takes for work, not for a hang.
+_SILENCE = 1.0
+# Seconds between two looks at a log: nothing that every system has announces an append.
+_LOG_POLL = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
+    with contextlib.suppress(AttributeError):
+        # As stderr is from the start: a character that the console does not have must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = options.run(options)
         sys.stdout.flush()
     except HarnessIPCError as error:
-        print(f"harness-ipc: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(" ".join(str(error).split()))
+        for line in getattr(error, "log_tail", "").splitlines():
+            print(f"    {_harmless(line)}", file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
         # Whoever read our output has seen enough: not ours to report, and nothing may be flushed at exit (Python's docs on
@@ -70,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="harness-ipc",
         description="One authenticated channel between a long-lived local daemon and short-lived processes.",
-        epilog="exit status: 0 well; 1 the reply was an error; 2 usage; 3 not running; 4 timed out; 5 refused; "
-        "6 could not start",
+        epilog="exit status: 0 well; 1 the reply was an error, or doctor found a fault; 2 usage; 3 not running; 4 timed out; "
+        "5 refused; 6 could not start",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -87,22 +116,61 @@ def _parser() -> argparse.ArgumentParser:
         help="the daemon's name (default: $HARNESS_IPC_NAME, then 'default')",
     )
 
-    serve = commands.add_parser("serve", parents=[named], help="be a daemon in the foreground")
-    serve.add_argument("app", metavar="MODULE:APP", help="an async function, or an object or class with start, handle and stop")
-    serve.add_argument("--idle-timeout", type=_seconds, metavar="S", help="end after S seconds without a request")
+    app = argparse.ArgumentParser(add_help=False)
+    app.add_argument("app", metavar="MODULE:APP", help="an async function, or an object or class with start, handle and stop")
+    app.add_argument("--idle-timeout", type=_seconds, metavar="S", help="end after S seconds without a request")
+
+    serve = commands.add_parser("serve", parents=[app, named], help="be a daemon in the foreground")
     serve.add_argument("--json", action="store_true", help="print the endpoint as JSON when ready")
     serve.set_defaults(run=_serve)
 
+    start = commands.add_parser("start", parents=[app, named], help="start a daemon in the background, if it does not run")
+    _add_timeout(start, _START_TIMEOUT)
+    start.add_argument("--json", action="store_true", help="print the daemon's status as JSON")
+    start.set_defaults(run=_start)
+
     call = commands.add_parser("call", parents=[named], help="send one message and print the reply as JSON")
     call.add_argument("message", metavar="JSON|-", help="a JSON object, or - to read it from standard input")
-    call.add_argument("--timeout", type=_seconds, default=client.REQUEST_TIMEOUT, metavar="S", help="default: %(default)g")
+    _add_timeout(call, client.REQUEST_TIMEOUT)
     call.set_defaults(run=_call)
 
     ping = commands.add_parser("ping", parents=[named], help="ask whether the daemon answers")
-    ping.add_argument("--timeout", type=_seconds, default=client.CONNECT_TIMEOUT, metavar="S", help="default: %(default)g")
+    _add_timeout(ping, client.CONNECT_TIMEOUT)
     ping.add_argument("--json", action="store_true", help="print the answer as JSON")
     ping.set_defaults(run=_ping)
+
+    status = commands.add_parser("status", parents=[named], help="show the daemon's state, and what is wrong with it")
+    _add_timeout(status, _STATUS_TIMEOUT)
+    status.add_argument("--json", action="store_true", help="print the status as JSON")
+    status.set_defaults(run=_status)
+
+    everyone = commands.add_parser("list", help="show all daemons of this user")
+    everyone.add_argument("--json", action="store_true", help="print a list of statuses as JSON")
+    everyone.set_defaults(run=_list)
+
+    stop = commands.add_parser("stop", parents=[named], help="end the daemon, if it runs, and wait for its end")
+    _add_timeout(stop, _STOP_TIMEOUT, "seconds to finish what is in flight before it is terminated")
+    stop.add_argument("--json", action="store_true", help="print what was done as JSON")
+    stop.set_defaults(run=_stop)
+
+    restart = commands.add_parser("restart", parents=[named], help="stop the daemon and start it as it was started")
+    _add_timeout(restart, _START_TIMEOUT)
+    restart.add_argument("--json", action="store_true", help="print the daemon's status as JSON")
+    restart.set_defaults(run=_restart)
+
+    logs = commands.add_parser("logs", parents=[named], help="show the end of the daemon's log")
+    logs.add_argument("-n", dest="lines", type=_count, default=50, metavar="LINES", help="how many (default: %(default)d)")
+    logs.add_argument("-f", dest="follow", action="store_true", help="go on with what is appended, until Ctrl-C")
+    logs.set_defaults(run=_logs)
+
+    doctor = commands.add_parser("doctor", help="look for what could keep daemons from working, and say how to mend it")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_timeout(parser: argparse.ArgumentParser, default: float, what: str = "seconds for it") -> None:
+    parser.add_argument("--timeout", type=_seconds, default=default, metavar="S", help=f"{what} (default: %(default)g)")
 
 
 def _seconds(text: str) -> float:
@@ -112,7 +180,16 @@ def _seconds(text: str) -> float:
     return value
 
 
-_seconds.__name__ = "number of seconds"  # argparse: "invalid number of seconds value: 'x'"
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+# argparse: "invalid number of seconds value: 'x'"
+_seconds.__name__ = "number of seconds"
+_count.__name__ = "number of lines"
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -124,12 +201,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import logging
 
-    from .daemon import run_daemon
+    from . import startup
+    from .daemon import claim_name, run_daemon
 
-    app = _load_app(options.app)
+    _split_app(options.app)
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(console)
+    # Whoever starts us in the background has sent stderr into the log already.
+    in_foreground = startup.VARIABLE not in os.environ
 
     def report(server: Any) -> None:
         record = server.record
@@ -138,18 +217,35 @@ def _serve(options: argparse.Namespace) -> int:
         else:
             print(f"{record.name}: pid {record.pid} serves at {record.address}", flush=True)
 
-    try:
-        run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report)
-    finally:
-        logging.getLogger().removeHandler(console)
+    # First of all: what is loaded may take long, and is not needed if another daemon has the name.
+    with claim_name(options.name) as claim:
+        app = _load_app(options.app)
+        if in_foreground:
+            logging.getLogger().addHandler(console)
+        try:
+            run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report, claim=claim)
+        finally:
+            logging.getLogger().removeHandler(console)
     return 0
+
+
+def _start(options: argparse.Namespace) -> int:
+    from .manager import ensure_daemon
+
+    _split_app(options.app)
+    argv = [sys.executable, "-m", "harness_ipc", "serve", options.app, f"--name={options.name}"]
+    if options.idle_timeout is not None:
+        argv += ["--idle-timeout", str(options.idle_timeout)]
+    with _progress("starting", options.name):
+        status = ensure_daemon(options.name, argv, timeout=options.timeout)
+    return _print_running(status, as_json=options.json)
 
 
 def _call(options: argparse.Namespace) -> int:
     try:
         message = messages.decode(sys.stdin.buffer.read() if options.message == "-" else os.fsencode(options.message))
     except ProtocolError as error:
-        print(f"harness-ipc: the message is not usable: {error}", file=sys.stderr)
+        _tell(f"the message is not usable: {error}")
         return 2
     reply = client.request(options.name, message, timeout=options.timeout)
     _print_json(reply)
@@ -165,31 +261,260 @@ def _ping(options: argparse.Namespace) -> int:
         return 0
     print(f"{options.name}: pid {reply.get('pid')} answered in {milliseconds:.1f} ms")
     if reply.get("responsive") is False:
-        print(
-            f"harness-ipc: the event loop of {options.name!r} has been blocked for {reply.get('loop_lag', 0):.1f} s: "
-            "requests wait for it",
-            file=sys.stderr,
-        )
+        _tell(f"the event loop of {options.name!r} has been blocked for {reply.get('loop_lag', 0):.1f} s: requests wait for it")
     return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from .manager import daemon_status
+
+    status = daemon_status(options.name, timeout=options.timeout)
+    if options.json:
+        _print_json(status.to_json())
+    else:
+        print(f"{status.name}: {status.state}{'' if status.pid is None else f', pid {status.pid}'}")
+        for title, text in _details(status):
+            print(f"  {title:9} {_harmless(text)}")
+    return _STATE_STATUS[status.state]
+
+
+def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
+    """Yield what is known of a daemon, as a title and a text for a person."""
+    if status.problem is not None:
+        yield "problem", status.problem
+    if status.state != "running" and status.since is not None:
+        yield "since", f"{_duration(max(0.0, time.time() - status.since))} ago"
+    if status.uptime is not None:
+        detached = f", detached ({status.detached})" if status.detached else ""
+        yield "uptime", _duration(status.uptime) + detached
+    if status.version is not None:
+        app = f"app {status.app_version}, " if status.app_version else ""
+        yield "version", f"{app}harness_ipc {status.version}, Python {status.python}"
+    if status.requests is not None:
+        yield "requests", f"{status.requests} answered, {status.errors} with an error; connections: {status.connections}"
+    if status.idle is not None and status.loop_lag is not None:
+        yield "loop", f"idle for {_duration(status.idle)}, lag {status.loop_lag * 1000:.1f} ms"
+    if status.health is not None:
+        yield "health", json.dumps(status.health)
+    yield "log", status.log_path
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .manager import list_daemons
+
+    found = list_daemons()
+    if options.json:
+        _print_json([status.to_json() for status in found])
+    elif found:
+        _print_table(found)
+    else:
+        _tell("no daemon is running")
+    return 0
+
+
+def _print_table(found: list[DaemonStatus]) -> None:
+    """Print a line for each daemon, cut to the terminal's width if there is one."""
+    import shutil
+
+    heads = ("NAME", "STATE", "PID", "UPTIME", "REQUESTS", "ERRORS", "VERSION", "APP", "HEALTH OR PROBLEM")
+    rows = [heads, *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in rows:
+        cells = (
+            text.rjust(width) if 2 <= i <= 5 else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip()[:limit])
+
+
+def _row(status: DaemonStatus) -> tuple[str, ...]:
+    cells = (
+        status.name,
+        status.state,
+        status.pid,
+        None if status.uptime is None else _duration(status.uptime),
+        status.requests,
+        status.errors,
+        status.version,
+        status.app_version,
+        status.problem or (None if status.health is None else json.dumps(status.health)),
+    )
+    return tuple("-" if cell is None else _harmless(" ".join(str(cell).split())) for cell in cells)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from .manager import stop_daemon
+
+    with _progress("stopping", options.name):
+        stopped = stop_daemon(options.name, timeout=options.timeout)
+    if options.json:
+        _print_json({"name": options.name, "stopped": stopped})
+    else:
+        print(f"{options.name}: {'stopped' if stopped else 'was not running'}")
+    return 0
+
+
+def _restart(options: argparse.Namespace) -> int:
+    from .manager import restart_daemon
+
+    with _progress("restarting", options.name):
+        status = restart_daemon(options.name, timeout=options.timeout)
+    return _print_running(status, as_json=options.json)
+
+
+def _print_running(status: DaemonStatus, *, as_json: bool) -> int:
+    if as_json:
+        _print_json(status.to_json())
+        return 0
+    print(f"{status.name}: pid {status.pid} is running", flush=True)
+    if status.problem is not None:
+        _tell(status.problem)
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    log = _Log(str(paths.log_path(options.name)))
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    try:
+        data = log.tail(options.lines)
+    except FileNotFoundError:
+        raise DaemonNotRunning(f"there is no log {log.path}: the daemon {options.name!r} has not been started yet") from None
+    except OSError as error:
+        raise UnsafeDirectory(f"the log {log.path} can't be read: {error.strerror}; see what it is and whose") from error
+    while True:
+        sys.stdout.write(_harmless(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
+        sys.stdout.flush()
+        if not options.follow:
+            return 0
+        time.sleep(_LOG_POLL)
+        data = log.appended()
+
+
+class _Log:
+    """A log that a daemon appends to and rotates. It is not kept open: on Windows, that would prevent the rotation."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._read = 0
+        self._file = (0, 0)
+
+    def tail(self, count: int) -> bytes:
+        """Return the last `count` lines."""
+        from collections import deque
+
+        with open(self.path, "rb") as file:
+            self._file = _identity(file)
+            lines = deque(file, count)
+            self._read = file.tell()
+        return b"".join(lines)
+
+    def appended(self) -> bytes:
+        """Return what came since, also in a log that was rotated away meanwhile, or cut."""
+        data = b""
+        # Between the two steps of a rotation it is missing, or on Windows not to be had.
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            if (identity := _identity(file)) != self._file:
+                data = self._rest()
+                self._file, self._read = identity, 0
+            if file.seek(0, os.SEEK_END) < self._read:
+                self._read = 0
+            file.seek(self._read)
+            data += file.read()
+            self._read = file.tell()
+        return data
+
+    def _rest(self) -> bytes:
+        # As logging.handlers.RotatingFileHandler names the predecessor.
+        with contextlib.suppress(OSError), open(f"{self.path}.1", "rb") as file:
+            if _identity(file) == self._file:
+                file.seek(self._read)
+                return file.read()
+        return b""
+
+
+def _identity(file: Any) -> tuple[int, int]:
+    info = os.fstat(file.fileno())
+    return info.st_dev, info.st_ino
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.run(as_json=options.json)
 
 
 def _load_app(specification: str) -> Any:
     import importlib
+    import logging
 
-    module_name, _, path = specification.partition(":")
-    if not module_name or not path:
-        raise InvalidName(f"{specification!a} is not MODULE:APP: name a module and what to take from it, as in service:handle")
+    module_name, path = _split_app(specification)
     # As `python -m` does: the program is where the user stands.
     sys.path.insert(0, os.getcwd())
     try:
         app: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
             app = getattr(app, attribute)
-    except (ImportError, AttributeError) as error:
-        raise StartFailed(f"{specification} can't be loaded: {error}") from error
-    return app() if isinstance(app, type) else app
+        return app() if isinstance(app, type) else app
+    except Exception as error:
+        logging.getLogger(__name__).exception("%s can't be loaded", specification)
+        raise StartFailed(f"{specification} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def _split_app(specification: str) -> tuple[str, str]:
+    module_name, _, path = specification.partition(":")
+    if not module_name or not path:
+        raise InvalidName(f"{specification!a} is not MODULE:APP: name a module and what to take from it, as in service:handle")
+    return module_name, path
 
 
 def _print_json(value: object) -> None:
     # ASCII: it passes any console's encoding, and lone surrogates too.
     print(json.dumps(value), flush=True)
+
+
+def _tell(text: str) -> None:
+    print(f"harness-ipc: {_harmless(text)}", file=sys.stderr, flush=True)
+
+
+def _harmless(text: str) -> str:
+    """Return `text` with what could steer a terminal written as a backslash sequence; newlines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds for a person, in at most two units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {int(seconds) % 60} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+@contextlib.contextmanager
+def _progress(doing: str, name: str) -> Iterator[None]:
+    """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end."""
+    over = threading.Event()
+    begun = time.monotonic()
+    log = paths.log_path(name)
+
+    def show() -> None:
+        width = 0
+        while not over.wait(_SILENCE):
+            if not sys.stderr.isatty():
+                _tell(f"still {doing} {name}; its log is {log}")
+                return
+            text = f"{doing} {name}: {time.monotonic() - begun:.0f} s"
+            width = len(text)
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r{' ' * width}\r" if width else "", end="", file=sys.stderr, flush=True)
+
+    watcher = threading.Thread(target=show, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

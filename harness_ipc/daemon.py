@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from . import __version__, endpoint, messages, paths, startup
 from .errors import HarnessIPCError, StartFailed
@@ -18,7 +18,9 @@ from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTI
 from .transport import deadline_after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
+
+    from filelock import BaseFileLock
 
     from .bridge import Handler
     from .messages import Message
@@ -58,11 +60,13 @@ def run_daemon(
     handshake_timeout: float = HANDSHAKE_TIMEOUT,
     grace_period: float = GRACE_PERIOD,
     on_ready: Callable[[DaemonServer], None] | None = None,
+    claim: Claim | None = None,
 ) -> None:
     """Be the daemon `name` until SIGTERM, SIGINT, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
     `app` is an async function from a message to a reply, or an `App`. The log is the file `log_path`; `on_ready` is called
-    in the loop once clients can connect. The other arguments are those of `start_daemon_server`.
+    in the loop once clients can connect. `claim` is what `claim_name` gave, for a program that has to do slow things before it
+    has an app. The other arguments are those of `start_daemon_server`.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none; a
     clean end returns.
@@ -82,13 +86,13 @@ def run_daemon(
             grace_period=grace_period,
             health=getattr(application, "health", None),
             on_shutdown=stop.set,
-            lock=lock,
-            detached=report.detached,
+            lock=claimed.lock,
+            detached=claimed.report.detached,
         )
         async with server:
             logger.info("ready at %s", address)
-            report.send(state="ready", name=name, pid=os.getpid(), generation=server.record.generation)
-            report.close()
+            claimed.report.send(state="ready", name=name, pid=os.getpid(), generation=server.record.generation)
+            claimed.report.close()
             if on_ready is not None:
                 on_ready(server)
             await _stop_or_idle(server, stop, idle_timeout)
@@ -106,6 +110,25 @@ def run_daemon(
                 except Exception:
                     logger.exception("the app's stop failed")
 
+    with contextlib.ExitStack() as stack:
+        claimed = stack.enter_context(claim_name(name)) if claim is None else claim
+        _run(main())
+        logger.info("stopped %s", name)
+
+
+class Claim(NamedTuple):
+    """This process is the daemon of a name: no other can be, and its starter waits for its word."""
+
+    lock: BaseFileLock
+    report: startup.Report
+
+
+@contextlib.contextmanager
+def claim_name(name: str) -> Iterator[Claim]:
+    """Take the lifetime lock of `name`, send the log to its file, and say that this process is starting.
+
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
+    """
     with startup.reporting() as report:
         lock = endpoint.lock_lifetime(name)
         try:
@@ -113,8 +136,7 @@ def run_daemon(
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
                 endpoint.note_start(name)
-                _run(main())
-                logger.info("stopped %s", name)
+                yield Claim(lock, report)
         finally:
             endpoint.forget_start(name)
             lock.release()

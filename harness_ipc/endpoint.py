@@ -177,7 +177,7 @@ def _parse(data: bytes) -> Record:
     if schema != SCHEMA:
         raise IncompatibleDaemon(
             f"the daemon's record has schema {schema}, this version knows {SCHEMA}: "
-            "use the version of harness_ipc that started the daemon, or restart it"
+            "use the version of harness_ipc that started the daemon, also to stop it"
         )
     return Record(fields)
 

@@ -11,7 +11,9 @@ import os
 import shlex
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import client, endpoint, messages, paths, startup
@@ -57,6 +59,8 @@ _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Seconds between two looks at what nothing announces: the end of a process that is not our child, a lock that somebody holds.
 _POLL = 0.01
+# Daemons that are asked at once.
+_AT_ONCE = 8
 # Seconds for a child that has said why it fails to print its traceback and end.
 _EXIT_PERIOD = 2.0
 # Bytes.
@@ -126,7 +130,9 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
             if ext in ("json", *endpoint.PHASES):
                 with contextlib.suppress(ValueError):
                     names.add(paths.check_name(stem))
-    states = (daemon_status(name, timeout=timeout) for name in sorted(names))
+    # At once: one that does not answer takes its timeout.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        states = list(pool.map(partial(daemon_status, timeout=timeout), sorted(names)))
     return [status for status in states if status.state != "absent" or status.pid is not None]
 
 

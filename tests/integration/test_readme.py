@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,16 +10,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness_ipc import errors, ping, request
+from harness_ipc import cli, ensure_daemon, errors, identify, ping, request, stop_daemon
 from tests.marks import needs_network, needs_posix
 from tests.processes import PATIENCE, spawn_python, wait_until
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", _README, re.DOTALL))
+_JSON_TYPES = {
+    bool: "boolean",
+    dict: "object",
+    float: "number",
+    int: "integer",
+    list: "array",
+    str: "string",
+    type(None): "null",
+}
 _COMMANDS = dict(re.findall(r"<!-- (\w+) -->\n```sh\n(.*?)```", _README, re.DOTALL))
 
 
@@ -30,7 +41,9 @@ def snippets(tmp_path: Path) -> Path:
 
 
 def _run(script: Path) -> str:
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE)
+    result = subprocess.run(
+        [sys.executable, script.name], cwd=script.parent, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result.stdout
@@ -38,7 +51,7 @@ def _run(script: Path) -> str:
 
 def test_every_python_block_is_a_file_that_a_test_runs() -> None:
     assert _README.count("```python") == len(_FILES)
-    assert sorted(_FILES) == ["ask.py", "careful.py", "embedded.py", "index.py", "service.py", "wire.py"]
+    assert sorted(_FILES) == ["ask.py", "careful.py", "embedded.py", "ensure.py", "index.py", "service.py", "wire.py"]
     assert sorted(_COMMANDS) == ["demo", "tests"]
     assert _README.count("```sh") == len(_COMMANDS)
 
@@ -76,6 +89,73 @@ def test_the_embedded_server(snippets: Path) -> None:
 
 def test_the_careful_client(snippets: Path) -> None:
     assert _run(snippets / "careful.py").startswith("start it: no daemon 'nobody' is running")
+
+
+def test_making_sure_that_a_daemon_runs(snippets: Path) -> None:
+    try:
+        assert _run(snippets / "ensure.py") == "running\n4\n"
+        assert identify("words") is None
+    finally:
+        stop_daemon("words")
+
+
+def _json_of(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "harness_ipc", *arguments, "--json"]
+    return json.loads(subprocess.run(command, capture_output=True, timeout=PATIENCE).stdout)
+
+
+def _documented(command: str) -> dict[str, str]:
+    """Return the type of each field in the table of what the command prints, in its order."""
+    table = _README.partition(f"<!-- json: {command} -->\n")[2].partition("\n\n")[0]
+    return dict(re.findall(r"^\| `(\S+)` \| ([a-z ]+) \|", table, re.MULTILINE))
+
+
+def _assert_documented(command: str, *told: dict[str, Any]) -> None:
+    documented = _documented(command)
+    for shape in told:
+        assert list(shape) == list(documented)
+        for field, value in shape.items():
+            assert _JSON_TYPES[type(value)] in documented[field].split(" or "), field
+
+
+def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) -> None:
+    # Before any daemon, one that is healthy, one that has no health, and the end.
+    _assert_documented("status", _json_of("status", "--name", "words"))
+    try:
+        for name, script in ("words", "service.py"), ("index", "index.py"):
+            ensure_daemon(name, [sys.executable, str(snippets / script)])
+        words, index = _json_of("status", "--name", "words"), _json_of("status", "--name", "index")
+        _assert_documented("status", words, index, *_json_of("list"))
+        # What is null only for want of an app that gives it.
+        assert {field for field, value in index.items() if value is None} == {"app_version", "problem"}
+        assert words["health"] is None
+        assert index["health"] == {"words": 2}
+        _assert_documented("stop", _json_of("stop", "--name", "words"), _json_of("stop", "--name", "words"))
+        report = _json_of("doctor")
+        for finding in report["findings"]:
+            _assert_documented("doctor", report | {f"findings[].{field}": value for field, value in finding.items()})
+    finally:
+        stop_daemon("words")
+        stop_daemon("index")
+
+
+def test_the_table_of_states_is_complete() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (\d) \|$", _README, re.MULTILINE)
+    assert {state: int(status) for state, status in rows} == cli._STATE_STATUS
+
+
+def test_the_block_of_commands_is_what_the_parser_takes() -> None:
+    block = _README.partition("## Command line\n\n")[2].partition("\n\n")[0]
+    commands = re.findall(r"^    harness-ipc (\w+)", block, re.MULTILINE)
+    known = re.search(r"invalid choice: 'nonesuch' \(choose from (.*)\)", _usage_error("nonesuch"))
+    assert known is not None
+    assert sorted(commands) == sorted(known[1].replace("'", "").split(", "))
+
+
+def _usage_error(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "harness_ipc", *arguments], capture_output=True, text=True, timeout=PATIENCE
+    ).stderr
 
 
 def test_the_table_of_errors_is_complete() -> None:
