@@ -238,6 +238,7 @@ def restart_daemon(name: str, *, timeout: float = START_TIMEOUT, stop_timeout: f
 def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
     """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
     log = str(paths.log_path(name))
+    deadline = deadline_after(timeout)
     while True:
         try:
             record = endpoint.load(name, again=True)
@@ -259,6 +260,9 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
                 continue
             if endpoint.living_process(record.pid, record.create_time) is None:
                 return _without_daemon(name, log, error), None
+            # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
+            if not isinstance(error, DaemonTimeout) and _pause(deadline):
+                continue
             problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
             return DaemonStatus(name, "unresponsive", log, problem=problem, **known), None
         if pong.get("generation") == record.generation:
