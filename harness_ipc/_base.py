@@ -1,4 +1,4 @@
-"""What the two transports share: peer credentials and the arithmetic of a deadline."""
+"""What the two transports share: peer credentials, the arithmetic of a deadline, and the limit of a message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import namedtuple
 from math import inf
 
-from .errors import DaemonTimeout
+from .errors import DaemonTimeout, MessageTooLarge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,3 +43,13 @@ def remaining(deadline: float) -> float:
     if seconds <= 0:
         raise DaemonTimeout("the deadline passed: the daemon is busy, stopped or waiting itself; allow a longer timeout")
     return seconds
+
+
+def check_size(size: int, limit: int | None) -> None:
+    """Raise `MessageTooLarge` if the peer's message of `size` bytes is above `limit`, if there is one."""
+    if limit is not None and size > limit:
+        raise MessageTooLarge(
+            f"the peer sent a message of {size} bytes, above the limit of {limit} bytes: raise max_message on both sides",
+            size=size,
+            limit=limit,
+        )

@@ -13,8 +13,8 @@ from math import ceil, inf
 from multiprocessing import connection
 
 from . import paths
-from ._base import PeerCredentials, remaining
-from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, MessageTooLarge, StartFailed
+from ._base import PeerCredentials, check_size, remaining
+from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, StartFailed
 
 FAMILY = "AF_UNIX"
 # sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
@@ -114,13 +114,7 @@ if sys.platform != "win32":
             (size,) = _HEADER.unpack(self._take(_HEADER.size, starting=True))
             if size == -1:
                 (size,) = _LONG_HEADER.unpack(self._take(_LONG_HEADER.size))
-            if maxlength is not None and size > maxlength:
-                raise MessageTooLarge(
-                    f"the peer sent a message of {size} bytes, above the limit of {maxlength} bytes: "
-                    "raise max_message on both sides",
-                    size=size,
-                    limit=maxlength,
-                )
+            check_size(size, maxlength)
             if size < 0:
                 raise OSError("a frame's header makes no sense")
             return self._take(size)
@@ -185,6 +179,7 @@ if sys.platform != "win32":
             """Bind `address`. Raises `StartFailed`."""
             try:
                 self._listener = connection.Listener(address, FAMILY, backlog=_BACKLOG)
+                self._socket: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
                 os.chmod(address, 0o600)
             except OSError as error:
                 why = "a sandbox may forbid it; " if error.errno in (errno.EPERM, errno.EACCES) else ""
@@ -196,18 +191,15 @@ if sys.platform != "win32":
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
-            accepted = self._listener.accept()
-            # A Connection can't give its descriptor away, and closes it when it is collected.
-            descriptor, accepted._handle = accepted._handle, None  # type: ignore[attr-defined]
-            return _checked(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor))
+            # Not the Listener's own accept(): its Connection can't give the descriptor away.
+            return _checked(self._socket.accept()[0])
 
         def wake(self) -> None:
             """Make one blocked accept, or all of them, return or raise `OSError`."""
             # Linux wakes all. Where a listening socket can't be shut down (ENOTCONN on macOS), a client wakes one. The
             # first comes first because the path may have been removed by hand.
-            listening: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
             try:
-                listening.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
                     sock.setblocking(False)

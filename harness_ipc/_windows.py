@@ -8,8 +8,8 @@ import sys
 from math import ceil, inf
 from multiprocessing import connection
 
-from ._base import PeerCredentials, remaining
-from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, MessageTooLarge, StartFailed
+from ._base import PeerCredentials, check_size, remaining
+from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, StartFailed
 
 FAMILY = "AF_PIPE"
 # The first read takes a short frame in whole; the rest of a longer one is read once its length is known.
@@ -119,13 +119,7 @@ if sys.platform == "win32":
                 if not left:
                     raise OSError("the peer gave a message up in the middle")
                 size = len(data) + left
-                if maxsize is not None and size > maxsize:
-                    raise MessageTooLarge(
-                        f"the peer sent a message of {size} bytes, above the limit of {maxsize} bytes: "
-                        "raise max_message on both sides",
-                        size=size,
-                        limit=maxsize,
-                    )
+                check_size(size, maxsize)
                 data += self._read(left)[0]
             return io.BytesIO(data)
 
