@@ -1,0 +1,442 @@
+"""What a person or a program does with one daemon: start it, see its state, stop it, and what it then has and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    HarnessIPCError,
+    IncompatibleDaemon,
+    InvalidName,
+    __version__,
+    daemon_alive,
+    daemon_status,
+    endpoint,
+    ensure_daemon,
+    identify,
+    list_daemons,
+    log_path,
+    request,
+    restart_daemon,
+    runtime_dir,
+    runtime_path,
+    stop_daemon,
+)
+from harness_ipc.manager import DaemonStatus
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, runtime_files, spawn_daemon, stopped, wait_until
+
+# Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
+AT_ONCE = 20.0
+# On Windows a pipe has no file.
+SOCKETS = 1 if os.name == "posix" else 0
+
+# The program of a daemon. It notes that it was started, and nobody may be between its start and its end at the same time.
+PROGRAM = """
+import asyncio, os, sys, time
+from pathlib import Path
+import filelock
+from harness_ipc import endpoint, run_daemon
+
+name = sys.argv[1]
+folder = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
+with open(folder / "started", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+
+class App:
+    async def start(self):
+        self.alone = filelock.FileLock(folder / f"{name}.alone")
+        try:
+            self.alone.acquire(timeout=0)
+        except filelock.Timeout:
+            (folder / "two at once").touch()
+            raise
+
+    async def handle(self, message):
+        match message.get("method"):
+            case "echo":
+                return {"result": message.get("params")}
+            case "where":
+                return {"result": [os.getcwd(), sys.argv, os.environ.get("COLOUR")]}
+            case "raise":
+                raise ValueError("as told")
+            case "hang":
+                (folder / "hanging").touch()
+                await asyncio.Event().wait()
+            case "wedge":
+                (folder / "wedged").touch()
+                while True:
+                    pass
+
+    async def stop(self):
+        pass
+
+    async def health(self):
+        return {"well": True}
+
+"""
+
+
+def command(name: str = "test", *words: str, first: str = "", then: str = "", options: str = "") -> list[str]:
+    """Return the command line of the daemon `name`: `first` is run before all else, `then` may change the program."""
+    return [sys.executable, "-W", "error", "-c", f"{first}{PROGRAM}{then}\nrun_daemon(App(), name, {options})", name, *words]
+
+
+def ensure(name: str = "test", **changes: str) -> DaemonStatus:
+    return ensure_daemon(name, command(name, **changes))
+
+
+def serves(name: str = "test") -> bool:
+    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+
+def the_log(name: str = "test") -> str:
+    return log_path(name).read_text(encoding="utf-8")
+
+
+def started(base: Path) -> list[int]:
+    """Return the pids of all the daemons' processes that came to their first instruction."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(line) for line in (base / "started").read_text().split()]
+    return []
+
+
+def live_processes() -> list[psutil.Process]:
+    """Return the processes other than this one that were started with this test's own runtime directory."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            here = process.environ().get("HARNESS_IPC_RUNTIME_DIR") == os.environ["HARNESS_IPC_RUNTIME_DIR"]
+            if here and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_one_daemon(name: str = "test") -> None:
+    """One process, one record, one socket, nothing else, and it serves."""
+    assert serves(name)
+    assert [process.pid for process in live_processes()] == [identify(name)] == [endpoint.load(name).pid]
+    files = [file for file in runtime_files() if not file.endswith(".start")]
+    sockets = [file for file in files if file.endswith(".sock")]
+    assert len(sockets) == SOCKETS
+    assert sorted(files) == sorted([f"{name}.json", *sockets])
+
+
+def assert_none_left() -> None:
+    """No process, no file but locks."""
+    wait_until(lambda: not live_processes())
+    assert [file for file in runtime_files() if not file.endswith(".start")] == []
+
+
+def kill_all() -> None:
+    for process in live_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            process.wait(PATIENCE)
+
+
+def end_daemons(base: Path) -> None:
+    """Stop whatever a test has started, and fail if that is not the end of it."""
+    try:
+        directory = base / "run"
+        for name in sorted({file.name.partition(".")[0] for file in directory.iterdir()} if directory.is_dir() else ()):
+            if list(directory.glob(f"{name}.lock")):
+                stop_daemon(name, timeout=1.0)
+        wait_until(lambda: not live_processes(), AT_ONCE)
+    finally:
+        kill_all()
+    assert not (base / "two at once").exists()
+
+
+@pytest.fixture(autouse=True)
+def base(private_directories: Path) -> Iterator[Path]:
+    """Give the directory above the runtime directory, and end the test's daemons."""
+    yield private_directories
+    end_daemons(private_directories)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < AT_ONCE
+
+
+@contextlib.contextmanager
+def in_thread(function: Any, *arguments: Any, **options: Any) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(function, *arguments, **options)
+        except BaseException:
+            # The thread waits for them.
+            kill_all()
+            raise
+
+
+def waits_for_go(*, blocking: bool = False) -> str:
+    """Return a change of the program: its start lasts until the test has made the file "go"."""
+    wait = "time.sleep(0.01)" if blocking else "await asyncio.sleep(0.01)"
+    return f"""
+class App(App):
+    async def start(self):
+        (folder / "waiting").touch()
+        while not (folder / "go").exists():
+            {wait}
+        await super().start()
+"""
+
+
+# Its state.
+
+
+def test_looking_on_a_fresh_machine_finds_nothing_and_creates_nothing(base: Path) -> None:
+    status = daemon_status("test")
+    assert (status.state, status.pid, status.alive) == ("absent", None, False)
+    assert status.log_path == str(log_path("test"))
+    assert status.problem is not None
+    assert "\n" not in status.problem
+    assert not daemon_alive("test")
+    assert list_daemons() == []
+    assert stop_daemon("test") is False
+    assert list(base.iterdir()) == []
+    for look in (daemon_status, daemon_alive, stop_daemon):
+        with pytest.raises(InvalidName):
+            look("../test")
+
+
+def test_a_running_daemon_tells_all_about_itself() -> None:
+    before = time.time()
+    assert ensure(options="app_version='7'").state == "running"
+    record = endpoint.load("test")
+    with pytest.raises(HarnessIPCError):
+        raise HarnessIPCError(request("test", {"method": "raise"})["error"]["type"])
+    assert serves()
+    status = daemon_status("test")
+    assert (status.state, status.alive, status.problem) == ("running", True, None)
+    assert (status.name, status.pid, status.generation) == ("test", record.pid, record.generation)
+    assert (status.version, status.app_version) == (__version__, "7")
+    assert status.python == ".".join(map(str, sys.version_info[:3]))
+    assert status.since is not None
+    assert before - 1 <= status.since <= time.time() + 1
+    assert (status.requests, status.errors) == (2, 1)
+    assert status.health == {"well": True}
+    for number in (status.uptime, status.loop_lag, status.idle, status.connections):
+        assert number is not None
+        assert 0 <= number < PATIENCE
+    assert list(status.to_json()) == list(DaemonStatus.__dataclass_fields__)
+    assert record.authkey.hex() not in json.dumps(status.to_json()) + repr(status) + the_log()
+    assert list_daemons()[0].pid == status.pid
+    assert_one_daemon()
+
+
+def test_a_daemon_whose_health_fails_is_running_all_the_same() -> None:
+    ensure(then="async def sick(self): raise LookupError('no upstream')\nApp.health = sick")
+    status = daemon_status("test")
+    assert status.state == "running"
+    assert status.health is not None
+    assert status.health["error"]["message"] == "no upstream"
+    assert_one_daemon()
+
+
+def test_a_daemon_that_somebody_started_by_hand_is_found_and_stopped() -> None:
+    with spawn_daemon("test") as daemon:
+        status = ensure()
+        assert (status.pid, status.detached) == (daemon.pid, None)
+        assert stop_daemon("test") is True
+        assert daemon.wait() == 0
+    assert_none_left()
+
+
+@needs_posix
+def test_several_daemons_in_several_states_are_listed_by_name_and_nothing_is_touched(base: Path) -> None:
+    killed, running = ensure("killed"), ensure("running")
+    assert killed.pid is not None
+    psutil.Process(killed.pid).kill()
+    runtime_path("later", "json").write_text('{"schema": 99}')
+    runtime_path("later", "json").chmod(0o600)
+    runtime_path("torn", "json").write_text('{"schema": 1,')
+    runtime_path("torn", "json").chmod(0o600)
+    slow = command("starting", then=waits_for_go())
+    with spawn_daemon("asleep") as asleep, stopped(asleep), in_thread(ensure_daemon, "starting", slow) as starting:
+        try:
+            wait_until(lambda: daemon_status("starting").state == "starting")
+            before = sorted(os.listdir(runtime_dir()))
+            found = {status.name: status.state for status in list_daemons(timeout=0.5)}
+            assert list(found) == sorted(found)
+            assert found == {
+                "asleep": "unresponsive",
+                "killed": "stale",
+                "later": "incompatible",
+                "running": "running",
+                "starting": "starting",
+                "torn": "stale",
+            }
+            alive = [name for name in found if daemon_alive(name)]
+            assert alive == ["asleep", "running"]
+            assert sorted(os.listdir(runtime_dir())) == before
+        finally:
+            (base / "go").touch()
+        assert starting.result(PATIENCE).pid == identify("starting")
+    assert identify("running") == running.pid
+    with pytest.raises(IncompatibleDaemon):
+        ensure("later")
+    runtime_path("later", "json").unlink()
+    assert [stop_daemon(name) for name in ("killed", "running", "starting", "torn")] == [False, True, True, False]
+
+
+# One that does not answer.
+
+
+def wedge(base: Path) -> None:
+    with contextlib.suppress(DaemonTimeout):
+        request("test", {"method": "wedge"}, timeout=0.1)
+    wait_until((base / "wedged").exists)
+
+
+def test_a_wedged_daemon_is_unresponsive_within_two_seconds_and_can_be_stopped(base: Path) -> None:
+    pid = ensure().pid
+    wedge(base)
+    begin = time.monotonic()
+    wait_until(lambda: daemon_status("test").state == "unresponsive", 4.0)
+    assert time.monotonic() - begin < 4.0
+    status = daemon_status("test")
+    assert (status.state, status.pid, status.alive, status.health) == ("unresponsive", pid, True, None)
+    assert status.problem is not None
+    assert status.since is not None
+    assert status.since <= time.time()
+    # A missed answer kills nothing and starts nothing.
+    assert ensure().pid == pid == identify("test")
+    with at_once():
+        assert stop_daemon("test", timeout=0.2) is True
+    assert daemon_status("test").state == "absent"
+    assert_none_left()
+    ensure()
+    assert_one_daemon()
+
+
+@needs_posix
+def test_a_daemon_under_sigstop_is_unresponsive_and_can_be_stopped() -> None:
+    pid = ensure().pid
+    assert pid is not None
+    process = psutil.Process(pid)
+    process.suspend()
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+    begin = time.monotonic()
+    status = daemon_status("test")
+    assert time.monotonic() - begin < 4.0
+    assert (status.state, status.pid, status.alive) == ("unresponsive", pid, True)
+    assert identify("test", timeout=0.2) is None
+    with at_once():
+        assert stop_daemon("test", timeout=0.2) is True
+    assert_none_left()
+
+
+# Versions, and starting again.
+
+
+def test_another_version_of_the_app_is_an_error_replaced_or_accepted(base: Path) -> None:
+    def with_version(version: str, on_mismatch: Literal["error", "restart", "accept"] = "error") -> DaemonStatus:
+        argv = command(options=f"app_version={version!r}")
+        return ensure_daemon("test", argv, version=version, on_mismatch=on_mismatch)
+
+    first = with_version("1")
+    assert first.app_version == "1"
+    assert with_version("1").pid == with_version("2", "accept").pid == with_version("1", "restart").pid == first.pid
+    with pytest.raises(IncompatibleDaemon, match="1") as caught:
+        with_version("2")
+    assert "\n" not in str(caught.value)
+    assert identify("test") == first.pid
+    second = with_version("2", "restart")
+    assert second.pid != first.pid
+    assert (second.app_version, second.pid) == ("2", identify("test"))
+    assert started(base) == [first.pid, second.pid]
+    assert_one_daemon()
+
+
+def test_a_restart_takes_the_command_line_and_the_directory_of_the_record(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DaemonNotRunning):
+        restart_daemon("test")
+    place = base / "größer place"
+    place.mkdir()
+    first = ensure_daemon("test", command("test", "a word", "--größer"), cwd=str(place), env={"COLOUR": "green"})
+    where = request("test", {"method": "where"})["result"]
+    assert where == [str(place), ["-c", "test", "a word", "--größer"], "green"]
+    monkeypatch.chdir(base)
+    second = restart_daemon("test")
+    assert second.state == "running"
+    assert second.pid == identify("test") != first.pid
+    assert second.generation != first.generation
+    assert request("test", {"method": "where"})["result"][:2] == where[:2]
+    assert_one_daemon()
+    # Also the killed one.
+    psutil.Process(second.pid).kill()
+    wait_until(lambda: daemon_status("test").state == "stale")
+    assert restart_daemon("test").pid == identify("test") != second.pid
+    assert_one_daemon()
+    assert stop_daemon("test") is True
+    assert stop_daemon("test") is False
+    with pytest.raises(DaemonNotRunning):
+        restart_daemon("test")
+
+
+# Its end.
+
+
+@contextlib.contextmanager
+def in_flight(base: Path) -> Iterator[Future[Any]]:
+    """Send a request that does not end, and yield its outcome once it has begun."""
+    with in_thread(request, "test", {"method": "hang"}, timeout=PATIENCE) as job:
+        wait_until((base / "hanging").exists)
+        yield job
+
+
+def test_a_stop_ends_a_request_that_does_not_end(base: Path) -> None:
+    ensure(options="grace_period=3600")
+    with in_flight(base) as job:
+        with at_once():
+            assert stop_daemon("test", timeout=0.2) is True
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+    assert_none_left()
+
+
+def test_a_daemon_that_drains_already_for_long_can_be_stopped(base: Path) -> None:
+    ensure(options="grace_period=3600")
+    with in_flight(base) as job:
+        assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+        wait_until(lambda: runtime_files(".json") == [])
+        with at_once():
+            with pytest.raises(DaemonTimeout) as caught:
+                ensure_daemon("test", command(), timeout=0.5)
+            assert "\n" not in str(caught.value)
+            stop_daemon("test", timeout=0.2)
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+    assert_none_left()
+    ensure()
+    assert_one_daemon()
+
+
+def test_a_daemon_is_still_asked_to_stop_after_the_clock_was_set() -> None:
+    """The system tells the time of a process' creation by the clock of now: it seems to be another process."""
+    pid = ensure().pid
+    path = runtime_path("test", "json")
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**record, "create_time": record["create_time"] - 3600}))
+    assert daemon_status("test").state == "running"
+    assert ensure().pid == pid
+    with at_once():
+        assert stop_daemon("test", timeout=5.0) is True
+    assert_none_left()

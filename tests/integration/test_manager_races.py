@@ -1,0 +1,301 @@
+"""Many managers at once, and daemons killed at every point: never two daemons, never one that nobody finds, nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    HarnessIPCError,
+    StartFailed,
+    cleanup_endpoint,
+    connect_daemon,
+    daemon_alive,
+    daemon_status,
+    ensure_daemon,
+    identify,
+    list_daemons,
+    request,
+    restart_daemon,
+    runtime_path,
+    stop_daemon,
+)
+from tests.integration.test_manager import (
+    assert_none_left,
+    assert_one_daemon,
+    at_once,
+    command,
+    end_daemons,
+    ensure,
+    live_processes,
+    started,
+)
+from tests.processes import PATIENCE, runtime_files, spawn_python, wait_until
+
+CALLERS = 32
+ROUNDS = 20
+# Seconds for 32 interpreters on a machine that has other things to do: what is above this hangs, or starts one after the other.
+STAMPEDE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def base(private_directories: Path) -> Iterator[Path]:
+    """Give the directory above the runtime directory, and end the test's daemons."""
+    yield private_directories
+    end_daemons(private_directories)
+
+
+# Many at once.
+
+CALLER = """
+import json, sys
+import harness_ipc, harness_ipc.manager
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        status = harness_ipc.ensure_daemon("test", json.loads(line))
+        print(json.dumps([status.state, status.pid]), flush=True)
+    except harness_ipc.HarnessIPCError as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def spawn_callers(count: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Yield processes that are ready to call `ensure_daemon` with each command line that they are told."""
+    with contextlib.ExitStack() as stack:
+        callers = []
+        for _ in range(count):
+            caller = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", CALLER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+            )
+            stack.enter_context(caller)
+            stack.callback(caller.kill)
+            callers.append(caller)
+        for caller in callers:
+            assert caller.stdout is not None
+            assert caller.stdout.readline() == "ready\n"
+        yield callers
+
+
+def call_all(callers: list[subprocess.Popen[str]], argv: list[str]) -> list[object]:
+    for caller in callers:
+        assert caller.stdin is not None
+        caller.stdin.write(json.dumps(argv) + "\n")
+        caller.stdin.flush()
+    return [json.loads(caller.stdout.readline()) for caller in callers if caller.stdout is not None]
+
+
+def test_thirty_two_at_once_make_one_daemon_again_and_again(base: Path) -> None:
+    argv = command()
+    with spawn_callers(CALLERS) as callers:
+        own = {process.pid for process in live_processes()}
+        for rounds in range(1, ROUNDS + 1):
+            begin = time.monotonic()
+            outcomes = call_all(callers, argv)
+            assert time.monotonic() - begin < STAMPEDE
+            assert outcomes == [["running", identify("test")]] * CALLERS
+            # No other was even spawned.
+            assert len(started(base)) == rounds
+            assert started(base)[-1] == identify("test")
+            assert {process.pid for process in live_processes()} - own == {identify("test")}
+            assert stop_daemon("test") is True
+            assert daemon_status("test").state == "absent"
+            assert [file for file in runtime_files() if not file.endswith(".start")] == []
+    assert not (base / "two at once").exists()
+
+
+ONCE = "import json, sys, harness_ipc\nprint(harness_ipc.ensure_daemon('test', json.loads(sys.argv[1])).pid)"
+
+
+def run_at_once(*arguments: str) -> tuple[float, list[str]]:
+    """Run 32 interpreters at once, and return the seconds until the last one has ended, and what they print."""
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(spawn_python(*arguments)) for _ in range(CALLERS)]
+        lines = [process.read_line() for process in processes]
+        assert [process.wait() for process in processes] == [0] * CALLERS
+    return time.monotonic() - begin, lines
+
+
+def test_thirty_two_new_processes_at_once_take_little_more_than_their_imports(base: Path) -> None:
+    importing = ensuring = 0.0
+    for rounds in range(1, 3):
+        importing += run_at_once("-c", "import harness_ipc")[0]
+        seconds, pids = run_at_once("-c", ONCE, json.dumps(command()))
+        ensuring += seconds
+        assert pids == [str(identify("test"))] * CALLERS
+        assert len(started(base)) == rounds
+        assert stop_daemon("test") is True
+    print(
+        f"32 at once: import {importing / 2:.2f} s, ensure_daemon {ensuring / 2:.2f} s, {ensuring / importing:.1f} times that"
+    )
+    assert ensuring < 10 * importing + STAMPEDE
+
+
+RACER = """
+import json, os, sys, threading, time
+import harness_ipc
+argv, outcomes, patience = json.loads(sys.argv[1]), [], time.monotonic() + 90
+directory = os.environ["HARNESS_IPC_RUNTIME_DIR"]
+
+def attempt(action):
+    try:
+        outcomes.append(action())
+    except harness_ipc.StartFailed as error:
+        outcomes.append("StartFailed: " + str(error))
+    except BaseException as error:
+        outcomes.append(f"unexpected: {type(error).__name__}: {error}")
+
+def ensure():
+    status = harness_ipc.ensure_daemon("test", argv)
+    return "ensured" if status.state == "running" and status.pid else f"unexpected: {status}"
+
+def stop():
+    return "stopped" if harness_ipc.stop_daemon("test") else "none"
+
+def stop_often():
+    for number in range(40):
+        # In turn one that serves, and one that starts.
+        file = os.path.join(directory, "test.starting" if number % 2 else "test.json")
+        while not os.path.exists(file) and time.monotonic() < patience:
+            time.sleep(0.0005)
+        attempt(stop)
+
+stopping = threading.Thread(target=stop_often)
+stopping.start()
+while stopping.is_alive() and time.monotonic() < patience:
+    attempt(ensure)
+    time.sleep(0.001)
+stopping.join()
+print(json.dumps(outcomes), flush=True)
+"""
+
+
+def test_stops_and_starts_that_race_leave_neither_two_nor_an_orphan(base: Path) -> None:
+    slow = "class App(App):\n    async def start(self):\n        await super().start()\n        await asyncio.sleep(0.05)"
+    argv = json.dumps(command(then=slow))
+    with spawn_python("-c", RACER, argv) as one, spawn_python("-c", RACER, argv) as two:
+        outcomes = json.loads(one.read_line()) + json.loads(two.read_line())
+        assert (one.wait(), two.wait()) == (0, 0)
+    assert [outcome for outcome in outcomes if outcome.startswith("unexpected")] == []
+    # A start that somebody stops has failed, and nothing else has.
+    failed = [outcome for outcome in outcomes if outcome.startswith("StartFailed")]
+    ensured, stopped, none = (outcomes.count(outcome) for outcome in ("ensured", "stopped", "none"))
+    print(f"{len(started(base))} daemons, {ensured} ensured, {len(failed)} failed, {stopped} stops, {none} of nothing")
+    print("\n".join(sorted(set(failed))))
+    assert stopped + none == 80
+    assert len(outcomes) >= 100
+    assert min(stopped, ensured) > 5
+    assert not (base / "two at once").exists()
+    # Who is left is whom the record names.
+    found = [identify("test")] if daemon_status("test").state == "running" else []
+    wait_until(lambda: [process.pid for process in live_processes()] == found)
+    ensure()
+    assert_one_daemon()
+    assert stop_daemon("test") is True
+    assert_none_left()
+
+
+# Killed.
+
+DIE = "\nimport psutil; psutil.Process().kill()\n"
+DEATHS = {
+    "before the lock": {"first": DIE},
+    "in start": {"then": "async def start(self): psutil.Process().kill()\nApp.start = start\nimport psutil"},
+    "before it publishes": {"then": "import psutil\nendpoint.Generation.publish = lambda self: psutil.Process().kill()"},
+    "while serving": {},
+    "while draining": {"options": "grace_period=3600"},
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_daemon_that_is_killed_is_in_nobodys_way(base: Path, death: str) -> None:
+    argv = command(**DEATHS[death])
+    for _ in range(2):
+        if death.startswith("while"):
+            pid = ensure_daemon("test", argv).pid
+            assert pid is not None
+            if death == "while draining":
+                with connect_daemon("test") as client, ThreadPoolExecutor(1) as pool:
+                    job = pool.submit(client.call, "hang", timeout=PATIENCE)
+                    wait_until((base / "hanging").exists)
+                    assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+                    wait_until(lambda: runtime_files(".json") == [])
+                    psutil.Process(pid).kill()
+                    assert isinstance(job.exception(PATIENCE), HarnessIPCError)
+                (base / "hanging").unlink()
+            else:
+                psutil.Process(pid).kill()
+                wait_until(lambda: daemon_status("test").state == "stale")
+        else:
+            with at_once(), pytest.raises(StartFailed) as caught:
+                ensure_daemon("test", argv)
+            assert "\n" not in str(caught.value)
+    assert not daemon_status("test").alive
+    with at_once():
+        status = ensure()
+    assert status.pid == identify("test")
+    assert_one_daemon()
+    assert stop_daemon("test") is True
+    assert_none_left()
+
+
+def test_a_daemon_that_was_killed_a_moment_ago_is_nobodys_answer(base: Path) -> None:
+    """The system closes a killed process' sockets before that has ended: nobody answers there, and yet it lives."""
+    pids = []
+    for _ in range(25):
+        status = ensure()
+        assert (status.state, status.problem) == ("running", None)
+        assert status.pid is not None
+        pids.append(status.pid)
+        psutil.Process(status.pid).kill()
+    assert started(base) == pids
+    ensure()
+    assert_one_daemon()
+
+
+@pytest.mark.parametrize("verb", ["stop", "ensure", "restart", "clean up", "look"])
+def test_a_pid_that_is_somebody_elses_now_is_never_signalled(verb: str) -> None:
+    pid = ensure().pid
+    assert pid is not None
+    psutil.Process(pid).kill()
+    wait_until(lambda: daemon_status("test").state == "stale")
+    with spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)") as bystander:
+        assert bystander.read_line() == "here"
+        path = runtime_path("test", "json")
+        record = json.loads(path.read_bytes())
+        # The same moment of another boot is another process as well.
+        record.update(pid=bystander.pid, create_time=psutil.Process(bystander.pid).create_time() - 60)
+        path.write_text(json.dumps(record))
+        assert daemon_status("test").state == "stale"
+        assert not daemon_alive("test")
+        with at_once():
+            if verb == "stop":
+                assert stop_daemon("test", timeout=0.1) is False
+                assert daemon_status("test").state == "absent"
+            elif verb == "ensure":
+                assert ensure().pid not in (pid, bystander.pid)
+            elif verb == "restart":
+                assert restart_daemon("test").pid not in (pid, bystander.pid)
+            elif verb == "clean up":
+                assert cleanup_endpoint("test") is True
+            else:
+                assert [status.state for status in list_daemons()] == ["stale"]
+        assert bystander.process.poll() is None
+        assert psutil.Process(bystander.pid).status() in (psutil.STATUS_SLEEPING, psutil.STATUS_RUNNING)
+        assert stop_daemon("test") is (verb in ("ensure", "restart"))
+        assert bystander.process.poll() is None

@@ -1,0 +1,275 @@
+"""How a daemon is started by others: slowly, in vain, and detached from whoever started it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    DaemonTimeout,
+    StartFailed,
+    daemon_status,
+    ensure_daemon,
+    identify,
+    log_path,
+    stop_daemon,
+)
+from tests.integration.test_manager import (
+    AT_ONCE,
+    assert_none_left,
+    assert_one_daemon,
+    at_once,
+    command,
+    end_daemons,
+    ensure,
+    in_thread,
+    live_processes,
+    serves,
+    started,
+    the_log,
+    waits_for_go,
+)
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, run_python, spawn_daemon, spawn_python, wait_until
+
+
+@pytest.fixture(autouse=True)
+def base(private_directories: Path) -> Iterator[Path]:
+    """Give the directory above the runtime directory, and end the test's daemons."""
+    yield private_directories
+    end_daemons(private_directories)
+
+
+# Its start.
+
+
+CALLER = """
+import json, sys
+from harness_ipc import ensure_daemon
+print(ensure_daemon("test", json.loads(sys.argv[1])).pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_slow_start_is_waited_for_by_all_and_repeated_by_none(base: Path, blocking: bool) -> None:
+    before = time.time()
+    argv = command(then=waits_for_go(blocking=blocking))
+    with spawn_python("-c", CALLER, json.dumps(argv)) as one, spawn_python("-c", CALLER, json.dumps(argv)) as two:
+        try:
+            wait_until((base / "waiting").exists)
+            status = daemon_status("test")
+            assert (status.state, status.alive) == ("starting", False)
+            assert [status.pid] == started(base)
+            assert status.since is not None
+            assert before - 1 <= status.since <= time.time() + 1
+            with pytest.raises(DaemonTimeout, match="starting") as caught:
+                ensure_daemon("test", argv, timeout=2.0)
+            assert "\n" not in str(caught.value)
+            # It is no reason to give up.
+            assert daemon_status("test").state == "starting"
+        finally:
+            (base / "go").touch()
+        assert one.read_line() == two.read_line() == str(identify("test"))
+        assert (one.wait(), two.wait()) == (0, 0)
+    assert started(base) == [identify("test")]
+    assert_one_daemon()
+
+
+def test_the_first_caller_that_gives_up_leaves_the_start_to_go_on(base: Path) -> None:
+    argv = command(then=waits_for_go())
+    with pytest.raises(DaemonTimeout, match="starting"):
+        ensure_daemon("test", argv, timeout=3.0)
+    with in_thread(ensure_daemon, "test", argv) as second:
+        (base / "go").touch()
+        assert second.result(PATIENCE).pid == identify("test")
+    assert started(base) == [identify("test")]
+    assert_one_daemon()
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_daemon_can_be_stopped_while_it_starts(base: Path, blocking: bool) -> None:
+    with in_thread(ensure_daemon, "test", command(then=waits_for_go(blocking=blocking))) as starting:
+        wait_until((base / "waiting").exists)
+        with at_once():
+            assert stop_daemon("test", timeout=0.5) is True
+            assert isinstance(starting.exception(PATIENCE), StartFailed)
+    assert daemon_status("test").state == "absent"
+    assert_none_left()
+    (base / "go").touch()
+    ensure()
+    assert_one_daemon()
+
+
+FAILURES = {
+    "fails in start": (command(then="async def fail(self): raise LookupError('no model')\nApp.start = fail"), "no model"),
+    "syntax error": ([sys.executable, "-c", "def ("], "SyntaxError"),
+    "no such module": ([sys.executable, "-m", "no_such_module_of_ours"], "no_such_module_of_ours"),
+    "exits at once": ([sys.executable, "-c", "import sys; print('what a pity', file=sys.stderr); sys.exit(3)"], "what a pity"),
+    "exits silently": ([sys.executable, "-c", "raise SystemExit(7)"], "7"),
+    "is no daemon": ([sys.executable, "-c", "pass"], "0"),
+    "is another daemon": (command("other"), "other"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_start_that_fails_says_why_at_once_and_the_log_keeps_every_attempt(failure: str) -> None:
+    argv, reason = FAILURES[failure]
+    logs = [""]
+    for _ in range(2):
+        with at_once(), pytest.raises(StartFailed) as caught:
+            ensure_daemon("test", argv)
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert 'File "' not in str(caught.value)
+        logs.append(the_log())
+        assert logs[-1].startswith(logs[-2])
+        assert "-c" in logs[-1][len(logs[-2]) :] or "-m" in logs[-1][len(logs[-2]) :]  # the banner
+        if failure not in ("exits silently", "is no daemon", "is another daemon"):
+            assert reason in caught.value.log_tail
+            assert reason in logs[-1][len(logs[-2]) :]
+        wait_until(lambda: not live_processes())
+    assert daemon_status("test").state == "absent"
+    assert_none_left()
+    ensure()
+    assert the_log().startswith(logs[-1])
+    assert_one_daemon()
+
+
+@pytest.mark.parametrize("program", ["missing", "directory", "no program"])
+def test_what_can_not_be_executed_is_a_start_that_failed(base: Path, program: str) -> None:
+    path = base / "program"
+    if program == "directory":
+        path.mkdir()
+    elif program == "no program":
+        path.write_text("not executable")
+    for argv in ([str(path)], [str(path), "a\nb"]):
+        with at_once(), pytest.raises(StartFailed) as caught:
+            ensure_daemon("test", argv)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(StartFailed):
+        ensure_daemon("test", command(), cwd=str(base / "missing"))
+    assert daemon_status("test").state == "absent"
+    ensure()
+    assert_one_daemon()
+
+
+# What it has from its starter, and how it outlives that.
+
+STARTER = """
+import json, os, sys
+from harness_ipc import ensure_daemon
+inherited = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
+for descriptor in (inherited, *os.pipe()):
+    os.set_inheritable(descriptor, True)
+print(ensure_daemon("test", json.loads(sys.argv[1])).pid, flush=True)
+sys.stdin.read()
+while True:
+    os.read(os.pipe()[0], 1)
+"""
+
+
+@contextlib.contextmanager
+def lasting_starter(base: Path, argv: list[str]) -> Iterator[tuple[int, int]]:
+    """Yield the pids of a starter in a session of its own, which lives on without doing anything, and of its daemon."""
+    outer = "import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with spawn_python("-c", outer, "-c", STARTER, json.dumps(argv), str(base / "opened")) as starter:
+        yield starter.pid, int(starter.read_line())
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    return {int(number): os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
+
+
+@needs_linux
+def test_it_has_nothing_of_its_starters_and_says_its_first_words_to_the_log(base: Path) -> None:
+    argv = command(first="import sys; print('first words: größer', file=sys.stderr); sys.stdout.write('los' + 't')\n")
+    with lasting_starter(base, argv) as (starter, daemon):
+        of_starter = set(descriptors(starter).values()) - {os.devnull}
+        assert str(base / "opened") in of_starter
+        wait_until(lambda: not of_starter & set(descriptors(daemon).values()))
+        found = descriptors(daemon)
+        assert (found[0], found[1], found[2]) == (os.devnull, os.devnull, str(log_path("test")))
+        assert [target for target in found.values() if target.startswith("pipe:")] == []
+        log = the_log()
+        assert log.index("first words: gr") < log.index("starting test: pid")
+        assert "lost" not in log
+        assert daemon_status("test").detached == "session"
+        assert_serves_beside(starter)
+
+
+def assert_serves_beside(starter: int) -> None:
+    assert serves()
+    assert sorted(process.pid for process in live_processes()) == sorted(pid for pid in (starter, identify("test")) if pid)
+
+
+@needs_posix
+def test_it_survives_its_starters_process_group_and_session(base: Path) -> None:
+    with lasting_starter(base, command()) as (starter, daemon):
+        assert os.getsid(daemon) not in (os.getsid(starter), os.getsid(0))
+        assert os.getpgid(daemon) not in (os.getpgid(starter), os.getpgid(0))
+        assert os.getpgid(starter) == starter
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
+            os.killpg(starter, number)
+    assert identify("test") == daemon
+    assert_one_daemon()
+
+
+@needs_posix
+def test_a_stopped_daemon_is_no_zombie_though_its_starter_lives_on(base: Path) -> None:
+    with lasting_starter(base, command()) as (starter, daemon):
+        assert stop_daemon("test") is True
+        wait_until(lambda: not psutil.pid_exists(daemon), AT_ONCE)
+        assert psutil.Process(starter).children() == []
+    assert_none_left()
+
+
+FORKS = """
+import os, sys
+from harness_ipc import ConnectionLost, connect_daemon
+
+client = connect_daemon("test")
+assert client.call("echo", n=1) == {"n": 1}
+for child in range(3):
+    pid = os.fork()
+    if pid == 0:
+        for use in (lambda: client.call("echo"), lambda: client.request({"meta": "ping"})):
+            try:
+                use()
+            except ConnectionLost as error:
+                assert "fork" in str(error), error
+            else:
+                raise AssertionError("it was used")
+        if child > 0:
+            client.close()
+        if child > 1:
+            del client
+            with connect_daemon("test") as own:
+                assert own.call("echo", n=2) == {"n": 2}
+        sys.exit(42)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    # Where the parent could not connect again.
+    there = os.environ["HARNESS_IPC_RUNTIME_DIR"]
+    os.environ["HARNESS_IPC_RUNTIME_DIR"] += "-elsewhere"
+    for n in range(3):
+        assert client.call("echo", n=n) == {"n": n}
+    os.environ["HARNESS_IPC_RUNTIME_DIR"] = there
+client.close()
+"""
+
+
+@needs_posix
+def test_a_client_is_of_no_use_after_a_fork_and_does_its_parents_no_harm() -> None:
+    with spawn_daemon("test"):
+        done = run_python("-c", FORKS)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert serves()
