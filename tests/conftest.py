@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 # A shell that starts the tests in the background has them, and all that they start, ignore what Ctrl-C sends.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
