@@ -91,7 +91,7 @@ def run_daemon(
         )
         async with server:
             logger.info("ready at %s", address)
-            claimed.report.send(state="ready", name=name, pid=os.getpid(), generation=server.record.generation)
+            claimed.report.send(state="ready", name=name, directory=paths.runtime_location()[0])
             claimed.report.close()
             if on_ready is not None:
                 on_ready(server)

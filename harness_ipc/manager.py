@@ -59,6 +59,8 @@ _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Seconds between two looks at what nothing announces: the end of a process that is not our child, a lock that somebody holds.
 _POLL = 0.01
+# Starts that may find that somebody has just taken the name by hand: once is bad luck, more are another directory's daemon.
+_TRIES = 3
 # Daemons that are asked at once.
 _AT_ONCE = 8
 # Seconds for a child that has said why it fails to print its traceback and end.
@@ -179,10 +181,16 @@ def ensure_daemon(
             "can write"
         ) from error
     try:
+        tries = _TRIES
         while (status := _usable(name, version, on_mismatch, deadline)) is None:
             # Whoever holds the lifetime lock is starting, or still draining.
             if endpoint.cleanup_endpoint(name):
-                _start(name, argv, env, cwd, deadline)
+                tries -= not _start(name, argv, env, cwd, deadline)
+                if not tries:
+                    raise StartFailed(
+                        f"{name!r} is not running in {directory}, but its command line says that it is, somewhere: give it the "
+                        "same HARNESS_IPC_RUNTIME_DIR"
+                    )
             elif not _pause(deadline):
                 raise _still_starting(name)
         return status
@@ -319,8 +327,11 @@ def _usable(name: str, version: str | None, on_mismatch: str, deadline: float) -
 # Starting.
 
 
-def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, deadline: float) -> None:
-    """Start the daemon and wait until it is ready, or somebody else's is. Raises `StartFailed` and `DaemonTimeout`."""
+def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, deadline: float) -> bool:
+    """Start the daemon and wait until it is ready. Return False if another process already has the name.
+
+    Raises `StartFailed` and `DaemonTimeout`.
+    """
     log = str(paths.log_path(name))
     descriptor = paths.open_private_log(log)
     try:
@@ -342,7 +353,7 @@ def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: s
         # Most likely it ends. If not, it closed what it had inherited.
         while child.process.poll() is None:
             if _look(name, STATUS_TIMEOUT, health=False)[0].alive:
-                return
+                return True
             if not _pause(deadline):
                 raise _still_starting(name)
         raise _start_failed(
@@ -350,14 +361,15 @@ def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: s
         )
     if word.get("state") == "failed":
         if word.get("type") == AlreadyRunning.__name__:
-            return
+            return False
         # It has yet to print its traceback.
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(_EXIT_PERIOD)
         raise _start_failed(name, str(word.get("message")), log, start)
-    if word.get("name") != name:
+    if (place := (word.get("name"), word.get("directory"))) != (name, paths.runtime_location()[0]):
         child.process.terminate()
-        raise _start_failed(name, f"its command line starts the daemon {word.get('name')!r}", log, start)
+        raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, start)
+    return True
 
 
 def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:

@@ -275,3 +275,22 @@ def test_a_client_is_of_no_use_after_a_fork_and_does_its_parents_no_harm() -> No
         done = run_python("-c", FORKS)
         assert (done.returncode, done.stderr) == (0, "")
         assert serves()
+
+
+def test_a_daemon_in_another_runtime_directory_is_not_taken_for_this_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {"HARNESS_IPC_RUNTIME_DIR": str(base / "elsewhere")}
+    with pytest.raises(StartFailed, match=r"starts the daemon 'test' in .*elsewhere"):
+        ensure_daemon("test", command(), env=elsewhere)
+    with contextlib.ExitStack() as stack:
+        with monkeypatch.context() as patched:
+            patched.setenv("HARNESS_IPC_RUNTIME_DIR", elsewhere["HARNESS_IPC_RUNTIME_DIR"])
+            # The one that was started by mistake has been told to end.
+            wait_until(lambda: daemon_status("test").state == "absent" and stop_daemon("test") is False)
+            other = stack.enter_context(spawn_daemon("test"))
+        before = len(started(base))
+        with pytest.raises(StartFailed, match="give it the same HARNESS_IPC_RUNTIME_DIR"):
+            ensure_daemon("test", command(), env=elsewhere)
+        assert len(started(base)) - before == 3
+        assert other.process.poll() is None
+    assert ensure_daemon("test", command()).pid == identify("test")
+    assert_one_daemon()
