@@ -88,6 +88,8 @@ class LoopBridge:
         self.requests = 0
         self.errors = 0
         self._last_used = time.monotonic()
+        # When the loop was last seen to turn, if somebody calls `beat` regularly.
+        self._turned_at: float | None = None
         self._probe_sent = 0.0
         self._probe_lag = 0.0
         self._probe_answered = threading.Event()
@@ -149,8 +151,14 @@ class LoopBridge:
                 self._probe_answered.clear()
                 self._probe_sent = time.monotonic()
                 self._loop.call_soon_threadsafe(self._answer_probe)
-        responsive = self._probe_answered.wait(_PROBE_PATIENCE)
-        return responsive, self._probe_lag if responsive else time.monotonic() - self._probe_sent
+        if self._probe_answered.wait(_PROBE_PATIENCE):
+            return True, self._probe_lag
+        since = self._probe_sent if self._turned_at is None else self._turned_at
+        return False, time.monotonic() - since
+
+    def beat(self) -> None:
+        """Take note, in the loop's thread, that the loop turns: to tell later since when it has not."""
+        self._turned_at = time.monotonic()
 
     def encode(self, reply: Message) -> bytes:
         """Return the frame of `reply`, or of the error that it can't be one."""
@@ -183,6 +191,8 @@ class LoopBridge:
             self._start_task(session)
 
     def _start_task(self, session: Session) -> None:
+        if self._turned_at is not None:
+            self.beat()
         context = self._context.copy()
         context.run(current_peer.set, session.connection.peer)
         task = self._loop.create_task(self._handle(session), context=context)

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 # The log and one predecessor are kept: at most twice this many bytes.
 _LOG_BYTES = 5 * 1024 * 1024
 _LOG_BACKUPS = 1
-# Seconds between two looks whether the record and the socket are still there: two calls of the file system.
+# Seconds between two looks whether the record and the socket are still there (two calls of the file system), which also show
+# that the loop turns.
 _LOOK_INTERVAL = 2.0
 
 
@@ -210,6 +211,7 @@ async def _start(app: App, stop: asyncio.Event) -> bool:
 async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
     """Wait until the daemon should end: it was told to, it is idle, or nobody can find it any more."""
     while not stop.is_set():
+        server.beat()
         left = inf if idle_timeout is None else idle_timeout - server.idle_seconds
         if left <= 0:
             logger.info("idle for %g s", idle_timeout)

@@ -279,7 +279,7 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
     known["uptime"] = max(0.0, time.time() - began)
     if not pong.get("responsive"):
         lag = float(pong.get("loop_lag") or 0.0)
-        problem = f"its event loop has been blocked for at least {lag:.1f} s: wait, or stop it"
+        problem = f"its event loop has been blocked for {lag:.1f} s: wait, or stop it"
         return DaemonStatus(name, "unresponsive", log, since=time.time() - lag, problem=problem, **known), None
     return DaemonStatus(name, "running", log, since=began, health=_health(name, timeout) if health else None, **known), None
 

@@ -173,6 +173,10 @@ class DaemonServer:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
         return self._bridge.idle_seconds
 
+    def beat(self) -> None:
+        """Take note that the loop turns. Called every few seconds, it lets a ping tell since when the loop is blocked."""
+        self._bridge.beat()
+
     def is_reachable(self) -> bool:
         """Whether the record and the socket, by which clients find this server, are still there and still its own."""
         return self._generation.is_published()
