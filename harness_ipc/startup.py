@@ -88,7 +88,7 @@ class Child:
     def next_word(self, timeout: float) -> Word | None:
         """Return what the child says next, or None when it will say nothing more. Raises `TimeoutError` after seconds."""
         try:
-            return self._words.get(timeout=timeout)
+            return self._words.get(timeout=min(timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
             raise TimeoutError from None
 

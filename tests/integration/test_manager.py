@@ -307,6 +307,10 @@ def wedge(base: Path) -> None:
     wait_until((base / "wedged").exists)
 
 
+def test_a_start_may_wait_for_ever() -> None:
+    assert ensure_daemon("test", command(), timeout=float("inf")).pid == identify("test")
+
+
 def test_a_wedged_daemon_is_unresponsive_within_two_seconds_and_can_be_stopped(base: Path) -> None:
     pid = ensure().pid
     before = time.time()
