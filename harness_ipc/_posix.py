@@ -240,41 +240,42 @@ if sys.platform != "win32":
             raise ConnectionLost(f"no socket can be made: {error.strerror}; close what is not used") from error
         try:
             _connect(sock, address, deadline)
-        except DaemonTimeout:
-            sock.close()
-            raise
-        except BlockingIOError as error:
-            sock.close()
-            raise DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded") from error
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            sock.close()
-            raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
-        except PermissionError as error:
-            sock.close()
-            raise AuthenticationFailed(f"the socket {address} can't be connected: {error.strerror}; a sandbox or another "
-                                       "user's directory is in the way") from error  # fmt: skip
-        except OSError as error:
-            sock.close()
-            raise ConnectionLost(f"the socket {address} can't be connected: {error.strerror}") from error
         except BaseException:
             sock.close()
             raise
         return _checked(sock)
 
     def _connect(sock: socket.socket, address: str, deadline: float) -> None:
-        while True:
-            if deadline != inf:
-                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
-                seconds = max(remaining(deadline), 0.001)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
-            sock.connect(address)
-            try:
-                sock.getpeername()
-                return
-            except OSError as error:
-                # A signal ended the wait, and Python, which thinks of TCP, takes the socket for one that goes on connecting.
-                if error.errno != errno.ENOTCONN:
-                    raise
+        try:
+            while not _is_connected(sock, address, deadline):
+                pass
+        except DaemonTimeout:
+            raise
+        except BlockingIOError as error:
+            raise DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded") from error
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+            raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
+        except PermissionError as error:
+            raise AuthenticationFailed(f"the socket {address} can't be connected: {error.strerror}; a sandbox or another "
+                                       "user's directory is in the way") from error  # fmt: skip
+        except OSError as error:
+            raise ConnectionLost(f"the socket {address} can't be connected: {error.strerror}") from error
+
+    def _is_connected(sock: socket.socket, address: str, deadline: float) -> bool:
+        """Connect, and return whether it has been done: a signal may have ended the wait."""
+        if deadline != inf:
+            # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+            seconds = max(remaining(deadline), 0.001)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+        sock.connect(address)
+        try:
+            sock.getpeername()
+        except OSError as error:
+            # Python, which thinks of TCP, takes the socket for one that goes on connecting.
+            if error.errno == errno.ENOTCONN:
+                return False
+            raise
+        return True
 
     def _checked(sock: socket.socket) -> Connection:
         try:
