@@ -33,10 +33,8 @@ _ROUND_TRIP = 5.0
 _FRAME = b"are you there?"
 # Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
 _NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
-_OF_A_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.(json|starting|draining|[0-9a-f]{32}\.tmp)")
+_OF_A_NAME = re.compile(rf"([A-Za-z0-9_-]{{1,64}})\.(json|{'|'.join(endpoint.PHASES)}|[0-9a-f]{{32}}\.tmp)")
 _SOCKET = re.compile(r"[0-9a-f]{16}\.sock")
-# A draft is a record, with its argv, or less: see `endpoint`.
-_MAX_DRAFT = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +325,8 @@ def _leftovers(directory: str, entries: list[str], living: set[str]) -> Iterator
         elif kind in endpoint.PHASES:
             lives, address = endpoint.load_phase(name, kind) is not None, ""
         else:
-            lives, address = _look_at_draft(os.path.join(directory, entry))
+            note, process = endpoint.read_note(os.path.join(directory, entry))
+            lives, address = process is not None, str(note.get("address", ""))
         if lives:
             used.add(address)
         else:
@@ -342,15 +341,6 @@ def _leftovers(directory: str, entries: list[str], living: set[str]) -> Iterator
         if entry in left and os.path.lexists(path):
             what, remedy = left[entry]
             yield Finding("warning", "leftovers", f"{path}: {what}", remedy)
-
-
-def _look_at_draft(path: str) -> tuple[bool, str]:
-    """Return whether the process that wrote the draft lives, and the address that it names."""
-    try:
-        fields = json.loads(paths.read_private_file(path, _MAX_DRAFT))
-        return endpoint.living_process(fields["pid"], fields["create_time"]) is not None, str(fields.get("address", ""))
-    except (OSError, ValueError, TypeError, LookupError):
-        return False, ""
 
 
 def _nobody_listens(address: str) -> bool:

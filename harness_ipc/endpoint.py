@@ -275,7 +275,7 @@ class Generation:
 
 
 def lock_lifetime(name: str) -> BaseFileLock:
-    """Take the lifetime lock of the daemon `name` without waiting, creating the runtime directory if need be.
+    """Take the lifetime lock of the daemon `name`, creating the runtime directory if need be. Waits for no daemon.
 
     It ends with `release()` or with the process, however that ends. Raises `AlreadyRunning`, naming the pid that holds it.
     """
@@ -288,16 +288,25 @@ def lock_lifetime(name: str) -> BaseFileLock:
     lock = filelock.FileLock(path, mode=0o600, thread_local=False)
     try:
         # Somebody may hold it for a moment only, to clean up: see `cleanup_endpoint`. Who serves does not let go.
-        lock.acquire(timeout=0 if _living_pid(name) else _LOCK_PATIENCE, poll_interval=0.01)
-    except filelock.Timeout:
-        pid = _living_pid(name)
-        who = f"pid {pid}" if pid else "a process that has not published its record, or has withdrawn it"
-        raise AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid) from None
+        if not _acquire(lock, 0.0) and (_living_pid(name) or not _acquire(lock, _LOCK_PATIENCE)):
+            pid = _living_pid(name)
+            who = f"pid {pid}" if pid else "a process that has not published its record, or has withdrawn it"
+            raise AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid)
     except OSError as error:
         raise StartFailed(
             f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you can write"
         ) from error
     return lock
+
+
+def _acquire(lock: BaseFileLock, timeout: float) -> bool:
+    import filelock
+
+    try:
+        lock.acquire(timeout=timeout, poll_interval=0.01)
+    except filelock.Timeout:
+        return False
+    return True
 
 
 def cleanup_endpoint(name: str) -> bool:
@@ -367,12 +376,28 @@ def forget_start(name: str) -> None:
         paths.retry_sharing(os.unlink, _path(name, "starting"))
 
 
+def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
+    """Return the fields of a draft or a note of a start or a drain, {} if it is unreadable, and the process if that lives."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        note = json.loads(paths.read_private_file(path, _MAX_RECORD))
+        return note, living_process(note["pid"], note["create_time"])
+    return {}, None
+
+
 def load_phase(name: str, phase: str) -> tuple[psutil.Process, float] | None:
     """Return the process that is "starting" or "draining" as the daemon `name`, and when it started in seconds since 1970."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        note = json.loads(paths.read_private_file(_path(name, phase), _MAX_RECORD))
-        if (process := living_process(note["pid"], note["create_time"])) is not None:
+        note, process = read_note(_path(name, phase))
+        if process is not None:
             return process, float(note["started_at"])
+    return None
+
+
+def find_unrecorded(name: str) -> tuple[psutil.Process, float, str] | None:
+    """Return what `load_phase` does, and which phase it is, for the one process that is in either."""
+    for phase in PHASES:
+        if (noted := load_phase(name, phase)) is not None:
+            return *noted, phase
     return None
 
 
@@ -394,14 +419,12 @@ def living_process(pid: int, create_time: float) -> psutil.Process | None:
 
 
 def _living_pid(name: str) -> int | None:
-    process = None
     with contextlib.suppress(HarnessIPCError, OSError):
         record = load(name)
-        process = living_process(record.pid, record.create_time)
-    for phase in PHASES:
-        if process is None and (noted := load_phase(name, phase)) is not None:
-            process = noted[0]
-    return process.pid if process is not None else None
+        if living_process(record.pid, record.create_time) is not None:
+            return record.pid
+    noted = find_unrecorded(name)
+    return noted[0].pid if noted is not None else None
 
 
 def _own_identity() -> dict[str, Any]:

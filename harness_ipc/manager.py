@@ -213,8 +213,9 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT) -> bool:
         generation = record.generation
         process = endpoint.living_process(record.pid, record.create_time)
     except DaemonNotRunning:
-        process, phase = _without_record(name)
-        asked = phase == "draining"
+        noted = endpoint.find_unrecorded(name)
+        process = noted[0] if noted is not None else None
+        asked = noted is not None and noted[2] == "draining"
     else:
         # Also if its process is not found: a clock that was set since makes it look like another. The key proves it.
         asked = _ask_to_stop(name, generation, min(timeout, STATUS_TIMEOUT))
@@ -286,12 +287,13 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
 
 def _without_daemon(name: str, log: str, error: HarnessIPCError) -> DaemonStatus:
     """Return the state where no living process has a record: there may be one that is starting, or that drains."""
-    if (noted := endpoint.load_phase(name, "starting")) is not None:
-        problem = "it is starting: wait, or see its log"
-        return DaemonStatus(name, "starting", log, pid=noted[0].pid, since=noted[1], problem=problem)
-    if (noted := endpoint.load_phase(name, "draining")) is not None:
-        problem = f"pid {noted[0].pid} is finishing what is in flight: wait, or stop it"
-        return DaemonStatus(name, "absent", log, pid=noted[0].pid, problem=problem)
+    if (noted := endpoint.find_unrecorded(name)) is not None:
+        process, since, phase = noted
+        if phase == "starting":
+            problem = "it is starting: wait, or see its log"
+            return DaemonStatus(name, "starting", log, pid=process.pid, since=since, problem=problem)
+        problem = f"pid {process.pid} is finishing what is in flight: wait, or stop it"
+        return DaemonStatus(name, "absent", log, pid=process.pid, problem=problem)
     left = os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json"))
     return DaemonStatus(name, "stale" if left else "absent", log, problem=str(error))
 
@@ -400,13 +402,6 @@ def _pause(deadline: float) -> bool:
 
 
 # Stopping.
-
-
-def _without_record(name: str) -> tuple[psutil.Process | None, str | None]:
-    for phase in endpoint.PHASES:
-        if (noted := endpoint.load_phase(name, phase)) is not None:
-            return noted[0], phase
-    return None, None
 
 
 def _ask_to_stop(name: str, generation: str, timeout: float) -> bool:
