@@ -33,7 +33,7 @@ from harness_ipc import (
     runtime_dir,
     stop_daemon,
 )
-from tests.integration.test_manager import (
+from tests.managed import (
     AT_ONCE,
     assert_one_daemon,
     at_once,
@@ -47,12 +47,7 @@ from tests.integration.test_manager import (
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, DaemonProcess, spawn_python, wait_until
 
-
-@pytest.fixture(autouse=True)
-def base(private_directories: Path) -> Iterator[Path]:
-    """Give the directory above the runtime directory, and end the test's daemons."""
-    yield private_directories
-    end_daemons(private_directories)
+pytestmark = pytest.mark.usefixtures("base")
 
 
 # A directory that takes nothing more, or has gone.

@@ -29,12 +29,11 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from tests.integration.test_manager import (
+from tests.managed import (
     assert_none_left,
     assert_one_daemon,
     at_once,
     command,
-    end_daemons,
     ensure,
     live_processes,
     started,
@@ -47,11 +46,7 @@ ROUNDS = 20
 STAMPEDE = 30.0
 
 
-@pytest.fixture(autouse=True)
-def base(private_directories: Path) -> Iterator[Path]:
-    """Give the directory above the runtime directory, and end the test's daemons."""
-    yield private_directories
-    end_daemons(private_directories)
+pytestmark = pytest.mark.usefixtures("base")
 
 
 # Many at once.

@@ -23,13 +23,12 @@ from harness_ipc import (
     log_path,
     stop_daemon,
 )
-from tests.integration.test_manager import (
+from tests.managed import (
     AT_ONCE,
     assert_none_left,
     assert_one_daemon,
     at_once,
     command,
-    end_daemons,
     ensure,
     in_thread,
     live_processes,
@@ -41,12 +40,7 @@ from tests.integration.test_manager import (
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, run_python, spawn_daemon, spawn_python, wait_until
 
-
-@pytest.fixture(autouse=True)
-def base(private_directories: Path) -> Iterator[Path]:
-    """Give the directory above the runtime directory, and end the test's daemons."""
-    yield private_directories
-    end_daemons(private_directories)
+pytestmark = pytest.mark.usefixtures("base")
 
 
 # Its start.

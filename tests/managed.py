@@ -1,0 +1,177 @@
+"""Daemons that `ensure_daemon` starts, for the tests: their program, what one may find of them, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness_ipc import (
+    endpoint,
+    ensure_daemon,
+    identify,
+    log_path,
+    request,
+    stop_daemon,
+)
+from harness_ipc.manager import DaemonStatus
+from tests.processes import PATIENCE, runtime_files, wait_until
+
+# Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
+AT_ONCE = 20.0
+# On Windows a pipe has no file.
+SOCKETS = 1 if os.name == "posix" else 0
+
+# The program of a daemon. It notes that it was started, and nobody may be between its start and its end at the same time.
+PROGRAM = """
+import asyncio, os, sys, time
+from pathlib import Path
+import filelock
+from harness_ipc import endpoint, run_daemon
+
+name = sys.argv[1]
+folder = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
+with open(folder / "started", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+
+class App:
+    async def start(self):
+        self.alone = filelock.FileLock(folder / f"{name}.alone")
+        try:
+            self.alone.acquire(timeout=0)
+        except filelock.Timeout:
+            (folder / "two at once").touch()
+            raise
+
+    async def handle(self, message):
+        match message.get("method"):
+            case "echo":
+                return {"result": message.get("params")}
+            case "where":
+                return {"result": [os.getcwd(), sys.argv, os.environ.get("COLOUR")]}
+            case "raise":
+                raise ValueError("as told")
+            case "hang":
+                (folder / "hanging").touch()
+                await asyncio.Event().wait()
+            case "wedge":
+                (folder / "wedged").touch()
+                while True:
+                    pass
+
+    async def stop(self):
+        pass
+
+    async def health(self):
+        return {"well": True}
+
+"""
+
+
+def command(name: str = "test", *words: str, first: str = "", then: str = "", options: str = "") -> list[str]:
+    """Return the command line of the daemon `name`: `first` is run before all else, `then` may change the program."""
+    return [sys.executable, "-W", "error", "-c", f"{first}{PROGRAM}{then}\nrun_daemon(App(), name, {options})", name, *words]
+
+
+def ensure(name: str = "test", **changes: str) -> DaemonStatus:
+    return ensure_daemon(name, command(name, **changes))
+
+
+def serves(name: str = "test") -> bool:
+    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+
+def the_log(name: str = "test") -> str:
+    return log_path(name).read_text(encoding="utf-8")
+
+
+def started(base: Path) -> list[int]:
+    """Return the pids of all the daemons' processes that came to their first instruction."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(line) for line in (base / "started").read_text().split()]
+    return []
+
+
+def live_processes() -> list[psutil.Process]:
+    """Return the processes other than this one that were started with this test's own runtime directory."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            here = process.environ().get("HARNESS_IPC_RUNTIME_DIR") == os.environ["HARNESS_IPC_RUNTIME_DIR"]
+            if here and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_one_daemon(name: str = "test") -> None:
+    """One process, one record, one socket, nothing else, and it serves."""
+    assert serves(name)
+    assert [process.pid for process in live_processes()] == [identify(name)] == [endpoint.load(name).pid]
+    files = [file for file in runtime_files() if not file.endswith(".start")]
+    sockets = [file for file in files if file.endswith(".sock")]
+    assert len(sockets) == SOCKETS
+    assert sorted(files) == sorted([f"{name}.json", *sockets])
+
+
+def assert_none_left() -> None:
+    """No process, no file but locks."""
+    wait_until(lambda: not live_processes())
+    assert [file for file in runtime_files() if not file.endswith(".start")] == []
+
+
+def kill_all() -> None:
+    for process in live_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            process.wait(PATIENCE)
+
+
+def end_daemons(base: Path) -> None:
+    """Stop whatever a test has started, and fail if that is not the end of it."""
+    try:
+        directory = base / "run"
+        for name in sorted({file.name.partition(".")[0] for file in directory.iterdir()} if directory.is_dir() else ()):
+            if list(directory.glob(f"{name}.lock")):
+                stop_daemon(name, timeout=1.0)
+        wait_until(lambda: not live_processes(), AT_ONCE)
+    finally:
+        kill_all()
+    assert not (base / "two at once").exists()
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < AT_ONCE
+
+
+@contextlib.contextmanager
+def in_thread(function: Any, *arguments: Any, **options: Any) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(function, *arguments, **options)
+        except BaseException:
+            # The thread waits for them.
+            kill_all()
+            raise
+
+
+def waits_for_go(*, blocking: bool = False) -> str:
+    """Return a change of the program: its start lasts until the test has made the file "go"."""
+    wait = "time.sleep(0.01)" if blocking else "await asyncio.sleep(0.01)"
+    return f"""
+class App(App):
+    async def start(self):
+        (folder / "waiting").touch()
+        while not (folder / "go").exists():
+            {wait}
+        await super().start()
+"""
