@@ -28,6 +28,18 @@ needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and sign
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.
 needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
+
+
+def _has_browser() -> bool:
+    try:
+        from harness_ipc.browser.chrome import find_binary
+    except ImportError:
+        return False
+    return find_binary() is not None
+
+
+# A real browser, and the extra that drives it.
+needs_chromium = _need("chromium", _has_browser(), "there is no Chrome or Chromium, or harness-ipc[browser] is not installed")
 # pip, to install the package as a user does.
 needs_network = _need(
     "network", "network" in REQUIRED, "it installs from a package index; set HARNESS_TEST_REQUIRE=network to run it"

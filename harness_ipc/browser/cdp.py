@@ -1,0 +1,191 @@
+"""One connection to a browser's DevTools: a thin layer over `websockets`. It knows neither tabs nor where a browser is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+
+from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container
+
+    from websockets.asyncio.client import ClientConnection
+
+    from .errors import BrowserError
+
+    OnEvent = Callable[[str, dict[str, Any], str | None], None]
+
+# Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
+MAX_MESSAGE = 256 * 1024 * 1024
+# Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
+CALL_TIMEOUT = 60.0
+# Seconds for the connection. A browser whose user has to click Allow keeps it waiting.
+OPEN_TIMEOUT = 30.0
+# Seconds between keepalive pings to a browser elsewhere. This machine says at once when one is gone, and one that is suspended
+# must not be taken for that.
+_KEEPALIVE = 30.0
+# JSON-RPC code of "Session with given id not found." (content/browser/devtools): the call reached no page.
+SESSION_NOT_FOUND = -32001
+
+
+class ConnectionFailed(BrowserNotFound):
+    """A browser's endpoint could not be used. `status` is the HTTP status it answered with, or None."""
+
+    def __init__(self, message: str, *, status: int | None = None, waiting: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        # It took the connection and has not answered: perhaps it asks its user.
+        self.waiting = waiting
+
+
+class Connection:
+    """A WebSocket to the browser. Calls run at once; each event goes to `on_event` in the order of its arrival."""
+
+    def __init__(self, websocket: ClientConnection, on_event: OnEvent) -> None:
+        self._websocket = websocket
+        self._on_event = on_event
+        self._calls: dict[int, _Call] = {}
+        self._last_id = 0
+        self._lost: BrowserLost | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def open(cls, url: str, on_event: OnEvent) -> Connection:
+        """Connect to the ``ws://`` or ``wss://`` address `url`. Raises `ConnectionFailed`."""
+        place = without_secret(url)
+        local = is_local(url)
+        try:
+            websocket = await connect(
+                url,
+                open_timeout=OPEN_TIMEOUT,
+                max_size=MAX_MESSAGE,
+                # Deflate costs more than the loopback does.
+                compression=None if local else "deflate",
+                ping_interval=None if local else _KEEPALIVE,
+                proxy=None if local else True,
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            raise ConnectionFailed(f"{place} answered {status} instead of opening a WebSocket", status=status) from None
+        except TimeoutError:
+            text = f"{place} has not answered for {OPEN_TIMEOUT:g} s"
+            raise ConnectionFailed(text, waiting=True) from None
+        except (OSError, EOFError) as error:
+            raise ConnectionFailed(f"{place} can't be reached ({_reason(error)})") from None
+        except (InvalidHandshake, InvalidURI, ValueError) as error:
+            raise ConnectionFailed(f"{place} is no DevTools address ({_reason(error)})") from None
+        return cls(websocket, on_event)
+
+    @property
+    def lost(self) -> BrowserLost | None:
+        """Why the connection is at its end, or None while it is there."""
+        return self._lost
+
+    async def call(
+        self, method: str, params: dict[str, Any] | None = None, *, session: str | None = None, timeout: float = CALL_TIMEOUT
+    ) -> dict[str, Any]:
+        """Have the browser run `method` and return its result; `timeout` in seconds.
+
+        Raises `CDPError` for the browser's own, `BrowserTimeout`, `BrowserLost`, and what `fail_calls` was given.
+        """
+        if self._lost is not None:
+            raise BrowserLost(str(self._lost))
+        self._last_id += 1
+        number = self._last_id
+        message = {"id": number, "method": method, "params": params or {}}
+        if session is not None:
+            message["sessionId"] = session
+        call = self._calls[number] = _Call(method, session)
+        try:
+            async with asyncio.timeout(timeout):
+                with contextlib.suppress(ConnectionClosed):  # the reader finds that out too, and what was in flight
+                    await self._websocket.send(json.dumps(message))
+                return await call.reply
+        except TimeoutError:
+            raise BrowserTimeout(
+                f"the browser has not answered {method} within {timeout:g} s: it may still run; allow a longer timeout"
+            ) from None
+        finally:
+            del self._calls[number]
+
+    def fail_calls(self, session: str, error: BrowserError, *, but: Container[str]) -> None:
+        """End the calls of `session` that are in flight with `error`, except those of the methods `but`."""
+        for call in self._calls.values():
+            if call.session == session and call.method not in but and not call.reply.done():
+                call.reply.set_exception(error)
+
+    async def close(self) -> None:
+        """Close the connection, and return when it is closed."""
+        await self._websocket.close()
+        await asyncio.wait({self._reader})
+
+    async def _read(self) -> None:
+        reason = "it closed the connection"
+        try:
+            async for text in self._websocket:
+                self._receive(json.loads(text))
+        except ConnectionClosed as error:
+            reason = _reason(error)
+        except ValueError as error:
+            reason = f"it sent what is no message: {_reason(error)}"
+            await self._websocket.close()
+        finally:
+            self._lost = BrowserLost(f"the connection to the browser was lost ({reason}): what was in flight may have run")
+            for call in self._calls.values():
+                if not call.reply.done():
+                    call.reply.set_exception(BrowserLost(str(self._lost)))
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        if "id" not in message:
+            self._on_event(message["method"], message.get("params") or {}, message.get("sessionId"))
+            return
+        call = self._calls.get(message["id"])
+        if call is None or call.reply.done():
+            return
+        error = message.get("error")
+        if error is None:
+            call.reply.set_result(message.get("result") or {})
+            return
+        text = f"{call.method}: {error.get('message')}"
+        if data := error.get("data"):
+            text += f" ({data})"
+        call.reply.set_exception(CDPError(text, code=error.get("code")))
+
+
+class _Call:
+    __slots__ = ("method", "reply", "session")
+
+    def __init__(self, method: str, session: str | None) -> None:
+        self.method = method
+        self.session = session
+        self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+
+def is_local(url: str) -> bool:
+    """Return whether `url` is on this machine."""
+    try:
+        return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    except ValueError:
+        return False
+
+
+def without_secret(url: str) -> str:
+    """Return scheme, host and port of `url`: the rest may be what gives access to the browser."""
+    try:
+        parts = urlsplit(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
+    except ValueError:
+        return "the address"
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

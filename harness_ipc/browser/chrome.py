@@ -1,0 +1,475 @@
+"""Where a browser is: the one that the environment names, one that runs with its DevTools open, or one of our own.
+
+`find` goes through them in that order. An own browser has a private profile, ends with the daemon, and is found again there by
+the next daemon if the last one was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import psutil
+
+from harness_ipc import spawn_kwargs
+
+from .cdp import Connection, ConnectionFailed, is_local, without_secret
+from .errors import BrowserError, BrowserNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from .cdp import OnEvent
+
+logger = logging.getLogger(__name__)
+
+# The variables that say what browser to use.
+WEBSOCKET = "BU_CDP_WS"
+URL = "BU_CDP_URL"
+OWN = "HARNESS_CHROME_OWN"
+BINARY = "HARNESS_CHROME"
+ARGUMENTS = "HARNESS_CHROME_ARGS"
+PROFILE = "HARNESS_CHROME_PROFILE"
+
+# Where a browser that was started with --remote-debugging-port usually listens.
+PORTS = (9222, 9223)
+# Seconds for a DevTools server to answer a small HTTP request: a local one takes milliseconds.
+_HTTP_TIMEOUT = 5.0
+# Seconds for an own browser to open its DevTools: a cold disk takes a few.
+START_TIMEOUT = 30.0
+# Seconds for it to end after it was asked to, and after it was terminated; then it is killed.
+_CLOSE_PERIOD = 5.0
+_TERMINATE_PERIOD = 2.0
+_KILL_PERIOD = 10.0
+# Seconds between two looks at what nothing announces: a file of Chrome's.
+_POLL = 0.01
+# Two readings of one process's time of creation may differ by that much (seconds), since it is derived from the boot time.
+_CREATED_WITHIN = 2.0
+# In a profile: Chrome's own word on where its DevTools are, and ours on whose browser uses it.
+_ACTIVE_PORT = "DevToolsActivePort"
+_NOTE = "harness-browser.json"
+_STDERR = "harness-browser.stderr"
+
+if sys.platform == "win32":
+    _PROFILES = [
+        f"~/AppData/Local/{place}/User Data"
+        for place in (
+            "Google/Chrome",
+            "Google/Chrome Beta",
+            "Google/Chrome SxS",
+            "Chromium",
+            "Microsoft/Edge",
+            "Microsoft/Edge Beta",
+            "BraveSoftware/Brave-Browser",
+        )
+    ]
+    _BINARIES = [
+        os.path.expandvars(f"{root}/{place}")
+        for place in (
+            "Google/Chrome/Application/chrome.exe",
+            "Chromium/Application/chrome.exe",
+            "Microsoft/Edge/Application/msedge.exe",
+            "BraveSoftware/Brave-Browser/Application/brave.exe",
+        )
+        for root in ("%ProgramFiles%", "%ProgramFiles(x86)%", "%LocalAppData%")
+    ]
+elif sys.platform == "darwin":
+    _PROFILES = [
+        f"~/Library/Application Support/{place}"
+        for place in (
+            "Google/Chrome",
+            "Google/Chrome Beta",
+            "Google/Chrome Canary",
+            "Chromium",
+            "Microsoft Edge",
+            "Microsoft Edge Beta",
+            "BraveSoftware/Brave-Browser",
+        )
+    ]
+    _BINARIES = [
+        f"/Applications/{name}.app/Contents/MacOS/{name}"
+        for name in ("Google Chrome", "Chromium", "Microsoft Edge", "Brave Browser")
+    ]
+else:
+    _PROFILES = [
+        f"~/{place}"
+        for place in (
+            ".config/google-chrome",
+            ".config/google-chrome-beta",
+            ".config/chromium",
+            ".config/microsoft-edge",
+            ".config/microsoft-edge-beta",
+            ".config/BraveSoftware/Brave-Browser",
+            ".var/app/com.google.Chrome/config/google-chrome",
+            ".var/app/org.chromium.Chromium/config/chromium",
+            "snap/chromium/common/chromium",
+        )
+    ]
+    _BINARIES = [
+        "google-chrome",
+        "google-chrome-stable",
+        "chromium",
+        "chromium-browser",
+        "microsoft-edge",
+        "microsoft-edge-stable",
+        "brave-browser",
+    ]
+
+# For a browser that a program drives: nothing that asks, phones home by itself or locks a key ring.
+_FLAGS = [
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--password-store=basic",
+    "--use-mock-keychain",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A browser that may be there. `how` says for people where it was found."""
+
+    how: str
+    # Raises `BrowserNotFound`. Called again to re-make a lost connection.
+    connect: Callable[[OnEvent], Awaitable[Connection]]
+    # Whether nothing but this one will do: what keeps it from being used is an error then, and not the next one's turn.
+    demanded: bool = False
+    own: OwnBrowser | None = None
+
+
+async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
+    """Return a browser for the daemon `name` and the connection to it, the first of `sources` that is there.
+
+    Raises `BrowserNotFound`, its text in one line.
+    """
+    seen = ""
+    for source in sources(name):
+        try:
+            connection = await source.connect(on_event)
+        except ConnectionFailed as error:
+            if source.demanded:
+                raise
+            if error.waiting or error.status == 403:
+                raise BrowserNotFound(_must_allow(source, error)) from None
+            seen = f"{source.how}: {error}"
+            logger.info("not usable, %s", seen)
+        except BrowserNotFound as error:
+            raise BrowserNotFound(f"{error}{f' (also seen: {seen})' if seen else ''}") from None
+        else:
+            logger.info("connected to %s", source.how)
+            return source, connection
+    raise AssertionError("an own browser is the last one, and raises")
+
+
+def sources(name: str) -> Iterator[Source]:
+    """Yield what may be the browser of the daemon `name`, in order. Looks only at files; connects to nothing."""
+    if url := os.environ.get(WEBSOCKET):
+        yield Source(f"{WEBSOCKET}, {without_secret(url)}", _by_websocket(url), demanded=True)
+    elif url := os.environ.get(URL):
+        yield Source(f"{URL}, {without_secret(url)}", _by_url(url), demanded=True)
+    else:
+        if not os.environ.get(OWN):
+            for profile in map(os.path.expanduser, _PROFILES):
+                if (active := _read_active_port(profile)) is not None:
+                    yield Source(f"{_ACTIVE_PORT} of {profile}, port {active[0]}", _by_active_port(profile))
+            for port in PORTS:
+                yield Source(f"port {port}", _by_port(port))
+        own = OwnBrowser(name)
+        yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
+
+
+# Browsers of others.
+
+
+def _by_websocket(url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
+    async def connect(on_event: OnEvent) -> Connection:
+        try:
+            return await Connection.open(url, on_event)
+        except ConnectionFailed as error:
+            raise _demanded(WEBSOCKET, error) from None
+
+    return connect
+
+
+def _by_url(url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
+    async def connect(on_event: OnEvent) -> Connection:
+        try:
+            return await Connection.open(await asyncio.to_thread(_websocket_url, url), on_event)
+        except ConnectionFailed as error:
+            raise _demanded(URL, error) from None
+
+    return connect
+
+
+def _demanded(variable: str, error: ConnectionFailed) -> ConnectionFailed:
+    if error.waiting or error.status == 403:
+        advice = "click Allow in the browser's window if it asks, then try again"
+    else:
+        advice = f"start that browser with --remote-debugging-port, mend {variable}, or unset it to use another browser"
+    return ConnectionFailed(f"{variable}: {error}; {advice}", status=error.status, waiting=error.waiting)
+
+
+def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
+    async def connect(on_event: OnEvent) -> Connection:
+        active = _read_active_port(profile)
+        if active is None:
+            raise ConnectionFailed(f"{profile} has no {_ACTIVE_PORT} any more: start the browser")
+        try:
+            return await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
+        except ConnectionFailed as error:
+            if error.waiting or error.status == 403:
+                raise
+            raise ConnectionFailed(
+                f"a stale {_ACTIVE_PORT} ({error}): the browser that wrote it has ended; start it again, or remove "
+                f"{os.path.join(profile, _ACTIVE_PORT)}"
+            ) from None
+
+    return connect
+
+
+def _by_port(port: int) -> Callable[[OnEvent], Awaitable[Connection]]:
+    async def connect(on_event: OnEvent) -> Connection:
+        try:
+            url = await asyncio.to_thread(_websocket_url, f"http://127.0.0.1:{port}")
+        except ConnectionFailed as error:
+            # Chrome has no HTTP there for the user's own profile, but the WebSocket, which asks the user.
+            if error.status != 404:
+                raise
+            url = f"ws://127.0.0.1:{port}/devtools/browser"
+        return await Connection.open(url, on_event)
+
+    return connect
+
+
+def _must_allow(source: Source, error: ConnectionFailed) -> str:
+    what = "waits for you" if error.waiting else f"refuses ({error.status})"
+    return (
+        f"the browser of {source.how} {what}: click Allow in its window (see chrome://inspect/#remote-debugging), then try "
+        f"again, or set {OWN}=1 to use a private browser"
+    )
+
+
+def _websocket_url(base: str) -> str:
+    """Ask a DevTools server for its WebSocket. Raises `ConnectionFailed`."""
+    place = without_secret(base)
+    # An environment's proxy can't know this machine's own ports.
+    proxies = urllib.request.ProxyHandler({} if is_local(base) else None)
+    try:
+        with urllib.request.build_opener(proxies).open(f"{base.rstrip('/')}/json/version", timeout=_HTTP_TIMEOUT) as reply:
+            return str(json.load(reply)["webSocketDebuggerUrl"])
+    except urllib.error.HTTPError as error:
+        raise ConnectionFailed(f"{place} answered {error.code} to /json/version", status=error.code) from None
+    except urllib.error.URLError as error:
+        reason = getattr(error.reason, "strerror", None) or error.reason
+        raise ConnectionFailed(f"{place} can't be reached ({reason})") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None
+
+
+def _read_active_port(profile: str) -> tuple[int, str] | None:
+    """Return port and path from Chrome's file, or None if there is none or it is still being written."""
+    with contextlib.suppress(OSError, ValueError):
+        port, path, *_ = Path(profile, _ACTIVE_PORT).read_text("ascii").splitlines()
+        if path.startswith("/"):
+            return int(port), path
+    return None
+
+
+# Our own.
+
+
+class OwnBrowser:
+    """A browser that this daemon starts, in a private profile that belongs to the daemon's name."""
+
+    def __init__(self, name: str) -> None:
+        self.profile = os.environ.get(PROFILE) or os.path.join(
+            platformdirs.user_data_dir("harness-ipc", False), "browser", name
+        )
+        self._note = Path(self.profile, _NOTE)
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def connect(self, on_event: OnEvent) -> Connection:
+        """Connect to the one that runs in the profile, or start it. Raises `BrowserNotFound`."""
+        if (process := self._running()) is not None and (active := _read_active_port(self.profile)) is not None:
+            with contextlib.suppress(ConnectionFailed):
+                connection = await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
+                logger.info("the browser of an earlier daemon is still there: pid %d", process.pid)
+                self._write_note(process)
+                return connection
+        await asyncio.to_thread(self.end)
+        try:
+            port, path = await self._start()
+            return await Connection.open(f"ws://127.0.0.1:{port}{path}", on_event)
+        except BaseException as error:
+            self.end()
+            if isinstance(error, psutil.Error | OSError) and not isinstance(error, BrowserError):
+                raise BrowserNotFound(f"an own browser can't be started in {self.profile}: {error}; see there") from None
+            raise
+
+    async def close(self, connection: Connection) -> None:
+        """Ask the browser to end, and see to it that it does."""
+        patience = 0.0
+        with contextlib.suppress(BrowserError):
+            await connection.call("Browser.close", timeout=_CLOSE_PERIOD)
+            patience = _CLOSE_PERIOD
+        await asyncio.to_thread(self.end, patience)
+
+    def end(self, patience: float = 0.0) -> bool:
+        """Return whether a browser of ours runs in the profile, when it does no more: after `patience` seconds it is ended.
+
+        Only the very process that the note names is signalled, by pid and time of creation, and its own children. Raises
+        `BrowserNotFound` if another daemon that lives has it.
+        """
+        process = self._running()
+        if process is not None:
+            family = [process]
+            with contextlib.suppress(psutil.Error):
+                family += process.children(recursive=True)
+            for signal, period in ((None, patience), ("terminate", _TERMINATE_PERIOD), ("kill", _KILL_PERIOD)):
+                for member in family if signal else ():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        getattr(member, signal or "")()
+                deadline = time.monotonic() + period
+                while (family := [member for member in family if _lives(member)]) and time.monotonic() < deadline:
+                    time.sleep(_POLL)
+                if not family:
+                    break
+        if self._child is not None:
+            self._child.wait()
+            self._child = None
+        for name in (_NOTE, _ACTIVE_PORT):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.profile, name))
+        return process is not None
+
+    def pid(self) -> int | None:
+        """Return the process id of the browser in the profile, if it runs and is this daemon's or a dead one's."""
+        with contextlib.suppress(BrowserNotFound):
+            process = self._running()
+            return None if process is None else process.pid
+        return None
+
+    def _running(self) -> psutil.Process | None:
+        if self._child is not None and self._child.poll() is None:
+            return psutil.Process(self._child.pid)
+        try:
+            note = json.loads(self._note.read_text("utf-8"))
+            browser, daemon = (_living(*note[who]) for who in ("browser", "daemon"))
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        if browser is not None and daemon is not None and daemon.pid != os.getpid():
+            raise BrowserNotFound(
+                f"the profile {self.profile} is in use by the daemon of pid {daemon.pid}: stop that one, or set {PROFILE} to "
+                "another directory"
+            )
+        return browser
+
+    def _write_note(self, process: psutil.Process) -> None:
+        me = psutil.Process()
+        note = {"browser": [process.pid, process.create_time()], "daemon": [me.pid, me.create_time()]}
+        draft = self._note.with_suffix(".tmp")
+        draft.write_text(json.dumps(note), "utf-8")
+        os.replace(draft, self._note)
+
+    async def _start(self) -> tuple[int, str]:
+        """Start the browser and return port and path of its DevTools. Raises `BrowserNotFound`."""
+        binary = find_binary()
+        if binary is None:
+            where = f"{BINARY}={os.environ[BINARY]} is no program" if os.environ.get(BINARY) else "none is installed"
+            raise BrowserNotFound(
+                f"there is no browser: none runs with its DevTools open, and {where}; install Chrome or Chromium, or set "
+                f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
+            )
+        arguments = command_line(binary, self.profile)
+        try:
+            os.makedirs(self.profile, mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
+            with open(os.path.join(self.profile, _STDERR), "wb") as stderr:
+                child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **spawn_kwargs())
+        except OSError as error:
+            what = error.filename or binary
+            raise BrowserNotFound(
+                f"{binary} can't be started in {self.profile} ({what}: {error.strerror}); set {BINARY} or {PROFILE} to what can"
+            ) from None
+        self._child = child
+        logger.info("started pid %d: %s", child.pid, shlex.join(arguments))
+        if "--no-sandbox" in arguments:
+            logger.warning("running as root: the browser's sandbox is off (--no-sandbox), and a page that breaks it is root")
+        self._write_note(psutil.Process(child.pid))
+        deadline = time.monotonic() + START_TIMEOUT
+        while (active := _read_active_port(self.profile)) is None:
+            if (status := child.poll()) is not None:
+                raise BrowserNotFound(
+                    f"{binary} ended with status {status} before it was ready{self._last_words()}; see "
+                    f"{os.path.join(self.profile, _STDERR)}"
+                )
+            if time.monotonic() > deadline:
+                raise BrowserNotFound(f"{binary} has not opened its DevTools within {START_TIMEOUT:g} s{self._last_words()}")
+            await asyncio.sleep(_POLL)
+        return active
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = Path(self.profile, _STDERR).read_text("utf-8", "backslashreplace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            return f" ({ascii(last)[1:-1][:300]})" if last else ""
+        return ""
+
+
+def find_binary() -> str | None:
+    """Return the program of an own browser: `HARNESS_CHROME` if that is set, else the first usual one that is installed."""
+    demanded = os.environ.get(BINARY)
+    return next(filter(None, map(shutil.which, [demanded] if demanded else _BINARIES)), None)
+
+
+def command_line(binary: str, profile: str) -> list[str]:
+    """Return the command line of an own browser."""
+    arguments = [binary, "--remote-debugging-port=0", f"--user-data-dir={profile}", *_FLAGS]
+    if not has_display():
+        arguments.append("--headless=new")
+    if is_root():
+        # Chrome refuses to run as root otherwise.
+        arguments.append("--no-sandbox")
+    return [*arguments, *shlex.split(os.environ.get(ARGUMENTS, "")), "about:blank"]
+
+
+def has_display() -> bool:
+    """Return whether a window could be shown."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def is_root() -> bool:
+    """Return whether this process is root, for whom the browser's sandbox does not work."""
+    return sys.platform != "win32" and os.geteuid() == 0
+
+
+def _lives(process: psutil.Process) -> bool:
+    # A zombie has ended: it only waits for its parent to hear of it.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _living(pid: Any, created: Any) -> psutil.Process | None:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if _lives(process) and abs(process.create_time() - created) <= _CREATED_WITHIN:
+            return process
+    return None

@@ -1,0 +1,88 @@
+"""What can go wrong with a browser: each leaf is also the builtin that a caller would already catch.
+
+RemoteError (of harness_ipc)
+└── BrowserError
+    ├── BrowserNotFound   ConnectionRefusedError  no browser could be found, reached or started
+    ├── BrowserLost       ConnectionError         the browser went away: what was in flight may have run
+    ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
+    ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
+    ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
+    ├── CDPError                                  the browser answered with an error
+    └── JavaScriptError                           the page's own code threw
+
+The daemon puts one into a reply (`to_reply`), and the helper takes it out again (`from_reply`): the same class and text.
+"""
+
+from __future__ import annotations
+
+from harness_ipc import RemoteError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class BrowserError(RemoteError):
+    """The root of what this part raises. `details` are what its class documents, as they travel in the reply."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, type=type(self).__name__)
+        self.details = details
+
+    def to_reply(self) -> dict[str, Any]:
+        """Return the reply of a daemon that carries this error."""
+        return {"error": {"type": self.type, "message": str(self), **self.details}}
+
+
+class BrowserNotFound(BrowserError, ConnectionRefusedError):
+    """No browser could be found, reached or started. The text says which, and what to do."""
+
+
+class BrowserLost(BrowserError, ConnectionError):
+    """The browser went away. What was in flight may have run: nothing is repeated."""
+
+
+class BrowserTimeout(BrowserError, TimeoutError):
+    """The browser has not answered in time. What it was asked to do may still run."""
+
+
+class TabClosed(BrowserError, LookupError):
+    """The tab of the request's session is gone. The request did not run."""
+
+
+class DialogOpen(BrowserError):
+    """A dialog holds the page: `dialog` is what CDP says of it. ``ran`` is False if the request certainly did not run."""
+
+    @property
+    def dialog(self) -> dict[str, Any]:
+        """The parameters of `Page.javascriptDialogOpening`: type, message, url, defaultPrompt."""
+        return dict(self.details.get("dialog") or {})
+
+
+class CDPError(BrowserError):
+    """The browser answered with an error. `code` is the JSON-RPC code."""
+
+    @property
+    def code(self) -> int | None:
+        """The JSON-RPC code: -32000 for most, -32601 for an unknown method, -32602 for bad parameters."""
+        return self.details.get("code")
+
+
+class JavaScriptError(BrowserError):
+    """The page's own code threw. The text is the exception's, with its stack where it has one."""
+
+
+_CLASSES = {
+    kind.__name__: kind
+    for kind in (BrowserNotFound, BrowserLost, BrowserTimeout, TabClosed, DialogOpen, CDPError, JavaScriptError)
+}
+
+
+def from_reply(error: Any) -> RemoteError:
+    """Return the exception for the ``"error"`` of a reply. One of a type that is not ours is a `RemoteError`."""
+    if not isinstance(error, dict):
+        return RemoteError(str(error))
+    details = {key: value for key, value in error.items() if key not in ("type", "message")}
+    kind = _CLASSES.get(str(error.get("type")))
+    message = str(error.get("message", error))
+    return RemoteError(message, type=str(error.get("type", ""))) if kind is None else kind(message, **details)

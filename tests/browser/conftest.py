@@ -1,0 +1,101 @@
+"""A real browser for the tests: `page` is a new tab of one that a module shares, `fresh` a directory in which nothing runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness_ipc import stop_daemon
+from harness_ipc.browser import helpers
+from tests.browser.site import Site
+from tests.processes import wait_until
+
+VARIABLES = ("BU_NAME", "BU_CDP_WS", "BU_CDP_URL", "HARNESS_CHROME", "HARNESS_CHROME_ARGS", "HARNESS_BROWSER_IDLE_TIMEOUT")
+
+
+def use(patch: pytest.MonkeyPatch, base: Path) -> None:
+    """Have this process and its children keep all that a daemon and its browser need below `base`, and see no other browser."""
+    for variable in VARIABLES:
+        patch.delenv(variable, raising=False)
+    patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
+    patch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
+    patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
+    patch.setenv("HARNESS_CHROME_OWN", "1")
+    # No window, whatever the machine has.
+    patch.delenv("DISPLAY", raising=False)
+    patch.delenv("WAYLAND_DISPLAY", raising=False)
+
+
+def processes_of(base: Path) -> list[psutil.Process]:
+    """Return the processes, other than this one, that have `base` in their command line or environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if any(str(base) in word for word in [*process.cmdline(), *process.environ().values()]):
+                found.append(process)
+    return found
+
+
+def end_all(base: Path) -> None:
+    """Stop the daemon, and fail if anything of it or of its browser is left."""
+    from harness_ipc.browser.chrome import OwnBrowser
+
+    helpers.disconnect()
+    if (base / "run").is_dir():
+        for record in (base / "run").glob("*.lock"):
+            stop_daemon(record.stem)
+    OwnBrowser("browser").end()
+    wait_until(lambda: not processes_of(base))
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Site]:
+    served = Site()
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def shared_browser() -> Iterator[Path]:
+    """A directory whose daemon, with its browser, the tests of a module share."""
+    with tempfile.TemporaryDirectory(prefix="hb-") as directory, pytest.MonkeyPatch.context() as patch:
+        base = Path(directory)
+        use(patch, base)
+        try:
+            helpers.connect()
+            yield base
+        finally:
+            use(patch, base)
+            end_all(base)
+
+
+@pytest.fixture
+def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new tab of the shared browser, which this process is in. Its targetId."""
+    use(monkeypatch, shared_browser)
+    helpers.disconnect()
+    target = helpers.new_tab()
+    yield target
+    helpers.disconnect()
+    for tab in helpers.list_tabs():
+        helpers.close_tab(tab)
+    helpers.disconnect()
+
+
+@pytest.fixture
+def fresh(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of the test's own, in which nothing runs; what the test starts there is ended, and nothing may be left."""
+    use(monkeypatch, private_directories)
+    helpers.disconnect()
+    try:
+        yield private_directories
+    finally:
+        end_all(private_directories)

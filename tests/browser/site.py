@@ -1,0 +1,65 @@
+"""The pages that the browser's tests visit, served on this machine: ``127.0.0.1`` and ``localhost`` are two sites of it."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FORM = """<!doctype html><title>A form</title>
+<form onsubmit="document.title = 'sent ' + new FormData(this).get('word'); return false">
+<input id=word name=word style="position:absolute;left:20px;top:20px;width:200px;height:30px">
+<button id=send style="position:absolute;left:20px;top:80px;width:200px;height:40px">Send</button></form>
+<div style="height:3000px;width:50px"></div>"""
+
+DIALOG = """<!doctype html><title>Asks</title>
+<style>button {position: absolute; left: 0; width: 100px; height: 50px}</style>
+<button style="top:0" onclick="document.title = 'said ' + confirm('Sure?')">confirm</button>
+<button style="top:60px" onclick="document.title = prompt('Who?', 'me')">prompt</button>
+<button style="top:120px" onclick="alert('Look')">alert</button>"""
+
+PAGES = {
+    "/": "<!doctype html><title>Home</title><h1>Home</h1>",
+    "/form": FORM,
+    "/dialog": DIALOG,
+    "/inner": "<!doctype html><title>Inner</title><p id=here>inside</p>",
+    "/many": "<!doctype html><title>Many</title><script>"
+    "const all = document.createDocumentFragment();"
+    "for (let i = 0; i < 100000; i++) all.append(document.createElement('i')); document.documentElement.append(all)</script>",
+}
+
+
+class Site:
+    """A server of `pages`. A path that begins with ``/slow`` is answered once `release` is set."""
+
+    def __init__(self) -> None:
+        self.pages = dict(PAGES)
+        self.release = threading.Event()
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path.startswith("/slow"):
+                    site.release.wait()
+                page = site.pages.get(path, "<!doctype html><title>Late</title>" if path.startswith("/slow") else None)
+                body = (page or "<!doctype html><title>Nothing here</title>").encode()
+                self.send_response(404 if page is None else 200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """A test's output is the test's."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.other_url = f"http://localhost:{self.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
