@@ -21,6 +21,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import platformdirs
 import psutil
@@ -141,6 +142,10 @@ _FLAGS = [
 ]
 
 
+# CSS pixels of a window that nobody sees; Chrome's own default is 800,600. HARNESS_CHROME_ARGS may say otherwise.
+_WINDOW = "1280,900"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A browser that may be there. `how` says for people where it was found."""
@@ -148,6 +153,10 @@ class Source:
     how: str
     # Raises `BrowserNotFound`. Called again to re-make a lost connection.
     connect: Callable[[OnEvent], Awaitable[Connection]]
+    # Where it listens, of a browser that is not ours.
+    address: tuple[str, int] | None = None
+    # The file that says so.
+    file: str | None = None
     # Whether nothing but this one will do: what keeps it from being used is an error then, and not the next one's turn.
     demanded: bool = False
     own: OwnBrowser | None = None
@@ -180,16 +189,17 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
 def sources(name: str) -> Iterator[Source]:
     """Yield what may be the browser of the daemon `name`, in order. Looks only at files; connects to nothing."""
     if url := os.environ.get(WEBSOCKET):
-        yield Source(f"{WEBSOCKET}, {without_secret(url)}", _by_websocket(url), demanded=True)
+        yield Source(f"{WEBSOCKET}, {without_secret(url)}", _by_websocket(url), _address(url), demanded=True)
     elif url := os.environ.get(URL):
-        yield Source(f"{URL}, {without_secret(url)}", _by_url(url), demanded=True)
+        yield Source(f"{URL}, {without_secret(url)}", _by_url(url), _address(url), demanded=True)
     else:
         if not os.environ.get(OWN):
             for profile in map(os.path.expanduser, _PROFILES):
                 if (active := _read_active_port(profile)) is not None:
-                    yield Source(f"{_ACTIVE_PORT} of {profile}, port {active[0]}", _by_active_port(profile))
+                    how, file = f"{_ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, _ACTIVE_PORT)
+                    yield Source(how, _by_active_port(profile), ("127.0.0.1", active[0]), file)
             for port in PORTS:
-                yield Source(f"port {port}", _by_port(port))
+                yield Source(f"port {port}", _by_port(port), ("127.0.0.1", port))
         own = OwnBrowser(name)
         yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
@@ -215,6 +225,14 @@ def _by_url(url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
             raise _demanded(URL, error) from None
 
     return connect
+
+
+def _address(url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        return parts.hostname or "", parts.port or (443 if parts.scheme in ("https", "wss") else 80)
+    except ValueError:
+        return "", 0
 
 
 def _demanded(variable: str, error: ConnectionFailed) -> ConnectionFailed:
@@ -443,7 +461,7 @@ def command_line(binary: str, profile: str) -> list[str]:
     """Return the command line of an own browser."""
     arguments = [binary, "--remote-debugging-port=0", f"--user-data-dir={profile}", *_FLAGS]
     if not has_display():
-        arguments.append("--headless=new")
+        arguments += ["--headless=new", f"--window-size={_WINDOW}"]
     if is_root():
         # Chrome refuses to run as root otherwise.
         arguments.append("--no-sandbox")

@@ -412,7 +412,7 @@ class BrowserApp:
         """Say how the browser is, without mending anything."""
         own = None if self._source is None else self._source.own
         status: Message = {"connected": False, "found": self._how, "own": own is not None, "pid": own.pid() if own else None}
-        status |= {"browser": None, "round_trip_ms": None, "session_id": None, "tab": None, "problem": None}
+        status |= {"browser": None, "round_trip_ms": None, "session_id": None, "tab": None, "dialog": None, "problem": None}
         try:
             health = await self.health()
             status |= {"connected": True, "browser": health["browser"], "round_trip_ms": health["round_trip_ms"]}
@@ -420,6 +420,7 @@ class BrowserApp:
             if self._default in self._sessions:
                 tab = await self._current_tab({})
                 status["tab"] = {key: tab[key] for key in ("targetId", "url", "title")}
+                status["dialog"] = self._dialogs.get(tab["targetId"])
         except BrowserError as error:
             status["problem"] = str(error)
         return status

@@ -135,8 +135,12 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
 def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
     """Be sure that the browser's daemon `name` runs. Raises what `harness_ipc.ensure_daemon` does."""
     # Not needed by a process that finds the daemon.
-    from harness_ipc import ensure_daemon
+    from importlib.util import find_spec
 
+    from harness_ipc import StartFailed, ensure_daemon
+
+    if find_spec("websockets") is None:
+        raise StartFailed(f"the browser part is not installed: run {sys.executable} -m pip install 'harness-ipc[browser]'")
     ensure_daemon(name, [sys.executable, "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
 
 

@@ -1,0 +1,192 @@
+"""How the browser and its daemon are, and the command that mends what is wrong. It looks, and changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import harness_ipc
+from harness_ipc import HarnessIPCError
+
+from . import daemon_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, Literal
+
+    from harness_ipc import DaemonStatus
+
+# Seconds for a port of this machine, or of another, to take a connection.
+_CONNECT_TIMEOUT = 2.0
+# Seconds for the daemon to answer.
+_TIMEOUT = 5.0
+# Round trips of which the median is told.
+_ROUND_TRIPS = 21
+_RELOAD = "harness-browser --reload"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. `remedy` is a command that mends it, or None where none does."""
+
+    level: Literal["ok", "warning", "failure"]
+    topic: str
+    text: str
+    remedy: str | None = None
+
+
+def run(*, as_json: bool = False) -> int:
+    """Print the findings, one a line, or as one JSON object, and return the exit status: 1 if there is a failure, else 0."""
+    findings = list(examine(daemon_name()))
+    ok = all(finding.level != "failure" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            line = f"{finding.level.upper():<9}{finding.topic}: {finding.text}{remedy}"
+            print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+    return 0 if ok else 1
+
+
+def examine(name: str) -> Iterator[Finding]:
+    """Yield what there is to say of the browser's daemon `name`. Raises what `harness_ipc.daemon_status` does."""
+    yield Finding("ok", "python", f"{platform.python_implementation()} {platform.python_version()}, {sys.executable}")
+    yield Finding("ok", "harness_ipc", f"{harness_ipc.__version__}, {os.path.dirname(harness_ipc.__file__)}")
+    try:
+        import websockets
+
+        yield Finding("ok", "websockets", importlib.metadata.version(websockets.__name__))
+    except ImportError as error:
+        remedy = f"{shlex.quote(sys.executable)} -m pip install 'harness-ipc[browser]'"
+        yield Finding("failure", "websockets", f"it can't be imported: {error}", remedy)
+        return
+    yield from _own_browser()
+    status = harness_ipc.daemon_status(name)
+    if status.state in ("absent", "stale"):
+        yield from _without_daemon(name, status)
+    else:
+        yield from _with_daemon(name, status)
+
+
+def _own_browser() -> Iterator[Finding]:
+    """Say what would be started."""
+    from . import chrome
+
+    topic = "own browser"
+    binary = chrome.find_binary()
+    if binary is None:
+        demanded = os.environ.get(chrome.BINARY)
+        text = f"{chrome.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
+        return
+    text = f"{binary}, {'in a window' if chrome.has_display() else 'headless, since there is no display'}"
+    if chrome.is_root():
+        text += ", without its sandbox (--no-sandbox), since you are root"
+    yield Finding("ok", topic, text)
+
+
+def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
+    from . import chrome
+
+    how = "was killed" if status.state == "stale" else "does not run"
+    yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
+    own = chrome.OwnBrowser(name)
+    if (pid := own.pid()) is not None:
+        yield Finding("warning", "browser", f"pid {pid} was left by a daemon that was killed; the next one takes it", _RELOAD)
+    for source in chrome.sources(name):
+        if source.own is not None:
+            if chrome.find_binary() is None:
+                yield Finding(
+                    "failure", "browser", "there is none: install Chrome or Chromium, or start one with its DevTools open"
+                )
+            else:
+                yield Finding("ok", "browser", f"the next command uses {source.how}")
+            return
+        problem = _unreachable(source)
+        if problem is None:
+            yield Finding("ok", "browser", f"the next command uses {source.how}")
+            return
+        if source.demanded:
+            yield Finding("failure", "browser", f"{source.how} {problem}: start that browser, or unset the variable")
+            return
+        if source.file is not None:
+            yield Finding("warning", "browser", f"{source.file} is stale: {problem}", f"rm {shlex.quote(source.file)}")
+
+
+def _unreachable(source: Any) -> str | None:
+    """Return why a browser can't be reached, or None. Nothing is asked: that could open a window that asks its user."""
+    try:
+        socket.create_connection(source.address, timeout=_CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return f"can't be reached ({error.strerror or error})"
+    return None
+
+
+def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
+    from .daemon import APP_VERSION
+
+    topic = f"daemon {name}"
+    text = status.state if status.pid is None else f"{status.state}, pid {status.pid}"
+    if status.state == "starting":
+        yield Finding("ok", topic, f"{text}: wait, or see its log {status.log_path}")
+        return
+    if status.state != "running":
+        yield Finding("failure", topic, f"{text}: {status.problem}; its log is {status.log_path}")
+        return
+    if not (status.app_version or "").startswith("harness-browser "):
+        yield Finding("failure", topic, f"{text}, but it is another program's: choose another --name or BU_NAME")
+        return
+    text += f", for {status.uptime or 0:.0f} s"
+    if status.app_version == APP_VERSION:
+        yield Finding("ok", topic, text)
+    else:
+        yield Finding("warning", topic, f"{text}, but it is {status.app_version} and this is {APP_VERSION}", _RELOAD)
+    try:
+        with harness_ipc.connect_daemon(name, timeout=_TIMEOUT, request_timeout=_TIMEOUT) as client:
+            yield from _browser(client.request({"meta": "connection_status"}))
+            yield _round_trip(client)
+    except HarnessIPCError as error:
+        yield Finding("failure", "browser", f"the daemon does not say how it is: {error}", _RELOAD)
+
+
+def _browser(status: dict[str, Any]) -> Iterator[Finding]:
+    found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
+    if not status["connected"]:
+        yield Finding("failure", "browser", f"{found}: {status['problem']}", _RELOAD)
+        return
+    yield Finding("ok", "browser", f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms")
+    tab = status["tab"]
+    if tab is None:
+        yield Finding("warning", "page", f"none is attached{_because(status['problem'])}; the next request attaches one")
+    elif status["dialog"]:
+        kind, message = status["dialog"].get("type"), status["dialog"].get("message")
+        yield Finding(
+            "warning", "page", f"{tab['url']}: a dialog holds it ({kind}: {message!r}); answer it with handle_dialog()"
+        )
+    else:
+        yield Finding("ok", "page", f"{tab['title'] or 'no title'}, {tab['url'] or 'no address'}")
+
+
+def _because(problem: str | None) -> str:
+    return f" ({problem})" if problem else ""
+
+
+def _round_trip(client: harness_ipc.Client) -> Finding:
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        begun = time.perf_counter()
+        reply = client.request({"method": "Target.getTargets"})
+        times.append(time.perf_counter() - begun)
+        if "error" in reply:
+            return Finding("failure", "round trip", f"the browser does not answer: {reply['error'].get('message')}", _RELOAD)
+    text = f"a request to the daemon, answered by the browser, takes {sorted(times)[_ROUND_TRIPS // 2] * 1000:.2f} ms"
+    return Finding("ok", "round trip", text)
