@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,17 @@ import pytest
 
 # A shell that starts the tests in the background has them, and all that they start, ignore what Ctrl-C sends.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which needs (see `tests.marks`) were not met, and how many tests that skipped."""
+    needs: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        needs[reason.removeprefix("Skipped: ").partition(":")[0]] += 1
+    if needs:
+        counts = ", ".join(f"{need} {count}" for need, count in needs.most_common())
+        terminalreporter.write_line(f"skipped for want of: {counts}")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ _POSIX = sys.platform != "win32"
 
 # AF_UNIX, file modes, signals that stop a process.
 needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals are POSIX")
+# Named pipes, the record's sharing violations, flags of a new process.
+needs_windows = _need("windows", not _POSIX, "named pipes and their handles are Windows'")
 # A real other uid to try to get in from.
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.

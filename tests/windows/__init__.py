@@ -1,0 +1,1 @@
+"""The suites on Windows CPython, under Wine: ``python -m tests.windows``."""

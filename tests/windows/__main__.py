@@ -1,0 +1,144 @@
+"""Run the unit and integration suites under Windows builds of CPython, on Linux, with Wine.
+
+``python -m tests.windows 3.12 [-- PYTEST ARGUMENTS]`` sets up a Wine prefix and the interpreters in a cache folder (given by
+``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from this side, since pip does not
+get out of Wine, and runs the suites. The README says what a pass proves. Wine has to be there: Debian's wine and wine64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ["3.11", "3.12", "3.13"]
+SUITES = ["tests/unit", "tests/integration"]
+TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "pluggy", "iniconfig", "packaging", "colorama", "pygments"]
+# What a message of pytest's says at the end: "7 passed, 1 skipped in 0.12s".
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Set up what is missing, run the suites on each version, say how each went, and return 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.windows", description=__doc__)
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"{', '.join(VERSIONS)} (default: all)")
+    parser.add_argument("--setup", action="store_true", help="set up, and print the commands that run the interpreters")
+    own, pytest_arguments = _split(sys.argv[1:] if arguments is None else list(arguments))
+    options = parser.parse_args(own)
+    if unknown := set(options.versions) - set(VERSIONS):
+        parser.error(f"there is no {', '.join(unknown)} for Windows here: use {', '.join(VERSIONS)}")
+    if shutil.which("wine") is None:
+        parser.error("wine is not installed: apt-get install wine wine64")
+    cache = Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
+    environment = wine_environment(cache)
+    start_wine(cache, environment)
+    try:
+        results = []
+        for version in options.versions or VERSIONS:
+            python = install(cache, version)
+            if options.setup:
+                print(f"WINEPREFIX={environment['WINEPREFIX']} WINEDEBUG=-all wine {python}")
+            else:
+                results.append(run_suites(python, version, pytest_arguments or SUITES, environment))
+        print("\n".join(result for _, result in results))
+        return 1 if any(status for status, _ in results) else 0
+    finally:
+        subprocess.run(["wineserver", "-k"], env=environment, check=False)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+def wine_environment(cache: Path) -> dict[str, str]:
+    """Return the environment of everything that runs under Wine."""
+    environment = {
+        **os.environ,
+        "WINEPREFIX": str(cache / "prefix"),
+        "WINEARCH": "win64",
+        # Wine's own complaints, and the offers to install Mono and Gecko.
+        "WINEDEBUG": "-all",
+        "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox=",
+        # Paths of this side mean nothing there.
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    for variable in ("DISPLAY", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
+        environment.pop(variable, None)
+    return environment
+
+
+def start_wine(cache: Path, environment: dict[str, str]) -> None:
+    """Make the prefix if there is none, and start Wine's services with no pipe of ours: they would hold it open."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    fresh = not (cache / "prefix" / "system.reg").exists()
+    cache.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        subprocess.run(["wineboot", "-i"], check=True, **quiet)  # type: ignore[call-overload]
+        # A fresh prefix says that it is Windows 7.
+        subprocess.run(["wine", "winecfg", "-v", "win10"], check=True, **quiet)  # type: ignore[call-overload]
+    # It fails if it runs already.
+    subprocess.run(["wineserver", "-p"], check=False, **quiet)  # type: ignore[call-overload]
+    subprocess.run(["wine", "cmd", "/c", "exit"], check=True, **quiet)  # type: ignore[call-overload]
+
+
+def install(cache: Path, version: str) -> Path:
+    """Return the interpreter of `version`, with the package and the test tools in it."""
+    home = cache / f"cp{version.replace('.', '')}"
+    if not (home / "ready").exists():
+        shutil.rmtree(home, ignore_errors=True)
+        pinned = Path(__file__).with_name(f"requirements-{version}.txt")
+        _pip("--target", str(home), "--require-hashes", "-r", str(pinned))
+        if (wmi := home / "DLLs" / "_wmi.pyd").exists():
+            # Whatever asks `platform` would end the process on Wine 8.
+            wmi.rename(wmi.with_suffix(".off"))
+        (home / "ready").touch()
+    packages = home / "Lib" / "site-packages"
+    tag = ["--platform", "win_amd64", "--python-version", version, "--only-binary", ":all:", "--upgrade"]
+    _pip("--target", str(packages), *tag, *TOOLS, "platformdirs", "filelock", "psutil")
+    _pip("--target", str(packages), "--upgrade", str(ROOT))
+    return home / "python.exe"
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *arguments]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+def run_suites(python: Path, version: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run pytest and pass its output on. Return its status, and a line on what it counted and how long it took."""
+    begun = time.monotonic()
+    # A regular file as its output, or no input, would end the interpreter on Wine 8.
+    process = subprocess.Popen(
+        ["wine", str(python), "-X", "utf8", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    counted = "nothing was counted"
+    assert process.stdout is not None
+    with process.stdout as output:
+        for raw in output:
+            line = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+            print(line, flush=True)
+            if line.strip("= ").endswith("s") and (counts := _COUNT.findall(line)):
+                counted = ", ".join(f"{number} {what}" for number, what in counts)
+    status = process.wait()
+    return status, f"CPython {version} for Windows: {counted}; {time.monotonic() - begun:.0f} s; exit status {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
