@@ -30,8 +30,10 @@ _MOST_AT_ONCE = 64 * 1024
 # The framing of multiprocessing.connection: a length, or -1 and a long one.
 _HEADER = struct.Struct("!i")
 _LONG_HEADER = struct.Struct("!Q")
-# A program that restored SIGPIPE's default must not be killed by a daemon's end.
+# A program that restored SIGPIPE's default must not be killed by a daemon's end: a flag of each send, or on macOS an option of
+# the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+_SO_NOSIGPIPE = 0x1022
 
 if sys.platform != "win32":
 
@@ -44,6 +46,8 @@ if sys.platform != "win32":
 
         def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
             sock.setblocking(False)
+            if sys.platform == "darwin":
+                sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
             self._socket = sock
             self.peer = peer
             self.deadline = inf

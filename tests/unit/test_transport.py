@@ -479,3 +479,16 @@ if sys.platform != "win32":
 
         monkeypatch.setattr(sys, "platform", "darwin")
         assert _posix._credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
+
+    def test_a_socket_of_darwin_is_told_not_to_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+        told = []
+
+        class DarwinSocket(socket.socket):
+            def setsockopt(self, *arguments: Any) -> None:
+                told.append(arguments)
+
+        monkeypatch.setattr(sys, "platform", "darwin")
+        left, right = socket.socketpair()
+        with right, _posix.Connection(DarwinSocket(fileno=left.detach()), transport.PeerCredentials(None, None)):
+            # sys/socket.h: SOL_SOCKET is 0xffff there, SO_NOSIGPIPE 0x1022.
+            assert told == [(socket.SOL_SOCKET, 0x1022, 1)]
