@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no {', '.join(unknown)} for Windows here: use {', '.join(VERSIONS)}")
     if shutil.which("wine") is None:
         parser.error("wine is not installed: apt-get install wine wine64")
-    cache = Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
+    cache = cache_folder()
     environment = wine_environment(cache)
     start_wine(cache, environment)
     try:
@@ -60,6 +60,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     place = arguments.index("--")
     return arguments[:place], arguments[place + 1 :]
+
+
+def cache_folder() -> Path:
+    """Return where the prefix and the interpreters are kept from one run to the next."""
+    return Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
 
 
 def wine_environment(cache: Path) -> dict[str, str]:
