@@ -239,7 +239,11 @@ class LoopBridge:
         try:
             reply = await self._answer(message)
         except Exception as error:
-            logger.exception("the handler failed")
+            if message.get("meta") == messages.HEALTH:
+                # Whoever looks at a daemon that is not well looks often: no traceback each time.
+                logger.warning("the app is not well: %s: %s", type(error).__name__, error)
+            else:
+                logger.exception("the handler failed")
             reply = messages.error_reply(error)
         finally:
             self._give_reply(session, reply)

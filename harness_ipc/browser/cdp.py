@@ -79,8 +79,11 @@ class Connection:
             raise ConnectionFailed(text, waiting=True) from None
         except (OSError, EOFError) as error:
             raise ConnectionFailed(f"{place} can't be reached ({_reason(error)})") from None
-        except (InvalidHandshake, InvalidURI, ValueError) as error:
-            raise ConnectionFailed(f"{place} is no DevTools address ({_reason(error)})") from None
+        except InvalidHandshake as error:
+            raise ConnectionFailed(f"{place} is no DevTools server ({_reason(error)})") from None
+        except (InvalidURI, ValueError):
+            # Not its text: that has the address in it.
+            raise ConnectionFailed(f"{place} is no address of DevTools: it begins with ws:// or wss://") from None
         return cls(websocket, on_event)
 
     @property
@@ -180,7 +183,9 @@ def without_secret(url: str) -> str:
     """Return scheme, host and port of `url`: the rest may be what gives access to the browser."""
     try:
         parts = urlsplit(url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        if not parts.hostname:
+            return "the address"
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
     except ValueError:
         return "the address"

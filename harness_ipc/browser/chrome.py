@@ -7,7 +7,9 @@ the next daemon if the last one was killed.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -21,8 +23,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+import filelock
 import platformdirs
 import psutil
 
@@ -60,9 +63,10 @@ _KILL_PERIOD = 10.0
 _POLL = 0.01
 # Two readings of one process's time of creation may differ by that much (seconds), since it is derived from the boot time.
 _CREATED_WITHIN = 2.0
-# In a profile: Chrome's own word on where its DevTools are, and ours on whose browser uses it.
+# In a profile: Chrome's own word on where its DevTools are; what we started there, and what it says.
 _ACTIVE_PORT = "DevToolsActivePort"
 _NOTE = "harness-browser.json"
+_LOCK = "harness-browser.lock"
 _STDERR = "harness-browser.stderr"
 
 if sys.platform == "win32":
@@ -286,17 +290,31 @@ def _must_allow(source: Source, error: ConnectionFailed) -> str:
 def _websocket_url(base: str) -> str:
     """Ask a DevTools server for its WebSocket. Raises `ConnectionFailed`."""
     place = without_secret(base)
-    # An environment's proxy can't know this machine's own ports.
-    proxies = urllib.request.ProxyHandler({} if is_local(base) else None)
     try:
-        with urllib.request.build_opener(proxies).open(f"{base.rstrip('/')}/json/version", timeout=_HTTP_TIMEOUT) as reply:
+        parts = urlsplit(base)
+        host = parts.netloc.rpartition("@")[2]
+        path = f"{parts.path.rstrip('/')}/json/version"
+        request = urllib.request.Request(urlunsplit((parts.scheme, host, path, parts.query, "")))  # noqa: S310 - checked next
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConnectionFailed(f"{place} is no address of DevTools: it begins with http:// or https://")
+        if parts.username is not None:
+            words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            request.add_header("Authorization", f"Basic {base64.b64encode(words.encode()).decode()}")
+        # An environment's proxy can't know this machine's own ports.
+        proxies = urllib.request.ProxyHandler({} if is_local(base) else None)
+        with urllib.request.build_opener(proxies).open(request, timeout=_HTTP_TIMEOUT) as reply:
             return str(json.load(reply)["webSocketDebuggerUrl"])
     except urllib.error.HTTPError as error:
         raise ConnectionFailed(f"{place} answered {error.code} to /json/version", status=error.code) from None
-    except urllib.error.URLError as error:
-        reason = getattr(error.reason, "strerror", None) or error.reason
-        raise ConnectionFailed(f"{place} can't be reached ({reason})") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        if isinstance(error, ConnectionFailed):
+            raise
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise ConnectionFailed(f"{place} has not answered for {_HTTP_TIMEOUT:g} s", waiting=True) from None
+        if reason is not error:
+            raise ConnectionFailed(f"{place} can't be reached ({getattr(reason, 'strerror', None) or reason})") from None
+        # Not its text: that may be the address.
         raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None
 
 
@@ -313,31 +331,31 @@ def _read_active_port(profile: str) -> tuple[int, str] | None:
 
 
 class OwnBrowser:
-    """A browser that this daemon starts, in a private profile that belongs to the daemon's name."""
+    """A browser that this daemon starts, in a private profile that belongs to the daemon's name.
+
+    Whoever holds the profile's lock may start a browser there and end it; a note says which process that is.
+    """
 
     def __init__(self, name: str) -> None:
         self.profile = os.environ.get(PROFILE) or os.path.join(
             platformdirs.user_data_dir("harness-ipc", False), "browser", name
         )
         self._note = Path(self.profile, _NOTE)
+        # A daemon looks from threads, too.
+        self._lock = filelock.FileLock(os.path.join(self.profile, _LOCK), mode=0o600, thread_local=False)
         self._child: subprocess.Popen[bytes] | None = None
 
     async def connect(self, on_event: OnEvent) -> Connection:
-        """Connect to the one that runs in the profile, or start it. Raises `BrowserNotFound`."""
-        if (process := self._running()) is not None and (active := _read_active_port(self.profile)) is not None:
-            with contextlib.suppress(ConnectionFailed):
-                connection = await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
-                logger.info("the browser of an earlier daemon is still there: pid %d", process.pid)
-                self._write_note(process)
-                return connection
-        await asyncio.to_thread(self.end)
+        """Connect to the one that a dead daemon has left in the profile, or start one. Raises `BrowserNotFound`."""
         try:
-            port, path = await self._start()
-            return await Connection.open(f"ws://127.0.0.1:{port}{path}", on_event)
+            self._claim()
+            return await self._adopt(on_event) or await self._start(on_event)
         except BaseException as error:
             self.end()
             if isinstance(error, psutil.Error | OSError) and not isinstance(error, BrowserError):
-                raise BrowserNotFound(f"an own browser can't be started in {self.profile}: {error}; see there") from None
+                raise BrowserNotFound(
+                    f"a browser of our own can't be had in {self.profile}: {error}; set {PROFILE} to a directory of yours"
+                ) from None
             raise
 
     async def close(self, connection: Connection) -> None:
@@ -349,12 +367,54 @@ class OwnBrowser:
         await asyncio.to_thread(self.end, patience)
 
     def end(self, patience: float = 0.0) -> bool:
-        """Return whether a browser of ours runs in the profile, when it does no more: after `patience` seconds it is ended.
+        """Return whether a browser of ours ran in the profile, which does no more: after `patience` seconds it is ended.
 
-        Only the very process that the note names is signalled, by pid and time of creation, and its own children. Raises
-        `BrowserNotFound` if another daemon that lives has it.
+        Only the very process that the note names is signalled, by pid and time of creation, and its own children. A browser
+        of another daemon that lives is left alone.
         """
-        process = self._running()
+        if not self._lock.is_locked:
+            if not self._note.exists():
+                return False
+            try:
+                self._claim()
+            except BrowserNotFound:
+                return False
+        try:
+            return self._end_process(patience)
+        finally:
+            self._lock.release()
+
+    def pid(self) -> int | None:
+        """Return the process id of the browser that the note names, if it runs."""
+        process = self._process()
+        return None if process is None else process.pid
+
+    def _claim(self) -> None:
+        if self._lock.is_locked:
+            return
+        try:
+            os.makedirs(self.profile, mode=0o700, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BrowserNotFound(
+                f"the profile {self.profile} is in use by another daemon{self._holder()}: stop that one, or set {PROFILE} to "
+                "another directory"
+            ) from None
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return f" (pid {int(json.loads(self._note.read_text('utf-8'))['daemon'])})"
+        return ""
+
+    def _process(self) -> psutil.Process | None:
+        if self._child is not None and self._child.poll() is None:
+            return psutil.Process(self._child.pid)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return _living(*json.loads(self._note.read_text("utf-8"))["browser"])
+        return None
+
+    def _end_process(self, patience: float) -> bool:
+        process = self._process()
         if process is not None:
             family = [process]
             with contextlib.suppress(psutil.Error):
@@ -371,42 +431,35 @@ class OwnBrowser:
         if self._child is not None:
             self._child.wait()
             self._child = None
-        for name in (_NOTE, _ACTIVE_PORT):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.profile, name))
+        with contextlib.suppress(OSError):
+            self._note.unlink()
+            # It names nobody any more, and is not there of itself: it was our browser's.
+            os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
         return process is not None
 
-    def pid(self) -> int | None:
-        """Return the process id of the browser in the profile, if it runs and is this daemon's or a dead one's."""
-        with contextlib.suppress(BrowserNotFound):
-            process = self._running()
-            return None if process is None else process.pid
+    async def _adopt(self, on_event: OnEvent) -> Connection | None:
+        process = self._process()
+        if (active := _read_active_port(self.profile)) is not None:
+            with contextlib.suppress(ConnectionFailed):
+                connection = await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
+                if process is None:
+                    await connection.close()
+                    raise BrowserNotFound(
+                        f"the profile {self.profile} is in use by a browser that is not ours: end it, or set {PROFILE} to "
+                        "another directory"
+                    )
+                logger.info("the browser of an earlier daemon is still there: pid %d", process.pid)
+                self._write_note(process)
+                return connection
         return None
 
-    def _running(self) -> psutil.Process | None:
-        if self._child is not None and self._child.poll() is None:
-            return psutil.Process(self._child.pid)
-        try:
-            note = json.loads(self._note.read_text("utf-8"))
-            browser, daemon = (_living(*note[who]) for who in ("browser", "daemon"))
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-        if browser is not None and daemon is not None and daemon.pid != os.getpid():
-            raise BrowserNotFound(
-                f"the profile {self.profile} is in use by the daemon of pid {daemon.pid}: stop that one, or set {PROFILE} to "
-                "another directory"
-            )
-        return browser
-
     def _write_note(self, process: psutil.Process) -> None:
-        me = psutil.Process()
-        note = {"browser": [process.pid, process.create_time()], "daemon": [me.pid, me.create_time()]}
+        note = {"browser": [process.pid, process.create_time()], "daemon": os.getpid()}
         draft = self._note.with_suffix(".tmp")
         draft.write_text(json.dumps(note), "utf-8")
         os.replace(draft, self._note)
 
-    async def _start(self) -> tuple[int, str]:
-        """Start the browser and return port and path of its DevTools. Raises `BrowserNotFound`."""
+    async def _start(self, on_event: OnEvent) -> Connection:
         binary = find_binary()
         if binary is None:
             where = f"{BINARY}={os.environ[BINARY]} is no program" if os.environ.get(BINARY) else "none is installed"
@@ -415,22 +468,21 @@ class OwnBrowser:
                 f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
             )
         arguments = command_line(binary, self.profile)
-        try:
-            os.makedirs(self.profile, mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
-            with open(os.path.join(self.profile, _STDERR), "wb") as stderr:
-                child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **spawn_kwargs())
-        except OSError as error:
-            what = error.filename or binary
-            raise BrowserNotFound(
-                f"{binary} can't be started in {self.profile} ({what}: {error.strerror}); set {BINARY} or {PROFILE} to what can"
-            ) from None
+        # What is left of one that hangs, or that has died.
+        await asyncio.to_thread(self._end_process, 0.0)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
+        with open(os.path.join(self.profile, _STDERR), "wb") as stderr:
+            child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **spawn_kwargs())
         self._child = child
         logger.info("started pid %d: %s", child.pid, shlex.join(arguments))
         if "--no-sandbox" in arguments:
             logger.warning("running as root: the browser's sandbox is off (--no-sandbox), and a page that breaks it is root")
         self._write_note(psutil.Process(child.pid))
+        port, path = await self._active_port(child, binary)
+        return await Connection.open(f"ws://127.0.0.1:{port}{path}", on_event)
+
+    async def _active_port(self, child: subprocess.Popen[bytes], binary: str) -> tuple[int, str]:
         deadline = time.monotonic() + START_TIMEOUT
         while (active := _read_active_port(self.profile)) is None:
             if (status := child.poll()) is not None:
@@ -458,14 +510,19 @@ def find_binary() -> str | None:
 
 
 def command_line(binary: str, profile: str) -> list[str]:
-    """Return the command line of an own browser."""
+    """Return the command line of an own browser. Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` can't be read."""
     arguments = [binary, "--remote-debugging-port=0", f"--user-data-dir={profile}", *_FLAGS]
     if not has_display():
         arguments += ["--headless=new", f"--window-size={_WINDOW}"]
     if is_root():
         # Chrome refuses to run as root otherwise.
         arguments.append("--no-sandbox")
-    return [*arguments, *shlex.split(os.environ.get(ARGUMENTS, "")), "about:blank"]
+    try:
+        return [*arguments, *shlex.split(os.environ.get(ARGUMENTS, "")), "about:blank"]
+    except ValueError as error:
+        raise BrowserNotFound(
+            f"{ARGUMENTS}={os.environ[ARGUMENTS]!a} are no arguments: {error}; mend it, or unset it"
+        ) from None
 
 
 def has_display() -> bool:

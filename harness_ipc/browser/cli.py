@@ -166,14 +166,11 @@ def _reload() -> int:
     from harness_ipc import stop_daemon
 
     from .chrome import OwnBrowser
-    from .errors import BrowserNotFound
 
     name = daemon_name()
     stopped = stop_daemon(name)
-    left = False
-    with contextlib.suppress(BrowserNotFound):
-        # A daemon that was killed leaves its browser to the next one.
-        left = OwnBrowser(name).end()
+    # A daemon that was killed leaves its browser to the next one.
+    left = OwnBrowser(name).end()
     print(f"{name}: {'stopped' if stopped else 'was not running'}{', the browser that it had left is ended' if left else ''}")
     return 0
 
