@@ -98,6 +98,11 @@ class Client:
         """The identity of the daemon's run: it changes when a restarted daemon is connected again."""
         return self._record.generation
 
+    @property
+    def app_version(self) -> str | None:
+        """What the daemon's app gave to `run_daemon` as its version, from its record."""
+        return self._record.public().get("app_version")
+
     def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """Send `message`, a JSON object, and return the raw reply.
 
@@ -335,6 +340,11 @@ class AsyncClient:
     def generation(self) -> str:
         """See `Client.generation`."""
         return self._client.generation
+
+    @property
+    def app_version(self) -> str | None:
+        """See `Client.app_version`."""
+        return self._client.app_version
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """See `Client.request`; the timeout also counts the wait for other requests of this client."""

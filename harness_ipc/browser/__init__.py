@@ -10,10 +10,33 @@ application of the public API of `harness_ipc`, as anybody could write one.
 from __future__ import annotations
 
 import os
+import sys
+
+from harness_ipc import IncompatibleDaemon, StartFailed, __version__
 
 NAME = "BU_NAME"
+# Whose daemon it is, in its record: not every daemon of a name is one of ours.
+APP_VERSION = f"harness-browser {__version__}"
 
 
 def daemon_name() -> str:
     """Return the name of this process's browser daemon: what the variable `BU_NAME` says, else ``browser``."""
     return os.environ.get(NAME) or "browser"
+
+
+def is_ours(app_version: str | None) -> bool:
+    """Return whether a daemon with this `app_version` is a browser's, of whatever version."""
+    return (app_version or "").startswith("harness-browser ")
+
+
+def not_ours(name: str) -> IncompatibleDaemon:
+    """Return the error for a daemon of another program."""
+    return IncompatibleDaemon(f"the daemon {name!r} that runs is another program's: choose another --name, or {NAME}")
+
+
+def check_extra() -> None:
+    """Raise `StartFailed` if what the extra ``browser`` installs is not there."""
+    from importlib.util import find_spec
+
+    if find_spec("websockets") is None:
+        raise StartFailed(f"the browser part is not installed: run {sys.executable} -m pip install 'harness-ipc[browser]'")

@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -176,7 +177,7 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
         try:
             connection = await source.connect(on_event)
         except ConnectionFailed as error:
-            if source.demanded:
+            if source.demanded or source.own is not None:
                 raise
             if error.waiting or error.status == 403:
                 raise BrowserNotFound(_must_allow(source, error)) from None
@@ -352,6 +353,10 @@ class OwnBrowser:
             return await self._adopt(on_event) or await self._start(on_event)
         except BaseException as error:
             self.end()
+            if isinstance(error, ConnectionFailed):
+                raise BrowserNotFound(
+                    f"a browser of our own was started, but {error}; see {os.path.join(self.profile, _STDERR)}"
+                ) from None
             if isinstance(error, psutil.Error | OSError) and not isinstance(error, BrowserError):
                 raise BrowserNotFound(
                     f"a browser of our own can't be had in {self.profile}: {error}; set {PROFILE} to a directory of yours"
@@ -396,21 +401,26 @@ class OwnBrowser:
             os.makedirs(self.profile, mode=0o700, exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise BrowserNotFound(
-                f"the profile {self.profile} is in use by another daemon{self._holder()}: stop that one, or set {PROFILE} to "
-                "another directory"
-            ) from None
+            raise BrowserNotFound(self._in_use(self._noted("daemon"))) from None
 
-    def _holder(self) -> str:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return f" (pid {int(json.loads(self._note.read_text('utf-8'))['daemon'])})"
-        return ""
+    def taken(self) -> str | None:
+        """Return that another daemon has the profile, for people, if one has."""
+        daemon = self._noted("daemon")
+        return None if daemon is None or daemon.pid == os.getpid() else self._in_use(daemon)
+
+    def _in_use(self, daemon: psutil.Process | None) -> str:
+        who = "another daemon" if daemon is None else f"the daemon of pid {daemon.pid}"
+        return f"the profile {self.profile} is in use by {who}: stop that one, or set {PROFILE} to another directory"
 
     def _process(self) -> psutil.Process | None:
         if self._child is not None and self._child.poll() is None:
             return psutil.Process(self._child.pid)
+        return self._noted("browser")
+
+    def _noted(self, who: str) -> psutil.Process | None:
+        """Return the process that the note names, if it lives."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return _living(*json.loads(self._note.read_text("utf-8"))["browser"])
+            return _living(*json.loads(self._note.read_text("utf-8"))[who])
         return None
 
     def _end_process(self, patience: float) -> bool:
@@ -428,6 +438,7 @@ class OwnBrowser:
                     time.sleep(_POLL)
                 if not family:
                     break
+            self._remove_singleton(process.pid)
         if self._child is not None:
             self._child.wait()
             self._child = None
@@ -436,6 +447,22 @@ class OwnBrowser:
             # It names nobody any more, and is not there of itself: it was our browser's.
             os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
         return process is not None
+
+    def _remove_singleton(self, ended: int | None = None) -> None:
+        """Remove Chrome's own lock of the profile, if its holder is the one that has `ended`, or can't be there any more.
+
+        Chrome leaves it when a signal ends it, and takes that of another host for a living one: of a container that was
+        killed, or of a machine that was renamed. (On Windows it is no file.)
+        """
+        try:
+            host, _, pid = os.readlink(os.path.join(self.profile, "SingletonLock")).rpartition("-")
+        except OSError:
+            return
+        if host == socket.gethostname() and pid != str(ended) and pid.isdecimal() and psutil.pid_exists(int(pid)):
+            return
+        for name in ("SingletonLock", "SingletonCookie", "SingletonSocket"):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.profile, name))
 
     async def _adopt(self, on_event: OnEvent) -> Connection | None:
         process = self._process()
@@ -454,7 +481,8 @@ class OwnBrowser:
         return None
 
     def _write_note(self, process: psutil.Process) -> None:
-        note = {"browser": [process.pid, process.create_time()], "daemon": os.getpid()}
+        me = psutil.Process()
+        note = {"browser": [process.pid, process.create_time()], "daemon": [me.pid, me.create_time()]}
         draft = self._note.with_suffix(".tmp")
         draft.write_text(json.dumps(note), "utf-8")
         os.replace(draft, self._note)
@@ -470,10 +498,14 @@ class OwnBrowser:
         arguments = command_line(binary, self.profile)
         # What is left of one that hangs, or that has died.
         await asyncio.to_thread(self._end_process, 0.0)
+        self._remove_singleton()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.profile, _ACTIVE_PORT))
         with open(os.path.join(self.profile, _STDERR), "wb") as stderr:
-            child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **spawn_kwargs())
+            try:
+                child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **spawn_kwargs())
+            except OSError as error:
+                raise BrowserNotFound(f"{binary} can't be run: {error.strerror}; set {BINARY} to a browser's program") from None
         self._child = child
         logger.info("started pid %d: %s", child.pid, shlex.join(arguments))
         if "--no-sandbox" in arguments:

@@ -11,16 +11,15 @@ import contextlib
 import os
 import sys
 import threading
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__
 
-from . import NAME, daemon_name, helpers
+from . import NAME, check_extra, daemon_name, helpers, is_ours, not_ours
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from traceback import TracebackException
 
 _EXIT_STATUS: list[tuple[type[Exception], int]] = [
     (InvalidName, 2),
@@ -37,7 +36,14 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.code == []:
+        parser.error("argument -c: expected a program")
+    if (options.doctor or options.reload) and options.file is not None:
+        parser.error(f"argument FILE: there is nothing to run with {'--doctor' if options.doctor else '--reload'}")
+    if options.json and not options.doctor:
+        parser.error("argument --json: only with --doctor")
     for stream in (sys.stdout, sys.stderr):
         # Whatever the console's own encoding: pages have all characters, and lone surrogates too.
         with contextlib.suppress(AttributeError):
@@ -51,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = doctor.run(as_json=options.json)
         else:
             status = _reload() if options.reload else _run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except HarnessIPCError as error:
         _tell(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
@@ -77,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "daemon or its browser could not be had; else what the program exits with",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("-c", dest="code", metavar="CODE", help="run this program")
+    what.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help="run this program; what follows is its")
     what.add_argument("--doctor", action="store_true", help="say how the browser and its daemon are, and what to do")
     what.add_argument("--reload", action="store_true", help="end the daemon and its own browser: the next run starts anew")
     parser.add_argument("--json", action="store_true", help="print doctor's findings as JSON")
@@ -90,39 +97,45 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     """Run the user's program in the place of `__main__`, as Python itself would."""
+    place = ""
     if options.code is not None:
-        words = [] if options.file is None else [options.file]
-        name, source, argv = "<string>", options.code.encode("utf-8", "surrogateescape"), ["-c", *words, *options.arguments]
+        name, source, argv = "<string>", options.code[0].encode("utf-8", "surrogateescape"), ["-c", *options.code[1:]]
     elif options.file in (None, "-"):
-        if options.file is None and sys.stdin.isatty():
+        if sys.stdin is None or (options.file is None and sys.stdin.isatty()):
             _tell("nothing to run: give -c CODE, a file, or a program on standard input; --help says more")
             return 2
         name, source, argv = "<stdin>", sys.stdin.buffer.read(), ["-", *options.arguments]
     else:
-        name, argv = options.file, [options.file, *options.arguments]
+        name, argv = os.path.abspath(options.file), [options.file, *options.arguments]
+        place = os.path.dirname(name)
         try:
             with open(name, "rb") as file:
                 source = file.read()
         except OSError as error:
-            _tell(f"{name} can't be read: {error.strerror}")
+            _tell(f"{options.file} can't be read: {error.strerror}")
             return 2
     _connect()
     program = ModuleType("__main__")
     program.__dict__.update({helper: getattr(helpers, helper) for helper in helpers.__all__})
-    if name == options.file:
+    if place:
         program.__file__ = name
     else:
         _remember_lines(name, source)
     sys.modules["__main__"] = program
     sys.argv = argv
-    sys.path[0] = os.path.dirname(os.path.abspath(name)) if name == options.file else ""
+    if not sys.flags.safe_path:
+        sys.path[0] = place
     try:
-        exec(compile(source, name, "exec"), program.__dict__)  # noqa: S102 - it is what the user asks for
-        sys.stdout.flush()
-    except KeyboardInterrupt:
+        exec(compile(source, name, "exec", dont_inherit=True), program.__dict__)  # noqa: S102 - it is what the user asks for
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
-        _print_traceback(error)
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
+        _leave_out_our_frames(error)
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 
@@ -141,33 +154,64 @@ def _connect() -> None:
 
 def _remember_lines(name: str, source: bytes) -> None:
     """Have tracebacks quote a program that is no file."""
+    import io
     import linecache
+    from importlib.util import decode_source
 
-    text = source.decode("utf-8", "replace")
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    # What can't be read is told by the compiler.
+    with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+        linecache.cache[name] = (len(source), None, io.StringIO(decode_source(source)).readlines(), name)
 
 
-def _print_traceback(error: Exception) -> None:
-    """Print the traceback of the user's program, without the frames that are ours."""
-    import traceback
+def _reader_has_gone() -> bool:
+    """Return whether it is our own standard output that broke."""
+    try:
+        sys.stdout.flush()
+        if sys.platform == "win32":
+            return False
+        import select
 
-    report: TracebackException | None = traceback.TracebackException.from_exception(error)
-    sys.stdout.flush()
-    pending = [report]
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return True
+
+
+def _leave_out_our_frames(error: BaseException) -> None:
+    """Have a traceback show the user's program alone, and so those of what caused it."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
     while pending:
-        if (one := pending.pop()) is not None:
-            one.stack[:] = [frame for frame in one.stack if not os.path.abspath(frame.filename).startswith(_PACKAGE)]
-            pending += [one.__cause__, one.__context__, *(one.exceptions or [])]
-    assert report is not None
-    print("".join(report.format()), end="", file=sys.stderr)
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        frames = []
+        trace = one.__traceback__
+        while trace is not None:
+            if not os.path.abspath(trace.tb_frame.f_code.co_filename).startswith(_PACKAGE):
+                frames.append(trace)
+            trace = trace.tb_next
+        kept: TracebackType | None = None
+        for frame in reversed(frames):
+            kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        one.__traceback__ = kept
+        pending += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            pending += one.exceptions
 
 
 def _reload() -> int:
-    from harness_ipc import stop_daemon
+    from harness_ipc import daemon_status, stop_daemon
 
+    check_extra()
     from .chrome import OwnBrowser
 
     name = daemon_name()
+    status = daemon_status(name)
+    if status.alive and not is_ours(status.app_version):
+        raise not_ours(name)
     stopped = stop_daemon(name)
     # A daemon that was killed leaves its browser to the next one.
     left = OwnBrowser(name).end()

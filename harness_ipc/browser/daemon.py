@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import chrome, daemon_name
+from . import APP_VERSION, chrome, daemon_name
 from .cdp import CALL_TIMEOUT, MAX_MESSAGE, SESSION_NOT_FOUND, Connection
-from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError, DialogOpen, TabClosed
+from .errors import BrowserError, BrowserLost, BrowserNotFound, BrowserTimeout, CDPError, DialogOpen, TabClosed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("harness_ipc.browser.daemon")  # also where it is run by its name
 
 IDLE_TIMEOUT = "HARNESS_BROWSER_IDLE_TIMEOUT"
-# Whose daemon it is, in its record: not every daemon of a name is one of ours.
-APP_VERSION = f"harness-browser {harness_ipc.__version__}"
 
 # Events that are kept for each session until somebody drains them.
 _EVENTS = 500
@@ -40,6 +38,10 @@ _EVENTS = 500
 _REMEMBERED = 1000
 # Seconds for each domain of a new session. A page that a dialog already holds does not answer.
 _PREPARE_TIMEOUT = 3.0
+# Seconds that a caller may ask for: thirty years. JSON has integers that no clock can count to.
+_LONGEST = 1e9
+# Seconds for a page to say where it is, before the browser is asked instead.
+_WHERE_TIMEOUT = 1.0
 # Seconds for a tab that closes, beyond the browser's word that it will.
 _CLOSE_TIMEOUT = 5.0
 # Seconds that the browser has to say that it is well: a status waits two.
@@ -136,7 +138,7 @@ class BrowserApp:
         timeout = message.get("timeout")
         timeout = CALL_TIMEOUT if timeout is None else timeout
         well = isinstance(method, str) and isinstance(params, dict)
-        if not well or isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
+        if not well or isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= _LONGEST:
             raise _bad_request('a request is {"method": text, "params": object, "session_id": text, "timeout": seconds}')
         assert isinstance(method, str)
         connection = await self._connected()
@@ -164,12 +166,20 @@ class BrowserApp:
             return await self._living_connection().call("Target.closeTarget", params, timeout=timeout)
         closed = self._closing[target] = asyncio.Event()
         try:
+            if target in self._dialogs:
+                # Chromium 156 itself ends when it closes a tab that an iframe's dialog holds.
+                await self._dismiss_dialog(target)
             result = await self._living_connection().call("Target.closeTarget", params, timeout=timeout)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(closed.wait(), min(timeout, _CLOSE_TIMEOUT))
             return result
         finally:
             del self._closing[target]
+
+    async def _dismiss_dialog(self, target: str) -> None:
+        session = next(number for number, state in self._sessions.items() if state.target == target)
+        with contextlib.suppress(CDPError):
+            await self._living_connection().call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
 
     def _end_closing(self, target: str) -> None:
         if (closed := self._closing.get(target)) is not None:
@@ -280,7 +290,11 @@ class BrowserApp:
                 oldest, _ = self._ended.popitem(last=False)
                 self._successors.pop(oldest, None)
             if all(other.target != state.target for other in self._sessions.values()):
-                self._dialogs.pop(state.target, None)
+                self._forget_dialog(state.target)
+
+    def _forget_dialog(self, target: str) -> None:
+        dialog = self._dialogs.pop(target, {})
+        self._dialogs.pop(dialog.get("frameId", ""), None)
 
     # The connection.
 
@@ -344,11 +358,13 @@ class BrowserApp:
         elif method == "Inspector.targetReloadedAfterCrash" and state is not None:
             self._crashed.discard(state.target)
         elif method == "Page.javascriptDialogOpening" and state is not None:
-            self._dialogs[state.target] = params
-            self._end_calls_of(state.target, _dialog_open(params, ran=True))
+            # The page's session tells it for its iframes, too: one of another site is a target, with the id of its frame.
+            for target in {state.target, params.get("frameId", "")}:
+                self._dialogs[target] = params
+                self._end_calls_of(target, _dialog_open(params, ran=True))
             self._end_closing(state.target)
         elif method == "Page.javascriptDialogClosed" and state is not None:
-            self._dialogs.pop(state.target, None)
+            self._forget_dialog(state.target)
         events = self._browser_events if state is None else state.events
         events.append((next(self._event_numbers), {"method": method, "params": params, "session_id": session}))
 
@@ -406,7 +422,14 @@ class BrowserApp:
         session = await self._session_for(self._named(message))
         target = self._target_of(session)
         info = (await connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
-        return {"targetId": target, "url": info.get("url", ""), "title": info.get("title", ""), "session_id": session}
+        tab = {"targetId": target, "url": info.get("url", ""), "title": info.get("title", ""), "session_id": session}
+        # The browser itself learns of a navigation later than its page. But a page that is held can't say it.
+        with contextlib.suppress(CDPError, DialogOpen, BrowserTimeout, LookupError, TypeError):
+            self._check_page(session, "Runtime.evaluate")
+            params = {"expression": "[location.href, document.title]", "returnByValue": True}
+            result = await connection.call("Runtime.evaluate", params, session=session, timeout=_WHERE_TIMEOUT)
+            tab["url"], tab["title"] = result["result"]["value"]
+        return tab
 
     async def _connection_status(self, _message: Message) -> Message:
         """Say how the browser is, without mending anything."""
@@ -432,7 +455,7 @@ def _bad_request(text: str) -> CDPError:
 
 
 def _page_crashed() -> CDPError:
-    return CDPError("the page has crashed: load it again with goto_url()", code=-32000)
+    return CDPError("the page has crashed: load it again with goto_url()", code=-32000, crashed=True)
 
 
 def _dialog_open(dialog: Message, *, ran: bool) -> DialogOpen:

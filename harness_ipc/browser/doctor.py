@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import harness_ipc
 from harness_ipc import HarnessIPCError
 
-from . import daemon_name
+from . import APP_VERSION, daemon_name, is_ours, not_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,6 @@ _CONNECT_TIMEOUT = 2.0
 _TIMEOUT = 5.0
 # Round trips of which the median is told.
 _ROUND_TRIPS = 21
-_RELOAD = "harness-browser --reload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +99,16 @@ def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
     own = chrome.OwnBrowser(name)
-    if (pid := own.pid()) is not None:
-        yield Finding("warning", "browser", f"pid {pid} was left by a daemon that was killed; the next one takes it", _RELOAD)
+    taken = own.taken()
+    pid = None if taken is not None else own.pid()
+    if pid is not None:
+        text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
+        yield Finding("warning", "browser", text, _reload(name))
     for source in chrome.sources(name):
         if source.own is not None:
-            if chrome.find_binary() is None:
+            if taken is not None:
+                yield Finding("failure", "browser", taken)
+            elif pid is None and chrome.find_binary() is None:
                 yield Finding(
                     "failure", "browser", "there is none: install Chrome or Chromium, or start one with its DevTools open"
                 )
@@ -126,14 +130,12 @@ def _unreachable(source: Any) -> str | None:
     """Return why a browser can't be reached, or None. Nothing is asked: that could open a window that asks its user."""
     try:
         socket.create_connection(source.address, timeout=_CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return f"can't be reached ({error.strerror or error})"
+    except (OSError, ValueError, OverflowError) as error:
+        return f"can't be reached ({getattr(error, 'strerror', None) or type(error).__name__})"
     return None
 
 
 def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from .daemon import APP_VERSION
-
     topic = f"daemon {name}"
     text = status.state if status.pid is None else f"{status.state}, pid {status.pid}"
     if status.state == "starting":
@@ -142,26 +144,31 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
     if status.state != "running":
         yield Finding("failure", topic, f"{text}: {status.problem}; its log is {status.log_path}")
         return
-    if not (status.app_version or "").startswith("harness-browser "):
-        yield Finding("failure", topic, f"{text}, but it is another program's: choose another --name or BU_NAME")
+    if not is_ours(status.app_version):
+        yield Finding("failure", topic, str(not_ours(name)))
         return
     text += f", for {status.uptime or 0:.0f} s"
     if status.app_version == APP_VERSION:
         yield Finding("ok", topic, text)
     else:
-        yield Finding("warning", topic, f"{text}, but it is {status.app_version} and this is {APP_VERSION}", _RELOAD)
+        text += f", but it is {status.app_version} and this is {APP_VERSION}"
+        yield Finding("warning", topic, text, _reload(name))
     try:
         with harness_ipc.connect_daemon(name, timeout=_TIMEOUT, request_timeout=_TIMEOUT) as client:
-            yield from _browser(client.request({"meta": "connection_status"}))
-            yield _round_trip(client)
-    except HarnessIPCError as error:
-        yield Finding("failure", "browser", f"the daemon does not say how it is: {error}", _RELOAD)
+            told = client.request({"meta": "connection_status"})
+            yield from _browser(name, told)
+            if told["connected"]:
+                # Not otherwise: a request has the daemon start another browser.
+                yield _round_trip(client)
+    except (HarnessIPCError, LookupError, TypeError) as error:
+        text = f"the daemon does not say how it is: {type(error).__name__}: {error}"
+        yield Finding("failure", "browser", text, _reload(name))
 
 
-def _browser(status: dict[str, Any]) -> Iterator[Finding]:
+def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
-        yield Finding("failure", "browser", f"{found}: {status['problem']}", _RELOAD)
+        yield Finding("failure", "browser", f"{found}: {status['problem']}", _reload(name))
         return
     yield Finding("ok", "browser", f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms")
     tab = status["tab"]
@@ -176,6 +183,10 @@ def _browser(status: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("ok", "page", f"{tab['title'] or 'no title'}, {tab['url'] or 'no address'}")
 
 
+def _reload(name: str) -> str:
+    return f"harness-browser --name={name} --reload"
+
+
 def _because(problem: str | None) -> str:
     return f" ({problem})" if problem else ""
 
@@ -187,6 +198,6 @@ def _round_trip(client: harness_ipc.Client) -> Finding:
         reply = client.request({"method": "Target.getTargets"})
         times.append(time.perf_counter() - begun)
         if "error" in reply:
-            return Finding("failure", "round trip", f"the browser does not answer: {reply['error'].get('message')}", _RELOAD)
+            return Finding("failure", "round trip", f"the browser does not answer: {reply['error'].get('message')}")
     text = f"a request to the daemon, answered by the browser, takes {sorted(times)[_ROUND_TRIPS // 2] * 1000:.2f} ms"
     return Finding("ok", "round trip", text)

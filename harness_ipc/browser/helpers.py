@@ -14,7 +14,7 @@ import time
 
 from harness_ipc import Client, ConnectionLost, DaemonNotRunning, connect_daemon
 
-from . import daemon_name
+from . import check_extra, daemon_name, is_ours, not_ours
 from .errors import (
     BrowserError,
     BrowserLost,
@@ -29,6 +29,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 __all__ = [
@@ -75,6 +76,9 @@ _FOREVER = 1e9
 # Bytes: what a browser sends at most (see `cdp`).
 _MAX_MESSAGE = 256 * 1024 * 1024
 
+# Codes of JSON-RPC: what Chrome says of a document that has gone, and of code that ran for longer than it was given.
+_SERVER_ERROR = -32000
+_INTERNAL_ERROR = -32603
 _INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 # The bits of CDP's `modifiers`.
 _ALT, _CONTROL, _META, _SHIFT = 1, 2, 4, 8
@@ -94,8 +98,8 @@ _KEYS = {
     "End": (35, ""),
     "PageUp": (33, ""),
     "PageDown": (34, ""),
-    " ": (32, " "),
     **{f"F{number}": (111 + number, "") for number in range(1, 13)},
+    "Space": (32, " "),
 }
 # On macOS the browser leaves these to the menu, which has to be told (Input.dispatchKeyEvent's `commands`).
 _COMMANDS = {"a": "selectAll", "c": "copy", "v": "paste", "x": "cut", "z": "undo"}
@@ -116,7 +120,8 @@ _session: str | None = None
 def connect(*, timeout: float = START_TIMEOUT) -> Client:
     """Return this process's connection to the browser's daemon, which is started if it does not run.
 
-    Raises `StartFailed` (of harness_ipc) with the reason, and what `ensure_daemon` does.
+    Raises `StartFailed` (of harness_ipc) with the reason, `IncompatibleDaemon` if it is another program's, and what
+    `ensure_daemon` does.
     """
     global _client, _process, _session
     with _lock:
@@ -125,9 +130,13 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
         name = daemon_name()
         try:
             client = connect_daemon(name, max_message=_MAX_MESSAGE)
-        except DaemonNotRunning:
+        except (DaemonNotRunning, ConnectionLost):
+            # Lost, if one is just dying: nothing was sent yet.
             start_daemon(name, timeout=timeout)
             client = connect_daemon(name, max_message=_MAX_MESSAGE)
+        if not is_ours(client.app_version):
+            client.close()
+            raise not_ours(name)
         _client, _process, _session = client, os.getpid(), None
         return client
 
@@ -135,12 +144,9 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
 def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
     """Be sure that the browser's daemon `name` runs. Raises what `harness_ipc.ensure_daemon` does."""
     # Not needed by a process that finds the daemon.
-    from importlib.util import find_spec
+    from harness_ipc import ensure_daemon
 
-    from harness_ipc import StartFailed, ensure_daemon
-
-    if find_spec("websockets") is None:
-        raise StartFailed(f"the browser part is not installed: run {sys.executable} -m pip install 'harness-ipc[browser]'")
+    check_extra()
     ensure_daemon(name, [sys.executable, "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
 
 
@@ -216,10 +222,17 @@ def goto_url(url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
 
     Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had.
     """
-    result = cdp("Page.navigate", url=url, timeout=timeout)
+    try:
+        result = cdp("Page.navigate", url=url, timeout=timeout)
+    except BrowserTimeout:
+        # Chrome keeps all else of the page waiting until the navigation ends.
+        _send_if_there("Page.stopLoading", cdp, timeout=timeout)
+        raise
     # What is downloaded instead of shown is "aborted" as a page.
     if result.get("errorText") and not result.get("isDownload"):
         raise CDPError(f"{url} can't be loaded: {result['errorText']}")
+    # Answered once the document has taken its place: until then the tab has no address.
+    _send_if_there("Runtime.evaluate", cdp, expression="0", timeout=timeout)
     return result
 
 
@@ -232,8 +245,8 @@ def wait_for_load(timeout: float = LOAD_TIMEOUT) -> bool:
         except BrowserTimeout:
             return False
         except CDPError as error:
-            # The document that was asked has made room for the next one: a "server error" of JSON-RPC.
-            if error.code != -32000:
+            # The document that was asked has made room for the next one.
+            if error.code != _SERVER_ERROR or error.details.get("crashed"):
                 raise
     return False
 
@@ -255,52 +268,78 @@ def js(expression: str, target_id: str | None = None, *, timeout: float = TIMEOU
     """
     if target_id is None:
         return _evaluate(expression, None, timeout)
-    session = _send({"method": "Target.attachToTarget", "params": {"targetId": target_id, "flatten": True}}, timeout=timeout)
-    number = session["result"]["sessionId"]
+    number = cdp("Target.attachToTarget", targetId=target_id, flatten=True, timeout=timeout)["sessionId"]
     try:
         return _evaluate(expression, number, timeout)
     finally:
-        _send({"method": "Target.detachFromTarget", "params": {"sessionId": number}}, timeout=timeout)
+        _send_if_there("Target.detachFromTarget", cdp, sessionId=number, timeout=timeout)
 
 
 def _evaluate(expression: str, session: str | None, timeout: float) -> Any:
-    params: dict[str, Any] = {
-        "expression": expression,
-        "returnByValue": True,
-        "awaitPromise": True,
-        "userGesture": True,
-        # Milliseconds. A page that computes for ever would answer nothing any more.
-        "timeout": min(timeout * 1000, 2**31 - 1),
-    }
-    request = {"method": "Runtime.evaluate", "params": params, "session_id": session}
-    result = _send(request, timeout=timeout)["result"]
-    # A syntax error: nothing ran.
-    while (wrapped := _wrapped(params["expression"], expression, result)) is not None:
-        params["expression"] = wrapped
-        result = _send(request, timeout=timeout)["result"]
+    def call(method: str, **params: Any) -> dict[str, Any]:
+        result: dict[str, Any] = _send({"method": method, "params": params, "session_id": session}, timeout=timeout)["result"]
+        return result
+
+    # Milliseconds. A page that computes for ever would answer nothing any more.
+    options = {"awaitPromise": True, "userGesture": True, "timeout": min(timeout * 1000, 2**31 - 1)}
+    try:
+        if "await" in expression:
+            # Only replMode takes it for what it is, whatever stands behind it, and then gives no value but a reference.
+            result = call("Runtime.evaluate", expression=expression, replMode=True, **options)
+            result = _dereference(call, result)
+        else:
+            result = call("Runtime.evaluate", expression=expression, returnByValue=True, **options)
+        if _is_body(result):
+            body = f"(async () => {{{expression}\n}})()"
+            result = call("Runtime.evaluate", expression=body, returnByValue=True, **options)
+    except CDPError as error:
+        if error.code == _INTERNAL_ERROR:
+            raise BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended") from None
+        raise
     if (details := result.get("exceptionDetails")) is not None:
         raise JavaScriptError(_thrown(details), line=details.get("lineNumber"), column=details.get("columnNumber"))
     value = result["result"]
     return _unserializable(value["unserializableValue"]) if "unserializableValue" in value else value.get("value")
 
 
-def _wrapped(tried: str, expression: str, result: dict[str, Any]) -> str | None:
-    """Return what to try instead of code that is only valid in a function, or None if that was not what was wrong."""
-    description = result["result"].get("description", "") if "exceptionDetails" in result else ""
-    if not description.startswith("SyntaxError: "):
-        return None
-    candidates = [f"(async () => (\n{expression}\n))()", f"(async () => {{\n{expression}\n}})()"]
-    if tried == expression:
-        if description.startswith("SyntaxError: Illegal return statement"):
-            return candidates[1]
-        return candidates[0] if description.startswith("SyntaxError: await is only valid") else None
-    # Statements are no expression.
-    return candidates[1] if tried == candidates[0] else None
+def _dereference(call: Callable[..., dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the value itself, where it has a reference to an object."""
+    number = result["result"].get("objectId")
+    if number is None or "exceptionDetails" in result:
+        return result
+    try:
+        if result["result"].get("subtype") == "promise":
+            return call("Runtime.awaitPromise", promiseObjectId=number, returnByValue=True)
+        # As an argument: as `this`, a symbol would be an object.
+        function, arguments = "value => value", [{"objectId": number}]
+        return call(
+            "Runtime.callFunctionOn", objectId=number, functionDeclaration=function, arguments=arguments, returnByValue=True
+        )
+    finally:
+        _send_if_there("Runtime.releaseObject", call, objectId=number)
+
+
+def _send_if_there(method: str, call: Callable[..., dict[str, Any]], **params: Any) -> None:
+    """Give something up that may be gone already, with the page that it belonged to."""
+    try:
+        call(method, **params)
+    except (CDPError, TabClosed, DialogOpen):
+        return
+
+
+def _is_body(result: dict[str, Any]) -> bool:
+    """Return whether the code is only valid in a function. Then nothing ran: an error of code that runs has a stack."""
+    details = result.get("exceptionDetails") or {}
+    description = (details.get("exception") or {}).get("description")
+    return "stackTrace" not in details and description == "SyntaxError: Illegal return statement"
 
 
 def _thrown(details: dict[str, Any]) -> str:
     exception = details.get("exception") or {}
-    text = exception.get("description") or (str(exception["value"]) if "value" in exception else "")
+    text = exception.get("description")
+    if text is None and "value" in exception:
+        value = exception["value"]
+        text = value if isinstance(value, str) else {None: "null", True: "true", False: "false"}.get(value, str(value))
     return text or str(details.get("text", "the page's code threw"))
 
 
@@ -315,6 +354,10 @@ def click_at_xy(x: float, y: float, button: str = "left", clicks: int = 1, *, ti
     """Click at a place of the viewport, in CSS pixels. `button` is left, middle or right; two `clicks` are a double click."""
     try:
         _mouse("mouseMoved", x, y, timeout)
+    except DialogOpen as error:
+        # That was not the click.
+        raise DialogOpen(str(error), dialog=error.dialog, ran=False) from None
+    try:
         for count in range(1, clicks + 1):
             _mouse("mousePressed", x, y, timeout, button=button, clickCount=count)
             _mouse("mouseReleased", x, y, timeout, button=button, clickCount=count)
@@ -343,8 +386,10 @@ def press_key(key: str, modifiers: int = 0, *, timeout: float = TIMEOUT) -> None
 
     `modifiers` is the sum of 1 for Alt, 2 for Ctrl, 4 for Meta (Cmd) and 8 for Shift. Raises `ValueError` for an unknown name.
     """
-    if key in _KEYS:
-        code, (number, text) = "Space" if key == " " else key, _KEYS[key]
+    name = "Space" if key == " " else key
+    if name in _KEYS:
+        code, (number, text) = name, _KEYS[name]
+        key = " " if name == "Space" else key
     elif len(key) == 1:
         number, text, code = 0, key, ""
         if key.isascii() and key.isalnum():
@@ -376,10 +421,12 @@ def _unless_ran(error: DialogOpen) -> None:
 
 
 def handle_dialog(accept: bool = True, text: str | None = None, *, timeout: float = TIMEOUT) -> None:
-    """Answer the dialog that holds the page: accept or dismiss it; `text` is what a prompt is answered with.
+    """Answer the dialog that holds the page: accept or dismiss it. A prompt is answered with `text`, else with its default.
 
     Raises `CDPError` if there is none.
     """
+    if accept and text is None:
+        text = (_send({"meta": "pending_dialog"}, timeout=timeout)["dialog"] or {}).get("defaultPrompt")
     params: dict[str, Any] = {"accept": accept}
     if text is not None:
         params["promptText"] = text
@@ -404,14 +451,16 @@ def capture_screenshot(path: str | os.PathLike[str] | None = None, full: bool = 
     data = base64.b64decode(cdp("Page.captureScreenshot", timeout=timeout, **params)["data"])
     if path is None:
         return data
-    draft = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    draft = os.path.join(os.path.dirname(path), f".harness-browser-{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
             file.write(data)
         os.replace(draft, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(draft):
             os.unlink(draft)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
         raise
     return path
 
@@ -460,9 +509,10 @@ def close_tab(target: str | dict[str, str] | None = None, *, timeout: float = TI
     Raises `CDPError` if there is no such tab.
     """
     global _session
-    target_id = current_tab(timeout=timeout)["targetId"] if target is None else _target_id(target)
+    own = _send({"meta": "session"}, timeout=timeout)["target_id"]
+    target_id = own if target is None else _target_id(target)
     cdp("Target.closeTarget", targetId=target_id, timeout=timeout)
-    if target is None:
+    if target_id == own:
         _session = None
 
 
@@ -479,14 +529,21 @@ def ensure_real_tab(*, timeout: float = TIMEOUT) -> dict[str, str] | None:
 
 
 def iframe_target(url_part: str, *, timeout: float = TIMEOUT) -> str | None:
-    """Return the targetId of the first iframe of another site that has `url_part` in its url, for `js`, or None.
+    """Return the targetId of the page's first iframe of another site that has `url_part` in its url, for `js`, or None.
 
     An iframe of the page's own site is no target: reach it from the page, as in
     ``document.querySelector("iframe").contentDocument``.
     """
-    for info in cdp("Target.getTargets", timeout=timeout)["targetInfos"]:
+    page = _send({"meta": "session"}, timeout=timeout)["target_id"]
+    infos = {info["targetId"]: info for info in cdp("Target.getTargets", timeout=timeout)["targetInfos"]}
+    for target, info in infos.items():
         if info["type"] == "iframe" and url_part in info.get("url", ""):
-            return str(info["targetId"])
+            root = target
+            while parent := infos.get(root, {}).get("parentId"):
+                root = parent
+            # Itself, where an older browser names no parent.
+            if root in (page, target):
+                return str(target)
     return None
 
 
@@ -503,6 +560,10 @@ def _target_id(target: str | dict[str, str]) -> str:
 
 def drain_events(*, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
     """Return the events of this process's tab since the last call, at most the last 500: method, params, session_id."""
+    connect()
+    if _session is None:
+        # To be in a tab: without one, the events of all tabs are meant.
+        _send({"meta": "session"}, timeout=timeout)
     events: list[dict[str, Any]] = _send({"meta": "drain_events"}, timeout=timeout)["events"]
     return events
 
