@@ -271,7 +271,7 @@ class Generation:
 
     def _forget_draft(self) -> None:
         with contextlib.suppress(OSError):
-            os.unlink(self._draft)
+            paths.retry_sharing(os.unlink, self._draft)
 
 
 def lock_lifetime(name: str) -> BaseFileLock:
@@ -338,7 +338,7 @@ def remove_leavings(name: str) -> None:
             with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
                 _remove_socket(_parse(paths.read_private_file(path, _MAX_RECORD)))
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                paths.retry_sharing(os.unlink, path)
 
 
 def _remove_socket(record: Record) -> None:
