@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +18,11 @@ import pytest
 from harness_ipc import stop_daemon
 from harness_ipc.browser import helpers
 from tests.browser.site import Site
-from tests.processes import wait_until
+from tests.processes import PATIENCE, wait_until
+
+# Without the extra, what these import can't be imported.
+NEED_EXTRA = ["test_chrome.py", "test_cli.py", "test_daemon.py", "test_doctor.py"]
+collect_ignore = [] if importlib.util.find_spec("websockets") else NEED_EXTRA
 
 VARIABLES = ("BU_NAME", "BU_CDP_WS", "BU_CDP_URL", "HARNESS_CHROME", "HARNESS_CHROME_ARGS", "HARNESS_BROWSER_IDLE_TIMEOUT")
 
@@ -42,6 +50,38 @@ def processes_of(base: Path) -> list[psutil.Process]:
             if any(str(base) in word for word in [*process.cmdline(), *process.environ().values()]):
                 found.append(process)
     return found
+
+
+# As `harness-browser` is run, warnings as errors.
+COMMAND = [sys.executable, "-W", "error", "-m", "harness_ipc.browser.cli"]
+
+
+def harness_browser(*arguments: str, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, in UTF-8. That a start takes long, which a busy machine makes it say, is left out."""
+    command = [*COMMAND, *arguments]
+    run = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", timeout=PATIENCE, **options)
+    run.stderr = "".join(line for line in run.stderr.splitlines(True) if not line.startswith("harness-browser: starting "))
+    return run
+
+
+def kill(pid: int) -> None:
+    """Kill this one process, and wait until it has ended."""
+    process = psutil.Process(pid)
+    process.kill()
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+
+
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """Stop the process with SIGSTOP, and wait until it has stopped; continue it at the end, if it is still there."""
+    process = psutil.Process(pid)
+    process.suspend()
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def end_all(base: Path) -> None:

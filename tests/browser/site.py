@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from harness_ipc.browser.helpers import goto_url, wait_for_load
+from tests.processes import PATIENCE
+
 FORM = """<!doctype html><title>A form</title>
 <form onsubmit="document.title = 'sent ' + new FormData(this).get('word'); return false">
 <input id=word name=word style="position:absolute;left:20px;top:20px;width:200px;height:30px">
@@ -17,10 +20,34 @@ DIALOG = """<!doctype html><title>Asks</title>
 <button style="top:60px" onclick="document.title = prompt('Who?', 'me')">prompt</button>
 <button style="top:120px" onclick="alert('Look')">alert</button>"""
 
+KEYS = """<!doctype html><title>Keys</title>
+<textarea id=text style="position:absolute;left:0;top:0;width:300px;height:100px"></textarea>
+<input id=next style="position:absolute;left:0;top:150px;width:300px;height:30px">
+<script>const keys = [], clicks = [], modifiers = e => e.altKey + 2 * e.ctrlKey + 4 * e.metaKey + 8 * e.shiftKey;
+for (const kind of ["keydown", "keyup"])
+  addEventListener(kind, e => keys.push([e.type, e.key, e.code, e.keyCode, modifiers(e)]));
+for (const kind of ["click", "dblclick", "contextmenu", "auxclick"])
+  addEventListener(kind, e => clicks.push([e.type, e.button, e.clientX, e.clientY]))</script>"""
+
+NOISE = """<!doctype html><title>Noise</title><canvas id=canvas width=2800 height=2800></canvas>
+<script>const context = canvas.getContext("2d"), image = context.createImageData(2800, 2800), size = 65536;
+for (let i = 0; i < image.data.length; i += size) crypto.getRandomValues(image.data.subarray(i, i + size));
+for (let i = 3; i < image.data.length; i += 4) image.data[i] = 255;
+context.putImageData(image, 0, 0)</script>"""
+
 PAGES = {
     "/": "<!doctype html><title>Home</title><h1>Home</h1>",
     "/form": FORM,
     "/dialog": DIALOG,
+    "/keys": KEYS,
+    "/noise": NOISE,
+    # It waits for its picture.
+    "/picture": "<!doctype html><title>Picture</title><img src=/slow-picture>",
+    "/leave": "<!doctype html><title>Leave</title><input style='position:absolute;left:0;top:0;width:200px;height:40px'>"
+    "<script>addEventListener('beforeunload', event => event.preventDefault())</script>",
+    # One iframe of its own site and one of the other.
+    "/frames": "<!doctype html><title>Frames</title><iframe id=near src=/inner?near></iframe><iframe id=far></iframe>"
+    "<script>far.src = `http://localhost:${location.port}/inner?far`</script>",
     "/inner": "<!doctype html><title>Inner</title><p id=here>inside</p>",
     "/many": "<!doctype html><title>Many</title><script>"
     "const all = document.createDocumentFragment();"
@@ -63,3 +90,9 @@ class Site:
         self.release.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+def visit(url: str) -> None:
+    """Go there, and wait until all of the page is there."""
+    goto_url(url, timeout=PATIENCE)
+    assert wait_for_load(PATIENCE)

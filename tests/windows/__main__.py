@@ -78,6 +78,7 @@ def wine_environment(cache: Path) -> dict[str, str]:
         "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox=",
         # Paths of this side mean nothing there.
         "PYTHONDONTWRITEBYTECODE": "1",
+        "HARNESS_TEST_REQUIRE": "windows",
     }
     for variable in ("DISPLAY", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
         environment.pop(variable, None)

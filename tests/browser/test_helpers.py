@@ -1,0 +1,370 @@
+"""The helpers in a page of a real browser: where it is, what is typed into it, and what its JavaScript answers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from harness_ipc import connect_daemon
+from harness_ipc.browser import daemon_name
+from harness_ipc.browser.helpers import (
+    BrowserTimeout,
+    CDPError,
+    JavaScriptError,
+    cdp,
+    click_at_xy,
+    goto_url,
+    js,
+    page_info,
+    press_key,
+    scroll,
+    switch_tab,
+    type_text,
+    wait,
+    wait_for_load,
+)
+from tests.browser.site import Site, visit
+from tests.marks import needs_chromium
+from tests.processes import PATIENCE, wait_until
+
+pytestmark = needs_chromium
+
+ALT, CONTROL, META, SHIFT = 1, 2, 4, 8
+# Places in the pages: the field and the button of /form, the text of /keys.
+FIELD, SEND, TEXT = (100, 35), (100, 100), (150, 50)
+
+
+def serves() -> bool:
+    return bool(js("6 * 7", timeout=PATIENCE) == 42)
+
+
+@pytest.fixture
+def slow(site: Site) -> Iterator[Site]:
+    """The site, whose slow paths are answered when the test says so, or at its end."""
+    yield site
+    released, site.release = site.release, threading.Event()
+    released.set()
+
+
+# Where it is.
+
+
+def test_page_info_is_what_the_page_says(page: str, site: Site) -> None:
+    cdp("Emulation.setDeviceMetricsOverride", width=800, height=600, deviceScaleFactor=1, mobile=False)
+    visit(f"{site.url}/form?a=1#b")
+    js("document.body.style.width = '2000px'")
+    page_size = js("({pw: document.documentElement.scrollWidth, ph: document.documentElement.scrollHeight})")
+    assert page_size["pw"] >= 2000
+    assert page_size["ph"] >= 3000
+    here = {"url": f"{site.url}/form?a=1#b", "title": "A form", "w": 800, "h": 600, **page_size}
+    assert page_info() == {**here, "sx": 0, "sy": 0}
+    scroll(400, 300, dy=500)
+    wait_until(lambda: page_info() == {**here, "sx": 0, "sy": 500})
+    scroll(400, 300, dy=-200, dx=100)
+    wait_until(lambda: page_info() == {**here, "sx": 100, "sy": 300})
+    assert js("[scrollX, scrollY]") == [100, 300]
+
+
+def test_an_address_at_which_nobody_listens(page: str, site: Site) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(CDPError, match=r"127\.0\.0\.1:\d+/ can't be loaded: net::ERR_CONNECTION_REFUSED"):
+            goto_url(f"http://127.0.0.1:{taken.getsockname()[1]}/")
+    with pytest.raises(CDPError, match="invalid URL"):
+        goto_url("nowhere")
+    visit(f"{site.url}/")
+    assert page_info()["title"] == "Home"
+
+
+def test_what_is_downloaded_leaves_the_page_where_it_is(page: str, site: Site) -> None:
+    visit(f"{site.url}/")
+    assert goto_url("data:application/octet-stream,bytes")["isDownload"] is True
+    assert page_info()["title"] == "Home"
+
+
+def test_a_page_that_is_late(page: str, slow: Site) -> None:
+    visit(f"{slow.url}/")
+    with pytest.raises(BrowserTimeout, match=r"Page\.navigate") as caught:
+        goto_url(f"{slow.url}/slow", timeout=1)
+    assert isinstance(caught.value, TimeoutError)
+    assert page_info()["title"] == "Home"
+    slow.release.set()
+    visit(f"{slow.url}/slow")
+    assert page_info()["title"] == "Late"
+
+
+@contextlib.contextmanager
+def once_it_waits(session: str, act: Callable[[Callable[[str], Any]], object]) -> Iterator[None]:
+    """As another process: `act`, with a function that evaluates, once somebody waits for the page of `session` to load."""
+
+    def run() -> None:
+        with connect_daemon(daemon_name()) as other:
+
+            def evaluate(expression: str) -> Any:
+                params = {"expression": expression, "includeCommandLineAPI": True}
+                request = {"method": "Runtime.evaluate", "session_id": session, "params": params}
+                return other.request(request)["result"]["result"].get("value")
+
+            wait_until(lambda: evaluate("(getEventListeners(window).load ?? []).length") > 0)
+            act(evaluate)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run)
+        yield
+        done.result()
+
+
+def test_a_picture_that_never_comes(page: str, slow: Site) -> None:
+    goto_url(f"{slow.url}/picture")
+    assert wait_for_load(1) is False
+    assert wait_for_load(0) is False
+    assert js("document.readyState") == "interactive"
+
+
+def test_a_picture_that_comes_meanwhile(page: str, slow: Site) -> None:
+    goto_url(f"{slow.url}/picture")
+    with once_it_waits(switch_tab(page), lambda _: slow.release.set()):
+        assert wait_for_load(PATIENCE) is True
+    assert js("document.readyState") == "complete"
+
+
+def test_a_page_that_another_takes_the_place_of_meanwhile(page: str, slow: Site) -> None:
+    goto_url(f"{slow.url}/picture")
+    with once_it_waits(switch_tab(page), lambda evaluate: evaluate("location.href = '/form'")):
+        assert wait_for_load(PATIENCE) is True
+    assert page_info()["title"] == "A form"
+
+
+def test_time_passes() -> None:
+    begun = time.monotonic()
+    wait(0.25)
+    assert time.monotonic() - begun >= 0.2
+
+
+# What is typed into it.
+
+
+def test_a_form_is_sent_with_the_enter_key(page: str, site: Site) -> None:
+    visit(f"{site.url}/form")
+    click_at_xy(*FIELD)
+    type_text("Grüße, 日本 👩‍👩‍👧")
+    press_key("!")
+    press_key("Enter")
+    assert js("document.title") == "sent Grüße, 日本 👩‍👩‍👧!"
+
+
+def test_a_form_is_sent_with_its_button(page: str, site: Site) -> None:
+    visit(f"{site.url}/form")
+    click_at_xy(*FIELD)
+    type_text("word")
+    click_at_xy(*SEND)
+    assert js("document.title") == "sent word"
+
+
+def test_keys_edit_a_text(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    click_at_xy(*TEXT)
+    for key in ("a", "B", "7", "Space", "é", "🎈", "Enter", "c", "ArrowLeft", "d", "Home", "e", "End", "f"):
+        press_key(key)
+    assert js("document.getElementById('text').value") == "aB7 é🎈\nedcf"
+    for key in ("Backspace", "ArrowUp", "Home", "g"):
+        press_key(key)
+    assert js("document.getElementById('text').value") == "gaB7 é🎈\nedc"
+    press_key("a", META if sys.platform == "darwin" else CONTROL)
+    press_key("Delete")
+    assert js("document.getElementById('text').value") == ""
+
+
+def test_the_tab_key_moves_the_focus(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    click_at_xy(*TEXT)
+    press_key("Tab")
+    assert js("document.activeElement.id") == "next"
+    press_key("Tab", SHIFT)
+    assert js("document.activeElement.id") == "text"
+
+
+def test_the_page_sees_which_key_it_is(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    pressed: list[tuple[str, int, str, int]] = [
+        ("a", 0, "KeyA", 65),
+        ("Z", SHIFT, "KeyZ", 90),
+        ("7", 0, "Digit7", 55),
+        (" ", 0, "Space", 32),
+        ("é", 0, "", 0),
+        ("k", ALT | CONTROL | SHIFT, "KeyK", 75),
+        ("k", META, "KeyK", 75),
+        ("Enter", 0, "Enter", 13),
+        ("Tab", 0, "Tab", 9),
+        ("Backspace", 0, "Backspace", 8),
+        ("Escape", 0, "Escape", 27),
+        ("Delete", 0, "Delete", 46),
+        ("ArrowDown", 0, "ArrowDown", 40),
+        ("PageUp", 0, "PageUp", 33),
+        ("F2", 0, "F2", 113),
+    ]
+    for key, modifiers, _, _ in pressed:
+        press_key(key, modifiers)
+    assert js("keys") == [
+        [kind, key, code, number, modifiers] for key, modifiers, code, number in pressed for kind in ("keydown", "keyup")
+    ]
+
+
+@pytest.mark.parametrize("key", ["Entre", "", "ab"])
+def test_a_key_that_there_is_not(page: str, site: Site, key: str) -> None:
+    visit(f"{site.url}/keys")
+    with pytest.raises(ValueError, match="there is no key"):
+        press_key(key)
+    press_key("x")
+    assert js("keys.map(seen => seen[1])") == ["x", "x"]
+
+
+def test_the_page_sees_which_click_it_is(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    with pytest.raises(CDPError, match="Invalid mouse button"):
+        click_at_xy(400, 300, "thumb")
+    click_at_xy(400, 300)
+    click_at_xy(410, 310, clicks=2)
+    click_at_xy(420, 320, "right")
+    click_at_xy(430, 330, "middle")
+    assert js("clicks") == [
+        ["click", 0, 400, 300],
+        ["click", 0, 410, 310],
+        ["click", 0, 410, 310],
+        ["dblclick", 0, 410, 310],
+        ["contextmenu", 2, 420, 320],
+        ["auxclick", 2, 420, 320],
+        ["auxclick", 1, 430, 330],
+    ]
+
+
+# What it answers.
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("1", 1),
+        ("1.5", 1.5),
+        ("true", True),
+        ("'Grüße 🎈'", "Grüße 🎈"),
+        ("null", None),
+        ("undefined", None),
+        ("", None),
+        ("({a: [1, {b: null}], c: 'd'})", {"a": [1, {"b": None}], "c": "d"}),
+        ("const a = 6; a * 7", 42),
+        ("const a = 6; return a * 7", 42),
+        ("if (1) { return 'early' } return 'late'", "early"),
+        ("Promise.resolve(5)", 5),
+        ("new Promise(done => setTimeout(() => done('late'), 1))", "late"),
+        ("await Promise.resolve(6)", 6),
+        ("await Promise.resolve({a: 1}) // why", {"a": 1}),
+        ("const a = await Promise.resolve(6); const b = 7; return a * b", 42),
+        ("return await Promise.resolve([1])", [1]),
+        ("'return 1; await 2'", "return 1; await 2"),
+        ("await Promise.resolve(6);", 6),
+        ("await (async () => 7)()", 7),
+        ("await -Infinity", -math.inf),
+        ("let n = 0; for await (const a of [1, 2]) n += a; return n", 3),
+        ("(async () => { await 1; return 2 })()", 2),
+        ("async function f() { await 1; return 2 } f()", 2),
+        ("0", 0),
+        ("-0", -0.0),
+        ("NaN", math.nan),
+        ("Infinity", math.inf),
+        ("-Infinity", -math.inf),
+        ("[NaN, Infinity]", [None, None]),
+        ("2n ** 70n", 2**70),
+        ("-5n", -5),
+    ],
+)
+def test_a_value_of_javascript(page: str, expression: str, value: object) -> None:
+    # Of nan and -0.0, == says nothing.
+    assert repr(js(expression)) == repr(value)
+
+
+def test_half_a_pair_of_surrogates(page: str) -> None:
+    assert js("'\ud83d'.charCodeAt(0)") == 0xD83D
+    assert js("'\\udfff'") == "\udfff"
+    assert js("'\ud83d' + '\udc4d'") == "👍"
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("throw new TypeError('not so')", "TypeError: not so"),
+        ("missing", "ReferenceError: missing is not defined"),
+        ("throw 42", "42"),
+        ("throw 'a text'", "a text"),
+        ("throw null", "null"),
+        ("throw true", "true"),
+        ("Promise.reject(new Error('too late'))", "Error: too late"),
+        ("Promise.reject('a text')", "a text"),
+        ("await Promise.reject(new RangeError('too far'))", "RangeError: too far"),
+        ("const a = 1; return a + missing", "ReferenceError: missing is not defined"),
+    ],
+)
+def test_what_javascript_throws(page: str, expression: str, text: str) -> None:
+    with pytest.raises(JavaScriptError) as caught:
+        js(expression)
+    assert str(caught.value).splitlines()[0] == text
+    assert serves()
+
+
+@pytest.mark.parametrize("expression", ["a b", "(", "await (", "return ("])
+def test_what_is_not_javascript(page: str, expression: str) -> None:
+    with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
+        js(expression)
+    assert serves()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "JSON.parse('<')",
+        "await new Promise(() => JSON.parse('<'))",
+        ("eval('return 1')"),
+        ("new Function('await 1')"),
+    ],
+)
+def test_code_with_a_syntax_error_of_its_own_runs_once(page: str, statement: str) -> None:
+    js("window.runs = 0")
+    with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
+        js(f"window.runs += 1; {statement}")
+    assert js("runs") == 1
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "window",
+        "await window",
+        "(async () => { await 1; return window })()",
+        "Symbol('a')",
+        "await Symbol('a')",
+        "({a: 1n})",
+        "const a = {}; a.a = a; a",
+    ],
+)
+def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
+    with pytest.raises(CDPError, match=r"Runtime\.\w+: Object "):
+        js(expression)
+    assert serves()
+
+
+@pytest.mark.parametrize(
+    "expression", ["for (;;);", "await null; for (;;);", "(async () => { await null; for (;;); })()", "new Promise(() => {})"]
+)
+def test_code_that_never_ends(page: str, expression: str) -> None:
+    with pytest.raises(BrowserTimeout, match=r"Runtime\.evaluate"):
+        js(expression, timeout=1)
+    assert serves()

@@ -1,0 +1,562 @@
+"""The helpers with dialogs, frames, pictures, tabs and events of a real browser, and with what goes wrong there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness_ipc import Client, connect_daemon
+from harness_ipc.browser import daemon_name, helpers
+from harness_ipc.browser.helpers import (
+    BrowserTimeout,
+    CDPError,
+    DialogOpen,
+    JavaScriptError,
+    TabClosed,
+    capture_screenshot,
+    cdp,
+    click_at_xy,
+    close_tab,
+    current_tab,
+    drain_events,
+    ensure_real_tab,
+    goto_url,
+    handle_dialog,
+    iframe_target,
+    js,
+    list_tabs,
+    new_tab,
+    page_info,
+    press_key,
+    scroll,
+    switch_tab,
+    type_text,
+    wait_for_load,
+)
+from tests.browser.site import Site, visit
+from tests.marks import needs_chromium, needs_posix
+from tests.processes import PATIENCE, run_python, wait_until
+
+pytestmark = needs_chromium
+
+# Places in the pages: the buttons of /dialog, the field of /leave and of /keys.
+CONFIRM, PROMPT, ALERT, FIELD = (50, 25), (50, 85), (50, 145), (100, 20)
+
+
+def serves() -> bool:
+    return bool(js("6 * 7", timeout=PATIENCE) == 42)
+
+
+# Dialogs.
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "message", "answer", "title"),
+    [
+        (CONFIRM, "confirm", "Sure?", {}, "said true"),
+        (CONFIRM, "confirm", "Sure?", {"accept": False}, "said false"),
+        (PROMPT, "prompt", "Who?", {"text": "Zoë 🎈"}, "Zoë 🎈"),
+        (PROMPT, "prompt", "Who?", {}, "me"),
+        (PROMPT, "prompt", "Who?", {"accept": False}, "null"),
+        (ALERT, "alert", "Look", {}, "Asks"),
+    ],
+)
+def test_a_click_that_opens_a_dialog(
+    page: str, site: Site, place: tuple[int, int], kind: str, message: str, answer: dict[str, Any], title: str
+) -> None:
+    visit(f"{site.url}/dialog")
+    click_at_xy(*place)
+    dialog = page_info()["dialog"]
+    assert (dialog["type"], dialog["message"]) == (kind, message)
+    handle_dialog(**answer)
+    assert page_info()["title"] == title
+
+
+def test_a_key_that_opens_a_dialog(page: str, site: Site) -> None:
+    visit(f"{site.url}/dialog")
+    js("document.querySelector('button').focus()")
+    press_key("Enter")
+    assert page_info()["dialog"]["message"] == "Sure?"
+    handle_dialog()
+    assert page_info()["title"] == "said true"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: js("document.title = 'it ran'"),
+        lambda: type_text("x"),
+        lambda: press_key("x"),
+        lambda: click_at_xy(*PROMPT),
+        lambda: scroll(*PROMPT),
+        lambda: capture_screenshot(),
+        lambda: wait_for_load(PATIENCE),
+    ],
+    ids=["js", "type_text", "press_key", "click_at_xy", "scroll", "capture_screenshot", "wait_for_load"],
+)
+def test_nothing_runs_under_a_dialog(page: str, site: Site, act: Callable[[], object]) -> None:
+    visit(f"{site.url}/dialog")
+    click_at_xy(*ALERT)
+    with pytest.raises(DialogOpen, match="alert: 'Look'") as caught:
+        act()
+    assert caught.value.dialog["message"] == "Look"
+    assert caught.value.details["ran"] is False
+    handle_dialog()
+    assert page_info()["title"] == "Asks"
+
+
+def test_javascript_that_opens_a_dialog_has_run(page: str) -> None:
+    with pytest.raises(DialogOpen, match="alert: '1'") as caught:
+        js("alert(1)")
+    assert caught.value.dialog["type"] == "alert"
+    assert caught.value.details["ran"] is True
+    handle_dialog()
+    with pytest.raises(DialogOpen):
+        js("window.said = confirm('Sure?')")
+    handle_dialog()
+    assert js("said") is True
+
+
+def test_a_dialog_that_comes_before_the_click(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    js("document.body.onmousemove = () => alert('before')")
+    with pytest.raises(DialogOpen, match="alert: 'before'") as caught:
+        click_at_xy(*FIELD)
+    assert caught.value.details["ran"] is False
+    handle_dialog()
+    assert js("clicks") == []
+
+
+def test_leaving_a_page_that_asks_first(page: str, site: Site) -> None:
+    visit(f"{site.url}/leave")
+    # Chrome asks only whoever has touched the page.
+    click_at_xy(*FIELD)
+    press_key("x")
+    with pytest.raises(DialogOpen, match="beforeunload"):
+        goto_url(f"{site.url}/")
+    assert page_info()["dialog"]["type"] == "beforeunload"
+    handle_dialog(accept=False)
+    assert page_info()["title"] == "Leave"
+    with pytest.raises(DialogOpen, match="beforeunload"):
+        goto_url(f"{site.url}/")
+    handle_dialog()
+    wait_until(lambda: page_info()["title"] == "Home")
+
+
+def test_a_dialog_that_there_is_not(page: str) -> None:
+    with pytest.raises(CDPError, match="No dialog is showing"):
+        handle_dialog()
+    assert serves()
+
+
+# Frames.
+
+
+def test_an_iframe_of_the_same_site_is_reached_from_the_page(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    assert js("document.getElementById('near').contentDocument.getElementById('here').textContent") == "inside"
+    assert iframe_target("inner?near") is None
+
+
+def test_an_iframe_of_another_site_is_a_target(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    frame = iframe_target("inner?far")
+    assert frame is not None
+    here = "[location.href, document.getElementById('here').textContent]"
+    assert js(here, frame) == [f"{site.other_url}/inner?far", "inside"]
+    with pytest.raises(JavaScriptError, match="Error: in the frame"):
+        js("throw new Error('in the frame')", target_id=frame)
+    with pytest.raises(BrowserTimeout):
+        js("for (;;);", target_id=frame, timeout=1)
+    with pytest.raises(CDPError, match="No target with given id"):
+        js("1", target_id="nowhere")
+    assert js("6 * 7", target_id=frame) == 42
+    assert js("location.href") == f"{site.url}/frames"
+
+
+def test_an_iframe_that_opens_a_dialog(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    frame = iframe_target("inner?far")
+    try:
+        with pytest.raises(DialogOpen, match="alert: 'in the frame'"):
+            js("alert('in the frame')", target_id=frame, timeout=5)
+        assert page_info()["dialog"]["message"] == "in the frame"
+    finally:
+        handle_dialog()
+    assert js("6 * 7", target_id=frame) == 42
+
+
+def test_closing_a_tab_whose_iframe_holds_it(page: str, site: Site) -> None:
+    new_tab(f"{site.url}/frames")
+    assert wait_for_load(PATIENCE)
+    js("setTimeout(() => alert('in the frame'))", target_id=iframe_target("inner?far"))
+    wait_until(lambda: "dialog" in page_info())
+    close_tab()
+    assert page in {tab["targetId"] for tab in list_tabs()}
+    assert serves()
+
+
+def test_an_iframe_that_goes_away_meanwhile(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    js("addEventListener('message', () => document.getElementById('far').remove())")
+    with pytest.raises(CDPError, match="this may have run"):
+        js("parent.postMessage('enough', '*'); new Promise(() => {})", target_id=iframe_target("inner?far"))
+    assert iframe_target("inner?far") is None
+    assert serves()
+
+
+def test_an_iframe_is_one_of_this_page(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    assert iframe_target("inner?far") is not None
+    new_tab(f"{site.url}/inner")
+    assert iframe_target("inner?far") is None
+
+
+# Pictures, and large answers.
+
+
+def size(png: bytes) -> tuple[int, int]:
+    """Return width and height, as the header of the PNG has them."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def set_viewport() -> None:
+    cdp("Emulation.setDeviceMetricsOverride", width=800, height=600, deviceScaleFactor=1, mobile=False)
+
+
+def test_a_screenshot_is_a_png_of_the_viewport_or_the_page(page: str, site: Site) -> None:
+    set_viewport()
+    visit(f"{site.url}/form")
+    js("scrollTo(0, 500)")
+    assert size(capture_screenshot()) == (800, 600)
+    height = js("document.documentElement.scrollHeight")
+    assert height >= 3000
+    assert size(capture_screenshot(full=True))[1] == height
+    assert js("scrollY") == 500
+
+
+def test_a_screenshot_to_a_file(page: str, tmp_path: Path) -> None:
+    set_viewport()
+    path = tmp_path / "shot.png"
+    path.write_text("an older one")
+    assert capture_screenshot(path) == path
+    assert size(path.read_bytes()) == (800, 600)
+    assert capture_screenshot(str(path), full=True) == str(path)
+    assert os.listdir(tmp_path) == ["shot.png"]
+
+
+@needs_posix
+def test_a_screenshot_to_a_file_with_a_long_name(page: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".png")
+    capture_screenshot(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("place", ["taken", "nowhere/shot.png"])
+def test_a_screenshot_that_can_not_be_written(page: str, tmp_path: Path, place: str) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - of whatever kind
+        capture_screenshot(tmp_path / place)
+    assert caught.value.filename == str(tmp_path / place)
+    assert os.listdir(tmp_path) == ["taken"]
+    assert os.listdir(tmp_path / "taken") == []
+    assert serves()
+
+
+def test_a_screenshot_of_20_megabytes(page: str, site: Site) -> None:
+    set_viewport()
+    visit(f"{site.url}/noise")
+    picture = capture_screenshot(full=True, timeout=PATIENCE)
+    assert len(picture) > 20 * 1024 * 1024
+    assert min(size(picture)) >= 2800
+    assert serves()
+
+
+def test_a_page_of_100_000_nodes(page: str, site: Site) -> None:
+    visit(f"{site.url}/many")
+    left = [cdp("DOM.getDocument", depth=-1, timeout=PATIENCE)["root"]]
+    count = 0
+    while left:
+        count += 1
+        left += left.pop().get("children", ())
+    assert count > 100_000
+    assert serves()
+
+
+# Tabs.
+
+
+def ids(**options: bool) -> set[str]:
+    return {tab["targetId"] for tab in list_tabs(**options)}
+
+
+@contextlib.contextmanager
+def another_process() -> Iterator[Client]:
+    with connect_daemon(daemon_name(), request_timeout=PATIENCE) as client:
+        yield client
+
+
+def test_a_new_tab_is_where_the_process_goes_on(page: str, site: Site) -> None:
+    visit(f"{site.url}/")
+    tab = new_tab(f"{site.url}/form")
+    assert wait_for_load(PATIENCE)
+    assert js("document.title") == "A form"
+    assert current_tab() == {"targetId": tab, "url": f"{site.url}/form", "title": "A form"}
+    listed = {entry["targetId"]: entry for entry in list_tabs()}
+    assert listed[page] == {"targetId": page, "url": f"{site.url}/", "title": "Home"}
+    assert listed[tab] == current_tab()
+
+
+def test_a_new_tab_of_a_page_that_can_not_be_had(page: str, site: Site) -> None:
+    with pytest.raises(CDPError, match="can't be loaded"):
+        new_tab("http://nowhere.invalid/")
+    visit(f"{site.url}/")
+    assert page_info()["title"] == "Home"
+
+
+@pytest.mark.parametrize("form", [lambda tab: tab["targetId"], lambda tab: tab], ids=["id", "entry"])
+def test_switching_to_a_tab(page: str, site: Site, form: Callable[[dict[str, str]], str | dict[str, str]]) -> None:
+    visit(f"{site.url}/form")
+    tab = current_tab()
+    new_tab()
+    session = switch_tab(form(tab))
+    assert js("document.title") == "A form"
+    new_tab()
+    # Its session can be named from elsewhere.
+    assert cdp("Runtime.evaluate", session, expression="document.title")["result"]["value"] == "A form"
+    assert js("location.href") == "about:blank"
+
+
+def test_a_process_that_starts_later_begins_in_the_last_tab(page: str) -> None:
+    new_tab()
+    switch_tab(page)
+    helpers.disconnect()
+    assert current_tab()["targetId"] == page
+
+
+def test_a_process_stays_in_its_tab(page: str) -> None:
+    with another_process() as other:
+        mine = new_tab()
+        assert other.request({"meta": "set_session", "target_id": page})["target_id"] == page
+        assert current_tab()["targetId"] == mine
+
+
+def test_switching_to_a_tab_that_there_is_not(page: str) -> None:
+    with pytest.raises(TabClosed, match="there is no tab nonsense"):
+        switch_tab("nonsense")
+    assert current_tab()["targetId"] == page
+    assert serves()
+
+
+def test_closing_the_tab_one_is_in(page: str) -> None:
+    tab = new_tab()
+    close_tab()
+    assert tab not in ids()
+    assert current_tab()["targetId"] in ids()
+    assert serves()
+
+
+def test_closing_the_tab_one_is_in_by_its_name(page: str) -> None:
+    tab = new_tab()
+    close_tab(tab)
+    assert tab not in ids()
+    assert serves()
+
+
+def test_closing_another_tab(page: str) -> None:
+    tab = new_tab()
+    close_tab(page)
+    assert page not in ids()
+    assert current_tab()["targetId"] == tab
+    assert serves()
+
+
+def test_closing_a_tab_that_there_is_not(page: str) -> None:
+    before = ids()
+    with pytest.raises(CDPError, match="No target with given id"):
+        close_tab("nonsense")
+    assert ids() == before
+    assert serves()
+
+
+def test_a_tab_that_is_closed_under_the_process(page: str, site: Site) -> None:
+    new_tab(f"{site.url}/")
+    switch_tab(page)
+    with another_process() as other:
+        other.call("Target.closeTarget", targetId=page)
+    with pytest.raises(TabClosed, match="nothing was done"):
+        js("window.ran = true; document.title")
+    assert js("[window.ran, document.title]") == [None, "Home"]
+
+
+def test_a_tab_that_is_closed_in_the_middle(page: str) -> None:
+    def run() -> None:
+        with another_process() as other:
+            wait_until(lambda: current_title(other) == "in the middle")
+            other.call("Target.closeTarget", targetId=page)
+
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(run)
+        with pytest.raises(CDPError, match="may have run"):
+            js("document.title = 'in the middle'; new Promise(() => {})", timeout=PATIENCE)
+        closed.result()
+    with pytest.raises(TabClosed):
+        js("1")
+    assert serves()
+
+
+def current_title(other: Client) -> str:
+    return str(other.request({"meta": "current_tab"})["title"])
+
+
+def test_a_page_of_the_browser_is_left_for_a_real_one(page: str, site: Site) -> None:
+    goto_url("chrome://version")
+    assert ensure_real_tab() is None
+    assert current_tab()["targetId"] == page
+    assert page in ids()
+    assert page not in ids(include_chrome=False)
+    new_tab(f"{site.url}/")
+    assert wait_for_load(PATIENCE)
+    real = current_tab()
+    assert ensure_real_tab() == real
+    switch_tab(page)
+    assert ensure_real_tab() == real
+    assert current_tab() == real
+    assert js("document.title") == "Home"
+
+
+def test_a_tab_has_an_address_at_any_time(page: str, site: Site) -> None:
+    # Each time, it takes a moment.
+    for number in range(20):
+        goto_url(f"{site.url}/?{number}")
+        assert current_tab()["url"] == f"{site.url}/?{number}"
+
+
+# Events.
+
+
+def logged(events: list[dict[str, Any]]) -> list[Any]:
+    return [event["params"]["args"][0]["value"] for event in events if event["method"] == "Runtime.consoleAPICalled"]
+
+
+def test_events_are_those_of_the_tab(page: str) -> None:
+    js("console.log('in the other')")
+    session = switch_tab(new_tab())
+    js("console.log('one'); console.log('two')")
+    events = drain_events()
+    assert logged(events) == ["one", "two"]
+    assert {event["session_id"] for event in events} == {session}
+    assert logged(drain_events()) == []
+    switch_tab(page)
+    assert logged(drain_events()) == ["in the other"]
+
+
+def test_the_last_500_events_are_kept(page: str) -> None:
+    js("for (let number = 0; number < 700; number++) console.log(number)")
+    events = drain_events()
+    assert len(events) == 500
+    numbers = logged(events)
+    assert numbers == list(range(700 - len(numbers), 700))
+    # The page may have had others to tell.
+    wait_until(lambda: drain_events() == [])
+
+
+def test_the_first_events_of_a_process_are_those_of_its_tab(page: str) -> None:
+    js("console.log('in the other')")
+    session = switch_tab(new_tab())
+    helpers.disconnect()
+    assert {event["session_id"] for event in drain_events()} == {session}
+    switch_tab(page)
+    assert logged(drain_events()) == ["in the other"]
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code"),
+    [
+        ("No.such", {}, -32601),
+        ("Target.noSuch", {}, -32601),
+        ("Page.navigate", {"url": 5}, -32602),
+        ("Page.navigate", {}, -32602),
+        ("", {}, -32600),
+    ],
+)
+def test_what_the_browser_does_not_take(page: str, method: str, params: dict[str, Any], code: int) -> None:
+    with pytest.raises(CDPError) as caught:
+        cdp(method, **params)
+    assert caught.value.code == code
+    assert serves()
+
+
+def test_a_session_that_there_is_not(page: str) -> None:
+    with pytest.raises(TabClosed):
+        cdp("Runtime.evaluate", "nonsense", expression="1")
+    # It was not the process's own.
+    assert current_tab()["targetId"] == page
+    assert serves()
+
+
+def crash() -> None:
+    with pytest.raises(CDPError, match="crashed"):
+        cdp("Page.crash", timeout=PATIENCE)
+
+
+def test_a_page_that_has_crashed(page: str, site: Site) -> None:
+    visit(f"{site.url}/form")
+    crash()
+    for act in (page_info, capture_screenshot, lambda: js("1"), lambda: press_key("x"), lambda: click_at_xy(1, 1)):
+        # Without the daemon's word, each would take all of its timeout.
+        with pytest.raises(CDPError, match="the page has crashed: load it again with goto_url"):
+            act()
+    visit(f"{site.url}/form")
+    assert page_info()["title"] == "A form"
+
+
+def test_waiting_for_a_page_that_has_crashed(page: str, site: Site) -> None:
+    visit(f"{site.url}/form")
+    crash()
+    with pytest.raises(CDPError, match="crashed"):
+        wait_for_load(2)
+    visit(f"{site.url}/form")
+    assert page_info()["title"] == "A form"
+
+
+# Processes.
+
+FORKS = """
+import os
+from harness_ipc.browser import helpers
+from harness_ipc.browser.helpers import js
+
+connection = helpers.connect()
+assert js("6 * 7") == 42
+child = os.fork()
+# Each has its own answers, though both ask at once.
+name = "parent" if child else "child"
+same = all(js(f"'{name} {number}'") == f"{name} {number}" for number in range(200))
+own = helpers.connect() is not connection
+if not child:
+    os._exit(0 if same and own else 1)
+_, status = os.waitpid(child, 0)
+assert (same, own, status) == (True, False, 0), (same, own, status)
+helpers.disconnect()
+"""
+
+
+@needs_posix
+def test_a_process_that_forks(page: str) -> None:
+    run = run_python("-c", FORKS)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert serves()
