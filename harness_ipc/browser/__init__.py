@@ -18,6 +18,11 @@ NAME = "BU_NAME"
 # Whose daemon it is, in its record: not every daemon of a name is one of ours.
 APP_VERSION = f"harness-browser {__version__}"
 
+# Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
+MAX_MESSAGE = 256 * 1024 * 1024
+# What belongs to the browser or to a tool, and is no page that anybody came for.
+INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
+
 
 def daemon_name() -> str:
     """Return the name of this process's browser daemon: what the variable `BU_NAME` says, else ``browser``."""

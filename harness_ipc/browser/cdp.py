@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from . import MAX_MESSAGE
 from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     OnEvent = Callable[[str, dict[str, Any], str | None], None]
 
-# Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
-MAX_MESSAGE = 256 * 1024 * 1024
 # Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
 CALL_TIMEOUT = 60.0
 # Seconds for the connection. A browser whose user has to click Allow keeps it waiting.

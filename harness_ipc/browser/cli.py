@@ -135,7 +135,13 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             raise
         _leave_out_our_frames(error)
-        sys.excepthook(type(error), error, error.__traceback__)
+        if sys.excepthook is sys.__excepthook__ and not place:
+            import traceback
+
+            # The interpreter's own hook quotes files only.
+            traceback.print_exception(error)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, chrome, daemon_name
-from .cdp import CALL_TIMEOUT, MAX_MESSAGE, SESSION_NOT_FOUND, Connection
+from . import APP_VERSION, INTERNAL, MAX_MESSAGE, chrome, daemon_name
+from .cdp import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .errors import BrowserError, BrowserLost, BrowserNotFound, BrowserTimeout, CDPError, DialogOpen, TabClosed
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ _WHERE_TIMEOUT = 1.0
 _CLOSE_TIMEOUT = 5.0
 # Seconds that the browser has to say that it is well: a status waits two.
 _HEALTH_TIMEOUT = 1.5
-# What belongs to the browser or to a tool, and is no page that anybody came for.
-_INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 _BLANK = "about:blank"
 # Chrome leaves these unanswered while a dialog holds the page, and once it has crashed (tried on Chromium 156).
 _NEEDS_PAGE = ("Accessibility.", "CSS.", "DOM.", "DOMSnapshot.", "Input.", "Runtime.")
@@ -247,7 +245,7 @@ class BrowserApp:
     async def _attach_a_page(self) -> str:
         """Make a session of a real page the default: of an empty one, or of a new one, if there is no other."""
         pages = [info for info in await self._targets() if info["type"] == "page"]
-        real = [info for info in pages if not info["url"].startswith(_INTERNAL)]
+        real = [info for info in pages if not info["url"].startswith(INTERNAL)]
         blank = [info for info in pages if info["url"] == _BLANK]
         if chosen := [*real, *blank][:1]:
             target = chosen[0]["targetId"]

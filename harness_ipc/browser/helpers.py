@@ -14,7 +14,7 @@ import time
 
 from harness_ipc import Client, ConnectionLost, DaemonNotRunning, connect_daemon
 
-from . import check_extra, daemon_name, is_ours, not_ours
+from . import INTERNAL, MAX_MESSAGE, check_extra, daemon_name, is_ours, not_ours
 from .errors import (
     BrowserError,
     BrowserLost,
@@ -73,13 +73,9 @@ START_TIMEOUT = 60.0
 _GRACE = 2.0
 # Seconds that are no limit; infinity is not JSON.
 _FOREVER = 1e9
-# Bytes: what a browser sends at most (see `cdp`).
-_MAX_MESSAGE = 256 * 1024 * 1024
-
 # Codes of JSON-RPC: what Chrome says of a document that has gone, and of code that ran for longer than it was given.
 _SERVER_ERROR = -32000
 _INTERNAL_ERROR = -32603
-_INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 # The bits of CDP's `modifiers`.
 _ALT, _CONTROL, _META, _SHIFT = 1, 2, 4, 8
 # Key to (windowsVirtualKeyCode, text that it types). The code of each is its name.
@@ -129,11 +125,11 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
             return _client
         name = daemon_name()
         try:
-            client = connect_daemon(name, max_message=_MAX_MESSAGE)
+            client = connect_daemon(name, max_message=MAX_MESSAGE)
         except (DaemonNotRunning, ConnectionLost):
             # Lost, if one is just dying: nothing was sent yet.
             start_daemon(name, timeout=timeout)
-            client = connect_daemon(name, max_message=_MAX_MESSAGE)
+            client = connect_daemon(name, max_message=MAX_MESSAGE)
         if not is_ours(client.app_version):
             client.close()
             raise not_ours(name)
@@ -473,7 +469,7 @@ def list_tabs(include_chrome: bool = True, *, timeout: float = TIMEOUT) -> list[
     return [
         {"targetId": info["targetId"], "title": info.get("title", ""), "url": info.get("url", "")}
         for info in cdp("Target.getTargets", timeout=timeout)["targetInfos"]
-        if info["type"] == "page" and (include_chrome or not info.get("url", "").startswith(_INTERNAL))
+        if info["type"] == "page" and (include_chrome or not info.get("url", "").startswith(INTERNAL))
     ]
 
 
@@ -519,7 +515,7 @@ def close_tab(target: str | dict[str, str] | None = None, *, timeout: float = TI
 def ensure_real_tab(*, timeout: float = TIMEOUT) -> dict[str, str] | None:
     """Leave a page that is the browser's own for another, if there is one; return the tab, or None."""
     tab = current_tab(timeout=timeout)
-    if not tab["url"].startswith(_INTERNAL):
+    if not tab["url"].startswith(INTERNAL):
         return tab
     tabs = list_tabs(include_chrome=False, timeout=timeout)
     if not tabs:
