@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import threading
 from math import ceil, inf
 from multiprocessing import connection
 
@@ -181,7 +182,26 @@ if sys.platform == "win32":
             layout = struct.Struct("IPi0P")
             self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, descriptor.value, 0))
             self._security = ctypes.addressof(self._attributes)
+            self._in_turn = threading.Lock()
             super().__init__(address)
+
+        def accept(self) -> int:
+            """Return the handle of the next connection; several threads may call this at once."""
+            # Instances wait in a queue until a thread waits on them, and a client gets the oldest free one: it must be one that
+            # a thread waits on. So they have to stand in the queue in the order in which they were made.
+            with self._in_turn:
+                self._handle_queue.append(self._new_handle())
+                handle: int = self._handle_queue.pop(0)
+            try:
+                overlapped = _winapi.ConnectNamedPipe(handle, overlapped=True)
+                _winapi.WaitForMultipleObjects([overlapped.event], False, _winapi.INFINITE)
+                overlapped.GetOverlappedResult(True)
+            except OSError as error:
+                # A client has connected, written and gone already: what it wrote can be read.
+                if error.winerror != _winapi.ERROR_NO_DATA:
+                    _winapi.CloseHandle(handle)
+                    raise
+            return handle
 
         def _new_handle(self, first: bool = False) -> int:
             return _winapi.CreateNamedPipe(
@@ -213,9 +233,7 @@ if sys.platform == "win32":
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`."""
-            accepted = self._listener.accept()
-            # A PipeConnection can't give its handle away, and closes it when it is collected.
-            handle, accepted._handle = accepted._handle, None
+            handle = self._listener.accept()
             return Connection(handle, PeerCredentials(self._client_pid(handle), None))
 
         def wake(self) -> None:

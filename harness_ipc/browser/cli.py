@@ -37,9 +37,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.code == []:
-        parser.error("argument -c: expected a program")
+    own, words = _split(sys.argv[1:] if arguments is None else list(arguments))
+    options = parser.parse_args(own)
+    options.arguments += words
     if (options.doctor or options.reload) and options.file is not None:
         parser.error(f"argument FILE: there is nothing to run with {'--doctor' if options.doctor else '--reload'}")
     if options.json and not options.doctor:
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "daemon or its browser could not be had; else what the program exits with",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help="run this program; what follows is its")
+    what.add_argument("-c", dest="code", metavar="CODE", help="run this program; what follows is its own")
     what.add_argument("--doctor", action="store_true", help="say how the browser and its daemon are, and what to do")
     what.add_argument("--reload", action="store_true", help="end the daemon and its own browser: the next run starts anew")
     parser.add_argument("--json", action="store_true", help="print doctor's findings as JSON")
@@ -95,11 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return what is for this command, and the words behind -c CODE, which are the program's own whatever they look like."""
+    for place, word in enumerate(arguments):
+        if place and arguments[place - 1] == "--name":
+            continue
+        if word.startswith("-c"):
+            end = place + (2 if word == "-c" else 1)
+            return arguments[:end], arguments[end:]
+        if not word.startswith("-") or word in ("-", "--"):
+            break
+    return arguments, []
+
+
 def _run(options: argparse.Namespace) -> int:
     """Run the user's program in the place of `__main__`, as Python itself would."""
     place = ""
     if options.code is not None:
-        name, source, argv = "<string>", options.code[0].encode("utf-8", "surrogateescape"), ["-c", *options.code[1:]]
+        name, source, argv = "<string>", options.code.encode("utf-8", "surrogateescape"), ["-c", *options.arguments]
     elif options.file in (None, "-"):
         if sys.stdin is None or (options.file is None and sys.stdin.isatty()):
             _tell("nothing to run: give -c CODE, a file, or a program on standard input; --help says more")
