@@ -7,6 +7,7 @@ and says "ready", or why not. If the child dies first, the pipe's end says so: n
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -132,6 +133,9 @@ def reporting() -> Iterator[Report]:
     report = Report(None, None)
     with contextlib.suppress(ValueError, OSError):
         report = Report(_inherited(int(number)), detached)
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            # It goes into the log, which is in UTF-8 whatever the system's code page is.
+            sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         yield report
     except Exception as error:

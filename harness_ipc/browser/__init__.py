@@ -2,8 +2,8 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds or starts it, `cdp` speaks
-to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an
+`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `own` starts one, `cdp`
+speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an
 application of the public API of `harness_ipc`, as anybody could write one.
 """
 
@@ -15,6 +15,7 @@ import sys
 from harness_ipc import IncompatibleDaemon, StartFailed, __version__
 
 NAME = "BU_NAME"
+WEBSOCKET = "BU_CDP_WS"
 # Whose daemon it is, in its record: not every daemon of a name is one of ours.
 APP_VERSION = f"harness-browser {__version__}"
 

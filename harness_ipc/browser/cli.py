@@ -225,7 +225,7 @@ def _reload() -> int:
     from harness_ipc import daemon_status, stop_daemon
 
     check_extra()
-    from .chrome import OwnBrowser
+    from .own import OwnBrowser
 
     name = daemon_name()
     status = daemon_status(name)

@@ -78,29 +78,29 @@ def examine(name: str) -> Iterator[Finding]:
 
 def _own_browser() -> Iterator[Finding]:
     """Say what would be started."""
-    from . import chrome
+    from . import own
 
     topic = "own browser"
-    binary = chrome.find_binary()
+    binary = own.find_binary()
     if binary is None:
-        demanded = os.environ.get(chrome.BINARY)
-        text = f"{chrome.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        demanded = os.environ.get(own.BINARY)
+        text = f"{own.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
-    text = f"{binary}, {'in a window' if chrome.has_display() else 'headless, since there is no display'}"
-    if chrome.is_root():
+    text = f"{binary}, {'in a window' if own.has_display() else 'headless, since there is no display'}"
+    if own.is_root():
         text += ", without its sandbox (--no-sandbox), since you are root"
     yield Finding("ok", topic, text)
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import chrome
+    from . import chrome, own
 
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
-    own = chrome.OwnBrowser(name)
-    taken = own.taken()
-    pid = None if taken is not None else own.pid()
+    profile = own.OwnBrowser(name)
+    taken = profile.taken()
+    pid = None if taken is not None else profile.pid()
     if pid is not None:
         text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
         yield Finding("warning", "browser", text, _reload(name))
@@ -108,7 +108,7 @@ def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
         if source.own is not None:
             if taken is not None:
                 yield Finding("failure", "browser", taken)
-            elif pid is None and chrome.find_binary() is None:
+            elif pid is None and own.find_binary() is None:
                 yield Finding(
                     "failure", "browser", "there is none: install Chrome or Chromium, or start one with its DevTools open"
                 )

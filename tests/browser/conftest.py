@@ -52,6 +52,19 @@ def processes_of(base: Path) -> list[psutil.Process]:
     return found
 
 
+def main_processes(base: Path) -> dict[int, list[str]]:
+    """Return the command lines of these processes, but for those that a browser has for itself."""
+    found = {}
+    for process in processes_of(base):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = process.cmdline()
+            ancestors = [word for parent in process.parents() for word in parent.cmdline()]
+            # The second is one that keeps watch over crashes, which is nobody's child.
+            if not any(word.startswith("--user-data-dir=") for word in ancestors) and "--monitor-self" not in line:
+                found[process.pid] = line
+    return found
+
+
 # As `harness-browser` is run, warnings as errors.
 COMMAND = [sys.executable, "-W", "error", "-m", "harness_ipc.browser.cli"]
 
@@ -86,7 +99,7 @@ def suspended(pid: int) -> Iterator[None]:
 
 def end_all(base: Path) -> None:
     """Stop the daemon, and fail if anything of it or of its browser is left."""
-    from harness_ipc.browser.chrome import OwnBrowser
+    from harness_ipc.browser.own import OwnBrowser
 
     helpers.disconnect()
     if (base / "run").is_dir():
