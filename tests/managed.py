@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ntpath
 import os
 import sys
 import time
@@ -100,14 +101,22 @@ def started(base: Path) -> list[int]:
 
 
 def live_processes() -> list[psutil.Process]:
-    """Return the processes other than this one that were started with this test's own runtime directory."""
-    found = []
+    """Return the processes other than this one that were started with this test's own runtime directory.
+
+    On Windows without those that only attend to another: its console, and the redirector that a venv's python.exe is, which
+    starts the interpreter with the same arguments and waits for it.
+    """
+    found: dict[int, tuple[psutil.Process, list[str], int]] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             here = process.environ().get("HARNESS_IPC_RUNTIME_DIR") == os.environ["HARNESS_IPC_RUNTIME_DIR"]
             if here and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                found[process.pid] = process, process.cmdline(), process.ppid()
+    if sys.platform == "win32":
+        consoles = {pid for pid, (_, words, _) in found.items() if ntpath.basename(words[0]).lower() == "conhost.exe"}
+        redirectors = {parent for _, words, parent in found.values() if parent in found and found[parent][1][1:] == words[1:]}
+        return [process for pid, (process, _, _) in found.items() if pid not in consoles | redirectors]
+    return [process for process, _, _ in found.values()]
 
 
 def assert_one_daemon(name: str = "test") -> None:

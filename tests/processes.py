@@ -95,10 +95,7 @@ class DaemonProcess:
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
         self.process = process
         self.name = name
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+        self.pid = process.pid
 
     def read_line(self) -> str:
         assert self.process.stdout is not None
@@ -127,6 +124,9 @@ def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
         daemon.name = name
         line = daemon.read_line()
         assert line == "ready", f"the daemon said {line!r}"
+        if sys.platform == "win32":
+            # A venv's python.exe starts the real one, and waits for it.
+            daemon.pid = endpoint.load(name).pid
         yield daemon
 
 
@@ -155,6 +155,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         encoding="utf-8",
+        # On Windows it may speak in the system's code page.
+        errors="backslashreplace",
         timeout=PATIENCE,
     )
 
@@ -166,13 +168,23 @@ def runtime_files(ending: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def stopped(daemon: DaemonProcess) -> Iterator[None]:
-    """Stop the process with SIGSTOP, and wait until it has stopped; continue it at the end."""
-    daemon.signal(signal.SIGSTOP)
-    os.waitpid(daemon.pid, os.WUNTRACED)
-    try:
-        yield
-    finally:
-        daemon.signal(signal.SIGCONT)
+    """Stop the process, as SIGSTOP does, and wait until it has stopped; continue it at the end."""
+    if sys.platform == "win32":
+        import psutil
+
+        process = psutil.Process(daemon.pid)
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
+    else:
+        daemon.signal(signal.SIGSTOP)
+        os.waitpid(daemon.pid, os.WUNTRACED)
+        try:
+            yield
+        finally:
+            daemon.signal(signal.SIGCONT)
 
 
 def dial_daemon(name: str) -> transport.Connection:

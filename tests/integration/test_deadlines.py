@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 TIMEOUT = 0.2
 # Seconds by which a loaded machine may be late.
 MARGIN = 5.0
+# Seconds between two ticks of Windows' clock, which time.monotonic() reads up to 3.12.
+TICK = 0.016
 ECHO = {"method": "echo", "params": {}}
 
 
@@ -48,7 +50,7 @@ ECHO = {"method": "echo", "params": {}}
 def takes(seconds: float) -> Iterator[None]:
     begin = time.monotonic()
     yield
-    assert seconds <= time.monotonic() - begin < seconds + MARGIN
+    assert seconds - TICK <= time.monotonic() - begin < seconds + MARGIN
 
 
 @contextlib.contextmanager
@@ -77,14 +79,12 @@ CALLS: dict[str, Callable[[], object]] = {
 }
 
 
-@needs_posix
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_stopped_daemon_is_a_timeout_for_a_new_connection(daemon: DaemonProcess, call: Callable[[], object]) -> None:
     with stopped(daemon), times_out():
         call()
 
 
-@needs_posix
 def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
     with stopped(daemon):
         with takes(TIMEOUT):
@@ -94,7 +94,6 @@ def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
     assert ping("late", timeout=PATIENCE)
 
 
-@needs_posix
 @pytest.mark.parametrize("text", ["", "x" * 40_000_000], ids=["short", "long"])
 @pytest.mark.parametrize("used", [True, False])
 def test_a_kept_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess, text: str, used: bool) -> None:
@@ -109,7 +108,6 @@ def test_a_kept_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonPro
             assert client.call("echo", n=n, timeout=PATIENCE) == {"n": n}
 
 
-@needs_posix
 def test_a_kept_async_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess) -> None:
     async def main() -> None:
         async with await aconnect_daemon("late") as client:

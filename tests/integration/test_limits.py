@@ -21,7 +21,7 @@ from harness_ipc import (
     log_path,
     ping,
     request,
-    runtime_path,
+    runtime_dir,
     transport,
 )
 from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
@@ -44,15 +44,12 @@ def daemon() -> Iterator[DaemonProcess]:
 
 @contextlib.contextmanager
 def one_connection() -> Iterator[Client]:
-    """Yield a connected client that can't connect again, because the record is elsewhere meanwhile, and works to the end."""
-    with connect_daemon("limits", request_timeout=PATIENCE) as client:
-        record, aside = runtime_path("limits", "json"), runtime_path("limits", "aside")
-        record.rename(aside)
-        try:
-            yield client
-            assert client.call("echo", after="all") == {"after": "all"}
-        finally:
-            aside.rename(record)
+    """Yield a connected client that can't connect again, because it looks for the record elsewhere, and works to the end."""
+    with connect_daemon("limits", request_timeout=PATIENCE) as client, pytest.MonkeyPatch.context() as patched:
+        # Not the record itself: a daemon that nobody can find any more ends.
+        patched.setenv("HARNESS_IPC_RUNTIME_DIR", f"{runtime_dir()}-elsewhere")
+        yield client
+        assert client.call("echo", after="all") == {"after": "all"}
 
 
 def test_forty_megabytes_pass_both_ways(daemon: DaemonProcess) -> None:

@@ -116,7 +116,6 @@ def test_a_daemon_that_somebody_started_by_hand_is_found_and_stopped() -> None:
     assert_none_left()
 
 
-@needs_posix
 def test_several_daemons_in_several_states_are_listed_by_name_and_nothing_is_touched(base: Path) -> None:
     killed, running = ensure("killed"), ensure("running")
     assert killed.pid is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,9 +41,10 @@ from tests.managed import (
 )
 from tests.processes import PATIENCE, runtime_files, spawn_python, wait_until
 
-CALLERS = 32
-ROUNDS = 20
-# Seconds for 32 interpreters on a machine that has other things to do: what is above this hangs, or starts one after the other.
+# A process costs several times as much on Windows.
+CALLERS = 32 if os.name == "posix" else 16
+ROUNDS = 20 if os.name == "posix" else 5
+# Seconds for so many interpreters on a machine that has other things to do: what is above this hangs, or starts one by one.
 STAMPEDE = 30.0
 
 
@@ -94,7 +96,7 @@ def call_all(callers: list[subprocess.Popen[str]], argv: list[str]) -> list[obje
     return [json.loads(caller.stdout.readline()) for caller in callers if caller.stdout is not None]
 
 
-def test_thirty_two_at_once_make_one_daemon_again_and_again(base: Path) -> None:
+def test_many_at_once_make_one_daemon_again_and_again(base: Path) -> None:
     argv = command()
     with spawn_callers(CALLERS) as callers:
         own = {process.pid for process in live_processes()}
@@ -117,7 +119,7 @@ ONCE = "import json, sys, harness_ipc\nprint(harness_ipc.ensure_daemon('test', j
 
 
 def run_at_once(*arguments: str) -> tuple[float, list[str]]:
-    """Run 32 interpreters at once, and return the seconds until the last one has ended, and what they print."""
+    """Run many interpreters at once, and return the seconds until the last one has ended, and what they print."""
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(spawn_python(*arguments)) for _ in range(CALLERS)]
@@ -126,7 +128,7 @@ def run_at_once(*arguments: str) -> tuple[float, list[str]]:
     return time.monotonic() - begin, lines
 
 
-def test_thirty_two_new_processes_at_once_take_little_more_than_their_imports(base: Path) -> None:
+def test_many_new_processes_at_once_take_little_more_than_their_imports(base: Path) -> None:
     importing = ensuring = 0.0
     for rounds in range(1, 3):
         importing += run_at_once("-c", "import harness_ipc")[0]
@@ -135,9 +137,8 @@ def test_thirty_two_new_processes_at_once_take_little_more_than_their_imports(ba
         assert pids == [str(identify("test"))] * CALLERS
         assert len(started(base)) == rounds
         assert stop_daemon("test") is True
-    print(
-        f"32 at once: import {importing / 2:.2f} s, ensure_daemon {ensuring / 2:.2f} s, {ensuring / importing:.1f} times that"
-    )
+    times = f"import {importing / 2:.2f} s, ensure_daemon {ensuring / 2:.2f} s, {ensuring / importing:.1f} times that"
+    print(f"{CALLERS} at once: {times}")
     assert ensuring < 10 * importing + STAMPEDE
 
 

@@ -1,0 +1,760 @@
+"""What is Windows' own: pipes and who may open them, files that somebody else holds open, jobs, redirectors, code pages.
+
+What a daemon does is the same on every system, and most of it is tested beside this file, there as here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    AlreadyRunning,
+    AuthenticationFailed,
+    DaemonNotRunning,
+    DaemonTimeout,
+    RemoteError,
+    StartFailed,
+    UnsafeDirectory,
+    auth,
+    cleanup_endpoint,
+    connect_daemon,
+    daemon_status,
+    endpoint,
+    ensure_daemon,
+    identify,
+    log_path,
+    paths,
+    request,
+    restart_daemon,
+    runtime_path,
+    spawn_kwargs,
+    start_daemon_server,
+    stop_daemon,
+    transport,
+)
+from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
+from tests.marks import needs_windows
+from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+
+if sys.platform == "win32":
+    import _winapi
+
+    advapi32, kernel32 = ctypes.WinDLL("advapi32"), ctypes.WinDLL("kernel32")
+else:
+    _winapi: Any = None
+    advapi32: Any = None
+    kernel32: Any = None
+
+pytestmark = [needs_windows, pytest.mark.usefixtures("base")]
+
+MIB = 2**20
+# What a daemon does not wait for in these tests.
+NEVER = 3600.0
+# Outside of the code page of Western Europe, inside of it, and with a space.
+FOREIGN = "Zoë Müller 日本"
+REQUEST = b'{"method": "echo", "params": {"text": "more than the sixty-four bytes that it is cut to, each in turn"}}'
+
+
+def connections() -> int:
+    """Return how many clients have proved themselves to the daemon, this question's among them."""
+    return int(request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"])
+
+
+def write(connection: transport.Connection, data: bytes) -> Any:
+    """Begin to write one message to the pipe, past everything that makes a frame of it."""
+    return _winapi.WriteFile(connection.fileno(), data, overlapped=True)[0]
+
+
+@contextlib.contextmanager
+def dialled() -> Iterator[transport.Connection]:
+    with transport.dial(endpoint.load("test").address, transport.deadline_after(PATIENCE)) as connection:
+        connection.deadline = transport.deadline_after(PATIENCE)
+        yield connection
+
+
+# Pipes, and who may open them.
+
+
+class Calls:
+    """Notes how `_winapi` was called to make and to open pipes, and what the system then says who may open them."""
+
+    def __init__(self, patched: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        self.protection: list[str] = []
+        self.opened: list[tuple[Any, ...]] = []
+        self.make, self.open = _winapi.CreateNamedPipe, _winapi.CreateFile
+        patched.setattr(_winapi, "CreateNamedPipe", self.create_named_pipe)
+        patched.setattr(_winapi, "CreateFile", self.create_file)
+
+    def create_named_pipe(self, *arguments: Any) -> int:
+        handle: int = self.make(*arguments)
+        self.made.append(arguments)
+        self.protection.append(protection_of(handle))
+        return handle
+
+    def create_file(self, *arguments: Any) -> int:
+        self.opened.append(arguments)
+        handle: int = self.open(*arguments)
+        return handle
+
+
+def protection_of(handle: int) -> str:
+    """Return the access list of a pipe, as the system gives it back ("Security Descriptor String Format")."""
+    kernel_object, access_list = 6, 4
+    descriptor, text = ctypes.c_void_p(), ctypes.c_wchar_p()
+    asked = [ctypes.c_void_p(handle), kernel_object, access_list, None, None, None, None, ctypes.byref(descriptor)]
+    assert advapi32.GetSecurityInfo(*asked) == 0
+    convert = advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW
+    assert convert(descriptor, 1, access_list, ctypes.byref(text), None)
+    return text.value or ""
+
+
+async def echo(message: dict[str, Any]) -> dict[str, Any]:
+    return {"result": message}
+
+
+def test_every_instance_of_a_pipe_is_its_owners_alone_and_no_other_machines() -> None:
+    reject_remote_clients, identification = 8, 0x100000 | 0x10000  # winbase.h
+
+    def ask(number: int) -> None:
+        assert request("test", {"n": number}, timeout=PATIENCE) == {"result": {"n": number}}
+
+    async def main() -> None:
+        server, _ = await start_daemon_server(echo, "test")
+        async with server:
+            for number in range(5):
+                await asyncio.to_thread(ask, number)
+
+    with pytest.MonkeyPatch.context() as patched:
+        calls = Calls(patched)
+        asyncio.run(main())
+    # A pipe that the test makes shows that what the system says depends on what it was told.
+    open_pipe = _winapi.CreateNamedPipe(
+        rf"\\.\pipe\harness-ipc-test-{os.getpid()}", _winapi.PIPE_ACCESS_DUPLEX, _winapi.PIPE_TYPE_MESSAGE, 1, 0, 0, 0, 0
+    )
+    assert protection_of(open_pipe) != calls.protection[0]
+    _winapi.CloseHandle(open_pipe)
+
+    assert len(calls.made) > 5
+    first = _winapi.FILE_FLAG_FIRST_PIPE_INSTANCE
+    assert [bool(arguments[1] & first) for arguments in calls.made] == [True] + [False] * (len(calls.made) - 1)
+    for arguments, protection in zip(calls.made, calls.protection, strict=True):
+        assert arguments[2] & reject_remote_clients
+        assert arguments[-1]
+        # Nothing is inherited, and the one entry allows all to the owner: GA, "generic all", is FA for a file.
+        assert re.fullmatch(r"D:P\(A;;(GA|FA|0x1f01ff);;;(OW|S-1-3-4)\)", protection)
+    # Whoever is at the other end may learn who we are, and not act in our name.
+    pipes = [arguments for arguments in calls.opened if arguments[0].startswith("\\\\.\\pipe\\")]
+    assert len(pipes) > 5
+    assert all(arguments[5] & identification == identification for arguments in pipes)
+
+
+def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
+    paths.create_private_dir(paths.runtime_location()[0])
+    listener = transport.Listener(transport.new_address("", endpoint.new_generation_id()))
+    make, second_began = _winapi.CreateNamedPipe, threading.Event()
+    calls: list[int] = []
+
+    def create_named_pipe(*arguments: Any) -> int:
+        handle: int = make(*arguments)
+        calls.append(handle)
+        # The first thread is slow after it has made its instance, and the second one overtakes it if it can.
+        if len(calls) == 1:
+            second_began.wait(0.5)
+        else:
+            second_began.set()
+        return handle
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
+        patched.setattr(_winapi, "CreateNamedPipe", create_named_pipe)
+        accepts = [pool.submit(listener.accept)]
+        wait_until(lambda: bool(calls))
+        accepts.append(pool.submit(listener.accept))
+        try:
+            for _ in range(2):
+                before = sum(accept.done() for accept in accepts)
+                stack.enter_context(transport.dial(listener.address, transport.deadline_after(PATIENCE)))
+                wait_until(lambda: sum(accept.done() for accept in accepts) > before, AT_ONCE)  # noqa: B023
+        finally:
+            for _ in range(3):
+                listener.wake()
+        for accept in accepts:
+            stack.enter_context(accept.result(PATIENCE))
+    listener.close()
+    assert_a_daemon_serves()
+
+
+def test_fifty_clients_connect_and_ask_at_once() -> None:
+    together = threading.Barrier(50)
+
+    def ask(number: int) -> None:
+        together.wait(PATIENCE)
+        with connect_daemon("test", timeout=PATIENCE, request_timeout=PATIENCE) as client:
+            together.wait(PATIENCE)
+            for n in range(20):
+                assert client.call("echo", n=n, number=number) == {"n": n, "number": number}
+            if not together.wait(PATIENCE):
+                assert connections() == 51
+            together.wait(PATIENCE)
+
+    with spawn_daemon("test"), ThreadPoolExecutor(50) as pool:
+        for _ in range(2):
+            assert list(pool.map(ask, range(50))) == [None] * 50
+        wait_until(lambda: connections() == 1)
+        assert serves()
+
+
+def silent(_: int) -> transport.Connection:
+    return transport.dial(endpoint.load("test").address, transport.deadline_after(PATIENCE))
+
+
+def says_garbage(number: int) -> transport.Connection:
+    garbage = [b"", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 256, struct.pack("!i", 2**31 - 1), b"x" * 60_000, b"#WELCOME#", REQUEST]
+    connection = silent(number)
+    write(connection, garbage[number % len(garbage)])
+    return connection
+
+
+def has_a_wrong_key(number: int) -> transport.Connection:
+    connection = silent(number)
+    connection.deadline = transport.deadline_after(PATIENCE)
+    with pytest.raises(AuthenticationFailed):
+        auth.challenge_daemon(connection, auth.Keys(bytes(32), endpoint.load("test").address))
+    return connection
+
+
+def stops_in_the_proof(number: int) -> transport.Connection:
+    connection = silent(number)
+    write(connection, b"#CHALLENGE#{sha256}" + os.urandom(32))
+    return connection
+
+
+def test_sixty_peers_without_the_key_keep_no_honest_one_waiting() -> None:
+    over = threading.Event()
+
+    def be_honest() -> int:
+        served = 0
+        while not over.is_set() or not served:
+            assert serves()
+            served += 1
+        return served
+
+    kinds = [silent, says_garbage, has_a_wrong_key, stops_in_the_proof]
+    with spawn_daemon("test", handshake_timeout=NEVER), ThreadPoolExecutor(4) as pool:
+        honest = [pool.submit(be_honest) for _ in range(4)]
+        with contextlib.ExitStack() as stack:
+            stack.callback(over.set)
+            for number in range(60):
+                stack.enter_context(kinds[number % len(kinds)](number // len(kinds)))
+            # The silent ones and the half-proved are still there.
+            for _ in range(10):
+                assert serves()
+        assert all(job.result(PATIENCE) for job in honest)
+        wait_until(lambda: connections() == 1)
+        assert "Traceback" not in the_log()
+        assert serves()
+
+
+@pytest.mark.parametrize("stage", ["before the proof", "in the proof", "after the proof"])
+def test_a_client_that_dies_at_any_byte_of_a_message_costs_nothing(stage: str) -> None:
+    def connect() -> contextlib.AbstractContextManager[transport.Connection]:
+        return dial_daemon("test") if stage == "after the proof" else dialled()
+
+    with spawn_daemon("test", handshake_timeout=NEVER):
+        for length in range(64):
+            with connect() as connection:
+                if stage == "in the proof":
+                    connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
+                    assert connection.recv_bytes(256)
+                write(connection, REQUEST[:length])
+        assert serves()
+        wait_until(lambda: connections() == 1)
+        assert "Traceback" not in the_log()
+
+
+SENDS = """
+from harness_ipc import transport
+from tests.processes import dial_daemon
+with dial_daemon("test") as connection:
+    print("sends", flush=True)
+    while True:
+        transport.send(connection, bytes(8 * 2**20))
+"""
+
+
+def test_a_client_that_is_killed_while_it_sends_costs_nothing() -> None:
+    with spawn_daemon("test"):
+        for _ in range(3):
+            # It does not even read: sooner or later the daemon waits for it, and it for the daemon.
+            with spawn_python("-c", SENDS) as client:
+                assert client.read_line() == "sends"
+                assert serves()
+                client.process.kill()
+                client.wait()
+            assert serves()
+        wait_until(lambda: connections() == 1)
+        assert "Traceback" not in the_log()
+
+
+def test_what_a_client_does_not_read_is_a_timeout_and_the_next_one_is_served() -> None:
+    with spawn_daemon("test"), dial_daemon("test") as connection:
+        # A request on which the daemon waits to reply, and then one that it does not read: more than a pipe holds.
+        transport.send(connection, b'{"method": "fill", "params": {"size": 1000000}}')
+        connection.deadline = transport.deadline_after(0.2)
+        with pytest.raises(DaemonTimeout):
+            transport.send(connection, bytes(8 * MIB))
+        assert serves()
+        with connect_daemon("test") as client, pytest.raises(DaemonTimeout):
+            client.call("sleep", seconds=NEVER, timeout=0.2)
+        assert serves()
+
+
+# Files that somebody else has open.
+
+
+def reads(path: Path) -> Callable[[], None]:
+    """Open a file as most programs do, and return what closes it."""
+    return open(path, "rb").close
+
+
+def holds(path: Path) -> Callable[[], None]:
+    """Open a file so that nobody else can do anything with it: virus scanners and backups do."""
+    handle = _winapi.CreateFile(str(path), _winapi.GENERIC_READ, 0, 0, _winapi.OPEN_EXISTING, 0, 0)
+    return lambda: _winapi.CloseHandle(handle)
+
+
+def reads_without_sharing_removal(path: Path) -> Callable[[], None]:
+    share_read_and_write = 3
+    handle = _winapi.CreateFile(str(path), _winapi.GENERIC_READ, share_read_and_write, 0, _winapi.OPEN_EXISTING, 0, 0)
+    return lambda: _winapi.CloseHandle(handle)
+
+
+OPENING = pytest.mark.parametrize("opening", [reads, reads_without_sharing_removal, holds])
+
+
+@contextlib.contextmanager
+def let_go_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[list[OSError]]:
+    """Have whoever has the file open close it as soon as `os.<name>` has failed, and yield the failures."""
+    real = getattr(os, name)
+    failures: list[OSError] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return real(*arguments, **options)
+        except PermissionError as error:
+            if not failures:
+                close()
+            failures.append(error)
+            raise
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, name, call)
+        yield failures
+
+
+def new_generation() -> endpoint.Generation:
+    directory = paths.runtime_location()[0]
+    paths.create_private_dir(directory)
+    identity = endpoint.new_generation_id()
+    return endpoint.Generation(
+        "test",
+        family=transport.FAMILY,
+        address=transport.new_address(directory, identity),
+        generation=identity,
+        app_version=None,
+        max_message=MIB,
+    )
+
+
+def publish() -> endpoint.Generation:
+    generation = new_generation()
+    generation.publish()
+    return generation
+
+
+def assert_a_daemon_serves() -> None:
+    ensure()
+    assert_one_daemon()
+
+
+@OPENING
+def test_a_record_that_is_open_elsewhere_for_a_moment_is_replaced(opening: Callable[[Path], Callable[[], None]]) -> None:
+    publish()
+    successor = new_generation()
+    with let_go_after_a_failure("replace", opening(runtime_path("test", "json"))) as failures:
+        successor.publish()
+    assert len(failures) == 1
+    assert endpoint.load("test").generation == successor.record.generation
+    successor.discard()
+    assert_a_daemon_serves()
+
+
+@OPENING
+def test_a_record_that_stays_open_elsewhere_is_a_failed_start(opening: Callable[[Path], Callable[[], None]]) -> None:
+    first, successor = publish(), new_generation()
+    close = opening(runtime_path("test", "json"))
+    try:
+        with at_once(), pytest.raises(StartFailed, match=r"test\.json can't be published") as caught:
+            successor.publish()
+        assert "\n" not in str(caught.value)
+    finally:
+        close()
+    assert endpoint.load("test").generation == first.record.generation
+    assert runtime_files() == ["test.json"]
+    first.discard()
+    assert_a_daemon_serves()
+
+
+@OPENING
+@pytest.mark.parametrize(("verb", "call"), [("withdraw", "replace"), ("discard", "unlink")])
+def test_a_record_that_is_open_elsewhere_for_a_moment_is_withdrawn_and_discarded(
+    opening: Callable[[Path], Callable[[], None]], verb: str, call: str
+) -> None:
+    generation = publish()
+    # Whose record it is has to be read, too.
+    call = "open" if opening is holds else call
+    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
+        getattr(generation, verb)()
+    assert len(failures) == 1
+    with pytest.raises(DaemonNotRunning):
+        endpoint.load("test")
+    assert runtime_files() == ([] if verb == "discard" else ["test.draining"])
+    generation.discard()
+    assert runtime_files() == []
+    assert_a_daemon_serves()
+
+
+@OPENING
+def test_a_dead_daemons_record_that_is_open_elsewhere_for_a_moment_is_cleared_away(
+    opening: Callable[[Path], Callable[[], None]],
+) -> None:
+    pid = ensure().pid
+    assert pid is not None
+    psutil.Process(pid).kill()
+    wait_until(lambda: daemon_status("test").state == "stale")
+    call = "open" if opening is holds else "unlink"
+    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))):
+        assert cleanup_endpoint("test") is True
+    assert [file for file in runtime_files() if not file.endswith(".start")] == []
+    assert_a_daemon_serves()
+
+
+def test_a_record_that_cannot_be_opened_for_a_moment_is_read_all_the_same() -> None:
+    generation = publish()
+    with let_go_after_a_failure("open", holds(runtime_path("test", "json"))) as failures:
+        assert endpoint.load("test", again=True).generation == generation.record.generation
+    assert len(failures) == 1
+    generation.discard()
+    assert_a_daemon_serves()
+
+
+def test_a_record_that_cannot_be_opened_at_all_is_a_typed_error() -> None:
+    generation = publish()
+    close = holds(runtime_path("test", "json"))
+    try:
+        with at_once(), pytest.raises(UnsafeDirectory, match="icacls") as caught:
+            endpoint.load("test", again=True)
+        assert "\n" not in str(caught.value)
+        with at_once():
+            assert daemon_status("test").state == "forbidden"
+    finally:
+        close()
+    generation.discard()
+    assert_a_daemon_serves()
+
+
+def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths.create_private_dir(paths.runtime_location()[0])
+    path = runtime_path("test", "lock")
+    path.touch()
+    close = holds(path)
+    with monkeypatch.context() as patched:
+        # It is asked who has the lock after the first try.
+        patched.setattr(endpoint, "_living_pid", lambda name: close())
+        endpoint.lock_lifetime("test").release()
+    path.touch()
+    close = holds(path)
+    try:
+        with at_once(), pytest.raises(AlreadyRunning) as caught:
+            endpoint.lock_lifetime("test")
+        assert caught.value.pid is None
+    finally:
+        close()
+    assert_a_daemon_serves()
+
+
+def test_daemons_come_and_go_though_somebody_reads_the_record_all_the_time() -> None:
+    over = threading.Event()
+
+    def read() -> int:
+        seen = set()
+        while not over.is_set():
+            with contextlib.suppress(OSError, ValueError), open(runtime_path("test", "json"), "rb") as file:
+                seen.add(json.loads(file.read())["generation"])
+        return len(seen)
+
+    async def live() -> None:
+        server, _ = await start_daemon_server(echo, "test")
+        async with server:
+            assert await asyncio.to_thread(request, "test", {"n": 1}, timeout=PATIENCE) == {"result": {"n": 1}}
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            for _ in range(20):
+                asyncio.run(live())
+                assert runtime_files() == []
+        finally:
+            over.set()
+        assert reading.result(PATIENCE) > 5
+    assert_a_daemon_serves()
+
+
+# Processes.
+
+
+def test_a_child_has_a_console_of_its_own_that_nobody_sees() -> None:
+    assert spawn_kwargs() == {"creationflags": _winapi.CREATE_NEW_PROCESS_GROUP | _winapi.CREATE_NO_WINDOW}
+    assert not spawn_kwargs()["creationflags"] & _winapi.DETACHED_PROCESS
+
+
+# Says what its standard input, output and error are: GetFileType tells a disk's file (1) from a device (2) and a pipe (3).
+STREAMS = """
+import ctypes, _winapi
+async def streams(self, message):
+    if message.get("method") != "streams":
+        return await _handle(self, message)
+    handles = [_winapi.GetStdHandle(number) for number in (-10, -11, -12)]
+    is_console = ctypes.windll.kernel32.GetConsoleMode(ctypes.c_void_p(handles[0]), ctypes.byref(ctypes.c_ulong()))
+    os.write(1, b"los" + b"t")
+    return {"result": [[_winapi.GetFileType(handle) for handle in handles], is_console, os.read(0, 100).decode()]}
+_handle, App.handle = App.handle, streams
+"""
+
+
+def test_a_daemon_reads_and_writes_the_null_device_and_its_errors_go_to_the_log() -> None:
+    assert ensure(then=STREAMS).detached in ("breakaway", "job")
+    assert request("test", {"method": "streams"}, timeout=PATIENCE) == {"result": [[2, 2, 1], 0, ""]}
+    assert "lost" not in the_log()
+    assert_one_daemon()
+
+
+def test_a_daemon_that_may_not_leave_its_starters_job_is_started_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, tried = subprocess.Popen, []
+
+    def refuse(*arguments: Any, creationflags: int, **options: Any) -> Any:
+        tried.append(creationflags)
+        if creationflags & _winapi.CREATE_BREAKAWAY_FROM_JOB:
+            raise PermissionError(13, "Access is denied", None, 5)
+        return popen(*arguments, creationflags=creationflags, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuse)
+        assert ensure().detached == "job"
+    base = spawn_kwargs()["creationflags"]
+    assert tried == [base | _winapi.CREATE_BREAKAWAY_FROM_JOB, base]
+    assert_one_daemon()
+
+
+# Puts itself into a job object that ends with it, and all that is in it (JOBOBJECT_EXTENDED_LIMIT_INFORMATION and "Job Objects"
+# in the Win32 documentation), as terminals and agents do with what they run.
+STARTER = """
+import ctypes, json, struct, sys, threading
+from harness_ipc import ensure_daemon
+kill_on_job_close, breakaway_ok, extended_limits = 0x2000, 0x800, 9
+kernel32 = ctypes.WinDLL("kernel32")
+kernel32.CreateJobObjectW.restype = kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
+limits = struct.pack("qqI", 0, 0, kill_on_job_close | (breakaway_ok if sys.argv[2] == "may leave" else 0)).ljust(144, b"\\0")
+assert kernel32.SetInformationJobObject(job, extended_limits, limits, len(limits))
+assert kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(kernel32.GetCurrentProcess()))
+print(ensure_daemon("test", json.loads(sys.argv[1])).detached, flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("may_leave", [True, False])
+def test_a_daemon_outlives_its_starter_and_the_job_of_that_if_it_may_leave_it(may_leave: bool) -> None:
+    with spawn_python("-c", STARTER, json.dumps(command()), "may leave" if may_leave else "") as starter:
+        assert starter.read_line() == ("breakaway" if may_leave else "job")
+        assert serves()
+        pid = identify("test")
+        starter.process.kill()
+        starter.wait()
+    if not may_leave:
+        # As its status has said.
+        wait_until(lambda: daemon_status("test").state == "stale")
+        ensure()
+    assert (identify("test") == pid) is may_leave
+    assert_one_daemon()
+
+
+# What a venv's python.exe is on Windows: it starts the real interpreter with all that it has inherited, and waits for it.
+REDIRECTOR = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
+
+
+def redirected(**changes: str) -> list[str]:
+    return [sys.executable, "-c", REDIRECTOR, *command(**changes)]
+
+
+def redirector_of(pid: int | None) -> psutil.Process:
+    assert pid is not None
+    return next(process for process in psutil.Process(pid).parents() if REDIRECTOR in process.cmdline())
+
+
+def test_a_daemon_behind_a_redirector_is_known_by_its_own_pid() -> None:
+    status = ensure_daemon("test", redirected())
+    redirector = redirector_of(status.pid)
+    assert status.pid == identify("test") == endpoint.load("test").pid == daemon_status("test").pid != redirector.pid
+    assert ensure_daemon("test", redirected()).pid == status.pid
+    restarted = restart_daemon("test")
+    assert restarted.pid == identify("test") != status.pid
+    redirector.wait(PATIENCE)
+    assert_one_daemon()
+    assert stop_daemon("test") is True
+    assert_none_left()
+
+
+def test_a_daemon_behind_a_redirector_that_ignores_its_shutdown_is_ended(base: Path) -> None:
+    status = ensure_daemon("test", redirected())
+    redirector = redirector_of(status.pid)
+    with pytest.raises(DaemonTimeout):
+        request("test", {"method": "wedge"}, timeout=0.1)
+    wait_until((base / "wedged").exists)
+    assert status.pid is not None
+    process = psutil.Process(status.pid)
+    with at_once():
+        assert stop_daemon("test", timeout=0.2) is True
+    assert not process.is_running()
+    redirector.wait(PATIENCE)
+    assert_none_left()
+    assert ensure_daemon("test", redirected()).pid == identify("test")
+    assert serves()
+
+
+def test_a_start_behind_a_redirector_that_fails_says_why() -> None:
+    with at_once(), pytest.raises(StartFailed, match="no model"):
+        ensure_daemon("test", redirected(then="async def fail(self): raise LookupError('no model')\nApp.start = fail"))
+    with at_once(), pytest.raises(StartFailed, match="status 7"):
+        ensure_daemon("test", [sys.executable, "-c", REDIRECTOR, sys.executable, "-c", "raise SystemExit(7)"])
+    assert_none_left()
+    assert_a_daemon_serves()
+
+
+# Text and places.
+
+
+@pytest.fixture
+def code_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have new processes speak in the system's code page, as they do unless they are told otherwise."""
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    said = run_python("-c", "import sys; print(sys.flags.utf8_mode, sys.stdout.encoding)").stdout.split()
+    if said[0] != "0" or said[1].lower().replace("-", "") in ("utf8", "cp65001"):
+        pytest.skip("the code page of this system is UTF-8")
+
+
+def run_command(*arguments: str) -> tuple[int, bytes, bytes]:
+    """Return the command's exit status, and what it printed in whatever encoding."""
+    argv = [sys.executable, "-W", "error", "-m", "harness_ipc", *arguments]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_logs_and_commands_take_any_text_in_any_code_page(code_page: None) -> None:
+    with spawn_daemon("test"):
+        with connect_daemon("test", request_timeout=PATIENCE) as client, pytest.raises(RemoteError, match=FOREIGN):
+            client.call("raise", text=FOREIGN)
+        assert f"ValueError: {FOREIGN}" in log_path("test").read_text(encoding="utf-8")
+        # The message as an argument, which has no code page.
+        status, out, err = run_command(
+            "call", "--name", "test", json.dumps({"method": "echo", "params": {"t": FOREIGN}}, ensure_ascii=False)
+        )
+        assert (status, json.loads(out), err) == (0, {"result": {"t": FOREIGN}}, b"")
+        status, out, err = run_command("call", "--name", "test", json.dumps({"method": "raise", "params": {"text": FOREIGN}}))
+        assert (status, json.loads(out)["error"]["message"]) == (1, FOREIGN)
+        status, out, err = run_command("logs", "--name", "test")
+        assert (status, err) == (0, b"")
+        # What the code page does not have is shown by its number.
+        assert b"\\u65e5\\u672c" in out
+        assert serves()
+
+
+def test_what_a_daemon_says_as_it_fails_is_in_the_log_as_utf8(code_page: None) -> None:
+    failing = f"async def fail(self): raise LookupError({FOREIGN!a})\nApp.start = fail"
+    with at_once(), pytest.raises(StartFailed, match=FOREIGN) as caught:
+        ensure(then=failing)
+    assert caught.value.log_tail.rstrip().endswith(f"LookupError: {FOREIGN}; its log has the traceback")
+    assert the_log().count(FOREIGN) >= 2
+    assert_a_daemon_serves()
+
+
+@contextlib.contextmanager
+def directories(runtime: Path, log: Path) -> Iterator[None]:
+    """Have daemons use these directories, and end the one that is left."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HARNESS_IPC_RUNTIME_DIR", str(runtime))
+        patched.setenv("HARNESS_IPC_LOG_DIR", str(log))
+        try:
+            yield
+        finally:
+            stop_daemon("test", timeout=1.0)
+
+
+@pytest.mark.parametrize("encoding", ["code page", "UTF-8"])
+def test_directories_may_have_any_name(base: Path, encoding: str, request: pytest.FixtureRequest) -> None:
+    if encoding == "code page":
+        request.getfixturevalue("code_page")
+    home = base / FOREIGN
+    with directories(home / "run time", home / "log files"):
+        first = ensure()
+        assert first.pid == identify("test")
+        assert_one_daemon()
+        assert runtime_path("test", "json").parent == home / "run time"
+        for verb in ("status", "logs", "ping"):
+            status, _, err = run_command(verb, "--name", "test")
+            assert (status, err) == (0, b""), verb
+        assert json.loads(run_command("status", "--name", "test", "--json")[1])["log_path"] == str(
+            home / "log files" / "test.log"
+        )
+        status, _, err = run_command("doctor")
+        assert status in (0, 1)
+        assert b"Traceback" not in err
+        second = restart_daemon("test")
+        assert second.pid == identify("test") != first.pid
+        assert_one_daemon()
+        assert stop_daemon("test") is True
+        assert_none_left()
+        assert (home / "log files" / "test.log").exists()
+
+
+def test_a_directory_may_have_a_long_path(base: Path) -> None:
+    """The system's own limit is 260 characters, unless it was set up to have none."""
+    for length in (200, 400):
+        name = "x" * ((length - len(str(base))) // 2 - 1)
+        problem = None
+        with directories(base / name / name, base / "log"):
+            try:
+                ensure()
+                assert_one_daemon()
+            except StartFailed as error:
+                problem = str(error)
+            assert problem is None or (length > 260 and "\n" not in problem)
+    assert_a_daemon_serves()
