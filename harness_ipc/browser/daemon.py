@@ -175,9 +175,10 @@ class BrowserApp:
             del self._closing[target]
 
     async def _dismiss_dialog(self, target: str) -> None:
-        session = next(number for number, state in self._sessions.items() if state.target == target)
-        with contextlib.suppress(CDPError):
-            await self._living_connection().call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
+        session = next((number for number, state in self._sessions.items() if state.target == target), None)
+        if session is not None:
+            with contextlib.suppress(CDPError):
+                await self._living_connection().call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
 
     def _end_closing(self, target: str) -> None:
         if (closed := self._closing.get(target)) is not None:
