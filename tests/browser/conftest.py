@@ -35,6 +35,8 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     patch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
     patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
     patch.setenv("HARNESS_CHROME_OWN", "1")
+    # A browser that is killed leaves a directory of its own there.
+    patch.setenv("TMPDIR", str(base))
     # No window, whatever the machine has.
     patch.delenv("DISPLAY", raising=False)
     patch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -81,7 +83,8 @@ def kill(pid: int) -> None:
     """Kill this one process, and wait until it has ended."""
     process = psutil.Process(pid)
     process.kill()
-    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,225 @@
+"""Who is not the daemon: a browser that a test has started, and servers that are no browser, or half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import socketserver
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
+from websockets.sync.server import ServerConnection, serve
+
+from harness_ipc.browser.own import command_line, find_binary
+from tests.processes import PATIENCE, wait_until
+
+
+class OtherBrowser:
+    """A browser that is not the daemon's own, with its DevTools open at `port`: 0 has it choose one."""
+
+    def __init__(self, process: psutil.Popen, profile: Path, port: int) -> None:
+        self.process = process
+        self.active_port = profile / "DevToolsActivePort"
+        self.port = port
+        wait_until(lambda: self._is_open() or process.poll() is not None)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.websocket = str(self._get("version")["webSocketDebuggerUrl"])
+        self.path = self.websocket.partition(str(self.port))[2]
+
+    def _is_open(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # Chrome does not write it for a port that was given.
+            self.port = self.port or int(self.active_port.read_text().split()[0])
+            return bool(self._get("version"))
+        return False
+
+    def _get(self, what: str) -> Any:
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with without_proxy.open(f"http://127.0.0.1:{self.port}/json/{what}", timeout=PATIENCE) as reply:
+            return json.load(reply)
+
+    def tabs(self) -> dict[str, str]:
+        """Return the url of each tab by its targetId."""
+        return {tab["id"]: tab["url"] for tab in self._get("list") if tab["type"] == "page"}
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Have the browser run `method`, by a connection of its own."""
+        with connect(self.websocket, max_size=None, proxy=None) as websocket:
+            websocket.send(json.dumps({"id": 1, "method": method, "params": params}))
+            while (message := json.loads(websocket.recv(PATIENCE))).get("id") != 1:
+                pass
+            return dict(message["result"])
+
+
+@contextlib.contextmanager
+def other_browser(base: Path, *, port: int = 0, profile: str = "theirs") -> Iterator[OtherBrowser]:
+    """Start a browser as somebody does who wants others to attach to it; at the end it is killed, if it still runs."""
+    binary = find_binary()
+    assert binary is not None
+    folder = base / profile
+    (folder / "DevToolsActivePort").unlink(missing_ok=True)
+    arguments = [word.replace("debugging-port=0", f"debugging-port={port}") for word in command_line(binary, str(folder))]
+    null = subprocess.DEVNULL
+    process = psutil.Popen(arguments, stdin=null, stdout=null, stderr=null)
+    try:
+        yield OtherBrowser(process, folder, port)
+    finally:
+        kill_browser(process)
+
+
+def kill_browser(process: psutil.Process) -> None:
+    """Kill the browser with this main process, and wait until it and its own children have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, PATIENCE)
+
+
+# Servers.
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+
+
+@contextlib.contextmanager
+def _serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    with _Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def answering(answer: bytes | None, *, version: bytes | None = None, heard: list[bytes] | None = None) -> Iterator[int]:
+    """Yield a port at which everything is answered with these bytes, or nothing ever if it is None.
+
+    `version` is what ``/json/version`` is answered with, if that is something else. What comes is `heard`.
+    """
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                asked = b""
+                while not asked.endswith(b"\r\n\r\n") and (piece := self.request.recv(65536)):
+                    asked += piece
+                if heard is not None:
+                    heard.append(asked)
+                reply = version if version is not None and b"/json/version " in asked else answer
+                if reply is not None:
+                    self.request.sendall(reply)
+                while reply is None and self.request.recv(65536):
+                    pass
+
+    with _serving(Handler) as port:
+        yield port
+
+
+def http(status: str, body: str = "") -> bytes:
+    """Return a whole answer of an HTTP server."""
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[int]:
+    """Yield a port that is taken, and at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+class Relay:
+    """A port that leads to another one, until the connections are `cut`: as a network does."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.sockets: list[socket.socket] = []
+
+    def cut(self) -> None:
+        """End all connections there are. Who connects again is let through."""
+        while self.sockets:
+            with contextlib.suppress(OSError):
+                self.sockets.pop().shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def relaying(target: int) -> Iterator[Relay]:
+    """Yield a port that leads to the port `target`."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", target)) as other:
+                relay.sockets += [self.request, other]
+                back = threading.Thread(target=self.pump, args=(other, self.request))
+                back.start()
+                self.pump(self.request, other)
+                back.join()
+
+        @staticmethod
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    with _serving(Handler) as port:
+        relay = Relay(port)
+        try:
+            yield relay
+        finally:
+            relay.cut()
+
+
+@contextlib.contextmanager
+def without_http(browser: OtherBrowser) -> Iterator[int]:
+    """Yield a port as Chrome opens it for its user's own profile: 404 for all HTTP, and the WebSocket at /devtools/browser."""
+
+    def answer(connection: ServerConnection, request: Request) -> Response | None:
+        return None if request.path == "/devtools/browser" else connection.respond(404, "")
+
+    def pump(source: Connection, sink: Connection) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            for message in source:
+                sink.send(message)
+        sink.close()
+
+    def relay(websocket: ServerConnection) -> None:
+        with connect(browser.websocket, max_size=None, proxy=None) as other:
+            back = threading.Thread(target=pump, args=(other, websocket))
+            back.start()
+            pump(websocket, other)
+            back.join()
+
+    with serve(relay, "127.0.0.1", 0, process_request=answer, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,738 @@
+"""How a browser is found and started: real ones, real servers that are none, and what is said when there is none to be had."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import stat
+import sys
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
+from harness_ipc.browser import chrome, helpers, own
+from harness_ipc.browser.errors import BrowserNotFound
+from tests.browser.conftest import kill, processes_of, suspended
+from tests.browser.others import OtherBrowser, answering, free_port, http, other_browser, refusing, without_http
+from tests.browser.site import Site
+from tests.managed import in_thread, the_log
+from tests.marks import needs_chromium, needs_posix, needs_root
+from tests.processes import PATIENCE, wait_until
+
+pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
+
+# The profile of the user's own Chromium, below the home directory.
+USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}
+# What no message, no log and no status may have of a browser's address.
+SECRET = "hush"
+# A server of something else.
+NO_HTTP = b"SSH-2.0-Server\r\n"
+PAGE = http("200 OK", "<!doctype html><title>Some page</title>")
+FORBIDDEN = http("403 Forbidden")
+# What runs in a profile only, and what is of use only to find it.
+TRACES = {"SingletonLock", "SingletonCookie", "SingletonSocket", "DevToolsActivePort", "harness-browser.json"}
+
+
+needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
+
+
+@pytest.fixture
+def profile(fresh: Path) -> Path:
+    """The profile of the own browser."""
+    return fresh / "profile"
+
+
+@pytest.fixture
+def theirs(fresh: Path) -> Iterator[OtherBrowser]:
+    """A browser that somebody else runs."""
+    with other_browser(fresh) as browser:
+        yield browser
+
+
+@pytest.fixture
+def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DevToolsActivePort of the user's own Chromium, which is not there yet. An own browser is not demanded any more."""
+    usual = fresh / "home" / USUAL.get(sys.platform, ".config/chromium")
+    usual.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(fresh / "home"))
+    monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
+    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    # This machine's may be in use.
+    monkeypatch.setattr(chrome, "PORTS", ())
+    return usual / "DevToolsActivePort"
+
+
+def start(first: str = "", name: str = "browser") -> None:
+    """Start the daemon `name` as the helpers do, but looking at no port, and after the statements `first`."""
+    module = "runpy.run_module('harness_ipc.browser.daemon', run_name='__main__', alter_sys=True)"
+    program = f"import runpy\nfrom harness_ipc.browser import cdp, chrome, own\nchrome.PORTS = ()\n{first}\n{module}"
+    ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
+
+
+def why_not(first: str | None = None) -> str:
+    """Return why the daemon does not start: one line, without a traceback in the log."""
+    with pytest.raises(StartFailed) as caught:
+        helpers.connect() if first is None else start(first)
+    text = str(caught.value)
+    assert text.splitlines() == [text]
+    assert text.startswith("the daemon 'browser' did not start: ")
+    assert "Traceback" not in caught.value.log_tail
+    assert daemon_status("browser").state == "absent"
+    return text.removeprefix("the daemon 'browser' did not start: ")
+
+
+def status() -> dict[str, Any]:
+    return helpers.connect().request({"meta": "connection_status"})
+
+
+def assert_own_browser_serves(patch: pytest.MonkeyPatch, *without: str) -> None:
+    """The next helper has a browser of its own, once the variables `without` are unset."""
+    for variable in without:
+        patch.delenv(variable)
+    patch.setenv("HARNESS_CHROME_OWN", "1")
+    assert helpers.js("6 * 7") == 42
+    assert status()["own"]
+
+
+def kill_daemon(name: str = "browser") -> None:
+    """Kill the daemon that this process is connected to, and wait until nobody can connect any more."""
+    kill(helpers.connect().pid)
+    helpers.disconnect()
+    wait_until(lambda: daemon_status(name).state == "stale")
+
+
+def find() -> str:
+    """Find a browser in this process, use it, let it go, and return how it was found."""
+
+    async def run() -> str:
+        source, connection = await chrome.find("browser", lambda *_: None)
+        assert "product" in await connection.call("Browser.getVersion")
+        if source.own is not None:
+            await source.own.close(connection)
+        await connection.close()
+        return source.how
+
+    return asyncio.run(run())
+
+
+def script(path: Path, text: str) -> str:
+    """Write a program for a POSIX shell."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+# Browsers of others.
+
+
+@pytest.mark.parametrize("way", ["websocket", "url", "url with a slash", "profile", "port", "port without HTTP"])
+def test_a_browser_that_runs_is_attached_to_and_left_running(
+    way: str, theirs: OtherBrowser, active_port: Path, profile: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        port = theirs.port
+        match way:
+            case "websocket":
+                monkeypatch.setenv("BU_CDP_WS", theirs.websocket)
+                found = f"BU_CDP_WS, ws://127.0.0.1:{port}"
+            case "url":
+                monkeypatch.setenv("BU_CDP_URL", theirs.url)
+                found = f"BU_CDP_URL, {theirs.url}"
+            case "url with a slash":
+                monkeypatch.setenv("BU_CDP_URL", f"{theirs.url}/")
+                found = f"BU_CDP_URL, {theirs.url}"
+            case "profile":
+                active_port.write_text(theirs.active_port.read_text())
+                found = f"DevToolsActivePort of {active_port.parent}, port {port}"
+            case "port without HTTP":
+                port = stack.enter_context(without_http(theirs))
+                found = f"port {port}"
+            case _:
+                found = f"port {port}"
+        start(f"chrome.PORTS = ({port},)" if way.startswith("port") else "")
+        is_theirs = {"connected": True, "own": False, "pid": None, "found": found, "problem": None}
+        assert is_theirs.items() <= status().items()
+        helpers.goto_url(f"{site.url}/")
+        assert helpers.wait_for_load()
+        tabs = {helpers.current_tab()["targetId"]: f"{site.url}/"}
+        # It tells a little later.
+        wait_until(lambda: theirs.tabs() == tabs)
+        # Who knows the path of the WebSocket has the browser.
+        assert theirs.path.rpartition("/")[2] not in the_log("browser") + json.dumps(daemon_status("browser").to_json())
+        helpers.disconnect()
+        assert stop_daemon("browser")
+        assert theirs.process.poll() is None
+        assert theirs.tabs() == tabs
+        assert not profile.exists()
+
+
+def test_a_named_browser_comes_before_one_that_is_found_and_that_before_an_own_one(
+    theirs: OtherBrowser, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing() as dead:
+        monkeypatch.setattr(chrome, "PORTS", (dead,))
+        assert find().startswith("our own browser")
+        monkeypatch.setattr(chrome, "PORTS", (dead, theirs.port))
+        assert find() == f"port {theirs.port}"
+        active_port.write_text(theirs.active_port.read_text())
+        assert find().startswith("DevToolsActivePort of ")
+        monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
+        assert find().startswith("our own browser")
+        monkeypatch.setenv("BU_CDP_URL", theirs.url)
+        assert find().startswith("BU_CDP_URL")
+        # Nothing else will do then.
+        monkeypatch.setenv("BU_CDP_URL", f"http://127.0.0.1:{dead}")
+        with pytest.raises(BrowserNotFound, match="BU_CDP_URL"):
+            find()
+        monkeypatch.setenv("BU_CDP_WS", theirs.websocket)
+        assert find().startswith("BU_CDP_WS")
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{dead}")
+        monkeypatch.setenv("BU_CDP_URL", theirs.url)
+        with pytest.raises(BrowserNotFound, match="BU_CDP_WS"):
+            find()
+
+
+def test_looking_for_sources_creates_nothing_and_connects_to_nothing(
+    fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(fresh.rglob("*"))
+    monkeypatch.setattr(chrome, "PORTS", (1, 2))
+    assert [source.how.partition(",")[0] for source in chrome.sources("browser")] == ["port 1", "port 2", "our own browser"]
+    assert sorted(fresh.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["", "9222", "9222\n", "9222\nno path", "port\n/devtools/browser/1", "\xff\n/"])
+def test_a_file_of_the_profile_that_is_not_yet_whole_is_no_browser(text: str, active_port: Path) -> None:
+    active_port.write_bytes(text.encode("latin-1"))
+    assert [source.own is None for source in chrome.sources("browser")] == [False]
+    active_port.write_text("9222\n/devtools/browser/1")
+    assert [source.own is None for source in chrome.sources("browser")] == [True, False]
+
+
+@pytest.mark.parametrize("now", ["nobody", "another browser", "another server", "no such port"])
+def test_a_stale_file_of_the_profile_is_passed_over_and_the_log_says_so(
+    now: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        match now:
+            case "nobody":
+                port = stack.enter_context(refusing())
+            case "another browser":
+                port = stack.enter_context(other_browser(fresh)).port
+            case "another server":
+                port = stack.enter_context(answering(NO_HTTP))
+            case _:
+                port = 99999
+        active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
+        start()
+        assert status()["own"]
+        assert f"not usable, DevToolsActivePort of {active_port.parent}, port {port}: a stale" in the_log("browser")
+        assert SECRET not in the_log("browser")
+        assert active_port.exists()
+        helpers.disconnect()
+        stop_daemon("browser")
+        # It is also said when there is no other.
+        monkeypatch.setenv("HARNESS_CHROME", str(fresh / "nothing"))
+        text = why_not("")
+        assert f"also seen: DevToolsActivePort of {active_port.parent}" in text
+        assert SECRET not in text
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(PAGE, id="a page"),
+        pytest.param(http("404 Not Found"), id="nothing there"),
+        pytest.param(http("200 OK", "[1]"), id="other JSON"),
+        pytest.param(http("200 OK", '{"webSocketDebuggerUrl": 1}'), id="no address"),
+        pytest.param(b"", id="no answer"),
+        pytest.param(NO_HTTP, id="no HTTP"),
+    ],
+)
+def test_a_port_of_another_server_is_passed_over(answer: bytes, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(answer) as port:
+        start(f"chrome.PORTS = ({port},)")
+        assert status()["own"]
+        assert f"not usable, port {port}: " in the_log("browser")
+    assert_own_browser_serves(monkeypatch)
+
+
+# Browsers of others that are not to be had: each has its own words, and says what to do.
+
+MEND = "start that browser with --remote-debugging-port, mend {}, or unset it to use another browser"
+ALLOW = "click Allow in the browser's window if it asks, then try again"
+
+
+@pytest.mark.parametrize(
+    ("variable", "answer", "said", "advice"),
+    [
+        pytest.param("BU_CDP_WS", None, "can't be reached", MEND, id="websocket refused"),
+        pytest.param("BU_CDP_URL", None, "can't be reached", MEND, id="url refused"),
+        pytest.param("BU_CDP_WS", FORBIDDEN, "answered 403 instead of opening a WebSocket", ALLOW, id="websocket forbidden"),
+        pytest.param("BU_CDP_URL", FORBIDDEN, "answered 403 to /json/version", ALLOW, id="url forbidden"),
+        pytest.param("BU_CDP_WS", PAGE, "answered 200 instead of opening a WebSocket", MEND, id="websocket of a page"),
+        pytest.param("BU_CDP_URL", PAGE, "is no DevTools server", MEND, id="url of a page"),
+        pytest.param("BU_CDP_WS", NO_HTTP, "is no DevTools server", MEND, id="websocket without HTTP"),
+        pytest.param("BU_CDP_URL", NO_HTTP, "is no DevTools server", MEND, id="url without HTTP"),
+        pytest.param("BU_CDP_WS", b"", "is no DevTools server", MEND, id="websocket that is closed"),
+        pytest.param("BU_CDP_URL", b"", "is no DevTools server", MEND, id="url that is closed"),
+        pytest.param("BU_CDP_URL", http("200 OK", "[1]"), "is no DevTools server", MEND, id="url of other JSON"),
+    ],
+)
+def test_a_named_browser_that_can_not_be_had_is_an_error_that_says_why(
+    variable: str, answer: bytes | None, said: str, advice: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing() if answer is None else answering(answer) as port:
+        address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
+        monkeypatch.setenv(variable, f"{address}/{SECRET}")
+        text = why_not()
+    assert text.startswith(f"{variable}: {address} {said}")
+    assert advice.format(variable) in text
+    assert SECRET not in text + the_log("browser")
+    assert processes_of(fresh) == []
+    assert_own_browser_serves(monkeypatch, variable)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "BU_CDP_WS",
+        pytest.param(
+            "BU_CDP_URL",
+        ),
+    ],
+)
+def test_a_named_browser_that_does_not_answer_perhaps_asks_its_user(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(None) as port:
+        address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
+        monkeypatch.setenv(variable, address)
+        text = why_not("cdp.OPEN_TIMEOUT = chrome._HTTP_TIMEOUT = 0.25")
+    assert text.startswith(f"{variable}: {address} has not answered for 0.25 s; {ALLOW}")
+    assert_own_browser_serves(monkeypatch, variable)
+
+
+@pytest.mark.parametrize("way", ["profile", "port"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [pytest.param(FORBIDDEN, "refuses (403)", id="403"), pytest.param(None, "waits for you", id="no answer")],
+)
+def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
+    way: str, answer: bytes | None, said: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without HTTP, as Chrome is where it asks.
+    with answering(answer, version=http("404 Not Found")) as port:
+        first = "cdp.OPEN_TIMEOUT = 0.25"
+        if way == "profile":
+            active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
+            found = f"DevToolsActivePort of {active_port.parent}, port {port}"
+        else:
+            first += f"\nchrome.PORTS = ({port},)"
+            found = f"port {port}"
+        text = why_not(first)
+    assert text.startswith(f"the browser of {found} {said}: click Allow in its window")
+    assert "or set HARNESS_CHROME_OWN=1 to use a private browser" in text
+    assert SECRET not in text + the_log("browser")
+    assert processes_of(fresh) == []
+    assert_own_browser_serves(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("variable", "address"),
+    [
+        pytest.param("BU_CDP_WS", f"ws://{SECRET}:{SECRET}@127.0.0.1:{{port}}/{SECRET}?token={SECRET}", id="websocket"),
+        pytest.param("BU_CDP_WS", f"http://{SECRET}:{SECRET}@127.0.0.1:{{port}}/{SECRET}", id="websocket of another scheme"),
+        pytest.param("BU_CDP_WS", f"ws://127.0.0.1:{{port}}/?token={SECRET}#1", id="websocket with a fragment"),
+        pytest.param("BU_CDP_WS", f"127.0.0.1:{{port}}/{SECRET}", id="websocket without a scheme"),
+        pytest.param("BU_CDP_WS", f"ws://127.0.0.1:{SECRET}/", id="websocket with a strange port"),
+        pytest.param("BU_CDP_WS", SECRET, id="websocket that is none"),
+        pytest.param("BU_CDP_URL", f"http://127.0.0.1:{{port}}/{SECRET}?token={SECRET}", id="url"),
+        pytest.param("BU_CDP_URL", f"http://{SECRET}:{SECRET}@127.0.0.1:{{port}}/", id="url with a password"),
+        pytest.param("BU_CDP_URL", f"http://127.0.0.1:{{port}}/ {SECRET}", id="url with a space"),
+        pytest.param("BU_CDP_URL", f"http://127.0.0.1:{SECRET}/", id="url with a strange port"),
+        pytest.param("BU_CDP_URL", f"ws://127.0.0.1:{{port}}/{SECRET}", id="url of another scheme"),
+        pytest.param("BU_CDP_URL", SECRET, id="url that is none"),
+    ],
+)
+def test_what_an_address_keeps_secret_is_in_no_message_and_in_no_log(
+    variable: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(http("404 Not Found")) as port:
+        monkeypatch.setenv(variable, address.format(port=port))
+        text = why_not()
+    assert text.startswith(f"{variable}: ")
+    assert "None" not in text
+    assert SECRET not in text + the_log("browser")
+    assert_own_browser_serves(monkeypatch, variable)
+
+
+@pytest.mark.parametrize(
+    ("variable", "address", "asked"),
+    [
+        pytest.param("BU_CDP_WS", "ws://who:word@127.0.0.1:{port}/a/path?token=1", "GET /a/path?token=1 ", id="websocket"),
+        pytest.param(
+            "BU_CDP_URL",
+            "http://who:word@127.0.0.1:{port}/a/path/",
+            "GET /a/path/json/version ",
+            id="url",
+        ),
+        pytest.param(
+            "BU_CDP_URL",
+            "http://who:word@127.0.0.1:{port}/a/path?token=1",
+            "GET /a/path/json/version?token=1 ",
+            id="url with a token",
+        ),
+    ],
+)
+def test_what_an_address_keeps_secret_is_said_to_its_server(
+    variable: str, address: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bytes] = []
+    with answering(FORBIDDEN, heard=heard) as port:
+        monkeypatch.setenv(variable, address.format(port=port))
+        assert "answered 403" in why_not()
+    head = b"".join(heard).decode()
+    assert head.startswith(asked)
+    assert f"\r\nAuthorization: Basic {b64encode(b'who:word').decode()}\r\n" in head
+    assert_own_browser_serves(monkeypatch, variable)
+
+
+# No browser to start.
+
+
+@needs_path
+def test_without_any_browser_it_is_said_what_to_install(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(fresh))
+        text = why_not()
+    assert text.startswith("there is no browser: none runs with its DevTools open, and none is installed; install Chrome or ")
+    assert "HARNESS_CHROME" in text
+    assert "BU_CDP_WS" in text
+    assert_own_browser_serves(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a directory", pytest.param("a text", marks=needs_posix)])
+def test_a_program_that_is_none_is_an_error_though_there_are_others(
+    kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = fresh / "program"
+    if kind == "a directory":
+        program.mkdir()
+    elif kind == "a text":
+        program.write_text("#!/bin/sh\n")
+    monkeypatch.setenv("HARNESS_CHROME", str(program))
+    text = why_not()
+    assert f"HARNESS_CHROME={program} is no program; install " in text
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        pytest.param("echo a reason >&2; echo its end >&2; exit 1", "(its end)", id="with words"),
+        pytest.param(r"printf 'no\033[1m \377\r\n\n' >&2; exit 1", r"(no\x1b[1m \\xff)", id="with strange words"),
+        pytest.param("exit 1", "ready; see", id="without a word"),
+        pytest.param("head -c 100000 /dev/zero | tr '\\0' x >&2; exit 1", f"({'x' * 300})", id="with too many words"),
+    ],
+)
+def test_a_program_that_ends_at_once_is_quoted(
+    text: str, quoted: str, fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script(fresh / "program", text)
+    monkeypatch.setenv("HARNESS_CHROME", program)
+    said = why_not()
+    assert said.startswith(f"{program} ended with status 1 before it was ready")
+    assert quoted in said
+    assert str(profile / "harness-browser.stderr") in said
+    assert not TRACES & set(os.listdir(profile))
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It holds out against SIGTERM, and so does its child.
+    program = script(fresh / "program", "trap '' TERM; echo not today >&2; sleep 3600 & while :; do wait; done")
+    monkeypatch.setenv("HARNESS_CHROME", program)
+    text = why_not("own.START_TIMEOUT = 0.5")
+    assert text.startswith(f"{program} has not opened its DevTools within 0.5 s (not today)")
+    assert processes_of(fresh) == []
+    assert not TRACES & set(os.listdir(profile))
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
+    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", "sleep 3600"))
+    with in_thread(helpers.connect) as starting:
+        wait_until((profile / "harness-browser.json").exists)
+        assert stop_daemon("browser")
+        assert isinstance(starting.exception(), StartFailed)
+    assert processes_of(fresh) == []
+    assert not TRACES & set(os.listdir(profile))
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+def test_what_the_system_refuses_is_said_in_its_words(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = fresh / "program"
+    program.write_bytes(b"\x7fELF but not really")
+    program.chmod(0o700)
+    monkeypatch.setenv("HARNESS_CHROME", str(program))
+    text = why_not()
+    assert "Exec format error" in text
+    assert str(program) in text
+    assert re.search(r"set .*HARNESS_CHROME\b", text)
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+def test_a_profile_that_can_not_be_made_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_CHROME_PROFILE", str(fresh / "file" / "profile"))
+        text = why_not()
+    assert "Not a directory" in text
+    assert str(fresh / "file" / "profile") in text
+    assert "set HARNESS_CHROME_PROFILE to " in text
+    assert_own_browser_serves(monkeypatch)
+
+
+@needs_posix
+def test_an_own_browser_that_does_not_answer_asks_nobody(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(None) as port:
+        find_profile = "for word; do case $word in --user-data-dir=*) profile=${word#*=};; esac; done"
+        write = f'printf "{port}\n/devtools/browser/{SECRET}" > "$profile/DevToolsActivePort"'
+        monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f"{find_profile}; {write}; sleep 3600"))
+        text = why_not("cdp.OPEN_TIMEOUT = 0.25")
+    assert "has not answered for 0.25 s" in text
+    assert "Allow" not in text
+    assert SECRET not in text + the_log("browser")
+    assert processes_of(fresh) == []
+    assert not TRACES & set(os.listdir(profile))
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+def test_arguments_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CHROME_ARGS", "--user-agent='no end")
+    assert "HARNESS_CHROME_ARGS" in why_not()
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME_ARGS")
+
+
+# Our own.
+
+
+def test_an_own_browser_is_private_has_no_window_and_leaves_nothing(fresh: Path, profile: Path) -> None:
+    helpers.connect()
+    found = status()
+    assert (found["own"], found["found"]) == (True, f"our own browser, its profile {profile}")
+    if os.name == "posix":
+        assert stat.S_IMODE(profile.stat().st_mode) == 0o700
+    words = psutil.Process(found["pid"]).cmdline()
+    assert f"--user-data-dir={profile}" in words
+    assert ("--headless=new" in words) is not own.has_display()
+    assert ("--no-sandbox" in words) is own.is_root()
+    helpers.disconnect()
+    assert stop_daemon("browser")
+    wait_until(lambda: not processes_of(fresh))
+    assert not TRACES & set(os.listdir(profile))
+
+
+@needs_root
+def test_without_its_sandbox_the_log_warns(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.connect()
+    (warning,) = [line for line in the_log("browser").splitlines() if " WARNING " in line]
+    assert "running as root: the browser's sandbox is off (--no-sandbox)" in warning
+    helpers.disconnect()
+    stop_daemon("browser")
+    # It is not for convenience: Chromium's own word.
+    binary = shlex.quote(own.find_binary() or "")
+    words = 'for word; do shift; test "$word" = --no-sandbox || set -- "$@" "$word"; done'
+    monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f'{words}; exec {binary} "$@"'))
+    assert "Running as root without --no-sandbox is not supported" in why_not()
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_the_sandbox_is_off_for_root_only(root: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "is_root", lambda: root)
+    assert ("--no-sandbox" in own.command_line("chromium", "profile")) is root
+
+
+@pytest.mark.parametrize("variable", ["DISPLAY", "WAYLAND_DISPLAY"])
+@needs_path
+def test_a_display_has_a_window(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--headless=new" in own.command_line("chromium", "profile")
+    monkeypatch.setenv(variable, ":7")
+    assert not [word for word in own.command_line("chromium", "profile") if "headless" in word]
+
+
+def test_further_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CHROME_ARGS", "--user-agent='Robot 7' --window-size=801,602")
+    assert helpers.js("navigator.userAgent") == "Robot 7"
+    assert helpers.js("[outerWidth, outerHeight]") == [801, 602]
+
+
+@needs_path
+def test_each_name_has_a_private_profile_of_its_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARNESS_CHROME_PROFILE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
+    previous = os.umask(0)
+    try:
+        assert helpers.js("6 * 7") == 42
+        first = status()
+        helpers.disconnect()
+        monkeypatch.setenv("BU_NAME", "second")
+        assert helpers.js("6 * 7") == 42
+        second = status()
+    finally:
+        os.umask(previous)
+        helpers.disconnect()
+        stop_daemon("second")
+    folder = fresh / "data" / "harness-ipc" / "browser"
+    assert (first["found"], second["found"]) == tuple(
+        f"our own browser, its profile {folder / name}" for name in ("browser", "second")
+    )
+    assert first["pid"] != second["pid"]
+    assert {stat.S_IMODE(place.stat().st_mode) for place in folder.iterdir()} == {0o700}
+    monkeypatch.delenv("BU_NAME")
+    assert status()["pid"] == first["pid"]
+
+
+def test_a_profile_belongs_to_the_daemon_that_lives(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.js("window.mine = 1")
+    daemon, browser = helpers.connect().pid, status()["pid"]
+    helpers.disconnect()
+    elsewhere = pytest.MonkeyPatch()
+    elsewhere.setenv("HARNESS_IPC_RUNTIME_DIR", str(fresh / "other run"))
+    try:
+        text = why_not()
+        assert text.startswith(f"the profile {profile} is in use by the daemon of pid {daemon}: stop that one, or set HARNESS_")
+        assert list(runtime_dir().glob("*.json")) == []
+    finally:
+        elsewhere.undo()
+    assert helpers.js("window.mine") == 1
+    assert (helpers.connect().pid, status()["pid"]) == (daemon, browser)
+    assert (profile / "harness-browser.json").exists()
+    helpers.disconnect()
+    # Once that one has ended, it is free.
+    stop_daemon("browser")
+    elsewhere.setenv("HARNESS_IPC_RUNTIME_DIR", str(fresh / "other run"))
+    try:
+        assert helpers.js("window.mine") is None
+        helpers.disconnect()
+        assert stop_daemon("browser")
+    finally:
+        elsewhere.undo()
+    assert_own_browser_serves(monkeypatch)
+
+
+# Between the look at the profile and the start of the browser, wait a while for the other daemon to be there, too.
+MEET = """
+import os, time
+from pathlib import Path
+find_binary = own.find_binary
+def find_binary_together():
+    place = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"])
+    (place / f"{os.getpid()}.here").touch()
+    deadline = time.monotonic() + 3.0
+    while len(list(place.glob("*.here"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return find_binary()
+own.find_binary = find_binary_together
+"""
+
+
+def test_of_two_daemons_that_start_at_once_one_gets_the_profile(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_thread(start, MEET, "one") as first, in_thread(start, MEET, "two") as second:
+        failed = {name: job.exception(PATIENCE) for name, job in (("one", first), ("two", second))}
+    assert [type(error) for error in failed.values()].count(StartFailed) == 1
+    (loser,) = (name for name, error in failed.items() if error is not None)
+    winner = "two" if loser == "one" else "one"
+    assert f"the profile {profile} is in use by " in str(failed[loser])
+    monkeypatch.setenv("BU_NAME", winner)
+    assert helpers.js("6 * 7") == 42
+    # The browser is known to be the winner's: the one that comes after it takes it over.
+    browser = status()["pid"]
+    kill_daemon(winner)
+    assert status()["pid"] == browser
+
+
+def test_a_profile_in_which_another_browser_runs_is_left_alone(
+    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with other_browser(fresh, profile="profile") as browser:
+        text = why_not()
+        assert text.startswith(f"the profile {profile} is in use by a browser that is not ours: end it, or set HARNESS_CHROME_")
+        assert browser.process.poll() is None
+        assert list(browser.tabs().values()) == ["about:blank"]
+        assert browser.active_port.exists()
+    # One that does not say where its DevTools are.
+    with other_browser(fresh, profile="profile", port=free_port()) as browser:
+        assert "before it was ready" in why_not()
+        assert browser.process.poll() is None
+        assert list(browser.tabs().values()) == ["about:blank"]
+    assert_own_browser_serves(monkeypatch)
+
+
+@needs_path
+def test_a_profile_that_a_browser_of_another_host_has_left_is_used(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile.mkdir(mode=0o700)
+    # Chromium would not start: it takes it for a living one.
+    (profile / "SingletonLock").symlink_to("another-host-1")
+    assert_own_browser_serves(monkeypatch)
+
+
+@needs_posix
+def test_a_browser_that_hangs_is_ended_with_its_daemon(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.connect()
+    with suspended(status()["pid"]):
+        helpers.disconnect()
+        assert stop_daemon("browser", timeout=PATIENCE)
+        wait_until(lambda: not processes_of(fresh))
+    assert not TRACES & set(os.listdir(profile))
+    assert_own_browser_serves(monkeypatch)
+
+
+@needs_posix
+def test_a_program_that_starts_the_browser_as_its_child_is_ended_with_it(
+    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script(fresh / "program", f'{shlex.quote(own.find_binary() or "")} "$@"\nexit 0')
+    monkeypatch.setenv("HARNESS_CHROME", program)
+    assert helpers.js("6 * 7") == 42
+    assert psutil.Process(status()["pid"]).cmdline()[1] == program
+    helpers.disconnect()
+    assert stop_daemon("browser")
+    wait_until(lambda: not processes_of(fresh))
+    assert not TRACES & set(os.listdir(profile))
+    # Also if nobody can ask the browser to end.
+    helpers.connect()
+    kill_daemon()
+    assert own.OwnBrowser("browser").end()
+    wait_until(lambda: not processes_of(fresh))
+    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
+
+
+@needs_posix
+def test_a_browser_of_a_dead_daemon_that_hangs_is_ended(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.connect()
+    pid = status()["pid"]
+    with suspended(pid):
+        kill_daemon()
+        # Long enough for a browser that does not hang.
+        start("cdp.OPEN_TIMEOUT = 5.0")
+        wait_until(lambda: pid not in [process.pid for process in processes_of(fresh)])
+    assert status()["pid"] != pid
+    assert_own_browser_serves(monkeypatch)

@@ -1,0 +1,817 @@
+"""The command `harness-browser` as a user runs it: what it prints, where, its exit status, and what it leaves."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+import harness_ipc
+from harness_ipc import connect_daemon, daemon_status
+from harness_ipc.browser import helpers
+from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
+from tests.browser.others import other_browser
+from tests.browser.site import Site
+from tests.managed import the_log
+from tests.marks import needs_chromium, needs_linux, needs_posix
+from tests.processes import PATIENCE, runtime_files, spawn_daemon, wait_until
+
+pytestmark = needs_chromium
+
+PACKAGE = str(Path(harness_ipc.__file__).parent)
+# Where the system says which programs there are by their names alone.
+needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
+
+ARGV = "import sys; print(sys.argv)"
+# What hides the extra from a process that is started with it.
+WITHOUT_WEBSOCKETS = (
+    "import sys; sys.modules['websockets'] = None\n"
+    "from harness_ipc.browser.cli import main\n"
+    "if __name__ == '__main__': sys.exit(main())"
+)
+
+
+@pytest.fixture
+def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the daemon that the module's tests share, which this process and its children use."""
+    use(monkeypatch, shared_browser)
+    helpers.disconnect()
+    yield shared_browser
+    helpers.disconnect()
+
+
+def who(name: str = "browser") -> tuple[int, int, str]:
+    """Return the pids of the daemon and of its browser, and the tab: the same as long as nothing is started anew."""
+    with connect_daemon(name) as client:
+        tab = client.request({"meta": "session"})["target_id"]
+        return client.pid, client.request({"meta": "connection_status"})["pid"], tab
+
+
+def serves(*arguments: str) -> bool:
+    """Return whether the next command is answered by the browser."""
+    return harness_browser(*arguments, "-c", "print(js('6 * 7'))").stdout == "42\n"
+
+
+def daemons(base: Path) -> list[int]:
+    return [pid for pid, line in main_processes(base).items() if "harness_ipc.browser.daemon" in line]
+
+
+def browsers(base: Path) -> list[int]:
+    """Return the main processes of own browsers."""
+    return [pid for pid, line in main_processes(base).items() if f"--user-data-dir={base / 'profile'}" in line]
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def assert_nothing_left(base: Path) -> None:
+    """No process, no record, no socket, and no word in the profile of a browser that uses it."""
+    wait_until(lambda: not processes_of(base))
+    assert [name for name in runtime_files() if not name.endswith(".start")] == []
+    words = ("DevToolsActivePort", "harness-browser.json", "harness-browser.tmp")
+    assert [name for name in words if (base / "profile" / name).exists()] == []
+
+
+def lock_of(base: Path) -> Path:
+    """Return the link that keeps other browsers out of the profile."""
+    return base / "profile" / "SingletonLock"
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """Start the command, and yield it with its standard output and error."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
+def file_of(folder: Path, source: str | bytes, name: str = "program.py") -> str:
+    """Write a program, and return its path."""
+    (folder / name).write_bytes(source if isinstance(source, bytes) else source.encode())
+    return str(folder / name)
+
+
+# Cold and warm.
+
+
+def test_one_command_starts_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    run = harness_browser("-c", "print(page_info())")
+    assert (run.returncode, run.stderr) == (0, "")
+    info = ast.literal_eval(run.stdout)
+    assert list(info) == ["url", "title", "w", "h", "sx", "sy", "pw", "ph"]
+    assert (info["url"], info["title"]) == ("about:blank", "")
+    assert daemon_status("browser").state == "running"
+    assert "Warning" not in the_log("browser")
+    assert len(daemons(fresh)) == len(browsers(fresh)) == 1
+
+
+def test_the_second_command_finds_all_as_the_first_left_it(fresh: Path, site: Site) -> None:
+    first = harness_browser("-c", f"goto_url('{site.url}/form'); wait_for_load(); js('window.mark = 5')")
+    assert (first.returncode, first.stdout, first.stderr) == (0, "", "")
+    before = who()
+    second = harness_browser("-c", "print(page_info()['title'], js('window.mark'))")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "A form 5\n", "")
+    assert who() == before
+    assert ([before[0]], [before[1]]) == (daemons(fresh), browsers(fresh))
+
+
+def test_eight_commands_at_once_start_one_daemon_and_one_browser(fresh: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: harness_browser("-c", "print(current_tab()['targetId'])"), range(8)))
+    assert [(run.returncode, run.stderr) for run in runs] == [(0, "")] * 8
+    daemon, browser, tab = who()
+    assert {run.stdout for run in runs} == {f"{tab}\n"}
+    assert ([daemon], [browser]) == (daemons(fresh), browsers(fresh))
+    assert the_log("browser").count("started pid ") == 1
+
+
+@needs_posix
+def test_a_start_that_takes_long_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It takes connections, and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{silent.getsockname()[1]}/secret")
+        with running("-c", "1") as (process, _, stderr):
+            hint = "starting browser and its browser; if a browser asks whether it may be controlled, click Allow"
+            assert stderr.readline() == f"harness-browser: {hint}\n"
+            silent.close()
+            said, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (6, "")
+    assert error.startswith("harness-browser: the daemon 'browser' did not start: BU_CDP_WS: ws://127.0.0.1:")
+    assert "secret" not in error
+    monkeypatch.delenv("BU_CDP_WS")
+    assert serves()
+
+
+# What is run.
+
+
+@pytest.mark.parametrize(
+    ("words", "argv"),
+    [
+        ([], ["-c"]),
+        (["a", "--b", "-c", "x", "--doctor", "-"], ["-c", "a", "--b", "-c", "x", "--doctor", "-"]),
+        (["-"], ["-c", "-"]),
+        (["a b", "é😀", ""], ["-c", "a b", "é😀", ""]),
+        (["--b", "--json"], ["-c", "--b", "--json"]),
+        (["--version"], ["-c", "--version"]),
+        (["--", "-c"], ["-c", "--", "-c"]),
+    ],
+    ids=str,
+)
+def test_a_program_in_the_command_line(warm: Path, words: list[str], argv: list[str]) -> None:
+    run = harness_browser("-c", ARGV, *words)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{argv}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "argv"), [([], ["-"]), (["-"], ["-"]), (["-", "a", "--b", "-c"], ["-", "a", "--b", "-c"])], ids=str
+)
+def test_a_program_on_standard_input(warm: Path, words: list[str], argv: list[str]) -> None:
+    run = harness_browser(*words, stdin=f"{ARGV}\nprint(__name__, 'é😀', js('6 * 7'))\n")
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{argv}\n__main__ é😀 42\n", "")
+
+
+def test_a_program_in_a_file(warm: Path, tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("from harness_ipc.browser.helpers import js\nanswer = js('6 * 7')\n")
+    source = "if __name__ == '__main__':\n    print([__file__, sys.argv, sys.path[0], neighbour.answer])\n"
+    path = file_of(tmp_path, f"import neighbour, sys\n{source}")
+    run = harness_browser(path, "a", "--b", "--json", "-c", "--", "x")
+    assert (run.returncode, run.stderr) == (0, "")
+    words = ["a", "--b", "--json", "-c", "--", "x"]
+    assert ast.literal_eval(run.stdout) == [path, [path, *words], str(tmp_path), 42]
+
+
+def test_a_file_is_the_same_wherever_the_program_goes(warm: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file_of(tmp_path / "folder", "import os, sys\nos.chdir('..')\nprint([__file__, sys.argv[0]])\nraise ValueError\n")
+    relative = os.path.join("folder", "program.py")
+    run = harness_browser(relative, cwd=tmp_path)
+    assert ast.literal_eval(run.stdout) == [str(tmp_path / relative), relative]
+    assert run.stderr.splitlines()[1:] == [
+        f'  File "{tmp_path / relative}", line 4, in <module>',
+        "    raise ValueError",
+        "ValueError",
+    ]
+
+
+def test_a_file_leaves_standard_input_to_the_program(warm: Path, tmp_path: Path) -> None:
+    run = harness_browser(file_of(tmp_path, "print(js('6 * 7'), input())"), stdin="said\n")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "42 said\n", "")
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+@pytest.mark.parametrize("way", ["-c", "file"])
+def test_modules_are_looked_for_as_by_python_itself(
+    warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, safe: str
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", safe)
+    source = "import sys; print(sys.path)"
+    words = ["-c", source] if way == "-c" else [file_of(tmp_path, source)]
+    python = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert harness_browser(*words).stdout == python.stdout
+    # The command's own folder is no place for modules.
+    script = "import sys; from harness_ipc.browser.cli import main; sys.exit(main())"
+    (tmp_path / "bin").mkdir()
+    command = [sys.executable, file_of(tmp_path / "bin", script, "harness-browser"), *words]
+    installed = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert (installed.stdout, installed.stderr) == (python.stdout, "")
+
+
+def test_a_file_in_another_encoding(warm: Path, tmp_path: Path) -> None:
+    path = file_of(tmp_path, "# coding: latin-1\nprint('\xe9', len('\xe9'))\nraise ValueError('\xe9')\n".encode("latin-1"))
+    run = harness_browser(path)
+    assert (run.returncode, run.stdout) == (1, "é 1\n")
+    assert run.stderr.endswith("    raise ValueError('é')\nValueError: é\n")
+
+
+def test_a_file_with_a_mark_and_the_line_ends_of_windows(warm: Path, tmp_path: Path) -> None:
+    path = file_of(tmp_path, b"\xef\xbb\xbfif True:\r\n    print('''a\r\nb''')\r\n")
+    run = harness_browser(path)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "a\nb\n", "")
+
+
+def test_a_program_stands_in_the_place_of_main(warm: Path) -> None:
+    source = """
+import __main__, pickle, sys, typing
+class Thing:
+    other: "Thing"
+assert __main__ is sys.modules["__main__"] and __main__.Thing is Thing
+assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
+assert typing.get_type_hints(Thing) == {"other": Thing}
+from harness_ipc.browser import helpers
+print(sorted(set(globals()) - set(helpers.__all__)))
+print(set(helpers.__all__) - set(globals()))
+"""
+    run = harness_browser("-c", source)
+    assert (run.returncode, run.stderr) == (0, "")
+    names, missing = run.stdout.splitlines()
+    assert missing == "set()"
+    common = ["__builtins__", "__doc__", "__loader__", "__name__", "__package__", "__spec__"]
+    assert ast.literal_eval(names) == sorted([*common, "__main__", "pickle", "sys", "typing", "Thing", "helpers"])
+
+
+def test_a_program_is_compiled_as_it_stands(warm: Path) -> None:
+    run = harness_browser("-c", "def f(x: int) -> None: pass\nprint(f.__annotations__)")
+    assert (run.stdout, run.stderr) == ("{'x': <class 'int'>, 'return': None}\n", "")
+
+
+def test_a_program_of_nothing(warm: Path) -> None:
+    for run in (harness_browser("-c", ""), harness_browser(stdin=""), harness_browser(os.devnull)):
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_file_that_can_not_be_read(fresh: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.py")
+    run = harness_browser(missing, "a", "--b")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == f"harness-browser: {missing} can't be read: No such file or directory\n"
+    run = harness_browser(str(tmp_path))
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"harness-browser: {tmp_path} can't be read: ")
+    assert run.stderr.count("\n") == 1
+    # For these, nothing is started.
+    assert list(fresh.iterdir()) == processes_of(fresh) == []
+    assert serves()
+
+
+@needs_posix
+def test_a_path_ends_no_line_and_reaches_no_terminal_raw(fresh: Path) -> None:
+    run = harness_browser("a\n\x1b[31m\u2028.py")
+    assert run.stderr == "harness-browser: a\\n\\x1b[31m\\u2028.py can't be read: No such file or directory\n"
+
+
+@needs_posix
+def test_nothing_to_run_on_a_terminal(fresh: Path) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    try:
+        run = subprocess.run(COMMAND, stdin=slave, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert (run.returncode, run.stdout) == (2, "")
+    words = "nothing to run: give -c CODE, a file, or a program on standard input; --help says more"
+    assert run.stderr == f"harness-browser: {words}\n"
+    assert processes_of(fresh) == []
+
+
+@needs_posix
+@pytest.mark.parametrize(("redirection", "words", "status"), [("<&-", [], 2), (">&-", ["-c", "1"], 0)], ids=str)
+def test_a_closed_standard_stream(warm: Path, redirection: str, words: list[str], status: int) -> None:
+    shell = ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *words]
+    run = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert "Traceback" not in run.stderr
+    assert run.returncode == status
+    assert serves()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["-c"], "argument -c: expected one argument"),
+        (["--name"], "argument --name: expected one argument"),
+        (["--doctor", "--reload"], "not allowed with argument"),
+        (["--doctor", "-c", "1"], "not allowed with argument"),
+        (["--doctor", "program.py"], "there is nothing to run with --doctor"),
+        (["--reload", "-"], "there is nothing to run with --reload"),
+        (["--json"], "only with --doctor"),
+        (["--reload", "--json"], "only with --doctor"),
+        (["--name", "a/b", "-c", "1"], "'a/b' is not a daemon name"),
+        (["--name", "a/b", "--reload"], "'a/b' is not a daemon name"),
+        (["--name", "a/b", "--doctor"], "'a/b' is not a daemon name"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(fresh: Path, words: list[str], said: str) -> None:
+    run = harness_browser(*words)
+    assert (run.returncode, run.stdout) == (2, "")
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("harness-browser: ")
+    assert said in last
+    assert "Traceback" not in run.stderr
+    assert list(fresh.iterdir()) == processes_of(fresh) == []
+
+
+def test_version(fresh: Path) -> None:
+    run = harness_browser("--version")
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"harness-browser {harness_ipc.__version__}\n", "")
+    assert list(fresh.iterdir()) == []
+
+
+def test_help_names_every_exit_status(fresh: Path) -> None:
+    run = harness_browser("--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    _, _, statuses = " ".join(run.stdout.split()).partition("exit status: ")
+    assert [part.split()[0] for part in statuses.split("; ")] == ["0", "1", "2", "4", "5", "6", "else"]
+    for option in ("-c CODE", "FILE", "--name NAME", "--doctor", "--json", "--reload", "--version"):
+        assert option in run.stdout
+    assert list(fresh.iterdir()) == []
+
+
+# How it ends.
+
+ENDS = {
+    "functions": "def f(x):\n    return 1 / x\n\n\ndef g():\n    f(\n        0)\n\n\nprint('before')\ng()\n",
+    "from": "try:\n    {}['a']\nexcept KeyError as error:\n    raise ValueError('é 😀 \\ud800') from error\n",
+    "during": "def f():\n    try:\n        {}['a']\n    except KeyError:\n        1 / 0\nf()\n",
+    "from none": "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError from None\n",
+    "group": """
+def fail(kind, cause):
+    try:
+        raise cause
+    except Exception as error:
+        raise kind("é") from error
+errors = []
+for kind in (ValueError, TypeError):
+    try:
+        fail(kind, KeyError("k"))
+    except Exception as error:
+        errors.append(error)
+raise ExceptionGroup("all", [*errors, ExceptionGroup("more", [OSError(2, "x")])])
+""",
+    "notes": "error = ValueError('a\\nb')\nerror.add_note('c\\nd')\nraise error\n",
+    "unprintable": "class Bad(Exception):\n    def __str__(self):\n        raise OSError\nraise Bad\n",
+    "suggestion": "value = 1\nprint(valeu)\n",
+    "syntax": "print('never')\nx = = 3\n",
+    "in a module": "import failing\n",
+    "syntax of a module": "import invalid\n",
+    "warning": "import warnings\nwarnings.warn('so')\n",
+    "text after 2028": "text = '\u2028\x0c\x85'\n\nraise ValueError\n",
+    "exit": "import sys\nprint('before')\nsys.exit()\n",
+    "exit 0": "raise SystemExit(0)",
+    "exit 3": "import sys\nprint('before')\nsys.exit(3)\n",
+    "exit text": "import sys\nprint('before')\nsys.exit('é 😀 \\ud800')\n",
+    "exit in a function": "def f():\n    try:\n        exit(4)\n    finally:\n        print('finally')\nf()\n",
+    "in a thread": "import threading\nthread = threading.Thread(target=lambda: 1 / 0, name='T')\nthread.start()\n",
+    "own hook": "import sys\nsys.excepthook = lambda kind, error, _: print(kind, error)\n1 / 0\n",
+    "at exit": "import atexit\natexit.register(print, 'at exit')\n1 / 0\n",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_program_ends_as_with_python_itself(warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    file_of(tmp_path, "\n\nraise ValueError('in the module')\n", "failing.py")
+    file_of(tmp_path, "1 +\n", "invalid.py")
+    path = file_of(tmp_path, ENDS[end])
+    ours = harness_browser(path)
+    # Python's own output is in the console's encoding.
+    monkeypatch.setenv("PYTHONUTF8", "1")
+    python = [sys.executable, "-W", "error", path]
+    theirs = subprocess.run(python, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+    assert serves()
+
+
+@pytest.mark.parametrize(
+    "raised", ["import asyncio\nraise asyncio.CancelledError\n", "class Mine(BaseException): pass\nraise Mine\n"], ids=repr
+)
+def test_an_error_that_is_no_exception(warm: Path, tmp_path: Path, raised: str) -> None:
+    path = file_of(tmp_path, raised)
+    ours = harness_browser(path)
+    python = [sys.executable, "-W", "error", path]
+    theirs = subprocess.run(python, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
+
+
+SOURCE = "\n\ndef visit():\n    print('before')\n    js('throw new Error(\"é\")')\n\n\nvisit()  # é\n"
+
+
+@pytest.mark.parametrize("way", ["-c", "-", "file"])
+def test_a_traceback_shows_the_lines_of_the_program_alone(warm: Path, tmp_path: Path, way: str) -> None:
+    path = file_of(tmp_path, SOURCE)
+    name = {"-c": "<string>", "-": "<stdin>", "file": path}[way]
+    run = harness_browser(*([way, SOURCE] if way == "-c" else [path if way == "file" else "-"]), stdin=SOURCE)
+    assert (run.returncode, run.stdout) == (1, "before\n")
+    lines = [line for line in run.stderr.splitlines() if line.strip("^~ ")]
+    assert lines[:6] == [
+        "Traceback (most recent call last):",
+        f'  File "{name}", line 8, in <module>',
+        "    visit()  # é",
+        f'  File "{name}", line 5, in visit',
+        "    js('throw new Error(\"é\")')",
+        "harness_ipc.browser.errors.JavaScriptError: Error: é",
+    ]
+    assert PACKAGE not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("try:\n    js('throw 1')\nexcept JavaScriptError as error:\n    raise ValueError from error\n", 2),
+        ("try:\n    js('throw 1')\nexcept JavaScriptError:\n    switch_tab('nobody')\n", 2),
+        ("try:\n    js('throw 1')\nexcept JavaScriptError as error:\n    raise ExceptionGroup('all', [error]) from error\n", 3),
+        (
+            "import concurrent.futures as f\nwith f.ThreadPoolExecutor() as p:\n    p.submit(lambda: js('throw 1')).result()\n",
+            2,
+        ),
+    ],
+)
+def test_no_traceback_shows_our_frames(warm: Path, tmp_path: Path, source: str, lines: int) -> None:
+    path = file_of(tmp_path, source)
+    run = harness_browser(path)
+    assert run.returncode == 1
+    assert run.stderr.count(f'File "{path}", line ') == lines
+    assert "JavaScriptError: 1\n" in run.stderr
+    assert PACKAGE not in run.stderr
+    assert "helpers.py" not in run.stderr
+
+
+def test_a_traceback_counts_lines_as_python_does(warm: Path) -> None:
+    run = harness_browser(stdin="text = '\u2028\x0c\x85'\n\nraise ValueError\n")
+    assert run.stderr.splitlines()[1:] == ['  File "<stdin>", line 3, in <module>', "    raise ValueError", "ValueError"]
+
+
+def test_a_traceback_quotes_standard_input_in_its_encoding(warm: Path) -> None:
+    source = "# coding: latin-1\nraise ValueError('\xe9')\n".encode("latin-1")
+    run = subprocess.run([*COMMAND, "-"], input=source, capture_output=True, timeout=PATIENCE)
+    assert run.stderr.decode().endswith("    raise ValueError('é')\nValueError: é\n")
+
+
+@pytest.mark.parametrize("source", ["x = 1\ny = = 2\n", "def f(:\n    pass\n"])
+@pytest.mark.parametrize("way", ["-c", "-"])
+def test_a_syntax_error_shows_the_line(warm: Path, source: str, way: str) -> None:
+    run = harness_browser(way, *([source] if way == "-c" else []), stdin=source)
+    assert (run.returncode, run.stdout) == (1, "")
+    number, text = (2, "y = = 2") if source.startswith("x") else (1, "def f(:")
+    name = "<string>" if way == "-c" else "<stdin>"
+    assert [line for line in run.stderr.splitlines() if line.strip("^ ")] == [
+        f'  File "{name}", line {number}',
+        f"    {text}",
+        "SyntaxError: invalid syntax",
+    ]
+
+
+def test_what_was_printed_comes_before_the_traceback(warm: Path) -> None:
+    command = [*COMMAND, "-c", "print('before')\n1 / 0"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=PATIENCE)
+    lines = run.stdout.splitlines()
+    assert lines[:2] == ["before", "Traceback (most recent call last):"]
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_program_that_raises_an_interrupt(warm: Path) -> None:
+    run = harness_browser("-c", "print('before')\nraise KeyboardInterrupt")
+    assert (run.returncode, run.stdout, run.stderr) == (130, "before\n", "")
+
+
+@needs_posix
+@pytest.mark.parametrize("busy", ["wait(600)", "js('new Promise(() => {})', timeout=600)"])
+def test_ctrl_c_ends_the_command_and_not_the_daemon(warm: Path, busy: str) -> None:
+    before = who()
+    with running("-c", f"print('ready', flush=True)\n{busy}") as (process, stdout, stderr):
+        assert stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert (stdout.read(), stderr.read()) == ("", "")
+    assert serves()
+    assert who() == before
+
+
+def into_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with an output that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, *arguments]
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE
+        )
+    finally:
+        os.close(writer)
+
+
+@needs_posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_reader_that_has_seen_enough_is_no_error(
+    warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str, count: int
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    run = into_closed_pipe("-c", f"print('x' * {count})")
+    assert serves()
+    assert (run.returncode, run.stderr) == (1, "")
+
+
+@needs_posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_the_doctor_that_has_seen_enough(warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    run = into_closed_pipe("--doctor")
+    assert (run.returncode, run.stderr) == (1, "")
+
+
+@needs_posix
+def test_a_broken_pipe_of_the_program_is_its_own(warm: Path) -> None:
+    run = harness_browser("-c", "import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
+
+
+# Characters.
+
+CONSOLES = [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1:strict"},
+    {"PYTHONIOENCODING": "utf-16"},
+]
+
+
+TITLE = """
+js("document.title = 'é 😀 ' + '日本'")
+print(page_info()["title"])
+print("é", "\\ud800", js("'\\\\ud800'"))
+1 / 0  # é😀
+"""
+
+
+@pytest.mark.parametrize("console", CONSOLES, ids=str)
+@pytest.mark.parametrize("way", ["-c", "-", "file"])
+def test_all_is_utf_8_whatever_the_console(page: str, tmp_path: Path, console: dict[str, str], way: str) -> None:
+    words = [way, TITLE] if way == "-c" else [file_of(tmp_path, TITLE) if way == "file" else "-"]
+    run = harness_browser(*words, stdin=TITLE, env={**os.environ, **console})
+    assert (run.returncode, run.stdout) == (1, "é 😀 日本\né \\ud800 \\ud800\n")
+    assert "    1 / 0  # é😀\n" in run.stderr
+
+
+@pytest.mark.parametrize("console", CONSOLES[2:], ids=str)
+def test_what_we_say_is_utf_8_too(warm: Path, console: dict[str, str]) -> None:
+    run = harness_browser("é😀.py", env={**os.environ, "PYTHONUTF8": "1", **console})
+    assert (run.returncode, run.stderr) == (2, "harness-browser: é😀.py can't be read: No such file or directory\n")
+
+
+@needs_linux
+def test_a_path_that_is_no_text(warm: Path, tmp_path: Path) -> None:
+    (tmp_path / "\udce9.py").write_text("print(ascii(__file__[-4:]))\n1 / 0\n")
+    run = harness_browser(str(tmp_path / "\udce9.py"))
+    assert (run.returncode, run.stdout) == (1, "'\\udce9.py'\n")
+    assert '\\udce9.py", line 2, in <module>\n    1 / 0\n' in run.stderr
+
+
+# Names.
+
+
+def test_two_names_are_two_daemons_with_two_browsers(fresh: Path) -> None:
+    one = {**os.environ, "HARNESS_CHROME_PROFILE": str(fresh / "one")}
+    two = {**os.environ, "HARNESS_CHROME_PROFILE": str(fresh / "two"), "BU_NAME": "two"}
+    code = "import os; js('window.name = \"mine\"'); print(os.environ['BU_NAME'])"
+    assert harness_browser("--name", "one", "-c", code, env=one).stdout == "one\n"
+    run = harness_browser("-c", "import os; print(js('window.name'), os.environ['BU_NAME'])", env=two)
+    assert (run.returncode, run.stdout, run.stderr) == (0, " two\n", "")
+    first, second = who("one"), who("two")
+    assert all(ours != theirs for ours, theirs in zip(first, second, strict=True))
+    # What is said in the command counts more.
+    assert harness_browser("--name", "one", "-c", "print(js('window.name'))", env=two).stdout == "mine\n"
+    assert harness_browser("--name", "two", "--reload", env=two).stdout == "two: stopped\n"
+    assert who("one") == first
+    assert daemon_status("browser").state == daemon_status("two").state == "absent"
+
+
+def test_two_names_can_not_have_one_profile(fresh: Path) -> None:
+    assert serves()
+    daemon, browser, tab = who()
+    run = harness_browser("--name", "two", "-c", "1")
+    assert run.returncode == 6
+    first = run.stderr.splitlines()[0]
+    assert first.startswith(f"harness-browser: the daemon 'two' did not start: the profile {fresh / 'profile'} is in use by ")
+    assert f"pid {daemon}" in first
+    assert "set HARNESS_CHROME_PROFILE to another directory" in first
+    # Nor is the other's browser ended.
+    run = harness_browser("--name", "two", "--reload")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "two: was not running\n", "")
+    assert serves()
+    assert who() == (daemon, browser, tab)
+
+
+# What keeps it from running.
+
+
+def assert_refused(run: subprocess.CompletedProcess[str], status: int, words: str, *, log: bool) -> None:
+    """One line that says what to do, and, if the daemon had begun, the end of its log."""
+    assert (run.returncode, run.stdout) == (status, "")
+    first, *tail = run.stderr.splitlines()
+    assert first.startswith("harness-browser: ")
+    assert words in first
+    assert bool(tail) == log
+    assert all(line.startswith("    ") for line in tail)
+    assert "Traceback" not in run.stderr
+
+
+def test_a_browser_that_is_not_there(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
+    run = harness_browser("-c", "print('never')")
+    assert_refused(run, 6, "HARNESS_CHROME=/nonexistent is no program; install Chrome or Chromium, or set", log=True)
+    assert_nothing_left(fresh)
+    monkeypatch.delenv("HARNESS_CHROME")
+    assert serves()
+
+
+@needs_path
+def test_no_browser_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    run = harness_browser("-c", "print('never')")
+    assert_refused(run, 6, "none is installed; install Chrome or Chromium, or set HARNESS_CHROME to its program", log=True)
+    monkeypatch.undo()
+    use(monkeypatch, fresh)
+    assert serves()
+
+
+@needs_posix
+def test_a_runtime_directory_that_is_open_to_others(fresh: Path) -> None:
+    (fresh / "run").mkdir()
+    (fresh / "run").chmod(0o777)
+    for words in (["-c", "print('never')"], ["--reload"]):
+        run = harness_browser(*words)
+        assert_refused(run, 5, f"{fresh / 'run'} has mode 0777, so it is not private to you: run `chmod 700 ", log=False)
+        assert processes_of(fresh) == []
+    subprocess.run(["/bin/sh", "-c", run.stderr.split("`")[1]], check=True)
+    assert serves()
+
+
+def run_without_websockets(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_WEBSOCKETS, *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+
+
+def test_without_the_extra(fresh: Path) -> None:
+    run = run_without_websockets("-c", "print('never')")
+    assert_refused(run, 6, f"run {sys.executable} -m pip install 'harness-ipc[browser]'", log=False)
+    assert processes_of(fresh) == []
+    # Who only asks does not need it.
+    assert serves()
+    run = run_without_websockets("-c", "print(js('6 * 7'))")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "42\n", "")
+
+
+def test_without_the_extra_there_is_no_reload(fresh: Path) -> None:
+    assert_refused(run_without_websockets("--reload"), 6, "-m pip install 'harness-ipc[browser]'", log=False)
+    assert harness_browser("--reload").returncode == 0
+
+
+@needs_posix
+def test_a_daemon_that_is_stopped(warm: Path) -> None:
+    before = who()
+    with suspended(before[0]):
+        assert_refused(harness_browser("-c", "print('never')"), 4, "the daemon is busy, stopped or waiting", log=False)
+    assert serves()
+    assert who() == before
+
+
+@pytest.mark.parametrize("words", [["-c", "print(page_info())"], ["--reload"]], ids=str)
+def test_a_daemon_of_another_program_is_let_alone(fresh: Path, words: list[str]) -> None:
+    with spawn_daemon("browser") as daemon:
+        run = harness_browser(*words)
+        assert daemon.process.poll() is None
+        assert_refused(run, 6, "is another program's: choose another --name, or BU_NAME", log=False)
+    assert serves()
+
+
+# The end of the daemon.
+
+
+def test_reload_ends_all(fresh: Path) -> None:
+    assert serves()
+    daemon, browser, _ = who()
+    run = harness_browser("--reload")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "browser: stopped\n", "")
+    assert not lives(daemon)
+    assert not lives(browser)
+    assert_nothing_left(fresh)
+    assert not os.path.lexists(lock_of(fresh))
+    assert serves()
+    assert daemon not in who()
+    assert browser not in who()
+
+
+def test_reload_when_nothing_runs(fresh: Path) -> None:
+    run = harness_browser("--reload")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "browser: was not running\n", "")
+    assert list(fresh.iterdir()) == []
+    assert serves()
+
+
+@needs_posix
+def test_reload_after_the_daemon_was_killed(fresh: Path) -> None:
+    assert serves()
+    daemon, browser, _ = who()
+    kill(daemon)
+    assert lives(browser)
+    run = harness_browser("--reload")
+    said = "browser: was not running, the browser that it had left is ended\n"
+    assert (run.returncode, run.stdout, run.stderr) == (0, said, "")
+    assert not lives(browser)
+    assert_nothing_left(fresh)
+    assert serves()
+
+
+@needs_posix
+@pytest.mark.parametrize("which", [0, 1], ids=["the daemon", "the browser"])
+def test_reload_ends_what_is_stopped(fresh: Path, which: int) -> None:
+    assert serves()
+    pids = who()[:2]
+    with suspended(pids[which]):
+        run = harness_browser("--reload")
+        assert (run.returncode, run.stderr) == (0, "")
+        assert run.stdout.startswith("browser: stopped")
+        assert not any(map(lives, pids))
+        assert_nothing_left(fresh)
+    assert serves()
+
+
+def test_reload_leaves_a_browser_that_is_not_ours(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with other_browser(fresh) as other:
+        tabs = other.tabs()
+        monkeypatch.setenv("BU_CDP_WS", other.websocket)
+        assert harness_browser("-c", "js('window.name = \"mine\"'); print(page_info()['url'])").stdout == "about:blank\n"
+        assert browsers(fresh) == []
+        run = harness_browser("--reload")
+        assert (run.returncode, run.stdout, run.stderr) == (0, "browser: stopped\n", "")
+        assert daemons(fresh) == []
+        assert other.process.poll() is None
+        assert other.tabs() == tabs
+        assert harness_browser("-c", "print(js('window.name'))").stdout == "mine\n"
+        harness_browser("--reload")
+
+
+# A profile that a browser has left without a word.
+
+
+@needs_posix
+def test_reload_leaves_no_lock_of_a_killed_browser(fresh: Path) -> None:
+    assert serves()
+    kill(who()[0])
+    assert harness_browser("--reload").returncode == 0
+    assert not os.path.lexists(lock_of(fresh))
+    assert serves()
+
+
+@needs_linux
+def test_a_lock_of_a_machine_that_is_no_more(fresh: Path) -> None:
+    assert serves()
+    harness_browser("--reload")
+    lock_of(fresh).symlink_to("a-container-4")
+    assert serves()

@@ -1,0 +1,981 @@
+"""The daemon, by its public channel: what it answers, what becomes of sessions, and what happens when something is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    StartFailed,
+    __version__,
+    connect_daemon,
+    daemon_status,
+    request,
+    stop_daemon,
+)
+from harness_ipc.browser import helpers
+from harness_ipc.browser.errors import BrowserLost, TabClosed
+from harness_ipc.browser.own import OwnBrowser, find_binary
+from tests.browser.conftest import kill, processes_of, suspended
+from tests.browser.others import OtherBrowser, kill_browser, other_browser, relaying
+from tests.browser.site import Site
+from tests.managed import in_thread, the_log
+from tests.marks import needs_chromium, needs_posix
+from tests.processes import PATIENCE, wait_until
+
+pytestmark = needs_chromium
+
+# Seconds that eight processes drive eight tabs.
+MINUTE = float(os.environ.get("HARNESS_TEST_MINUTE", "60"))
+PROCESSES = 8
+# What a page does once for each request that runs.
+COUNT = "window.count = (window.count || 0) + 1"
+
+Reply = dict[str, Any]
+
+
+def connected() -> Client:
+    """Return a connection of the test's own, beside that of the helpers."""
+    return connect_daemon("browser", request_timeout=PATIENCE)
+
+
+@pytest.fixture
+def client(page: str) -> Iterator[Client]:
+    """A connection to the daemon whose browser the tests share; its default session is that of `page`."""
+    with connected() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own(fresh: Path) -> Iterator[Client]:
+    """A connection to a daemon of the test's own, which has a browser of its own."""
+    helpers.connect()
+    with connected() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def theirs(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OtherBrowser]:
+    """A browser that somebody else has started, and that the daemon will attach to."""
+    with other_browser(fresh) as browser:
+        monkeypatch.setenv("BU_CDP_WS", browser.websocket)
+        yield browser
+
+
+def ask(daemon: Client, method: str, session: str | None = None, **params: Any) -> Reply:
+    return daemon.request({"method": method, "params": params, "session_id": session})
+
+
+def evaluate(daemon: Client, expression: str, session: str | None = None, **more: Any) -> Reply:
+    params = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+    return daemon.request({"method": "Runtime.evaluate", "params": params, "session_id": session, **more})
+
+
+def value(reply: Reply) -> Any:
+    assert "error" not in reply, reply
+    assert "exceptionDetails" not in reply["result"], reply
+    return reply["result"]["result"].get("value")
+
+
+def error_of(reply: Reply, kind: str) -> Any:
+    """Return the error in `reply`, which is of that kind, with a text in one line."""
+    assert list(reply) == ["error"], reply
+    error = reply["error"]
+    assert error["type"] == kind, error
+    assert error["message"].splitlines() == [error["message"]]
+    return error
+
+
+def new_tab(daemon: Client) -> tuple[str, str]:
+    """Open a tab and return its targetId and a session of it. It becomes the default, as for everybody who switches."""
+    target = ask(daemon, "Target.createTarget", url="about:blank")["result"]["targetId"]
+    return target, daemon.request({"meta": "set_session", "target_id": target})["session_id"]
+
+
+def kill_daemon(pid: int) -> None:
+    """Kill the daemon, and wait until nobody can connect any more."""
+    kill(pid)
+    wait_until(lambda: daemon_status("browser").state == "stale")
+
+
+def main_processes(base: Path) -> set[int]:
+    """Return the pids of the browsers, not of their own children, that run below `base`."""
+    found = set()
+    for process in processes_of(base):
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(process.cmdline())
+            if "--user-data-dir=" in words and "--type=" not in words and "crashpad" not in words:
+                found.add(process.pid)
+    return found
+
+
+def assert_serves(daemon: Client) -> None:
+    assert value(evaluate(daemon, "6 * 7")) == 42
+    status = daemon_status("browser", timeout=PATIENCE)
+    assert status.state == "running"
+    assert status.health is not None
+    assert status.health["round_trip_ms"] >= 0
+
+
+@contextlib.contextmanager
+def in_flight(session: str | None = None, *, expression: str = "new Promise(() => {})") -> Iterator[Future[Reply]]:
+    """Have a page run an expression that does not end, and yield the reply to come, once it runs."""
+
+    def run() -> Reply:
+        with connected() as daemon:
+            return evaluate(daemon, f"{COUNT}, {expression}", session)
+
+    with connected() as daemon, in_thread(run) as job:
+        wait_until(lambda: value(evaluate(daemon, "window.count || 0", session)) == 1)
+        yield job
+
+
+def at_once(number: int, what: Any) -> list[Any]:
+    """Have so many threads do `what` at the same time, each with a connection of its own. Return what they return."""
+    barrier = threading.Barrier(number)
+
+    def run(_: int) -> Any:
+        with connected() as daemon:
+            daemon.request({"meta": "ping"})
+            barrier.wait(PATIENCE)
+            return what(daemon)
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(run, range(number)))
+
+
+# Which page it is in.
+
+
+def test_it_opens_a_page_if_there_are_only_the_browsers_own(theirs: OtherBrowser) -> None:
+    (blank,) = theirs.tabs()
+    internal = theirs.call("Target.createTarget", url="chrome://version")["targetId"]
+    theirs.call("Target.closeTarget", targetId=blank)
+    wait_until(lambda: theirs.tabs() == {internal: "chrome://version/"})
+    tab = helpers.current_tab()
+    assert tab["url"] == "about:blank"
+    assert theirs.tabs() == {internal: "chrome://version/", tab["targetId"]: "about:blank"}
+    # Also when that one is closed.
+    helpers.close_tab()
+    after = helpers.current_tab()
+    assert (after["url"], after["targetId"] == tab["targetId"]) == ("about:blank", False)
+    assert internal in theirs.tabs()
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+def test_it_prefers_a_real_page_to_an_empty_one(theirs: OtherBrowser, site: Site) -> None:
+    theirs.call("Target.createTarget", url="chrome://version")
+    real = theirs.call("Target.createTarget", url=f"{site.url}/")["targetId"]
+    theirs.call("Target.createTarget", url="about:blank")
+    wait_until(lambda: theirs.tabs().get(real) == f"{site.url}/" and len(theirs.tabs()) == 4)
+    assert helpers.current_tab()["targetId"] == real
+    assert helpers.js("document.title") == "Home"
+    assert len(theirs.tabs()) == 4
+
+
+def test_the_last_tab_of_an_own_browser_may_be_closed_by_many_who_go_on(own: Client) -> None:
+    tab = own.request({"meta": "session"})["target_id"]
+    assert ask(own, "Target.closeTarget", targetId=tab)["result"] == {"success": True}
+    replies = at_once(8, lambda daemon: evaluate(daemon, COUNT))
+    assert sorted(map(value, replies)) == list(range(1, 9))
+    assert len({reply["session_id"] for reply in replies}) == 1
+    (only,) = [info for info in ask(own, "Target.getTargets")["result"]["targetInfos"] if info["type"] == "page"]
+    assert (only["url"], only["targetId"] == tab) == ("about:blank", False)
+    assert_serves(own)
+
+
+# Requests.
+
+
+def test_each_meta_request_has_its_shape(client: Client, page: str, site: Site) -> None:
+    url = f"{site.url}/form"
+    session = client.request({"meta": "session"})["session_id"]
+    here = {"session_id": session, "target_id": page}
+    assert ask(client, "Page.navigate", url=url)["session_id"] == session
+    wait_until(lambda: value(evaluate(client, "document.title")) == "A form")
+    assert client.request({"meta": "session"}) == here
+    assert client.request({"meta": "session", "session_id": session}) == here
+    assert client.request({"meta": "set_session", "session_id": session}) == here
+    assert client.request({"meta": "set_session", "target_id": page}) == here
+    tab = {"targetId": page, "url": url, "title": "A form"}
+    assert client.request({"meta": "current_tab"}) == {**tab, "session_id": session}
+    assert client.request({"meta": "pending_dialog"}) == {"dialog": None, "session_id": session}
+    reply = client.request({"meta": "drain_events", "session_id": session})
+    assert list(reply) == ["events"]
+    assert {tuple(event) for event in reply["events"]} == {("method", "params", "session_id")}
+    assert {event["session_id"] for event in reply["events"]} == {session}
+    assert "Page.frameNavigated" in [event["method"] for event in reply["events"]]
+    status = client.request({"meta": "connection_status"})
+    found = f"our own browser, its profile {os.environ['HARNESS_CHROME_PROFILE']}"
+    expected = {"connected": True, "own": True, "found": found, "session_id": session, "tab": tab, "problem": None}
+    assert expected.items() <= status.items()
+    assert psutil.pid_exists(status["pid"])
+    assert status["round_trip_ms"] > 0
+    assert status["browser"] == ask(client, "Browser.getVersion")["result"]["product"]
+    health = client.request({"meta": "health"})["health"]
+    assert {key: health[key] for key in ("browser", "found")} == {"browser": status["browser"], "found": found}
+    assert health["round_trip_ms"] > 0
+    assert client.request({"meta": "ping"})["pid"] == client.pid
+    running = daemon_status("browser", timeout=PATIENCE)
+    assert (running.state, running.app_version) == ("running", f"harness-browser {__version__}")
+    assert_serves(client)
+
+
+def test_the_current_tab_is_where_the_page_is(client: Client, site: Site) -> None:
+    for number in range(20):
+        url = f"{site.url if number % 2 else site.other_url}/form?{number}"
+        ask(client, "Page.navigate", url=url)
+        # With nothing in between that would take time.
+        assert client.request({"meta": "current_tab"})["url"] == url
+        assert value(evaluate(client, "location.href")) == url
+    assert_serves(client)
+
+
+EVALUATE = {"method": "Runtime.evaluate", "params": {"expression": "6 * 7"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ({}, -32600),
+        ({"params": {}}, -32600),
+        ({"meta": "no such thing"}, -32600),
+        ({"meta": ""}, -32600),
+        ({"meta": 5}, -32600),
+        ({"meta": ["session"]}, -32600),
+        ({"meta": {"session": 1}}, -32600),
+        ({"meta": False}, -32600),
+        ({"meta": "session", "session_id": 5}, -32600),
+        ({"meta": "set_session"}, -32600),
+        ({"meta": "set_session", "target_id": 5}, -32600),
+        ({"meta": "drain_events", "session_id": ["x"]}, -32600),
+        ({"method": 5}, -32600),
+        ({"method": ["Page.enable"]}, -32600),
+        ({"method": ""}, -32600),
+        ({"method": "no method"}, -32601),
+        ({"method": "Page.noSuchThing"}, -32601),
+        ({"method": "Target.noSuchThing"}, -32601),
+        ({"method": "\ud800"}, None),
+        ({"method": "Page.navigate"}, -32602),
+        ({"method": "Page.navigate", "params": {"url": 5}}, -32602),
+        ({"method": "Page.navigate", "params": [1]}, -32600),
+        ({"method": "Page.navigate", "params": "url"}, -32600),
+        ({"method": "Target.closeTarget"}, -32602),
+        ({"method": "Target.closeTarget", "params": {"targetId": 5}}, -32602),
+        ({"method": "Target.closeTarget", "params": {"targetId": "none"}}, -32602),
+        ({**EVALUATE, "session_id": 5}, -32600),
+        ({**EVALUATE, "session_id": {}}, -32600),
+        ({**EVALUATE, "timeout": "1"}, -32600),
+        ({**EVALUATE, "timeout": -1}, -32600),
+        ({**EVALUATE, "timeout": True}, -32600),
+        ({**EVALUATE, "timeout": [1]}, -32600),
+        # No float; and longer than anybody can wait.
+        pytest.param({**EVALUATE, "timeout": 10**400}, -32600, id="10**400"),
+        ({**EVALUATE, "timeout": 1e308}, -32600),
+    ],
+    ids=lambda value: ascii(value) if isinstance(value, dict) else "",
+)
+def test_a_request_that_is_none_is_an_error_and_the_daemon_serves_on(client: Client, message: Reply, code: int | None) -> None:
+    error = error_of(client.request(message), "CDPError")
+    if code is not None:
+        assert error["code"] == code
+    assert_serves(client)
+    with connected() as other:
+        assert_serves(other)
+
+
+def test_what_may_be_left_out_of_a_request_may_also_be_null(client: Client) -> None:
+    for more in ({"session_id": None}, {"timeout": None}, {"session_id": ""}, {"timeout": 1e9}, {"timeout": 60}):
+        assert value(client.request({**EVALUATE, **more})) == 42
+    assert client.request({"method": "Page.enable", "params": None, "meta": None})["result"] == {}
+
+
+@pytest.mark.parametrize("more", [{"session_id": "no such session"}, {"meta": "set_session", "target_id": "no such tab"}])
+def test_what_was_never_there_is_closed(client: Client, more: Reply) -> None:
+    error_of(client.request({**EVALUATE, **more}), "TabClosed")
+    assert_serves(client)
+
+
+def test_what_is_asked_of_the_browser_has_no_session(client: Client, page: str) -> None:
+    # Whatever session it names.
+    for session in (None, client.request({"meta": "session"})["session_id"], "no such session"):
+        reply = ask(client, "Target.getTargets", session)
+        assert reply["session_id"] is None
+        assert page in [info["targetId"] for info in reply["result"]["targetInfos"]]
+
+
+# Sessions, side by side.
+
+
+def test_a_request_that_names_its_session_stays_in_it_whatever_others_switch_to(client: Client, page: str) -> None:
+    mine = client.request({"meta": "session"})["session_id"]
+    assert value(evaluate(client, "document.title = 'mine'", mine)) == "mine"
+    with connected() as other:
+        target, theirs = new_tab(other)
+        assert value(evaluate(other, "document.title = 'theirs'")) == "theirs"
+        # Who names none is where the last one went.
+        assert value(evaluate(client, "document.title")) == "theirs"
+        reply = evaluate(client, "document.title", mine)
+        assert (value(reply), reply["session_id"]) == ("mine", mine)
+        assert client.request({"meta": "current_tab", "session_id": mine})["targetId"] == page
+        other.request({"meta": "set_session", "session_id": mine})
+        assert value(evaluate(other, "document.title")) == "mine"
+        assert value(evaluate(other, "document.title", theirs)) == "theirs"
+        assert other.request({"meta": "set_session", "target_id": target})["session_id"] == theirs
+
+
+def test_two_clients_drive_two_tabs_at_once(client: Client) -> None:
+    meeting = threading.Barrier(2)
+
+    def drive(name: str) -> str:
+        with connected() as daemon:
+            _, session = new_tab(daemon)
+            meeting.wait(PATIENCE)
+            for number in range(1, 101):
+                count = f"{COUNT}, new Promise(done => setTimeout(() => done('{name} ' + window.count), 1))"
+                reply = evaluate(daemon, count, session)
+                assert (value(reply), reply["session_id"]) == (f"{name} {number}", session)
+            return session
+
+    with in_thread(drive, "one") as one, in_thread(drive, "two") as two:
+        assert one.result(PATIENCE) != two.result(PATIENCE)
+    assert_serves(client)
+
+
+def test_a_slow_request_holds_up_nobody(client: Client) -> None:
+    mine = client.request({"meta": "session"})["session_id"]
+    with in_flight(mine, expression="new Promise(done => window.done = done)") as job:
+        assert value(evaluate(client, "1 + 1", mine)) == 2
+        with connected() as other:
+            new_tab(other)
+            assert_serves(other)
+        assert not job.done()
+        evaluate(client, "window.done('at last')", mine)
+        assert value(job.result(PATIENCE)) == "at last"
+
+
+# Events.
+
+
+def logged(reply: Reply) -> list[Any]:
+    """Return what was written to the pages' consoles, in its order."""
+    events = [event for event in reply["events"] if event["method"] == "Runtime.consoleAPICalled"]
+    return [event["params"]["args"][0]["value"] for event in events]
+
+
+def test_events_are_kept_for_each_session_until_they_are_drained(client: Client) -> None:
+    one = client.request({"meta": "session"})["session_id"]
+    _, two = new_tab(client)
+    client.request({"meta": "drain_events"})
+    for number in range(0, 20, 2):
+        evaluate(client, f"console.log({number})", one)
+        evaluate(client, f"console.log({number + 1})", two)
+    reply = client.request({"meta": "drain_events", "session_id": one})
+    assert logged(reply) == list(range(0, 20, 2))
+    assert {event["session_id"] for event in reply["events"]} == {one}
+    assert logged(client.request({"meta": "drain_events", "session_id": one})) == []
+    evaluate(client, "console.log(20)", one)
+    # Without a session: all there are, in the order in which they came.
+    assert logged(client.request({"meta": "drain_events"})) == [*range(1, 20, 2), 20]
+    assert logged(client.request({"meta": "drain_events"})) == []
+    assert logged(client.request({"meta": "drain_events", "session_id": two})) == []
+    assert_serves(client)
+
+
+def test_the_last_500_events_are_kept(client: Client) -> None:
+    one = client.request({"meta": "session"})["session_id"]
+    _, two = new_tab(client)
+    loud = "for (let i = 0; i < 700; i++) console.log(i)"
+    evaluate(client, loud, one)
+    reply = client.request({"meta": "drain_events", "session_id": one})
+    assert len(reply["events"]) == 500
+    assert logged(reply) == list(range(200, 700))
+    evaluate(client, loud, one)
+    evaluate(client, "for (let i = 1000; i < 1400; i++) console.log(i)", two)
+    reply = client.request({"meta": "drain_events"})
+    assert len(reply["events"]) == 500
+    assert logged(reply) == [*range(600, 700), *range(1000, 1400)]
+    assert client.request({"meta": "drain_events", "session_id": one}) == {"events": []}
+    assert_serves(client)
+
+
+def test_events_of_the_browser_belong_to_no_session(client: Client) -> None:
+    client.request({"meta": "drain_events"})
+    target, _ = new_tab(client)
+    ask(client, "Target.closeTarget", targetId=target)
+    mine = [
+        event["method"]
+        for event in client.request({"meta": "drain_events"})["events"]
+        if event["session_id"] is None and target in json.dumps(event["params"])
+    ]
+    assert mine[0] == "Target.targetCreated"
+    assert mine[-1] == "Target.targetDestroyed"
+
+
+# Sessions that have ended.
+
+
+def test_the_default_session_is_attached_again_to_the_same_tab(client: Client, page: str) -> None:
+    first = client.request({"meta": "session"})["session_id"]
+    assert value(evaluate(client, COUNT)) == 1
+    ask(client, "Target.detachFromTarget", sessionId=first)
+    reply = evaluate(client, COUNT)
+    assert value(reply) == 2
+    assert reply["session_id"] != first
+    assert client.request({"meta": "session"}) == {"session_id": reply["session_id"], "target_id": page}
+    assert value(evaluate(client, "window.count")) == 2
+    assert_serves(client)
+
+
+def test_a_named_session_that_has_ended_leads_to_its_successor(client: Client, page: str) -> None:
+    names = [client.request({"meta": "session"})["session_id"]]
+    # Elsewhere than the default.
+    new_tab(client)
+    for number in range(1, 4):
+        ask(client, "Target.detachFromTarget", sessionId=names[-1])
+        reply = evaluate(client, COUNT, names[-1])
+        assert value(reply) == number
+        names.append(reply["session_id"])
+    assert len(set(names)) == 4
+    for name in names:
+        reply = evaluate(client, "window.count", name)
+        assert (value(reply), reply["session_id"]) == (3, names[-1])
+        assert client.request({"meta": "current_tab", "session_id": name})["targetId"] == page
+        assert client.request({"meta": "session", "session_id": name})["session_id"] == names[-1]
+    # The successor reports its events, as its predecessor did.
+    client.request({"meta": "drain_events"})
+    evaluate(client, "console.log('heard')", names[0])
+    assert logged(client.request({"meta": "drain_events", "session_id": names[0]})) == ["heard"]
+    assert_serves(client)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_many_requests_with_the_same_ended_session_attach_it_once(client: Client, page: str, named: bool) -> None:
+    session = client.request({"meta": "session"})["session_id"]
+    ask(client, "Target.detachFromTarget", sessionId=session)
+    replies = at_once(16, lambda daemon: evaluate(daemon, COUNT, session if named else None))
+    assert sorted(map(value, replies)) == list(range(1, 17))
+    (successor,) = {reply["session_id"] for reply in replies}
+    assert successor != session
+    assert the_log("browser").count(f"attaching to tab {page} again") == 1
+    assert_serves(client)
+
+
+def test_a_request_never_runs_twice_however_often_its_session_ends(client: Client) -> None:
+    session = client.request({"meta": "session"})["session_id"]
+    done = threading.Event()
+
+    def run() -> list[Reply]:
+        with connected() as daemon:
+            return [evaluate(daemon, COUNT, session) for _ in range(200)]
+
+    def detach() -> int:
+        number = 0
+        with connected() as daemon:
+            while not done.is_set():
+                now = daemon.request({"meta": "session", "session_id": session})["session_id"]
+                number += "result" in ask(daemon, "Target.detachFromTarget", sessionId=now)
+        return number
+
+    with in_thread(run) as one, in_thread(run) as two, in_thread(detach) as detaching:
+        try:
+            replies = [*one.result(PATIENCE), *two.result(PATIENCE)]
+        finally:
+            done.set()
+        assert detaching.result(PATIENCE) > 0
+    ran = [value(reply) for reply in replies if "error" not in reply]
+    for reply in replies:
+        if "error" in reply:
+            assert "may have run" in error_of(reply, "CDPError")["message"]
+    assert len(ran) == len(set(ran)) > 0
+    count = value(evaluate(client, "window.count", session))
+    assert len(ran) <= count <= len(replies)
+    assert_serves(client)
+
+
+def test_the_session_of_a_closed_tab_is_never_another_tab(client: Client) -> None:
+    _, other = new_tab(client)
+    target, session = new_tab(client)
+    assert ask(client, "Target.closeTarget", targetId=target)["result"] == {"success": True}
+    verbs = ("current_tab", "pending_dialog", "drain_events", "session", "set_session")
+    messages: list[Reply] = [EVALUATE, *({"meta": verb} for verb in verbs)]
+    for message in messages:
+        error = error_of(client.request({**message, "session_id": session}), "TabClosed")
+        assert "list_tabs()" in error["message"]
+    error_of(client.request({"meta": "set_session", "target_id": target}), "TabClosed")
+    # The others' are what they were, and who names none is in another page.
+    assert value(evaluate(client, COUNT, other)) == 1
+    reply = evaluate(client, "6 * 7")
+    assert (value(reply), reply["session_id"] == session) == (42, False)
+    assert client.request({"meta": "session"})["target_id"] != target
+    assert_serves(client)
+
+
+def test_closing_says_so_when_the_tab_is_closed(client: Client) -> None:
+    for _ in range(10):
+        target, _ = new_tab(client)
+        assert ask(client, "Target.closeTarget", targetId=target)["result"] == {"success": True}
+        targets = ask(client, "Target.getTargets")["result"]["targetInfos"]
+        assert target not in [info["targetId"] for info in targets]
+    assert_serves(client)
+
+
+# Requests in flight.
+
+
+def test_what_is_in_flight_ends_when_its_tab_is_closed(client: Client) -> None:
+    target, session = new_tab(client)
+    with in_flight(session) as job:
+        ask(client, "Target.closeTarget", targetId=target)
+        assert "may have run" in error_of(job.result(PATIENCE), "CDPError")["message"]
+    assert_serves(client)
+
+
+def test_a_request_ends_after_its_timeout_and_the_page_goes_on(client: Client) -> None:
+    error = error_of(evaluate(client, f"{COUNT}, new Promise(() => {{}})", timeout=0.25), "BrowserTimeout")
+    assert "Runtime.evaluate within 0.25 s" in error["message"]
+    assert "may still run" in error["message"]
+    assert value(evaluate(client, "window.count", timeout=PATIENCE)) == 1
+    # Also what the browser itself is asked.
+    error_of(client.request({"method": "Target.getTargets", "timeout": 0}), "BrowserTimeout")
+    assert_serves(client)
+
+
+def test_a_dialog_is_told_until_it_is_answered(client: Client) -> None:
+    session = client.request({"meta": "session"})["session_id"]
+    assert client.request({"meta": "pending_dialog"})["dialog"] is None
+    # What opened it has run; what comes later has not.
+    opened = error_of(evaluate(client, f"{COUNT}, window.said = confirm('Sure?')"), "DialogOpen")
+    assert opened["ran"] is True
+    assert (opened["dialog"]["type"], opened["dialog"]["message"]) == ("confirm", "Sure?")
+    refused = error_of(evaluate(client, COUNT), "DialogOpen")
+    assert refused["ran"] is False
+    assert client.request({"meta": "pending_dialog"}) == {"dialog": opened["dialog"], "session_id": session}
+    # Another session of the tab is held as well, another tab is not.
+    other = ask(client, "Target.attachToTarget", targetId=client.request({"meta": "session"})["target_id"], flatten=True)
+    held = other["result"]["sessionId"]
+    assert error_of(evaluate(client, COUNT, held), "DialogOpen")["ran"] is False
+    assert client.request({"meta": "pending_dialog", "session_id": held})["dialog"] == opened["dialog"]
+    _, free = new_tab(client)
+    assert client.request({"meta": "pending_dialog"}) == {"dialog": None, "session_id": free}
+    assert_serves(client)
+    assert ask(client, "Page.handleJavaScriptDialog", session, accept=True)["result"] == {}
+    wait_until(lambda: client.request({"meta": "pending_dialog", "session_id": session})["dialog"] is None)
+    assert value(evaluate(client, "[window.said, window.count].join()", session)) == "true,1"
+    assert error_of(ask(client, "Page.handleJavaScriptDialog", session, accept=True), "CDPError")["code"] == -32602
+
+
+def test_a_crashed_page_is_told_at_once_and_can_be_loaded_again(client: Client, site: Site) -> None:
+    _, session = new_tab(client)
+    with in_flight(session) as job:
+        ask(client, "Page.crash", session)
+        assert "has crashed" in error_of(job.result(PATIENCE), "CDPError")["message"]
+    assert "goto_url()" in error_of(evaluate(client, "6 * 7", session), "CDPError")["message"]
+    ask(client, "Page.navigate", session, url=f"{site.url}/")
+    wait_until(lambda: evaluate(client, "document.title", session).get("result", {}).get("result", {}).get("value") == "Home")
+    assert_serves(client)
+
+
+# Health.
+
+
+@needs_posix
+def test_health_is_the_browsers_own_word(own: Client) -> None:
+    assert_serves(own)
+    pid = own.request({"meta": "connection_status"})["pid"]
+    with suspended(pid):
+        status = daemon_status("browser", timeout=PATIENCE)
+        assert (status.state, status.pid, status.problem) == ("running", own.pid, None)
+        assert status.health is not None
+        error_of(status.health, "BrowserTimeout")
+        found = own.request({"meta": "connection_status"})
+        assert (found["connected"], found["pid"], found["own"]) == (False, pid, True)
+        assert "has not answered" in found["problem"]
+        error_of(own.request({**EVALUATE, "timeout": 0.25}), "BrowserTimeout")
+        assert own.request({"meta": "ping"})["pid"] == own.pid
+    assert_serves(own)
+    assert own.request({"meta": "connection_status"})["pid"] == pid
+
+
+# The browser ends.
+
+
+def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
+    old = own.request({"meta": "session"})["session_id"]
+    first = own.request({"meta": "connection_status"})["pid"]
+    with in_flight(old) as job:
+        kill(first)
+        assert "may have run" in error_of(job.result(PATIENCE), "BrowserLost")["message"]
+    # To look mends nothing.
+    status = daemon_status("browser", timeout=PATIENCE)
+    assert status.state == "running"
+    assert status.health is not None
+    error_of(status.health, "BrowserLost")
+    # Its process is there until the last of its threads has ended.
+    wait_until(lambda: own.request({"meta": "connection_status"})["pid"] is None)
+    found = own.request({"meta": "connection_status"})
+    assert (found["connected"], found["own"], found["tab"]) == (False, True, None)
+    assert "lost" in found["problem"]
+    # Many at once have one browser, in which nothing of the old one is taken for anything.
+    replies = at_once(8, lambda daemon: evaluate(daemon, COUNT))
+    assert sorted(map(value, replies)) == list(range(1, 9))
+    second = own.request({"meta": "connection_status"})
+    assert (second["connected"], second["own"], second["problem"]) == (True, True, None)
+    assert second["pid"] not in (None, first)
+    assert the_log("browser").count("started pid") == 2
+    error_of(evaluate(own, COUNT, old), "TabClosed")
+    assert value(evaluate(own, "window.count")) == 8
+    assert_serves(own)
+
+
+def test_helpers_are_told_once_that_their_tab_went_with_the_browser(own: Client) -> None:
+    assert helpers.js(COUNT) == 1
+    kill(own.request({"meta": "connection_status"})["pid"])
+    told: list[type[Exception]] = []
+    while len(told) < 3:
+        try:
+            assert helpers.js(COUNT) == 1
+        except (BrowserLost, TabClosed) as error:
+            told.append(type(error))
+        else:
+            break
+    # Lost, if it was sent before the daemon had seen the end; then closed, since nothing goes to another tab unseen.
+    assert told in ([TabClosed], [BrowserLost, TabClosed])
+    assert_serves(own)
+
+
+def test_however_often_the_browser_is_killed_each_request_is_answered_and_the_daemon_serves(own: Client, fresh: Path) -> None:
+    done = threading.Event()
+
+    def run() -> list[str]:
+        errors = []
+        with connected() as daemon:
+            while not done.is_set():
+                reply = evaluate(daemon, "6 * 7")
+                if "error" in reply:
+                    errors.append(error_of(reply, "BrowserLost")["type"])
+                else:
+                    assert value(reply) == 42
+        return errors
+
+    killed: set[int] = set()
+    with in_thread(run) as one, in_thread(run) as two, in_thread(run) as three:
+        try:
+            while len(killed) < 4:
+                pid = own.request({"meta": "connection_status"})["pid"]
+                if pid is not None and pid not in killed and value(evaluate(own, "6 * 7")) == 42:
+                    kill(pid)
+                    killed.add(pid)
+        finally:
+            done.set()
+        assert [error for job in (one, two, three) for error in job.result(PATIENCE)] != []
+    assert_serves(own)
+    last = own.request({"meta": "connection_status"})["pid"]
+    assert last not in killed
+    wait_until(lambda: main_processes(fresh) == {last})
+    assert the_log("browser").count("started pid") == 5
+
+
+@needs_posix
+def test_a_daemon_that_is_stopped_while_its_next_browser_starts_leaves_nothing(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = fresh / "program"
+    program.write_text(f'#!/bin/sh\ntest -e "$0.used" && sleep 3600\ntouch "$0.used"; exec {find_binary()} "$@"\n')
+    program.chmod(0o700)
+    monkeypatch.setenv("HARNESS_CHROME", str(program))
+    helpers.connect()
+    with connected() as daemon:
+        kill(daemon.request({"meta": "connection_status"})["pid"])
+        wait_until(lambda: not daemon.request({"meta": "connection_status"})["connected"])
+        with in_thread(daemon.request, EVALUATE) as job:
+            wait_until(lambda: the_log("browser").count("started pid") == 2)
+            assert stop_daemon("browser", timeout=PATIENCE)
+            with contextlib.suppress(ConnectionLost):
+                assert "error" in job.result(PATIENCE)
+    wait_until(lambda: not processes_of(fresh))
+    assert not (fresh / "profile" / "harness-browser.json").exists()
+    monkeypatch.delenv("HARNESS_CHROME")
+    helpers.disconnect()
+    helpers.connect()
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+def test_a_browser_that_was_asked_to_close_is_replaced_as_well(own: Client) -> None:
+    first = own.request({"meta": "connection_status"})["pid"]
+    own.request({"method": "Browser.close"})
+    wait_until(lambda: not own.request({"meta": "connection_status"})["connected"])
+    assert_serves(own)
+    assert own.request({"meta": "connection_status"})["pid"] not in (None, first)
+
+
+def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowser) -> None:
+    helpers.connect()
+    with connected() as daemon:
+        session = daemon.request({"meta": "session"})["session_id"]
+        with in_flight(session) as job:
+            kill_browser(theirs.process)
+            error_of(job.result(PATIENCE), "BrowserLost")
+        messages = (EVALUATE, {**EVALUATE, "session_id": session}, {"method": "Target.getTargets"}, {"meta": "current_tab"})
+        for message in messages:
+            text = error_of(daemon.request(message), "BrowserLost")["message"]
+            assert "BU_CDP_WS" in text
+            assert "start it again" in text
+            assert theirs.path.rpartition("/")[2] not in text + the_log("browser")
+        # The daemon goes on answering, and looking for it.
+        found = daemon.request({"meta": "connection_status"})
+        assert (found["connected"], found["own"], found["pid"]) == (False, False, None)
+        assert found["problem"]
+        status = daemon_status("browser", timeout=PATIENCE)
+        assert (status.state, status.pid) == ("running", daemon.pid)
+        assert status.health is not None
+        error_of(status.health, "BrowserLost")
+        error_of(daemon.request({"meta": "no such thing"}), "CDPError")
+        assert daemon.request({"meta": "drain_events"})["events"] != []
+
+
+def test_the_browser_of_others_that_comes_back_is_used_again(
+    theirs: OtherBrowser, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BU_CDP_WS")
+    monkeypatch.setenv("BU_CDP_URL", theirs.url)
+    helpers.connect()
+    with connected() as daemon:
+        session = daemon.request({"meta": "session"})["session_id"]
+        kill_browser(theirs.process)
+        wait_until(lambda: not daemon.request({"meta": "connection_status"})["connected"])
+        error_of(daemon.request(EVALUATE), "BrowserLost")
+        with other_browser(fresh, port=theirs.port) as successor:
+            assert successor.path != theirs.path
+            assert_serves(daemon)
+            error_of(evaluate(daemon, "6 * 7", session), "TabClosed")
+            assert daemon.request({"meta": "session"})["target_id"] in successor.tabs()
+
+
+def test_after_a_cut_connection_each_session_finds_its_tab(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+    with relaying(theirs.port) as relay:
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{relay.port}{theirs.path}")
+        helpers.connect()
+        with connected() as daemon:
+            tabs = [new_tab(daemon) for _ in range(3)]
+            for number, (_, session) in enumerate(tabs):
+                evaluate(daemon, f"window.number = {number}", session)
+            _, default = tabs[-1]
+            with in_flight(default) as job:
+                relay.cut()
+                error_of(job.result(PATIENCE), "BrowserLost")
+            replies = at_once(8, lambda other: [evaluate(other, "window.number", session) for _, session in tabs])
+            for answers in replies:
+                assert [value(answer) for answer in answers] == [0, 1, 2]
+            successors = {tuple(answer["session_id"] for answer in answers) for answers in replies}
+            assert len(successors) == 1
+            assert not set(*successors) & {session for _, session in tabs}
+            # Who names none is where it was.
+            assert value(evaluate(daemon, "[window.number, window.count].join()")) == "2,1"
+            assert_serves(daemon)
+
+
+# The daemon ends.
+
+
+def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: Path, site: Site) -> None:
+    helpers.goto_url(f"{site.url}/")
+    wait_until(lambda: helpers.current_tab()["title"] == "Home")
+    tab = helpers.current_tab()
+    daemon, browser = own.pid, own.request({"meta": "connection_status"})["pid"]
+    with in_thread(helpers.js, f"{COUNT}, new Promise(() => {{}})") as job:
+        wait_until(lambda: value(evaluate(own, "window.count || 0")) == 1)
+        kill_daemon(daemon)
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+    # Now another one, with the same browser. Nothing was repeated.
+    assert helpers.current_tab() == tab
+    assert helpers.js("window.count") == 1
+    found = helpers.connect().request({"meta": "connection_status"})
+    assert (found["own"], found["pid"]) == (True, browser)
+    assert helpers.connect().pid != daemon
+    assert "the browser of an earlier daemon is still there" in the_log("browser")
+    # It is this one's now.
+    helpers.disconnect()
+    assert stop_daemon("browser")
+    wait_until(lambda: browser not in main_processes(fresh))
+    helpers.connect()
+    with connected() as successor:
+        assert_serves(successor)
+
+
+def test_a_helper_whose_daemon_was_killed_says_so_and_the_next_one_starts_another(own: Client) -> None:
+    assert helpers.js(COUNT) == 1
+    kill_daemon(own.pid)
+    with pytest.raises((ConnectionLost, DaemonNotRunning)):
+        helpers.js(COUNT)
+    assert helpers.js(COUNT) == 2
+    with connected() as successor:
+        assert_serves(successor)
+
+
+def test_a_daemon_that_was_killed_while_its_browser_starts_leaves_it_to_the_next_one(fresh: Path) -> None:
+    note = fresh / "profile" / "harness-browser.json"
+    with in_thread(helpers.connect) as starting:
+        wait_until(note.exists)
+        (process,) = (process for process in processes_of(fresh) if "harness_ipc.browser.daemon" in process.cmdline())
+        kill(process.pid)
+        # Or it was ready just before.
+        with contextlib.suppress(StartFailed, DaemonNotRunning, ConnectionLost):
+            starting.result(PATIENCE)
+    helpers.disconnect()
+    helpers.connect()
+    with connected() as daemon:
+        assert_serves(daemon)
+        only = daemon.request({"meta": "connection_status"})["pid"]
+    assert main_processes(fresh) == {only}
+
+
+def test_an_orphaned_browser_can_be_ended(own: Client, fresh: Path) -> None:
+    browser = OwnBrowser("browser")
+    pid = own.request({"meta": "connection_status"})["pid"]
+    kill_daemon(own.pid)
+    assert browser.pid() == pid
+    assert main_processes(fresh) == {pid}
+    assert browser.end() is True
+    wait_until(lambda: not processes_of(fresh))
+    assert browser.end() is False
+    assert browser.pid() is None
+    helpers.disconnect()
+    helpers.connect()
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+@pytest.mark.parametrize("kind", ["another time", "no time", "torn", "empty", "another shape", "a dead one"])
+def test_a_note_that_is_not_of_our_browser_harms_nobody(kind: str, fresh: Path) -> None:
+    profile = fresh / "profile"
+    profile.mkdir(mode=0o700)
+    stranger = psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        match kind:
+            case "another time":
+                here = [stranger.pid, stranger.create_time() - 60]
+                note = json.dumps({"browser": here, "daemon": here})
+            case "no time":
+                note = json.dumps({"browser": [stranger.pid], "daemon": [stranger.pid]})
+            case "torn":
+                note = f'{{"browser": [{stranger.pid}, {stranger.create_time()}'
+            case "another shape":
+                note = json.dumps([stranger.pid, stranger.create_time()])
+            case "a dead one":
+                note = json.dumps({"browser": [2**22 + 1, 1.0], "daemon": [2**22 + 2, 1.0]})
+            case _:
+                note = ""
+        (profile / "harness-browser.json").write_text(note)
+        assert OwnBrowser("browser").pid() is None
+        helpers.connect()
+        with connected() as daemon:
+            assert_serves(daemon)
+            assert daemon.request({"meta": "connection_status"})["pid"] != stranger.pid
+        helpers.disconnect()
+        assert stop_daemon("browser")
+        assert OwnBrowser("browser").end() is False
+        assert stranger.poll() is None
+        assert stranger.status() != psutil.STATUS_STOPPED
+    finally:
+        stranger.kill()
+        stranger.communicate(timeout=PATIENCE)
+    helpers.connect()
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_BROWSER_IDLE_TIMEOUT", "0.5")
+    assert helpers.js("6 * 7") == 42
+    helpers.disconnect()
+    wait_until(lambda: daemon_status("browser").state == "absent" and not processes_of(fresh))
+    assert "idle for 0.5 s" in the_log("browser")
+    monkeypatch.setenv("HARNESS_BROWSER_IDLE_TIMEOUT", "soon")
+    with pytest.raises(StartFailed, match="HARNESS_BROWSER_IDLE_TIMEOUT='soon' is no number of seconds"):
+        helpers.connect()
+    monkeypatch.delenv("HARNESS_BROWSER_IDLE_TIMEOUT")
+    helpers.connect()
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+# Many processes.
+
+
+@contextlib.contextmanager
+def drivers(number: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start so many processes of `tests.browser.driver`; ``{}`` is each one's number. They wait for a line."""
+    pipe = subprocess.PIPE
+    processes = []
+    try:
+        for index in range(number):
+            words = [word.replace("{}", str(index)) for word in arguments]
+            command = [sys.executable, "-W", "error", "-m", "tests.browser.driver", *words]
+            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8"))
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        yield processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def results(processes: list[subprocess.Popen[str]], patience: float) -> list[Any]:
+    """Let them begin, and return what each one said at its end."""
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    with ThreadPoolExecutor(len(processes)) as pool:
+        ends = list(pool.map(lambda process: process.communicate(timeout=patience), processes))
+    # Of a traceback, what it says.
+    assert [errors.splitlines()[-1:] for _, errors in ends] == [[]] * len(processes)
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return [json.loads(output) for output, _ in ends]
+
+
+def test_eight_first_uses_at_once_are_one_daemon_and_one_browser(fresh: Path) -> None:
+    with drivers(PROCESSES, "look") as processes:
+        assert not (fresh / "run").exists()
+        found = results(processes, PATIENCE)
+    assert found == [found[0]] * PROCESSES
+    assert found[0]["url"] == "about:blank"
+    assert main_processes(fresh) == {found[0]["browser"]}
+    assert helpers.connect().pid == found[0]["daemon"]
+    assert the_log("browser").count("INFO harness_ipc.daemon: starting browser") == 1
+    assert the_log("browser").count("started pid") == 1
+    with connected() as daemon:
+        assert_serves(daemon)
+
+
+@pytest.mark.timeout(MINUTE + 4 * PATIENCE)
+def test_eight_processes_drive_eight_tabs_at_once(client: Client, site: Site) -> None:
+    before = request("browser", {"meta": "connection_status"}, timeout=PATIENCE)
+    with drivers(PROCESSES, "drive", site.url, "driver-{}", str(MINUTE)) as processes:
+        found = results(processes, MINUTE + 2 * PATIENCE)
+    print([result["rounds"] for result in found])
+    assert len(found) == PROCESSES
+    assert all(result["rounds"] > 0 and result["screenshots"] > 0 for result in found)
+    after = request("browser", {"meta": "connection_status"}, timeout=PATIENCE)
+    assert (after["pid"], after["connected"]) == (before["pid"], True)
+    assert_serves(client)

@@ -1,0 +1,561 @@
+"""What `harness-browser --doctor` finds in each state of daemon and browser; that it changes nothing, and its remedies do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harness_ipc
+from harness_ipc import daemon_status, ensure_daemon, log_path, request
+from harness_ipc.browser import APP_VERSION, helpers
+from harness_ipc.browser.doctor import Finding
+from harness_ipc.browser.own import find_binary
+from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
+from tests.browser.others import other_browser, refusing
+from tests.browser.site import Site
+from tests.marks import needs_chromium, needs_posix
+from tests.processes import PATIENCE, spawn_daemon, wait_until
+
+pytestmark = needs_chromium
+
+RELOAD = "harness-browser --name=browser --reload"
+# Where Chromium keeps its user's profile.
+USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}.get(
+    sys.platform, ".config/chromium"
+)
+# Where the system says which programs there are by their names alone.
+needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
+
+
+def state(base: Path) -> object:
+    """Return what a doctor must not change: all files but those that daemon and browser write themselves, and all processes."""
+    roots = [base, *base.glob("home"), *base.glob("run")]
+    files = [path for root in roots for path in root.iterdir()]
+    files += [base / "profile" / name for name in ("DevToolsActivePort", "harness-browser.json", "SingletonLock")]
+    seen = [
+        (str(path), info.st_mtime_ns if path.is_file() else 0, info.st_mode)
+        for path in sorted(files)
+        if os.path.lexists(path) and (info := path.lstat())
+    ]
+    return seen, main_processes(base)
+
+
+def examine(*arguments: str) -> list[Finding]:
+    """Return what the doctor finds in a process of its own. Its shape and its status are right, and it has changed nothing."""
+    base = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
+    before = state(base)
+    seen = harness_browser(*arguments, "--doctor", "--json")
+    assert state(base) == before
+    assert seen.stderr == ""
+    report = json.loads(seen.stdout)
+    assert list(report) == ["ok", "findings"]
+    assert all(list(finding) == ["level", "topic", "text", "remedy"] for finding in report["findings"])
+    findings = [Finding(**finding) for finding in report["findings"]]
+    failed = any(finding.level == "failure" for finding in findings)
+    assert (report["ok"], seen.returncode) == (not failed, int(failed))
+    assert {finding.level for finding in findings} <= {"ok", "warning", "failure"}
+    return findings
+
+
+def troubles(*arguments: str) -> list[Finding]:
+    return [finding for finding in examine(*arguments) if finding.level != "ok"]
+
+
+def found(topic: str, *arguments: str) -> Finding:
+    """Return the one finding about `topic`."""
+    (finding,) = [finding for finding in examine(*arguments) if finding.topic == topic]
+    return finding
+
+
+def apply(remedy: str | None) -> None:
+    """Do what a person does who was told to."""
+    assert remedy is not None
+    words = shlex.split(remedy)
+    if words[0] == "harness-browser":
+        assert harness_browser(*words[1:]).returncode == 0
+    else:
+        subprocess.run(["/bin/sh", "-c", remedy], check=True)
+
+
+def serves() -> bool:
+    return harness_browser("-c", "print(js('6 * 7'))").stdout == "42\n"
+
+
+def pids() -> tuple[int, int]:
+    """Return the pids of the daemon and of its browser."""
+    status = daemon_status("browser")
+    assert status.pid is not None
+    return status.pid, request("browser", {"meta": "connection_status"})["pid"]
+
+
+@pytest.fixture
+def warm(fresh: Path) -> tuple[int, int]:
+    """A daemon with its browser of the test's own. Their pids."""
+    assert serves()
+    return pids()
+
+
+def kill_browser(base: Path, daemon: int, browser: int) -> None:
+    """Kill the daemon's own browser, and wait until all its processes have noticed."""
+    kill(browser)
+    wait_until(lambda: [process.pid for process in processes_of(base)] == [daemon])
+
+
+def start(change: str, name: str = "browser") -> None:
+    """Start a daemon whose module the statements `change` have changed."""
+    program = f"from harness_ipc.browser import daemon\n{change}\ndaemon.main()"
+    ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
+
+
+# Well.
+
+
+def test_nothing_runs(fresh: Path) -> None:
+    seen = harness_browser("--doctor")
+    assert (seen.returncode, seen.stderr) == (0, "")
+    # It has made nothing.
+    assert list(fresh.iterdir()) == processes_of(fresh) == []
+    lines = seen.stdout.splitlines()
+    assert [line[:9] for line in lines] == ["OK       "] * len(lines)
+    topics = ["python", "harness_ipc", "websockets", "own browser", "daemon browser", "browser"]
+    assert [line[9:].partition(":")[0] for line in lines] == topics
+    assert lines[0].endswith(f", {sys.executable}")
+    assert f"harness_ipc: {harness_ipc.__version__}, " in lines[1]
+    assert f"own browser: {find_binary()}, " in lines[3]
+    log = log_path("browser")
+    assert lines[4] == f"OK       daemon browser: it does not run: the next command starts it; its log is {log}"
+    assert lines[5] == f"OK       browser: the next command uses our own browser, its profile {fresh / 'profile'}"
+    assert troubles() == []
+    assert list(fresh.iterdir()) == []
+
+
+def test_all_is_well(warm: tuple[int, int], fresh: Path, site: Site) -> None:
+    harness_browser("-c", f"goto_url('{site.url}/form'); wait_for_load()")
+    findings = examine()
+    assert [(finding.level, finding.remedy) for finding in findings] == [("ok", None)] * len(findings)
+    topics = ["python", "harness_ipc", "websockets", "own browser", "daemon browser", "browser", "page", "round trip"]
+    assert [finding.topic for finding in findings] == topics
+    daemon, browser, page, trip = (finding.text for finding in findings[4:])
+    assert daemon.startswith(f"running, pid {warm[0]}, for ")
+    assert f", our own browser, its profile {fresh / 'profile'}, pid {warm[1]}; it answers the daemon in " in browser
+    assert page == f"A form, {site.url}/form"
+    assert trip.startswith("a request to the daemon, answered by the browser, takes ")
+    seen = harness_browser("--doctor")
+    assert seen.returncode == 0
+    assert [line.partition(":")[0] for line in seen.stdout.splitlines()] == [f"OK       {topic}" for topic in topics]
+    assert pids() == warm
+    assert serves()
+
+
+@needs_posix
+def test_a_daemon_that_starts(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It takes connections, and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{silent.getsockname()[1]}")
+        null = subprocess.DEVNULL
+        with subprocess.Popen([*COMMAND, "-c", "1"], stdin=null, stdout=null, stderr=null) as command:
+            try:
+                wait_until(lambda: daemon_status("browser").state == "starting")
+                pid = daemon_status("browser").pid
+                findings = examine()
+                silent.close()
+                assert command.wait(PATIENCE) == 6
+            finally:
+                command.kill()
+    assert [finding.level for finding in findings] == ["ok"] * len(findings)
+    assert findings[-1].topic == "daemon browser"
+    assert findings[-1].text == f"starting, pid {pid}: wait, or see its log {log_path('browser')}"
+    monkeypatch.delenv("BU_CDP_WS")
+    assert serves()
+
+
+# The browser.
+
+
+def test_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
+    kill_browser(fresh, *warm)
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
+    assert trouble.text.startswith(f"our own browser, its profile {fresh / 'profile'}: ")
+    assert "lost" in trouble.text
+    line = f"FAILURE  browser: {trouble.text} -> {RELOAD}"
+    seen = harness_browser("--doctor")
+    assert (seen.returncode, seen.stdout.splitlines()[-1]) == (1, line)
+    apply(trouble.remedy)
+    assert troubles() == []
+    assert serves()
+
+
+def test_the_next_command_mends_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
+    kill_browser(fresh, *warm)
+    assert [trouble.topic for trouble in troubles()] == ["browser"]
+    assert serves()
+    assert troubles() == []
+    daemon, browser = pids()
+    assert daemon == warm[0]
+    assert browser != warm[1]
+
+
+@needs_posix
+def test_a_browser_that_is_stopped(warm: tuple[int, int]) -> None:
+    with suspended(warm[1]):
+        (trouble,) = troubles()
+        assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
+        assert f"pid {warm[1]}: the browser has not answered " in trouble.text
+    assert troubles() == []
+    assert serves()
+    with suspended(warm[1]):
+        apply(trouble.remedy)
+        assert troubles() == []
+    assert serves()
+
+
+@needs_posix
+def test_a_browser_that_a_killed_daemon_has_left(warm: tuple[int, int]) -> None:
+    kill(warm[0])
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "browser", RELOAD)
+    assert trouble.text == f"pid {warm[1]} was left by a daemon that was killed; the next one takes it"
+    assert found("daemon browser").text.startswith("it was killed: the next command starts it; its log is ")
+    # So it does.
+    assert serves()
+    daemon, browser = pids()
+    assert (daemon != warm[0], browser) == (True, warm[1])
+    assert troubles() == []
+    kill(daemon)
+    (trouble,) = troubles()
+    apply(trouble.remedy)
+    assert troubles() == []
+    assert found("daemon browser").text.startswith("it does not run: ")
+    assert serves()
+
+
+@needs_posix
+def test_a_browser_that_was_left_needs_no_program(warm: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    kill(warm[0])
+    monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
+    assert serves()
+    kill(pids()[0])
+    assert not [trouble for trouble in troubles() if trouble.level == "failure"]
+    assert serves()
+
+
+@needs_path
+def test_no_browser_is_installed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    own, browser = troubles()
+    text = "no Chrome, Chromium, Edge or Brave is installed: only a browser that runs already can be used"
+    assert own == Finding("warning", "own browser", text)
+    assert (browser.level, browser.topic, browser.remedy) == ("failure", "browser", None)
+    assert "install Chrome or Chromium" in browser.text
+    monkeypatch.undo()
+    use(monkeypatch, fresh)
+    assert troubles() == []
+    assert serves()
+
+
+def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CHROME", "/nonexistent/a\nb")
+    own, browser = troubles()
+    text = "HARNESS_CHROME=/nonexistent/a\nb is no program: only a browser that runs already can be used"
+    assert own == Finding("warning", "own browser", text)
+    assert (browser.level, browser.topic) == ("failure", "browser")
+    lines = harness_browser("--doctor").stdout.splitlines()
+    assert "WARNING  own browser: HARNESS_CHROME=/nonexistent/a\\nb is no program: only a browser that runs " in lines[3]
+    monkeypatch.delenv("HARNESS_CHROME")
+    assert troubles() == []
+    assert serves()
+
+
+# Browsers of others.
+
+
+@needs_posix
+def test_a_stale_word_in_the_profile_of_the_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = fresh / "it's home"
+    profile = home / USUAL
+    profile.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    word = profile / "DevToolsActivePort"
+    with refusing() as port:
+        word.write_text(f"{port}\n/devtools/browser/secret")
+        (trouble,) = troubles()
+        assert (trouble.level, trouble.topic) == ("warning", "browser")
+        assert trouble.text == f"{word} is stale: can't be reached (Connection refused)"
+        assert trouble.remedy == f"rm {shlex.quote(str(word))}"
+        assert word.exists()
+        apply(trouble.remedy)
+        assert troubles() == []
+    assert not word.exists()
+    monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
+    assert serves()
+
+
+@needs_posix
+def test_a_browser_of_the_user_that_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = fresh / "home" / USUAL
+    profile.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(fresh / "home"))
+    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    with other_browser(fresh, profile=f"home/{USUAL}") as other:
+        assert troubles() == []
+        assert found("browser").text == f"the next command uses DevToolsActivePort of {profile}, port {other.port}"
+        assert serves()
+        assert troubles() == []
+        assert f", DevToolsActivePort of {profile}, port {other.port}; it answers the daemon in " in found("browser").text
+        apply(RELOAD)
+        assert other.process.poll() is None
+
+
+@pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
+def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    # No other is needed.
+    with other_browser(fresh) as other:
+        monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
+        address = other.websocket if variable == "BU_CDP_WS" else other.url
+        monkeypatch.setenv(variable, address)
+        (own,) = troubles()
+        assert (own.level, own.topic) == ("warning", "own browser")
+        place = address.removesuffix(other.path)
+        assert found("browser").text == f"the next command uses {variable}, {place}"
+        assert serves()
+        (own,) = troubles()
+        assert own.topic == "own browser"
+        assert f", {variable}, {place}; it answers the daemon in " in found("browser").text
+        # Whoever knows the path has the browser.
+        secret = other.path.rpartition("/")[2]
+        assert secret not in harness_browser("--doctor").stdout
+    (_, trouble) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
+    apply(trouble.remedy)
+    (_, trouble) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", None)
+    assert trouble.text.startswith(f"{variable}, {place} can't be reached (")
+    assert trouble.text.endswith("): start that browser, or unset the variable")
+    monkeypatch.delenv(variable)
+    monkeypatch.delenv("HARNESS_CHROME")
+    assert troubles() == []
+    assert serves()
+
+
+@pytest.mark.parametrize(
+    ("variable", "address"),
+    [
+        ("BU_CDP_WS", "nonsense"),
+        ("BU_CDP_URL", "nonsense"),
+        ("BU_CDP_WS", "ws://127.0.0.1:99999/x"),
+        ("BU_CDP_URL", "http://[::1"),
+        ("BU_CDP_WS", "ws://a.invalid:1/x"),
+        ("BU_CDP_WS", "ws://.invalid:1/x"),
+        ("BU_CDP_URL", f"http://{'x' * 64}:1"),
+    ],
+)
+def test_an_address_that_is_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str, address: str) -> None:
+    monkeypatch.setenv(variable, address)
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic) == ("failure", "browser")
+    assert trouble.text.startswith(f"{variable}, ")
+    assert trouble.text.endswith("start that browser, or unset the variable")
+    # Nor does a command stumble over it.
+    refused = harness_browser("-c", "1")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)
+    monkeypatch.delenv(variable)
+    assert troubles() == []
+    assert serves()
+
+
+def test_a_profile_that_another_daemon_uses(warm: tuple[int, int]) -> None:
+    (trouble,) = troubles("--name", "two")
+    assert (trouble.level, trouble.topic) == ("failure", "browser")
+    assert f"pid {warm[0]}" in trouble.text
+    apply(RELOAD)
+    assert troubles("--name", "two") == []
+    assert serves()
+
+
+# The daemon.
+
+
+@needs_posix
+def test_a_daemon_that_is_stopped(warm: tuple[int, int]) -> None:
+    with suspended(warm[0]):
+        (trouble,) = troubles()
+        assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "daemon browser", None)
+        assert trouble.text.startswith(f"unresponsive, pid {warm[0]}: ")
+        assert trouble.text.endswith(f"; its log is {log_path('browser')}")
+    assert troubles() == []
+    assert pids() == warm
+    assert serves()
+
+
+def test_a_daemon_of_another_program(fresh: Path) -> None:
+    with spawn_daemon("browser", app_version="other 1") as daemon:
+        (trouble,) = troubles()
+        assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "daemon browser", None)
+        assert trouble.text.endswith(" is another program's: choose another --name, or BU_NAME")
+        assert troubles("--name", "mine") == []
+        assert daemon.process.poll() is None
+    assert troubles() == []
+    assert serves()
+
+
+def test_a_daemon_of_another_version(fresh: Path) -> None:
+    start("daemon.APP_VERSION = 'harness-browser 0.0'")
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "daemon browser", RELOAD)
+    assert trouble.text.startswith(f"running, pid {pids()[0]}, for ")
+    assert trouble.text.endswith(f" s, but it is harness-browser 0.0 and this is {APP_VERSION}")
+    assert serves()
+    apply(trouble.remedy)
+    assert serves()
+    assert troubles() == []
+
+
+HANGS = """
+async def hang(self, message):
+    import asyncio
+    await asyncio.Event().wait()
+daemon.BrowserApp._connection_status = hang
+"""
+RAISES = """
+async def fail(self, message):
+    raise LookupError("as told")
+daemon.BrowserApp._connection_status = fail
+"""
+SAYS_LESS = """
+async def less(self, message):
+    return {"connected": True}
+daemon.BrowserApp._connection_status = less
+"""
+
+
+@pytest.mark.parametrize("change", [HANGS, RAISES, SAYS_LESS], ids=["hangs", "raises", "says less"])
+def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, change: str) -> None:
+    start(change)
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
+    assert trouble.text.startswith("the daemon does not say how it is: ")
+    apply(trouble.remedy)
+    assert troubles() == []
+    assert serves()
+
+
+def test_a_browser_that_answers_the_daemon_and_nobody_else(fresh: Path) -> None:
+    start("""
+async def refuse(self, message):
+    return {"error": {"type": "CDPError", "message": "as\\\\ntold"}}
+daemon.BrowserApp._forward = refuse
+""")
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic) == ("failure", "round trip")
+    assert trouble.text == "the browser does not answer: as\\ntold"
+    apply(trouble.remedy or RELOAD)
+    assert troubles() == []
+    assert serves()
+
+
+def test_a_remedy_is_for_the_daemon_that_was_asked_about(fresh: Path) -> None:
+    start("daemon.APP_VERSION = 'harness-browser 0.0'", "work")
+    (trouble,) = troubles("--name", "work")
+    apply(trouble.remedy)
+    assert troubles("--name", "work") == []
+    assert harness_browser("--name", "work", "-c", "print(js('6 * 7'))").stdout == "42\n"
+
+
+def test_a_name_of_the_environment(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BU_NAME", "work")
+    assert serves()
+    pid = daemon_status("work").pid
+    assert pid is not None
+    assert found("daemon work").text.startswith(f"running, pid {pid}, for ")
+    kill(pid)
+    (trouble,) = troubles()
+    apply(trouble.remedy)
+    assert troubles() == []
+    assert serves()
+
+
+# The page.
+
+
+def test_a_dialog_that_holds_the_page(page: str, site: Site) -> None:
+    helpers.goto_url(f"{site.url}/dialog")
+    assert helpers.wait_for_load()
+    with contextlib.suppress(helpers.DialogOpen):
+        helpers.js("confirm('Sure\\n\\u001b[31m?')")
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "page", None)
+    text = f"{site.url}/dialog: a dialog holds it (confirm: 'Sure\\n\\x1b[31m?'); answer it with handle_dialog()"
+    assert trouble.text == text
+    seen = harness_browser("--doctor")
+    assert (seen.returncode, f"WARNING  page: {text}\n" in seen.stdout) == (0, True)
+    assert harness_browser("-c", "handle_dialog()").returncode == 0
+    assert troubles() == []
+    assert helpers.page_info()["url"] == f"{site.url}/dialog"
+
+
+def test_a_tab_that_was_closed(page: str) -> None:
+    helpers.close_tab()
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "page", None)
+    assert trouble.text == "none is attached; the next request attaches one"
+    assert serves()
+    assert troubles() == []
+
+
+def test_what_a_page_calls_itself_reaches_no_terminal_raw(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The browser itself makes spaces of some.
+    title = "a\x9b31m\u2028\u202e é 😀"
+    helpers.js(f"document.title = {json.dumps(title)}")
+    assert found("page").text == f"{title}, about:blank"
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    seen = harness_browser("--doctor")
+    assert (seen.returncode, seen.stderr) == (0, "")
+    assert "OK       page: a\\x9b31m\\u2028\\u202e é 😀, about:blank\n" in seen.stdout
+    assert seen.stdout.replace("\n", "").isprintable()
+
+
+# The install.
+
+
+def test_without_the_extra(page: str) -> None:
+    source = "import sys; sys.modules['websockets'] = None; from harness_ipc.browser.cli import main; sys.exit(main())"
+    command = [sys.executable, "-W", "error", "-c", source, "--doctor", "--json"]
+    seen = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert (seen.returncode, seen.stderr) == (1, "")
+    report = json.loads(seen.stdout)
+    *others, trouble = (Finding(**finding) for finding in report["findings"])
+    assert [other.level for other in others] == ["ok", "ok"]
+    assert (report["ok"], trouble.level, trouble.topic) == (False, "failure", "websockets")
+    assert trouble.text.startswith("it can't be imported: ")
+    assert trouble.remedy == f"{shlex.quote(sys.executable)} -m pip install 'harness-ipc[browser]'"
+    assert serves()
+    assert troubles() == []
+
+
+@needs_posix
+def test_a_runtime_directory_that_is_open_to_others(fresh: Path) -> None:
+    run = fresh / "run"
+    run.mkdir()
+    run.chmod(0o777)
+    (trouble,) = troubles()
+    assert (trouble.level, trouble.topic) == ("failure", "daemon browser")
+    assert trouble.text.startswith(f"forbidden: {run} has mode 0777, so it is not private to you: run `chmod 700 {run}`")
+    apply(trouble.text.split("`")[1])
+    assert troubles() == []
+    assert serves()
+
+
+def test_a_name_that_is_none(fresh: Path) -> None:
+    seen = harness_browser("--name", "a/b", "--doctor", "--json")
+    assert (seen.returncode, seen.stdout) == (2, "")
+    assert seen.stderr == "harness-browser: 'a/b' is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -\n"
