@@ -148,6 +148,10 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             raise
         _leave_out_our_frames(error)
+        if sys.stdout is not None:
+            # As the interpreter's own hook does. A reader that has gone is not the program's error.
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
         if sys.excepthook is sys.__excepthook__ and not place:
             import traceback
 
