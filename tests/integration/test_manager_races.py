@@ -43,7 +43,7 @@ from tests.processes import PATIENCE, runtime_files, spawn_python, wait_until
 
 # A process costs several times as much on Windows.
 CALLERS = 32 if os.name == "posix" else 16
-ROUNDS = 20 if os.name == "posix" else 5
+ROUNDS = 20 if os.name == "posix" else 2
 # Seconds for so many interpreters on a machine that has other things to do: what is above this hangs, or starts one by one.
 STAMPEDE = 30.0
 
