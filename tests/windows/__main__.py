@@ -8,13 +8,16 @@ get out of Wine, and runs the suites. The README says what a pass proves. Wine h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
@@ -38,19 +41,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no {', '.join(unknown)} for Windows here: use {', '.join(VERSIONS)}")
     if shutil.which("wine") is None:
         parser.error("wine is not installed: apt-get install wine wine64")
-    cache = cache_folder()
-    environment = wine_environment(cache)
-    start_wine(cache, environment)
-    try:
-        results = []
-        for version in options.versions or VERSIONS:
-            python = install(cache, version)
+
+    def run(version: str) -> tuple[int, str]:
+        with wine(version) as (python, environment):
             if options.setup:
-                print(f"WINEPREFIX={environment['WINEPREFIX']} WINEDEBUG=-all wine {python}")
-            else:
-                results.append(run_suites(python, version, pytest_arguments or SUITES, environment))
-        print("\n".join(result for _, result in results))
-        return 1 if any(status for status, _ in results) else 0
+                return 0, f"WINEPREFIX={environment['WINEPREFIX']} WINEDEBUG=-all wine {python}"
+            return run_suites(python, version, pytest_arguments or SUITES, environment)
+
+    # At once: to start a process takes a second there, most of it spent waiting.
+    versions = options.versions or VERSIONS
+    with ThreadPoolExecutor(len(versions)) as pool:
+        results = list(pool.map(run, versions))
+    print("\n".join(result for _, result in results))
+    return 1 if any(status for status, _ in results) else 0
+
+
+@contextlib.contextmanager
+def wine(version: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Give the interpreter of `version` and the environment to run it in, and end Wine afterwards."""
+    cache = Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
+    # A prefix for each: ending its services ends whatever runs in it.
+    prefix = cache / f"prefix-{version}"
+    environment = wine_environment(prefix)
+    python = install(cache, version)
+    start_wine(prefix, environment)
+    try:
+        yield python, environment
     finally:
         subprocess.run(["wineserver", "-k"], env=environment, check=False)
 
@@ -62,16 +78,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def cache_folder() -> Path:
-    """Return where the prefix and the interpreters are kept from one run to the next."""
-    return Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
-
-
-def wine_environment(cache: Path) -> dict[str, str]:
-    """Return the environment of everything that runs under Wine."""
+def wine_environment(prefix: Path) -> dict[str, str]:
+    """Return the environment of everything that runs in that prefix of Wine's."""
     environment = {
         **os.environ,
-        "WINEPREFIX": str(cache / "prefix"),
+        "WINEPREFIX": str(prefix),
         "WINEARCH": "win64",
         # Wine's own complaints, and the offers to install Mono and Gecko.
         "WINEDEBUG": "-all",
@@ -85,17 +96,18 @@ def wine_environment(cache: Path) -> dict[str, str]:
     return environment
 
 
-def start_wine(cache: Path, environment: dict[str, str]) -> None:
+def start_wine(prefix: Path, environment: dict[str, str]) -> None:
     """Make the prefix if there is none, and start Wine's services with no pipe of ours: they would hold it open."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    fresh = not (cache / "prefix" / "system.reg").exists()
-    cache.mkdir(parents=True, exist_ok=True)
-    if fresh:
+    if not (prefix / "system.reg").exists():
+        prefix.mkdir(parents=True, exist_ok=True)
         subprocess.run(["wineboot", "-i"], check=True, **quiet)  # type: ignore[call-overload]
         # A fresh prefix says that it is Windows 7.
         subprocess.run(["wine", "winecfg", "-v", "win10"], check=True, **quiet)  # type: ignore[call-overload]
-    # It fails if it runs already.
-    subprocess.run(["wineserver", "-p"], check=False, **quiet)  # type: ignore[call-overload]
+    # To stay it has to be started so, by nobody else; -w waits for the end of one that is told to.
+    subprocess.run(["wineserver", "-k"], check=False, **quiet)  # type: ignore[call-overload]
+    subprocess.run(["wineserver", "-w"], check=False, **quiet)  # type: ignore[call-overload]
+    subprocess.run(["wineserver", "-p"], check=True, **quiet)  # type: ignore[call-overload]
     subprocess.run(["wine", "cmd", "/c", "exit"], check=True, **quiet)  # type: ignore[call-overload]
 
 
@@ -134,12 +146,19 @@ def run_suites(python: Path, version: str, arguments: list[str], environment: di
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+    def end_wine() -> None:
+        process.wait()
+        # Whatever is left there holds our pipe open.
+        subprocess.run(["wineserver", "-k"], env=environment, check=False)
+
+    threading.Thread(target=end_wine, daemon=True).start()
     counted = "nothing was counted"
     assert process.stdout is not None
     with process.stdout as output:
         for raw in output:
             line = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
-            print(line, flush=True)
+            print(f"{version}  {line}", flush=True)
             if line.strip("= ").endswith("s") and (counts := _COUNT.findall(line)):
                 counted = ", ".join(f"{number} {what}" for number, what in counts)
     status = process.wait()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.windows.__main__ import ROOT, cache_folder, install, start_wine, wine_environment
+from tests.windows.__main__ import ROOT, wine
 
 CLIENTS = 8
 # Seconds between two looks, and before the first one that counts: until then caches fill and threads start.
@@ -45,12 +45,10 @@ def find(prefix: str, *words: str) -> psutil.Process:
 
 
 def main(version: str, seconds: float) -> int:
-    cache = cache_folder()
-    with tempfile.TemporaryDirectory(prefix="hw-") as directory:
+    with tempfile.TemporaryDirectory(prefix="hw-") as directory, wine(version) as (interpreter, prefix_environment):
         places = {f"HARNESS_IPC_{what}_DIR": f"Z:{Path(directory, what)}".replace("/", "\\") for what in ("RUNTIME", "LOG")}
-        environment = {**wine_environment(cache), **places}
-        start_wine(cache, environment)
-        python = [str(word) for word in ("wine", install(cache, version), "-X", "utf8", "-m")]
+        environment = {**prefix_environment, **places}
+        python = ["wine", str(interpreter), "-X", "utf8", "-m"]
         # A regular file as an output would end the interpreter on Wine 8.
         pipes = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         pipes["stderr"] = subprocess.STDOUT
@@ -82,7 +80,6 @@ def main(version: str, seconds: float) -> int:
         finally:
             daemon.terminate()
             daemon.wait()
-            subprocess.run(["wineserver", "-k"], env=environment, check=False)
     grown = [last - first for first, last in zip(looks[0], looks[-1], strict=True)] if looks else [0, 0, 0, 0]
     print(
         f"{CLIENTS - failed} of {CLIENTS} clients met no error; grown since the first minute: {grown[0] / 2**20:.1f} MiB, "
