@@ -159,7 +159,7 @@ def run_suites(python: Path, version: str, arguments: list[str], environment: di
         for raw in output:
             line = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
             print(f"{version}  {line}", flush=True)
-            if line.strip("= ").endswith("s") and (counts := _COUNT.findall(line)):
+            if re.search(r" in [\d.]+s", line) and (counts := _COUNT.findall(line)):
                 counted = ", ".join(f"{number} {what}" for number, what in counts)
     status = process.wait()
     return status, f"CPython {version} for Windows: {counted}; {time.monotonic() - begun:.0f} s; exit status {status}"
