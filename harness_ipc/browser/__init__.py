@@ -21,6 +21,8 @@ APP_VERSION = f"harness-browser {__version__}"
 
 # Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
+# Seconds that a request may ask for at most: thirty years. Infinity is not JSON, and its integers pass what a clock counts to.
+LONGEST = 1e9
 # What belongs to the browser or to a tool, and is no page that anybody came for.
 INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 

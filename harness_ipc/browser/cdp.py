@@ -40,8 +40,13 @@ class ConnectionFailed(BrowserNotFound):
     def __init__(self, message: str, *, status: int | None = None, waiting: bool = False) -> None:
         super().__init__(message)
         self.status = status
-        # It took the connection and has not answered: perhaps it asks its user.
+        # It took the connection and has not answered.
         self.waiting = waiting
+
+    @property
+    def must_allow(self) -> bool:
+        """Whether the browser's user may have to click Allow: it does not answer, or with 403."""
+        return self.waiting or self.status == 403
 
 
 class Connection:

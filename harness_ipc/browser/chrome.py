@@ -110,7 +110,7 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
         except ConnectionFailed as error:
             if source.demanded or source.own is not None:
                 raise
-            if error.waiting or error.status == 403:
+            if error.must_allow:
                 raise BrowserNotFound(_must_allow(source, error)) from None
             seen = f"{source.how}: {error}"
             logger.info("not usable, %s", seen)
@@ -124,41 +124,36 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
 
 def sources(name: str) -> Iterator[Source]:
     """Yield what may be the browser of the daemon `name`, in order. Looks only at files; connects to nothing."""
-    if url := os.environ.get(WEBSOCKET):
-        yield Source(f"{WEBSOCKET}, {without_secret(url)}", _by_websocket(url), _address(url), demanded=True)
-    elif url := os.environ.get(URL):
-        yield Source(f"{URL}, {without_secret(url)}", _by_url(url), _address(url), demanded=True)
-    else:
-        if not os.environ.get(OWN):
-            for profile in map(os.path.expanduser, _PROFILES):
-                if (active := read_active_port(profile)) is not None:
-                    how, file = f"{ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, ACTIVE_PORT)
-                    yield Source(how, _by_active_port(profile), ("127.0.0.1", active[0]), file)
-            for port in PORTS:
-                yield Source(f"port {port}", _by_port(port), ("127.0.0.1", port))
-        own = OwnBrowser(name)
-        yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
+    for variable in (WEBSOCKET, URL):
+        if url := os.environ.get(variable):
+            how = f"{variable}, {without_secret(url)}"
+            yield Source(how, _by_variable(variable, url), _address(url), demanded=True)
+            return
+    if not os.environ.get(OWN):
+        for profile in map(os.path.expanduser, _PROFILES):
+            if (active := read_active_port(profile)) is not None:
+                how, file = f"{ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, ACTIVE_PORT)
+                yield Source(how, _by_active_port(profile), ("127.0.0.1", active[0]), file)
+        for port in PORTS:
+            yield Source(f"port {port}", _by_port(port), ("127.0.0.1", port))
+    own = OwnBrowser(name)
+    yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
 
 # Browsers of others.
 
 
-def _by_websocket(url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
+def _by_variable(variable: str, url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
     async def connect(on_event: OnEvent) -> Connection:
         try:
-            return await Connection.open(url, on_event)
+            websocket = url if variable == WEBSOCKET else await asyncio.to_thread(_websocket_url, url)
+            return await Connection.open(websocket, on_event)
         except ConnectionFailed as error:
-            raise _demanded(WEBSOCKET, error) from None
-
-    return connect
-
-
-def _by_url(url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
-    async def connect(on_event: OnEvent) -> Connection:
-        try:
-            return await Connection.open(await asyncio.to_thread(_websocket_url, url), on_event)
-        except ConnectionFailed as error:
-            raise _demanded(URL, error) from None
+            if error.must_allow:
+                advice = "click Allow in the browser's window if it asks, then try again"
+            else:
+                advice = f"start that browser with --remote-debugging-port, mend {variable}, or unset it to use another browser"
+            raise ConnectionFailed(f"{variable}: {error}; {advice}", status=error.status, waiting=error.waiting) from None
 
     return connect
 
@@ -171,14 +166,6 @@ def _address(url: str) -> tuple[str, int]:
         return "", 0
 
 
-def _demanded(variable: str, error: ConnectionFailed) -> ConnectionFailed:
-    if error.waiting or error.status == 403:
-        advice = "click Allow in the browser's window if it asks, then try again"
-    else:
-        advice = f"start that browser with --remote-debugging-port, mend {variable}, or unset it to use another browser"
-    return ConnectionFailed(f"{variable}: {error}; {advice}", status=error.status, waiting=error.waiting)
-
-
 def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
     async def connect(on_event: OnEvent) -> Connection:
         active = read_active_port(profile)
@@ -187,7 +174,7 @@ def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
         try:
             return await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
         except ConnectionFailed as error:
-            if error.waiting or error.status == 403:
+            if error.must_allow:
                 raise
             raise ConnectionFailed(
                 f"a stale {ACTIVE_PORT} ({error}): the browser that wrote it has ended; start it again, or remove "

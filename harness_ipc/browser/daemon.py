@@ -19,12 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, INTERNAL, MAX_MESSAGE, chrome, daemon_name
+from . import APP_VERSION, INTERNAL, LONGEST, MAX_MESSAGE, chrome, daemon_name
 from .cdp import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
-from .errors import BrowserError, BrowserLost, BrowserNotFound, BrowserTimeout, CDPError, DialogOpen, TabClosed
+from .errors import (
+    SERVER_ERROR,
+    BrowserError,
+    BrowserLost,
+    BrowserNotFound,
+    BrowserTimeout,
+    CDPError,
+    DialogOpen,
+    TabClosed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     Message = dict[str, Any]
 
@@ -38,8 +47,6 @@ _EVENTS = 500
 _REMEMBERED = 1000
 # Seconds for each domain of a new session. A page that a dialog already holds does not answer.
 _PREPARE_TIMEOUT = 3.0
-# Seconds that a caller may ask for: thirty years. JSON has integers that no clock can count to.
-_LONGEST = 1e9
 # Seconds for a page to say where it is, before the browser is asked instead.
 _WHERE_TIMEOUT = 1.0
 # Seconds for a tab that closes, beyond the browser's word that it will.
@@ -112,7 +119,7 @@ class BrowserApp:
     async def health(self) -> Message:
         """Ask the browser. Raises `BrowserLost` or `BrowserTimeout` if it does not answer."""
         begun = time.perf_counter()
-        version = await self._living_connection().call("Browser.getVersion", timeout=_HEALTH_TIMEOUT)
+        version = await self._browser.call("Browser.getVersion", timeout=_HEALTH_TIMEOUT)
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
         return {"browser": version.get("product"), "found": self._how, "round_trip_ms": milliseconds}
 
@@ -136,7 +143,7 @@ class BrowserApp:
         timeout = message.get("timeout")
         timeout = CALL_TIMEOUT if timeout is None else timeout
         well = isinstance(method, str) and isinstance(params, dict)
-        if not well or isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= _LONGEST:
+        if not well or isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= LONGEST:
             raise _bad_request('a request is {"method": text, "params": object, "session_id": text, "timeout": seconds}')
         assert isinstance(method, str)
         connection = await self._connected()
@@ -161,13 +168,13 @@ class BrowserApp:
         """Close a tab, and return when it is closed, or asks its user whether it may be."""
         target = params.get("targetId")
         if not isinstance(target, str) or target in self._closing:
-            return await self._living_connection().call("Target.closeTarget", params, timeout=timeout)
+            return await self._browser.call("Target.closeTarget", params, timeout=timeout)
         closed = self._closing[target] = asyncio.Event()
         try:
             if target in self._dialogs:
                 # Chromium 156 itself ends when it closes a tab that an iframe's dialog holds.
                 await self._dismiss_dialog(target)
-            result = await self._living_connection().call("Target.closeTarget", params, timeout=timeout)
+            result = await self._browser.call("Target.closeTarget", params, timeout=timeout)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(closed.wait(), min(timeout, _CLOSE_TIMEOUT))
             return result
@@ -175,10 +182,10 @@ class BrowserApp:
             del self._closing[target]
 
     async def _dismiss_dialog(self, target: str) -> None:
-        session = next((number for number, state in self._sessions.items() if state.target == target), None)
+        session = next(self._sessions_of(target), None)
         if session is not None:
             with contextlib.suppress(CDPError):
-                await self._living_connection().call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
+                await self._browser.call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
 
     def _end_closing(self, target: str) -> None:
         if (closed := self._closing.get(target)) is not None:
@@ -231,17 +238,20 @@ class BrowserApp:
                 )
             return await self._attach_a_page()
 
+    def _sessions_of(self, target: str) -> Iterator[str]:
+        return (session for session, state in self._sessions.items() if state.target == target)
+
     def _target_of(self, session: str) -> str:
         state = self._sessions.get(session)
         return self._ended.get(session, "") if state is None else state.target
 
     async def _targets(self) -> list[Message]:
-        infos = (await self._living_connection().call("Target.getTargets"))["targetInfos"]
+        infos = (await self._browser.call("Target.getTargets"))["targetInfos"]
         return [info for info in infos if isinstance(info, dict)]
 
     async def _watch_tabs(self) -> None:
         """Have the browser say which tabs there are, which end and which crash."""
-        await self._living_connection().call("Target.setDiscoverTargets", {"discover": True})
+        await self._browser.call("Target.setDiscoverTargets", {"discover": True})
 
     async def _attach_a_page(self) -> str:
         """Make a session of a real page the default: of an empty one, or of a new one, if there is no other."""
@@ -251,14 +261,14 @@ class BrowserApp:
         if chosen := [*real, *blank][:1]:
             target = chosen[0]["targetId"]
         else:
-            target = (await self._living_connection().call("Target.createTarget", {"url": _BLANK}))["targetId"]
+            target = (await self._browser.call("Target.createTarget", {"url": _BLANK}))["targetId"]
         self._default = await self._attach(target)
         logger.info("attached to tab %s", target)
         return self._default
 
     async def _attach(self, target: str) -> str:
         try:
-            reply = await self._living_connection().call("Target.attachToTarget", {"targetId": target, "flatten": True})
+            reply = await self._browser.call("Target.attachToTarget", {"targetId": target, "flatten": True})
         except CDPError as error:
             raise TabClosed(f"there is no tab {target}: {error}; see list_tabs()") from None
         session = str(reply["sessionId"])
@@ -274,7 +284,7 @@ class BrowserApp:
         state.prepared = True
         wanted: list[tuple[str, Message]] = [(f"{domain}.enable", {}) for domain in ("Page", "Runtime", "Network")]
         wanted.append(("Emulation.setFocusEmulationEnabled", {"enabled": True}))
-        connection = self._living_connection()
+        connection = self._browser
         calls = (connection.call(method, params, session=session, timeout=_PREPARE_TIMEOUT) for method, params in wanted)
         for (method, _), result in zip(wanted, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(result, BrowserLost):
@@ -288,7 +298,7 @@ class BrowserApp:
             if len(self._ended) > _REMEMBERED:
                 oldest, _ = self._ended.popitem(last=False)
                 self._successors.pop(oldest, None)
-            if all(other.target != state.target for other in self._sessions.values()):
+            if not any(self._sessions_of(state.target)):
                 self._forget_dialog(state.target)
 
     def _forget_dialog(self, target: str) -> None:
@@ -301,22 +311,19 @@ class BrowserApp:
     def _how(self) -> str | None:
         return None if self._source is None else self._source.how
 
-    def _living_connection(self) -> Connection:
-        connection = self._connection
-        if connection is None:
-            raise BrowserLost("there is no browser")
-        if connection.lost is not None:
-            raise BrowserLost(str(connection.lost))
-        return connection
+    @property
+    def _browser(self) -> Connection:
+        """The connection, which each call finds out about if it is lost."""
+        assert self._connection is not None, "nobody asks before `start` is done"
+        return self._connection
 
     async def _connected(self) -> Connection:
         """Return the connection, made again if it was lost. Raises `BrowserLost` if it can't be."""
-        if self._connection is not None and self._connection.lost is None:
-            return self._connection
-        async with self._mending:
-            if self._connection is None or self._connection.lost is not None:
-                await self._reconnect()
-            return self._living_connection()
+        if self._browser.lost is not None:
+            async with self._mending:
+                if self._browser.lost is not None:
+                    await self._reconnect()
+        return self._browser
 
     async def _reconnect(self) -> None:
         assert self._source is not None
@@ -346,7 +353,9 @@ class BrowserApp:
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
         elif method == "Target.detachedFromTarget":
-            self._fail_calls(params["sessionId"], CDPError("the tab was closed meanwhile: this may have run", code=-32000))
+            self._fail_calls(
+                params["sessionId"], CDPError("the tab was closed meanwhile: this may have run", code=SERVER_ERROR)
+            )
             self._forget(params["sessionId"])
         elif method == "Target.targetDestroyed":
             self._crashed.discard(params["targetId"])
@@ -368,9 +377,8 @@ class BrowserApp:
         events.append((next(self._event_numbers), {"method": method, "params": params, "session_id": session}))
 
     def _end_calls_of(self, target: str, error: BrowserError) -> None:
-        for session, state in self._sessions.items():
-            if state.target == target:
-                self._fail_calls(session, error)
+        for session in self._sessions_of(target):
+            self._fail_calls(session, error)
 
     def _fail_calls(self, session: str, error: BrowserError) -> None:
         if self._connection is not None:
@@ -389,7 +397,7 @@ class BrowserApp:
         target = message.get("target_id")
         if isinstance(target, str) and not message.get("session_id"):
             async with self._mending:
-                known = (number for number, state in self._sessions.items() if state.target == target and state.prepared)
+                known = (number for number in self._sessions_of(target) if self._sessions[number].prepared)
                 session = next(known, None) or await self._attach(target)
         else:
             if (named := self._named(message)) is None:
@@ -420,15 +428,17 @@ class BrowserApp:
         connection = await self._connected()
         session = await self._session_for(self._named(message))
         target = self._target_of(session)
-        info = (await connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
-        tab = {"targetId": target, "url": info.get("url", ""), "title": info.get("title", ""), "session_id": session}
-        # The browser itself learns of a navigation later than its page. But a page that is held can't say it.
-        with contextlib.suppress(CDPError, DialogOpen, BrowserTimeout, LookupError, TypeError):
+        try:
+            # The browser itself learns of a navigation later than its page.
             self._check_page(session, "Runtime.evaluate")
             params = {"expression": "[location.href, document.title]", "returnByValue": True}
             result = await connection.call("Runtime.evaluate", params, session=session, timeout=_WHERE_TIMEOUT)
-            tab["url"], tab["title"] = result["result"]["value"]
-        return tab
+            url, title = result["result"]["value"]
+        except (CDPError, DialogOpen, BrowserTimeout, LookupError, TypeError):
+            # A page that is held can't say it.
+            info = (await connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
+            url, title = info.get("url", ""), info.get("title", "")
+        return {"targetId": target, "url": url, "title": title, "session_id": session}
 
     async def _connection_status(self, _message: Message) -> Message:
         """Say how the browser is, without mending anything."""
@@ -454,7 +464,7 @@ def _bad_request(text: str) -> CDPError:
 
 
 def _page_crashed() -> CDPError:
-    return CDPError("the page has crashed: load it again with goto_url()", code=-32000, crashed=True)
+    return CDPError("the page has crashed: load it again with goto_url()", code=SERVER_ERROR, crashed=True)
 
 
 def _dialog_open(dialog: Message, *, ran: bool) -> DialogOpen:

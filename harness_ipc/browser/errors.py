@@ -21,6 +21,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# JSON-RPC's code of what has no other: Chrome's for a document that has gone, ours for a page that crashed or was closed.
+SERVER_ERROR = -32000
+
 
 class BrowserError(RemoteError):
     """The root of what this part raises. `details` are what its class documents, as they travel in the reply."""

@@ -7,6 +7,7 @@ or `DaemonTimeout`, both `TimeoutError`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -14,8 +15,9 @@ import time
 
 from harness_ipc import Client, ConnectionLost, DaemonNotRunning, connect_daemon
 
-from . import INTERNAL, MAX_MESSAGE, check_extra, daemon_name, is_ours, not_ours
+from . import INTERNAL, LONGEST, MAX_MESSAGE, check_extra, daemon_name, is_ours, not_ours
 from .errors import (
+    SERVER_ERROR,
     BrowserError,
     BrowserLost,
     BrowserNotFound,
@@ -29,7 +31,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 __all__ = [
@@ -71,13 +73,10 @@ LOAD_TIMEOUT = 15.0
 START_TIMEOUT = 60.0
 # Seconds that the daemon gets beyond a timeout, which it keeps itself and knows more about.
 _GRACE = 2.0
-# Seconds that are no limit; infinity is not JSON.
-_FOREVER = 1e9
-# Codes of JSON-RPC: what Chrome says of a document that has gone, and of code that ran for longer than it was given.
-_SERVER_ERROR = -32000
+# JSON-RPC's code of what Chrome says of code that ran for longer than it was given.
 _INTERNAL_ERROR = -32603
-# The bits of CDP's `modifiers`.
-_ALT, _CONTROL, _META, _SHIFT = 1, 2, 4, 8
+# The bits of CDP's `modifiers` that make a key type nothing.
+_ALT, _CONTROL, _META = 1, 2, 4
 # Key to (windowsVirtualKeyCode, text that it types). The code of each is its name.
 _KEYS = {
     "Enter": (13, "\r"),
@@ -163,7 +162,7 @@ def _send(message: dict[str, Any], *, timeout: float = TIMEOUT) -> dict[str, Any
     """
     global _session
     client = connect()
-    request = {"timeout": min(timeout, _FOREVER), **message}
+    request = {"timeout": min(timeout, LONGEST), **message}
     ours = not message.get("session_id")
     if ours and _session is not None and message.get("meta") != "set_session":
         request["session_id"] = _session
@@ -242,7 +241,7 @@ def wait_for_load(timeout: float = LOAD_TIMEOUT) -> bool:
             return False
         except CDPError as error:
             # The document that was asked has made room for the next one.
-            if error.code != _SERVER_ERROR or error.details.get("crashed"):
+            if error.code != SERVER_ERROR or error.details.get("crashed"):
                 raise
     return False
 
@@ -353,28 +352,22 @@ def click_at_xy(x: float, y: float, button: str = "left", clicks: int = 1, *, ti
     except DialogOpen as error:
         # That was not the click.
         raise DialogOpen(str(error), dialog=error.dialog, ran=False) from None
-    try:
+    with _may_open_dialog():
         for count in range(1, clicks + 1):
             _mouse("mousePressed", x, y, timeout, button=button, clickCount=count)
             _mouse("mouseReleased", x, y, timeout, button=button, clickCount=count)
-    except DialogOpen as error:
-        _unless_ran(error)
 
 
 def scroll(x: float, y: float, dy: float = -300, dx: float = 0, *, timeout: float = TIMEOUT) -> None:
     """Turn the mouse wheel at a place of the viewport: `dy` CSS pixels down (below 0, up), `dx` to the right."""
-    try:
+    with _may_open_dialog():
         _mouse("mouseWheel", x, y, timeout, deltaX=dx, deltaY=dy)
-    except DialogOpen as error:
-        _unless_ran(error)
 
 
 def type_text(text: str, *, timeout: float = TIMEOUT) -> None:
     """Insert text where the focus is, as a paste does: no key events (see `press_key`)."""
-    try:
+    with _may_open_dialog():
         cdp("Input.insertText", text=text, timeout=timeout)
-    except DialogOpen as error:
-        _unless_ran(error)
 
 
 def press_key(key: str, modifiers: int = 0, *, timeout: float = TIMEOUT) -> None:
@@ -400,20 +393,23 @@ def press_key(key: str, modifiers: int = 0, *, timeout: float = TIMEOUT) -> None
         down = {"type": "keyDown", "text": text}
     elif sys.platform == "darwin" and modifiers & _META and key in _COMMANDS:
         down["commands"] = [_COMMANDS[key]]
-    try:
+    with _may_open_dialog():
         cdp("Input.dispatchKeyEvent", **event, **down, timeout=timeout)
         cdp("Input.dispatchKeyEvent", **event, type="keyUp", timeout=timeout)
-    except DialogOpen as error:
-        _unless_ran(error)
 
 
 def _mouse(kind: str, x: float, y: float, timeout: float, **params: Any) -> None:
     cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, timeout=timeout, **params)
 
 
-def _unless_ran(error: DialogOpen) -> None:
-    if not error.details.get("ran"):
-        raise error
+@contextlib.contextmanager
+def _may_open_dialog() -> Iterator[None]:
+    """Take a dialog that opens within for a part of what was asked for, but not one that has kept it from being done."""
+    try:
+        yield
+    except DialogOpen as error:
+        if not error.details.get("ran"):
+            raise
 
 
 def handle_dialog(accept: bool = True, text: str | None = None, *, timeout: float = TIMEOUT) -> None:

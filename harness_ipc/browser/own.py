@@ -93,8 +93,6 @@ _FLAGS = [
     "--password-store=basic",
     "--use-mock-keychain",
 ]
-
-
 # CSS pixels of a window that nobody sees; Chrome's own default is 800,600. HARNESS_CHROME_ARGS may say otherwise.
 _WINDOW = "1280,900"
 
@@ -197,10 +195,12 @@ class OwnBrowser:
             family = [process]
             with contextlib.suppress(psutil.Error):
                 family += process.children(recursive=True)
-            for signal, period in ((None, patience), ("terminate", _TERMINATE_PERIOD), ("kill", _KILL_PERIOD)):
-                for member in family if signal else ():
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        getattr(member, signal or "")()
+            steps = (None, patience), (psutil.Process.terminate, _TERMINATE_PERIOD), (psutil.Process.kill, _KILL_PERIOD)
+            for signal, period in steps:
+                if signal is not None:
+                    for member in family:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            signal(member)
                 deadline = time.monotonic() + period
                 while (family := [member for member in family if _lives(member)]) and time.monotonic() < deadline:
                     time.sleep(_POLL)

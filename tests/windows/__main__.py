@@ -87,10 +87,10 @@ def wine_environment(prefix: Path) -> dict[str, str]:
         # Wine's own complaints, and the offers to install Mono and Gecko.
         "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox=",
-        # Paths of this side mean nothing there.
         "PYTHONDONTWRITEBYTECODE": "1",
         "HARNESS_TEST_REQUIRE": "windows",
     }
+    # There is no display to be shown on, and paths of this side mean nothing there.
     for variable in ("DISPLAY", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
         environment.pop(variable, None)
     return environment
@@ -98,17 +98,21 @@ def wine_environment(prefix: Path) -> dict[str, str]:
 
 def start_wine(prefix: Path, environment: dict[str, str]) -> None:
     """Make the prefix if there is none, and start Wine's services with no pipe of ours: they would hold it open."""
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+
+    def quietly(*command: str, check: bool = True) -> None:
+        null = subprocess.DEVNULL
+        subprocess.run(command, check=check, env=environment, stdin=null, stdout=null, stderr=null)
+
     if not (prefix / "system.reg").exists():
         prefix.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["wineboot", "-i"], check=True, **quiet)  # type: ignore[call-overload]
+        quietly("wineboot", "-i")
         # A fresh prefix says that it is Windows 7.
-        subprocess.run(["wine", "winecfg", "-v", "win10"], check=True, **quiet)  # type: ignore[call-overload]
+        quietly("wine", "winecfg", "-v", "win10")
     # To stay it has to be started so, by nobody else; -w waits for the end of one that is told to.
-    subprocess.run(["wineserver", "-k"], check=False, **quiet)  # type: ignore[call-overload]
-    subprocess.run(["wineserver", "-w"], check=False, **quiet)  # type: ignore[call-overload]
-    subprocess.run(["wineserver", "-p"], check=True, **quiet)  # type: ignore[call-overload]
-    subprocess.run(["wine", "cmd", "/c", "exit"], check=True, **quiet)  # type: ignore[call-overload]
+    quietly("wineserver", "-k", check=False)
+    quietly("wineserver", "-w", check=False)
+    quietly("wineserver", "-p")
+    quietly("wine", "cmd", "/c", "exit")
 
 
 def install(cache: Path, version: str) -> Path:
