@@ -45,6 +45,8 @@ START_TIMEOUT = 30.0
 _CLOSE_PERIOD = 5.0
 _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
+# Seconds for the system to release what a process held that has ended: it takes microseconds, on an idle machine.
+_RELEASE_PERIOD = 1.0
 # Seconds between two looks at what nothing announces: a file of Chrome's.
 _POLL = 0.01
 # Two readings of one process's time of creation may differ by that much (seconds), since it is derived from the boot time.
@@ -165,7 +167,9 @@ class OwnBrowser:
             return
         try:
             os.makedirs(self.profile, mode=0o700, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            # The system may release a killed daemon's lock a moment after its process counts as ended.
+            patience = 0.0 if self._noted("daemon") is not None else _RELEASE_PERIOD
+            self._lock.acquire(timeout=patience, poll_interval=_POLL)
         except filelock.Timeout:
             raise BrowserNotFound(self._in_use(self._noted("daemon"))) from None
 

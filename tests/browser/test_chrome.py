@@ -10,6 +10,7 @@ import re
 import shlex
 import stat
 import sys
+import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
 from harness_ipc.browser import chrome, helpers, own
@@ -703,6 +705,21 @@ def test_a_browser_that_hangs_is_ended_with_its_daemon(fresh: Path, profile: Pat
         wait_until(lambda: not processes_of(fresh))
     assert not TRACES & set(os.listdir(profile))
     assert_own_browser_serves(monkeypatch)
+
+
+def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, profile: Path) -> None:
+    helpers.connect()
+    pid = status()["pid"]
+    kill_daemon()
+    # What the system may do: the process counts as ended, and something that it held is not yet released.
+    held = FileLock(profile / "harness-browser.lock", thread_local=False)
+    held.acquire(PATIENCE)
+    release = threading.Timer(0.1, held.release)
+    release.start()
+    assert own.OwnBrowser("browser").end()
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    release.join()
+    assert helpers.js("6 * 7") == 42
 
 
 @needs_posix
