@@ -65,16 +65,31 @@ if sys.platform != "win32":
         LOOP_CAN_WATCH = True
 
         @property
-        def has_more(self) -> bool:
-            """Whether something is left to flush, or was read and not yet received."""
-            return bool(self._held or self._buffered)
+        def has_unsent(self) -> bool:
+            """Whether something is left to flush."""
+            return bool(self._held)
+
+        @property
+        def has_unread(self) -> bool:
+            """Whether something was read and not yet received: a frame, or a part of one."""
+            return bool(self._buffered)
 
         def receive_now(self, limit: int) -> bytes | None:
-            """Return the next frame without waiting, or None: `recv_bytes` then has to wait for it, or to say what is wrong."""
-            if not self._buffered:
-                # What is wrong with the connection shows in the receive.
-                with contextlib.suppress(OSError):
-                    self._buffered = self._socket.recv(_MOST_AT_ONCE)
+            """Return the next frame without waiting, or None: `recv_bytes` then waits for it, or says what is wrong with it.
+
+            Raises `EOFError` at the end of the stream, and `OSError`.
+            """
+            frame = self._next(limit)
+            if frame is None:
+                with contextlib.suppress(BlockingIOError):
+                    piece = self._socket.recv(_MOST_AT_ONCE)
+                    if not piece and not self._buffered:
+                        raise EOFError("the peer closed the connection")
+                    self._buffered += piece
+                    frame = self._next(limit)
+            return frame
+
+        def _next(self, limit: int) -> bytes | None:
             if len(self._buffered) < _HEADER.size:
                 return None
             (size,) = _HEADER.unpack_from(self._buffered)
@@ -100,6 +115,10 @@ if sys.platform != "win32":
             """Send what is held."""
             if self._held:
                 self._send(b"")
+
+        def finish_sending(self) -> None:
+            """Tell the peer that nothing more will be sent: it need not wait for the end."""
+            self._shutdown(socket.SHUT_WR)
 
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""

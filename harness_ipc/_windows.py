@@ -50,9 +50,14 @@ if sys.platform == "win32":
         LOOP_CAN_WATCH = False
 
         @property
-        def has_more(self) -> bool:
+        def has_unsent(self) -> bool:
             """Whether something is left to flush."""
             return self._sending is not None
+
+        @property
+        def has_unread(self) -> bool:
+            """Whether something was read and not yet received: never."""
+            return False
 
         def receive_now(self, limit: int) -> bytes | None:
             """Return None: `recv_bytes` has to wait."""
@@ -91,6 +96,9 @@ if sys.platform == "win32":
                 self._sending = None
             if error:
                 raise ConnectionLost("the connection was ended in the middle of a message")
+
+        def finish_sending(self) -> None:
+            """Do nothing: a pipe has no half that could be closed."""
 
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""

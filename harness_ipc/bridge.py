@@ -1,8 +1,8 @@
 """From a connection to the event loop and back: one message at a time for each session. It accepts and closes nothing.
 
-A session belongs to a worker thread, which receives a message, has the loop answer it and waits. Where the loop can watch the
-connection, the thread may leave a session to it: the loop then answers short messages without the thread, and wakes it for
-all else: what is long, what comes in pieces, what is the channel's own, and the end.
+A session begins with a worker thread, which gives each message to the loop. Where the loop can watch the connection, it gives
+the session itself: the loop then answers short messages without any thread, and asks for one for all else: what is long, what
+comes in pieces, what is the channel's own. Where it can't, on Windows, the thread waits for the reply.
 """
 
 from __future__ import annotations
@@ -42,42 +42,58 @@ class Session:
         "accepted_at",
         "connection",
         "counts",
-        "left_to_loop",
+        "in_loop",
         "message",
         "parked",
         "received",
         "unsent",
         "waiting",
         "wake",
+        "watched",
     )
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.accepted_at = time.monotonic()
         self.message: Message = {}
-        # What the loop leaves to the thread: a frame that is not for the handler, a reply that it can't send without waiting.
+        # What the loop leaves to a thread: a frame that is not for the handler, a reply that it can't send without waiting.
         self.received: bytes | None = None
         self.unsent: bytes | None = None
         # A request is on its way, and whether it counts as use of the daemon.
         self.waiting = False
         self.counts = False
-        # The thread has left the session to the loop.
-        self.left_to_loop = False
-        # The thread waits for a lock that the loop releases: a third of the cost of a concurrent future.
+        # The loop has the session, and whether it watches the connection for more.
+        self.in_loop = False
+        self.watched = False
+        # Or a thread waits for a lock that the loop releases: a third of the cost of a concurrent future.
         self.parked = False
         self.wake = threading.Lock()
         self.wake.acquire()
 
 
 class LoopBridge:
-    """Runs the handler in the loop for threads that wait, measures the loop, and breaks off what does not end."""
+    """Runs the handler in the loop, measures the loop, and breaks off what does not end.
 
-    def __init__(self, handler: Handler, health: Callable[[], Awaitable[Message]] | None, max_message: int) -> None:
+    For a session that the loop has, one of two functions is called in the loop's thread: `need_thread` if a thread has to go
+    on with it, `end` if it is over; `end` must bear to be called again.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        health: Callable[[], Awaitable[Message]] | None,
+        max_message: int,
+        *,
+        need_thread: Callable[[Session], None],
+        end: Callable[[Session], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._handler = handler
         self._health = health
         self._max_message = max_message
+        self._need_thread = need_thread
+        self._end = end
         self._lock = threading.Lock()
         # One wake-up of the loop takes all that came meanwhile.
         self._inbox: list[Session] = []
@@ -100,49 +116,44 @@ class LoopBridge:
         """Seconds since the last request ended; 0 while one is in flight. Requests for the health don't count."""
         return 0.0 if self.in_flight else time.monotonic() - self._last_used
 
-    def ask(self, session: Session, message: Message) -> bytes | None:
-        """Have the loop answer `message` and wait for it, in the session's thread.
+    def ask(self, session: Session, message: Message) -> bool:
+        """Have the loop answer `message`. Return True if it has taken the session over: it is no more the thread's then.
 
-        Returns the reply if this thread has to send it, or None if the loop did, as far as that went without waiting: the
-        rest is in the connection's `flush`. Raises `ConnectionLost` if the loop answers nothing any more.
+        Otherwise wait for the answer: `session.unsent` is what the thread has to send of it, or None if the loop has sent it
+        as far as that went without waiting; the rest is in the connection's `flush`. Raises `ConnectionLost` if the loop
+        answers nothing any more.
         """
+        return self._give(session, message)
+
+    def leave(self, session: Session) -> bool:
+        """Have the loop take the session over, and return True, if it can wait for what comes next."""
+        connection = session.connection
+        if not connection.LOOP_CAN_WATCH or connection.has_unread or session.received is not None:
+            return False
+        return self._give(session, None)
+
+    def _give(self, session: Session, message: Message | None) -> bool:
+        in_loop = session.connection.LOOP_CAN_WATCH
         with self._lock:
-            self._check()
+            if self._broken_off or self._loop.is_closed():
+                raise ConnectionLost("the daemon has stopped")
             wake = not self._inbox
             self._inbox.append(session)
-            self._expect_reply(session, message)
-            session.parked = True
+            if message is not None:
+                self._expect_reply(session, message)
+            session.in_loop = in_loop
+            session.parked = not in_loop
         if wake:
             self._loop.call_soon_threadsafe(self._take_inbox)
-        return self._wait(session)
-
-    def leave_to_loop(self, session: Session) -> bytes | None:
-        """Have the loop answer what it can by itself, and wait until the session's thread is needed again.
-
-        Returns and raises as `ask`; there need not have been a request.
-        """
-        if not session.connection.LOOP_CAN_WATCH or session.connection.has_more:
-            return None
-        with self._lock:
-            self._check()
-            session.left_to_loop = session.parked = True
-        self._loop.call_soon_threadsafe(self._watch, session)
-        return self._wait(session)
-
-    def _check(self) -> None:
-        if self._broken_off or self._loop.is_closed():
-            raise ConnectionLost("the daemon has stopped")
+        if not in_loop:
+            session.wake.acquire()
+        return in_loop
 
     def _expect_reply(self, session: Session, message: Message) -> None:
         session.message = message
         session.waiting = True
         session.counts = message.get("meta") != messages.HEALTH
         self.in_flight += session.counts
-
-    def _wait(self, session: Session) -> bytes | None:
-        session.wake.acquire()
-        unsent, session.unsent = session.unsent, None
-        return unsent
 
     def probe(self) -> tuple[bool, float]:
         """Return whether the loop reacts, and within how many seconds it did, or for how many it has not."""
@@ -172,15 +183,20 @@ class LoopBridge:
 
     def cancel(self) -> None:
         """Cancel the handlers that are running, from any thread."""
-        self._loop.call_soon_threadsafe(self._cancel_tasks)
+        with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile runs none
+            self._loop.call_soon_threadsafe(self._cancel_tasks)
 
     def break_off(self, sessions: Iterable[Session]) -> None:
-        """Answer what is still asked by `sessions` with an error, and nothing from now on."""
+        """Answer what is still asked by `sessions` with an error, and nothing from now on. It is the end of the loop's."""
         with self._lock:
             self._broken_off = True
         for session in sessions:
             self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")))
-            self._give_back(session)
+            if session.in_loop:
+                try:
+                    self._loop.call_soon_threadsafe(self._let_go, session)
+                except RuntimeError:  # a loop that was closed meanwhile watches nothing
+                    self._end(session)
 
     # In the loop's thread.
 
@@ -188,7 +204,10 @@ class LoopBridge:
         with self._lock:
             inbox, self._inbox = self._inbox, []
         for session in inbox:
-            self._start_task(session)
+            if session.waiting:
+                self._start_task(session)
+            else:
+                self._receive(session)
 
     def _start_task(self, session: Session) -> None:
         if self._turned_at is not None:
@@ -199,30 +218,37 @@ class LoopBridge:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _watch(self, session: Session) -> None:
-        if session.left_to_loop:
-            try:
-                self._loop.add_reader(session.connection.fileno(), self._on_readable, session)
-            except OSError:
-                self._give_back(session)
-
     def _on_readable(self, session: Session) -> None:
-        connection = session.connection
         if session.waiting:
-            # More, or the end, before the reply to the last one: the thread sees to it when it has been sent.
+            # More, or the end, before the reply to the last one: it is seen to when that has been sent.
             self._unwatch(session)
-            return
-        frame = connection.receive_now(self._max_message)
-        if frame is not None:
-            message = self._for_handler(frame)
-            with self._lock:
-                if message is not None and not self._broken_off:
-                    self._expect_reply(session, message)
-            if session.waiting:
-                self._start_task(session)
+        else:
+            self._receive(session)
+
+    def _receive(self, session: Session) -> None:
+        """Take the next frame if it is there; otherwise watch for it."""
+        connection = session.connection
+        try:
+            frame = connection.receive_now(self._max_message)
+            if frame is None and not connection.has_unread:
+                if not session.watched and session.in_loop:
+                    self._loop.add_reader(connection.fileno(), self._on_readable, session)
+                    session.watched = True
                 return
+        except (EOFError, OSError) as error:
+            logger.debug("the client with pid %s is gone: %s", connection.peer.pid, error)
+            self._let_go(session)
+            return
+        message = None if frame is None else self._for_handler(frame)
+        if message is None:
             session.received = frame
-        self._give_back(session)
+            self._leave_to_thread(session)
+            return
+        with self._lock:
+            if self._broken_off:
+                return
+            self._expect_reply(session, message)
+        self._start_task(session)
 
     @staticmethod
     def _for_handler(frame: bytes) -> Message | None:
@@ -267,29 +293,35 @@ class LoopBridge:
                 self.errors += "error" in reply
                 self._last_used = time.monotonic()
         # Sent from here if that does not wait: the client has it one wake-up earlier.
+        connection = session.connection
         frame = self.encode(reply)
-        session.unsent = None if session.connection.try_send(frame) else frame
-        if not session.left_to_loop or session.unsent is not None or session.connection.has_more:
-            self._give_back(session)
+        session.unsent = None if connection.try_send(frame) else frame
+        if session.parked:
+            session.parked = False
+            session.wake.release()
+        elif self._broken_off:
+            # This may be another thread; whoever broke off sees to the end.
+            return
+        elif session.unsent is not None or connection.has_unsent:
+            self._leave_to_thread(session)
+        elif not session.watched or connection.has_unread:
+            # At once: most clients that ask once have said meanwhile that they are done.
+            self._receive(session)
 
-    def _give_back(self, session: Session) -> None:
-        """Wake the session's thread, if nobody has yet."""
-        with self._lock:
-            if session.parked:
-                self._unwatch(session)
-                session.parked = False
-                session.wake.release()
+    def _leave_to_thread(self, session: Session) -> None:
+        self._unwatch(session)
+        session.in_loop = False
+        self._need_thread(session)
+
+    def _let_go(self, session: Session) -> None:
+        self._unwatch(session)
+        session.in_loop = False
+        self._end(session)
 
     def _unwatch(self, session: Session) -> None:
-        if session.left_to_loop:
-            session.left_to_loop = False
-            descriptor = session.connection.fileno()
-            if not self._broken_off:
-                self._loop.remove_reader(descriptor)
-            else:
-                # It may be another thread that says so, and a loop that was closed meanwhile watches nothing.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._loop.remove_reader, descriptor)
+        if session.watched:
+            session.watched = False
+            self._loop.remove_reader(session.connection.fileno())
 
     def _answer_probe(self) -> None:
         self._probe_lag = time.monotonic() - self._probe_sent

@@ -148,8 +148,10 @@ class Client:
                 self._drop()
                 raise
 
-    def _request(self, message: Message, deadline: float, call: _Call | None = None) -> Message:
+    def _request(self, message: Message, deadline: float, call: _Call | None = None, *, last: bool = False) -> Message:
         with self._turn_for(call, deadline):
+            # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
+            frame = messages.encode(message)
             connection = self._connection
             # A living daemon has nothing to say before it is asked: something to read is the end.
             fresh = connection is None or connection.readable_now()
@@ -158,11 +160,13 @@ class Client:
                 connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
             used = fresh
             try:
-                # Not earlier: the daemon checks our proof meanwhile, and what its limit is was not known before.
-                frame = messages.encode(message, min(self._max_message, self._record.max_message))
+                # Not earlier: what the daemon's limit is was not known before.
+                messages.check_size(len(frame), min(self._max_message, self._record.max_message))
                 used = True
                 connection.deadline = deadline
                 transport.send(connection, frame)
+                if last:
+                    connection.finish_sending()
                 if fresh:
                     auth.confirm(connection)
                 reply = messages.decode(transport.receive(connection, self._max_message))
@@ -194,8 +198,8 @@ class Client:
     def _open(self, deadline: float) -> transport.Connection:
         """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
 
-        The daemon has proved itself then, and our own proof is on its way. Its verdict is left to `auth.confirm`, which has
-        to come before anything that the daemon says is believed: a request may be sent meanwhile, which saves two turns.
+        The daemon has proved itself then, and our own proof is held, to go out with what is sent next. Its verdict is left to
+        `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two turns.
         """
         record = endpoint.load(self.name)
         while True:
@@ -207,7 +211,6 @@ class Client:
                         self._check()
                     connection.deadline = deadline
                     auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
-                    transport.flush(connection)
                 except BaseException:
                     self._drop()
                     raise
@@ -259,7 +262,7 @@ def request(
     """
     deadline = transport.deadline_after(timeout)
     with Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message) as client:
-        return client._request(message, deadline)
+        return client._request(message, deadline, last=True)
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT) -> bool:

@@ -1,8 +1,9 @@
 """The adapter: blocking connections in threads, feeding the daemon's asyncio loop. It owns no process and no signal.
 
-A few warm threads wait in accept. The one that gets a connection serves it to its end: the challenge, then frame after
-frame, each of which the bridge takes to the loop while the thread waits: so requests on one connection are answered in order,
-and different connections run at once.
+A few warm threads wait in accept. The one that gets a connection does the challenge and gives what comes then to the bridge,
+which has the loop answer it. Where the loop can watch the connection, it takes that over with the first request and the thread
+accepts again; otherwise the thread serves it to its end. Either way requests on one connection are answered in order, and
+different connections run at once.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class DaemonServer:
         own_lock: BaseFileLock | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bridge = LoopBridge(handler, health, max_message)
+        self._bridge = LoopBridge(handler, health, max_message, need_thread=self._attend_in_thread, end=self._end)
         self._keys = auth.Keys(generation.record.authkey, generation.record.address)
         self._on_shutdown = on_shutdown or self.close
         self._generation = generation
@@ -228,23 +229,25 @@ class DaemonServer:
         with self._changed:
             self._add_thread()
 
-    def _add_thread(self) -> bool:
-        """Start one more thread that accepts. The caller holds `_changed`."""
-        thread = threading.Thread(target=self._work, name="harness-ipc-worker", daemon=True)
+    def _add_thread(self, session: Session | None = None) -> bool:
+        """Start one more thread, which accepts, or goes on with `session`. The caller holds `_changed`."""
+        thread = threading.Thread(target=self._work, args=(session,), name="harness-ipc-worker", daemon=True)
         self._threads.add(thread)
-        self._accepting += 1
+        self._accepting += session is None
         try:
             thread.start()
         except RuntimeError:
             self._threads.discard(thread)
-            self._accepting -= 1
+            self._accepting -= session is None
             return False
         return True
 
-    def _work(self) -> None:
+    def _work(self, session: Session | None) -> None:
         try:
-            while self._accept_one():
-                pass
+            if session is None or self._attend(session, self._serve):
+                session = None
+                while self._accept_one():
+                    pass
         finally:
             with self._changed:
                 self._threads.discard(threading.current_thread())
@@ -260,26 +263,48 @@ class DaemonServer:
         except OSError as error:
             return self._pause(error)
         session = Session(connection)
+        if not self._admit_unproved(session):
+            self._end(session)
+            return not self._closing
+        return self._attend(session, self._welcome)
+
+    def _attend(self, session: Session, serve: Callable[[Session], bool]) -> bool:
+        """Serve `session` until it ends or the loop takes it over. Return whether this thread should accept another one."""
+        taken_over = False
         try:
-            if not self._admit_unproved(session):
-                return not self._closing
-            self._serve(session)
+            taken_over = serve(session)
+        except AuthenticationFailed as error:
+            logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
+        except MessageTooLarge as error:
+            logger.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
+        except HarnessIPCError as error:
+            logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
         except Exception:
             # Nothing that one connection does may end the thread that might be the last one in accept.
             logger.exception("a connection failed")
-        finally:
-            with self._changed:
-                self._unproved.pop(session, None)
-                self._sessions.discard(session)
-                # Under the lock, so that nobody wakes a connection that is being closed.
-                with contextlib.suppress(OSError):
-                    connection.close()
-                self._changed.notify_all()
+        if not taken_over:
+            self._end(session)
         with self._changed:
             if self._closing or self._accepting >= _WARM_THREADS:
                 return False
             self._accepting += 1
             return True
+
+    def _attend_in_thread(self, session: Session) -> None:
+        with self._changed:
+            if self._add_thread(session):
+                return
+        logger.error("dropped a client: no thread can be started; raise the limit of processes (ulimit -u)")
+        self._end(session)
+
+    def _end(self, session: Session) -> None:
+        with self._changed:
+            self._unproved.pop(session, None)
+            self._sessions.discard(session)
+            # Under the lock, so that nobody wakes a connection that is being closed.
+            with contextlib.suppress(OSError):
+                session.connection.close()
+            self._changed.notify_all()
 
     def _pause(self, error: OSError) -> bool:
         """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
@@ -319,61 +344,73 @@ class DaemonServer:
             self._unproved[session] = None
             return True
 
-    def _serve(self, session: Session) -> None:
+    def _welcome(self, session: Session) -> bool:
+        """Have the client prove itself, and serve it. Return whether the loop has taken the session over."""
         connection = session.connection
-        try:
-            connection.deadline = transport.deadline_after(self._handshake_timeout)
-            auth.challenge_client(connection, self._keys)
-            with self._changed:
-                admitted = not self._closing and len(self._sessions) < self._max_connections
-                if admitted:
-                    del self._unproved[session]
-                    self._sessions.add(session)
-                    connection.deadline = inf
-            self._serve_one(session, admitted)
-            while admitted:
-                self._serve_one(session, admitted)
-                # Who asks twice may ask often.
-                self._send(connection, self._bridge.leave_to_loop(session))
-        except AuthenticationFailed as error:
-            logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
-        except MessageTooLarge as error:
-            logger.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
-        except HarnessIPCError as error:
-            logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
+        connection.deadline = transport.deadline_after(self._handshake_timeout)
+        auth.challenge_client(connection, self._keys)
+        with self._changed:
+            admitted = not self._closing and len(self._sessions) < self._max_connections
+            if admitted:
+                del self._unproved[session]
+                self._sessions.add(session)
+                connection.deadline = inf
+        if not admitted:
+            self._serve_one(session, self._turn_away)
+        return admitted and self._serve(session)
 
-    def _serve_one(self, session: Session, admitted: bool) -> None:
-        """Receive a request and see it answered. Nothing here outlives the call: an idle connection holds no message."""
-        connection = session.connection
+    def _serve(self, session: Session) -> bool:
+        """Serve as `_welcome` does, a session that has been admitted."""
+        self._send_rest(session)
+        while not self._bridge.leave(session):
+            if self._serve_one(session, self._bridge.ask):
+                return True
+        return True
+
+    def _serve_one(self, session: Session, ask: Callable[[Session, Message], bool]) -> bool:
+        """Receive a message and see it answered, by `ask` if it is none of the channel's own. Return what `ask` does.
+
+        Nothing here outlives the call: an idle connection holds no message.
+        """
         frame, session.received = session.received, None
         if frame is None:
-            frame = transport.receive(connection, self._max_message)
-        self._send(connection, self._answer(session, frame, admitted))
+            frame = transport.receive(session.connection, self._max_message)
+        if (message := self._for_app(session, frame)) is not None and ask(session, message):
+            return True
+        self._send_rest(session)
+        return False
 
-    def _send(self, connection: transport.Connection, reply: bytes | None) -> None:
+    def _send_rest(self, session: Session) -> None:
+        reply, session.unsent = session.unsent, None
         if reply is None:
-            transport.flush(connection)
+            transport.flush(session.connection)
         else:
-            transport.send(connection, reply)
+            transport.send(session.connection, reply)
 
-    def _answer(self, session: Session, frame: bytes, admitted: bool) -> bytes | None:
-        """Return the reply to `frame`, or None if the loop has sent it already, as far as that went without waiting."""
+    def _for_app(self, session: Session, frame: bytes) -> Message | None:
+        """Return the message in `frame`, or None if it is not the app's: then `session.unsent` is the reply."""
         try:
             message = messages.decode(frame)
         except ProtocolError as error:
-            return messages.encode(messages.error_reply(error))
+            session.unsent = messages.encode(messages.error_reply(error))
+            return None
         verb = message.get("meta")
         if verb == messages.PING:
-            return messages.encode(self._pong())
+            session.unsent = messages.encode(self._pong())
+            return None
         if verb == messages.SHUTDOWN:
             logger.info("shutdown requested by pid %s", session.connection.peer.pid)
             self._loop.call_soon_threadsafe(self._on_shutdown)
-            return messages.encode({"shutdown": True})
-        if not admitted:
-            pid = session.connection.peer.pid
-            logger.warning("turned the client with pid %s away: all %d connections are taken", pid, self._max_connections)
-            return messages.encode({**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY})
-        return self._bridge.ask(session, message)
+            session.unsent = messages.encode({"shutdown": True})
+            return None
+        return message
+
+    def _turn_away(self, session: Session, _: Message) -> bool:
+        pid = session.connection.peer.pid
+        logger.warning("turned the client with pid %s away: all %d connections are taken", pid, self._max_connections)
+        reply = {**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY}
+        session.unsent = messages.encode(reply)
+        return False
 
     def _pong(self) -> Message:
         responsive, lag = self._bridge.probe()
@@ -403,7 +440,7 @@ class DaemonServer:
                 for session in self._sessions:
                     session.connection.finish_receiving()
                 left = None if deadline == inf else max(0.0, deadline - time.monotonic())
-                drained = self._changed.wait_for(lambda: not self._threads, left)
+                drained = self._changed.wait_for(self._is_quiet, left)
             if not drained:
                 self._break_off()
             for thread in threads:
@@ -432,13 +469,18 @@ class DaemonServer:
         logger.warning("%d requests are still running after %g s: cancelling them", in_flight, self._grace_period)
         self._bridge.cancel()
         with self._changed:
-            self._changed.wait_for(lambda: not self._threads, CANCEL_PERIOD)
+            self._changed.wait_for(self._is_quiet, CANCEL_PERIOD)
             left = [*self._sessions, *self._unproved]
             for session in left:
                 session.connection.abort()
         self._bridge.break_off(left)
         with self._changed:
             self._changed.wait_for(lambda: not self._threads)
+            # A loop that still does not turn ends what is left when it does.
+            self._changed.wait_for(self._is_quiet, CANCEL_PERIOD)
+
+    def _is_quiet(self) -> bool:
+        return not self._threads and not self._sessions
 
     def _report_closed(self) -> None:
         if not self._closed.done():

@@ -89,7 +89,7 @@ def kept_connection(server: DaemonServer, adapter: str) -> Iterator[transport.Co
 
 
 def is_watched(server: DaemonServer) -> bool:
-    return any(session.left_to_loop for session in server._sessions)
+    return any(session.watched for session in server._sessions)
 
 
 FRAMES: dict[str, tuple[bytes, Callable[[dict[str, Any]], bool]]] = {

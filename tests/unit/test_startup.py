@@ -84,8 +84,17 @@ def test_a_child_that_dies_says_nothing_more(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_word_ends_in_time(tmp_path: Path) -> None:
-    started = child("import sys, threading; threading.Event().wait()", tmp_path / "log")
+    code = (
+        "import threading\n"
+        "from harness_ipc import startup\n"
+        "with startup.reporting() as report:\n"
+        "    report.send(state='here')\n"
+        "    threading.Event().wait()\n"
+    )
+    started = child(code, tmp_path / "log")
     try:
+        # Not before: Wine does not close the pipe of a process that is killed while it comes into being.
+        assert started.next_word(PATIENCE) == {"state": "here"}
         with pytest.raises(TimeoutError):
             started.next_word(0.05)
     finally:
