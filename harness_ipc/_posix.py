@@ -21,10 +21,11 @@ FAMILY = "AF_UNIX"
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
 # listen(2): more clients than this that connect within one scheduling delay would block or be refused.
 _BACKLOG = 128
-# One read takes a short frame with its header, and the next one that came with it; a long one is read in pieces of about
-# what a socket's buffer holds, so that a peer's mere announcement allocates nothing.
+# One read takes a short frame with its header, and the next one that came with it; a long one is read in pieces, so that a
+# peer's mere announcement allocates nothing. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the
+# system would give and take back for each piece: 16 MiB took three times as long.
 _LEAST_READ = 4096
-_MOST_READ = 256 * 1024
+_MOST_READ = 64 * 1024
 # A frame up to this length fits a socket's buffer on every system, if the peer has read the last one.
 _MOST_AT_ONCE = 64 * 1024
 # The framing of multiprocessing.connection: a length, or -1 and a long one.
@@ -105,10 +106,11 @@ if sys.platform != "win32":
             """Send a frame as far as that goes without waiting; `flush` sends the rest. False: too long, nothing was done."""
             if len(frame) > _MOST_AT_ONCE:
                 return False
-            self.hold(frame)
+            unsent = self._held + _HEADER.pack(len(frame)) + frame
             # What is wrong with the connection shows in the flush.
             with contextlib.suppress(OSError):
-                self._held = self._held[self._socket.send(self._held, _NO_SIGNAL) :]
+                unsent = unsent[self._socket.send(unsent, _NO_SIGNAL) :]
+            self._held = unsent
             return True
 
         def flush(self) -> None:
@@ -162,10 +164,13 @@ if sys.platform != "win32":
         def _read(self, size: int) -> bytes:
             if self._held and not self.readable_now():
                 self.flush()
-            while True:
+            # The next piece of a long frame is most likely there.
+            if size <= _LEAST_READ:
                 self._wait(self._receivable)
+            while True:
                 with contextlib.suppress(BlockingIOError):
                     return self._socket.recv(size)
+                self._wait(self._receivable)
 
         # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14).
 

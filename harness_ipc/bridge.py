@@ -177,7 +177,7 @@ class LoopBridge:
             return messages.encode(reply, self._max_message)
         except Exception as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
-            logger.error("the reply can't be sent: %s", sorry["error"]["message"])
+            logger.error("the reply can't be sent: %s: %s", *sorry["error"].values())
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
 
@@ -260,8 +260,7 @@ class LoopBridge:
 
     async def _handle(self, session: Session) -> None:
         message, session.message = session.message, {}
-        # What is left if neither of the two below comes to replace it.
-        reply = messages.error_reply(asyncio.CancelledError("the request was cancelled"))
+        reply = None
         try:
             reply = await self._answer(message)
         except Exception as error:
@@ -272,6 +271,8 @@ class LoopBridge:
                 logger.exception("the handler failed")
             reply = messages.error_reply(error)
         finally:
+            if reply is None:
+                reply = messages.error_reply(asyncio.CancelledError("the request was cancelled"))
             self._give_reply(session, reply)
 
     async def _answer(self, message: Message) -> Message:

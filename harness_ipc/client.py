@@ -171,7 +171,7 @@ class Client:
                     auth.confirm(connection)
                 reply = messages.decode(transport.receive(connection, self._max_message))
                 if reply.get("meta") == messages.BUSY:
-                    raise Busy(f"the daemon {self.name!r} has all the connections that it takes: try again later")
+                    raise Busy(f"the daemon {self.name!r} takes no request now, {_reason(reply)}: try again later")
             except BaseException:
                 # The verdict or the reply may still come: it must not be taken for the next request's.
                 if used:
@@ -298,6 +298,11 @@ def result_of(reply: Message) -> Any:
     if "result" not in reply:
         raise ProtocolError('the reply has neither "result" nor "error": use request() for replies of another form')
     return reply["result"]
+
+
+def _reason(reply: Message) -> str:
+    error = reply.get("error")
+    return str(error.get("message")) if isinstance(error, dict) else str(error)
 
 
 async def aconnect_daemon(

@@ -33,7 +33,7 @@ _END_OF_TIME = 253_402_300_800
 PHASES = ("starting", "draining")
 # Seconds for a process that holds the lifetime lock only to clean up.
 _LOCK_PATIENCE = 0.5
-# Seconds by which two readings of one process' time of creation may differ.
+# Seconds by which two readings of one process' time of creation may differ, where nothing better is noted.
 _CLOCK_SLACK = 2.0
 
 _NUMBER = (int, float)
@@ -52,6 +52,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_message": (int,),
     "state": (str,),
 }
+# What a record may lack: that of a system that does not tell, or of an earlier version.
+_OPTIONAL_TYPES: dict[str, tuple[type, ...]] = {"start_ticks": (int,), "boot_id": (str,)}
 
 
 class Record:
@@ -65,6 +67,9 @@ class Record:
             # Not isinstance: to that, True is a pid.
             if type(fields.get(key)) not in kinds:
                 raise ValueError(f"its {key} is missing or of a wrong type")
+        for key, kinds in _OPTIONAL_TYPES.items():
+            if key in fields and type(fields[key]) not in kinds:
+                raise ValueError(f"its {key} is of a wrong type")
         if fields["pid"] <= 0 or fields["max_message"] <= 0:
             raise ValueError("its pid or max_message is not positive")
         if not (0 <= fields["create_time"] < _END_OF_TIME and 0 <= fields["started_at"] < _END_OF_TIME):
@@ -205,7 +210,6 @@ class Generation:
             "address": address,
             "authkey": os.urandom(32).hex(),
             **_own_identity(),
-            "boot_id": _boot_id(),
             "version": _version(),
             "app_version": app_version,
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -380,7 +384,7 @@ def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
     """Return the fields of a draft or a note of a start or a drain, {} if it is unreadable, and the process if that lives."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         note = json.loads(paths.read_private_file(path, _MAX_RECORD))
-        return note, living_process(note["pid"], note["create_time"])
+        return note, living_process(note)
     return {}, None
 
 
@@ -401,27 +405,29 @@ def find_unrecorded(name: str) -> tuple[psutil.Process, float, str] | None:
     return None
 
 
-def living_process(pid: int, create_time: float) -> psutil.Process | None:
-    """Return the process with this pid if it is the one that was created then and has not ended: pids are used again."""
+def living_process(noted: dict[str, Any]) -> psutil.Process | None:
+    """Return the process of a record or a note if it has not ended: it is not just any with that pid, which is used again."""
     import psutil
 
+    pid = noted["pid"]
     # Not isinstance: to that, True is a pid, and that of init.
     if type(pid) is not int or pid <= 0:
         return None
     try:
         process = psutil.Process(pid)
-        # The time is derived from that of the boot, which a correction of the clock moves a little.
-        if abs(process.create_time() - create_time) < _CLOCK_SLACK and process.status() != psutil.STATUS_ZOMBIE:
-            return process
+        if "start_ticks" in noted:
+            same = all(noted.get(key) == value for key, value in _start(pid).items())
+        else:
+            same = abs(process.create_time() - noted["create_time"]) < _CLOCK_SLACK
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OverflowError):
-        pass
-    return None
+        return None
 
 
 def _living_pid(name: str) -> int | None:
     with contextlib.suppress(HarnessIPCError, OSError):
         record = load(name)
-        if living_process(record.pid, record.create_time) is not None:
+        if living_process(record.public()) is not None:
             return record.pid
     noted = find_unrecorded(name)
     return noted[0].pid if noted is not None else None
@@ -431,7 +437,23 @@ def _own_identity() -> dict[str, Any]:
     import psutil
 
     process = psutil.Process()
-    return {"pid": process.pid, "create_time": process.create_time()}
+    return {"pid": process.pid, "create_time": process.create_time(), **_start(process.pid)}
+
+
+def _start(pid: int) -> dict[str, Any]:
+    """Return what tells when the process started, whatever the clock said then or says now: {} but on Linux.
+
+    There `create_time` is reckoned from the time of the boot, which moves with each setting of the clock.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot_id = file.read().strip()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # Field 22 of proc_pid_stat(5); the second, in parentheses, may contain any byte.
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"start_ticks": ticks, "boot_id": boot_id}
 
 
 def _own_cwd() -> str | None:
@@ -439,14 +461,6 @@ def _own_cwd() -> str | None:
     with contextlib.suppress(OSError):
         return os.getcwd()
     return None
-
-
-def _boot_id() -> str | None:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return None
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ HarnessIPCError
 ├── StartFailed            RuntimeError            a daemon could not start
 ├── IncompatibleDaemon     RuntimeError            a record of a schema that this version does not know
 ├── AuthenticationFailed   PermissionError         the peer has another key, or is another user
-├── Busy                   RuntimeError            the daemon has all the connections that it takes
+├── Busy                   RuntimeError            the daemon takes no request now: it is full, or stopping
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
 ├── ConnectionLost         ConnectionError         the peer went away in the middle
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides

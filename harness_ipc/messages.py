@@ -19,7 +19,7 @@ DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 PING = "ping"
 HEALTH = "health"
 SHUTDOWN = "shutdown"
-# The "meta" of the one reply that is the channel's and not the handler's: all connections are taken, nothing ran.
+# The "meta" of the one reply that is the channel's and not the handler's: it takes no request now, nothing ran.
 BUSY = "busy"
 
 

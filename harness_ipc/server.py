@@ -45,6 +45,8 @@ _WARM_THREADS = 8
 _EXHAUSTED_PAUSE = 0.1
 # Seconds for cancelled handlers to end.
 CANCEL_PERIOD = 1.0
+# Seconds in which the log gets one line of a kind about clients: a crowd that is refused must not push all else out of it.
+_QUIET_PERIOD = 10.0
 
 
 async def start_daemon_server(
@@ -142,6 +144,7 @@ class DaemonServer:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._bridge = LoopBridge(handler, health, max_message, need_thread=self._attend_in_thread, end=self._end)
+        self._log = _SparingLog()
         self._keys = auth.Keys(generation.record.authkey, generation.record.address)
         self._on_shutdown = on_shutdown or self.close
         self._generation = generation
@@ -158,7 +161,6 @@ class DaemonServer:
         self._accepting = 0
         self._unproved: dict[Session, None] = {}
         self._sessions: set[Session] = set()
-        self._exhausted = False
         self._closing = False
 
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -258,7 +260,7 @@ class DaemonServer:
         try:
             connection = self._listener.accept()
         except HarnessIPCError as error:
-            logger.warning("refused a client: %s", error)
+            self._log.warning("refused a client: %s", error)
             return True
         except OSError as error:
             return self._pause(error)
@@ -274,9 +276,9 @@ class DaemonServer:
         try:
             taken_over = serve(session)
         except AuthenticationFailed as error:
-            logger.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
+            self._log.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
         except MessageTooLarge as error:
-            logger.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
+            self._log.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
         except HarnessIPCError as error:
             logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
         except Exception:
@@ -294,7 +296,7 @@ class DaemonServer:
         with self._changed:
             if self._add_thread(session):
                 return
-        logger.error("dropped a client: no thread can be started; raise the limit of processes (ulimit -u)")
+        self._log.error("dropped a client: no thread can be started; raise the limit of processes (ulimit -u)")
         self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -310,9 +312,7 @@ class DaemonServer:
         """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
         with self._changed:
             if not self._closing:
-                if not self._exhausted:
-                    logger.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
-                self._exhausted = True
+                self._log.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
                 self._changed.wait_for(lambda: self._closing, _EXHAUSTED_PAUSE)
             if self._closing:
                 self._accepting -= 1
@@ -336,9 +336,8 @@ class DaemonServer:
             if self._closing:
                 self._accepting -= 1
                 return False
-            self._exhausted = False
             if self._accepting == 1 and not self._add_thread():
-                logger.error("refused a client: no thread can be started; raise the limit of processes (ulimit -u)")
+                self._log.error("refused a client: no thread can be started; raise the limit of processes (ulimit -u)")
                 return False
             self._accepting -= 1
             self._unproved[session] = None
@@ -406,10 +405,9 @@ class DaemonServer:
         return message
 
     def _turn_away(self, session: Session, _: Message) -> bool:
-        pid = session.connection.peer.pid
-        logger.warning("turned the client with pid %s away: all %d connections are taken", pid, self._max_connections)
-        reply = {**messages.error_reply(Busy("all connections are taken")), "meta": messages.BUSY}
-        session.unsent = messages.encode(reply)
+        why = "it is stopping" if self._closing else f"all {self._max_connections} connections are taken"
+        self._log.warning("turned the client with pid %s away: %s", session.connection.peer.pid, why)
+        session.unsent = messages.encode({**messages.error_reply(Busy(why)), "meta": messages.BUSY})
         return False
 
     def _pong(self) -> Message:
@@ -485,3 +483,29 @@ class DaemonServer:
     def _report_closed(self) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
+
+
+class _SparingLog:
+    """The log of what clients can cause by the thousand: of each kind one line in a while, with how many it stands for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By the message: when it was logged last, and how often it was not since.
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def warning(self, message: str, *values: object) -> None:
+        self._tell(logging.WARNING, message, *values)
+
+    def error(self, message: str, *values: object) -> None:
+        self._tell(logging.ERROR, message, *values)
+
+    def _tell(self, level: int, message: str, *values: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            logged_at, left_out = self._last.get(message, (-inf, 0))
+            if now - logged_at < _QUIET_PERIOD:
+                self._last[message] = logged_at, left_out + 1
+                return
+            self._last[message] = now, 0
+        more = f" (and {left_out} more like this since the last line of it)" if left_out else ""
+        logger.log(level, f"{message}{more}", *values)

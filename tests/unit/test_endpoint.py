@@ -24,7 +24,7 @@ from harness_ipc.errors import (
     StartFailed,
     UnsafeDirectory,
 )
-from tests.marks import needs_posix, needs_root
+from tests.marks import needs_linux, needs_posix, needs_root
 
 MISSING = object()
 
@@ -416,7 +416,10 @@ def test_the_lock_names_no_pid_that_is_not_the_holders(other: dict[str, Any], ru
     lock = endpoint.lock_lifetime("d")
     try:
         publish()
-        write(run / "d.json", json.dumps({**fields_of(run / "d.json"), **other}).encode())
+        fields = fields_of(run / "d.json")
+        # Where the time of creation is all that is known.
+        fields.pop("start_ticks", None)
+        write(run / "d.json", json.dumps({**fields, **other}).encode())
         with pytest.raises(AlreadyRunning) as caught:
             endpoint.lock_lifetime("d")
         assert caught.value.pid is None
@@ -436,3 +439,19 @@ def test_the_lock_file_is_private_and_a_lock_that_cannot_be_taken_is_a_failed_st
     (run / "d.lock").mkdir()
     with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR"):
         endpoint.lock_lifetime("d")
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("other", "lives"),
+    [
+        ({}, True),
+        ({"create_time": 1.5}, True),
+        ({"start_ticks": 1}, False),
+        ({"boot_id": "another"}, False),
+        ({"start_ticks": 1, "boot_id": "another"}, False),
+    ],
+    ids=str,
+)
+def test_a_process_is_known_by_what_no_setting_of_the_clock_moves(other: dict[str, Any], lives: bool) -> None:
+    assert (endpoint.living_process({**endpoint._own_identity(), **other}) is not None) is lives
