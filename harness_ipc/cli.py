@@ -184,7 +184,7 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise ValueError
-    return value
+    return min(value, sys.maxsize)
 
 
 # argparse: "invalid number of seconds value: 'x'"

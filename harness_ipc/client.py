@@ -203,6 +203,8 @@ class Client:
         """
         record = endpoint.load(self.name)
         while True:
+            # Before the daemon is woken, which then waits for what they are for.
+            keys = auth.Keys(record.authkey, record.address)
             try:
                 connection = transport.dial(record.address, deadline)
                 try:
@@ -210,7 +212,7 @@ class Client:
                         self._connection, self._record = connection, record
                         self._check()
                     connection.deadline = deadline
-                    auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+                    auth.challenge_daemon(connection, keys)
                 except BaseException:
                     self._drop()
                     raise
@@ -261,8 +263,12 @@ def request(
     Raises what `connect_daemon` and `Client.request` raise.
     """
     deadline = transport.deadline_after(timeout)
-    with Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message) as client:
+    client = Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message)
+    try:
         return client._request(message, deadline, last=True)
+    finally:
+        # Not close(): there is no other thread's request to be ended.
+        client._drop()
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT) -> bool:

@@ -181,7 +181,7 @@ def _parse(data: bytes) -> Record:
         raise ValueError("its schema is missing or of a wrong type")
     if schema != SCHEMA:
         raise IncompatibleDaemon(
-            f"the daemon's record has schema {schema}, this version knows {SCHEMA}: "
+            f"the daemon's record has schema {str(schema)[:20]}, this version knows {SCHEMA}: "
             "use the version of harness_ipc that started the daemon, also to stop it"
         )
     return Record(fields)
@@ -382,15 +382,17 @@ def forget_start(name: str) -> None:
 
 def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
     """Return the fields of a draft or a note of a start or a drain, {} if it is unreadable, and the process if that lives."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         note = json.loads(paths.read_private_file(path, _MAX_RECORD))
+        if not 0 <= note["started_at"] < _END_OF_TIME:
+            raise ValueError("its started_at is no time")
         return note, living_process(note)
     return {}, None
 
 
 def load_phase(name: str, phase: str) -> tuple[psutil.Process, float] | None:
     """Return the process that is "starting" or "draining" as the daemon `name`, and when it started in seconds since 1970."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError):
         note, process = read_note(_path(name, phase))
         if process is not None:
             return process, float(note["started_at"])

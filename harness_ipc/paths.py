@@ -42,7 +42,9 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFELY
 def check_name(name: str) -> str:
     """Return `name` if it may name a daemon, else raise `InvalidName`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidName(f"{name!a} is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -")
+        shown = ascii(name)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise InvalidName(f"{shown} is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -")
     return name
 
 

@@ -1,0 +1,379 @@
+"""What meets bytes from outside, as functions of bytes. They return, or raise: which is a bug. For hypothesis and for atheris.
+
+Each needs the environment that the tests have: a runtime and a log directory of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from math import inf
+from multiprocessing import connection as stock
+from pathlib import Path
+from typing import Any
+
+from harness_ipc import auth, cli, client, daemon_status, endpoint, log_path, messages, paths, runtime_path, transport
+from harness_ipc.errors import (
+    ConnectionLost,
+    DaemonNotRunning,
+    HarnessIPCError,
+    IncompatibleDaemon,
+    InvalidName,
+    MessageTooLarge,
+    ProtocolError,
+    RemoteError,
+)
+
+NAME = "fuzz"
+KEY = bytes(range(1, 33))
+ADDRESS = "/run/user/1000/harness-ipc/0123456789abcdef.sock"
+KEYS = auth.Keys(KEY, ADDRESS)
+# Seconds: it ends a hang.
+PATIENCE = 60.0
+# What no target needs more of, and a socket's buffer takes at once.
+MOST = 32 * 1024
+# Bytes in a frame.
+LIMIT = 1024
+
+
+def check_text(error: BaseException) -> None:
+    """See that the text of an error is one that a person can be shown, however odd what it is about, and tells no key."""
+    text = str(error)
+    assert KEY.hex()[:8] not in text
+    assert text.isprintable(), ascii(text)
+    assert 0 < len(text) < 600, len(text)
+
+
+# Frames.
+
+
+def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCError]]:
+    """Return the frames in a stream and what its end is, by the words of the README alone."""
+    frames: list[bytes] = []
+    stream = io.BytesIO(data)
+    while len(head := stream.read(4)) == 4:
+        size = int.from_bytes(head, "big", signed=True)
+        if size == -1:
+            if len(head := stream.read(8)) < 8:
+                break
+            size = int.from_bytes(head, "big")
+        if size > limit:
+            return frames, MessageTooLarge
+        if size < 0 or len(payload := stream.read(size)) < size:
+            break
+        frames.append(payload)
+    return frames, ConnectionLost
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets; the first takes more than any target sends to it, before anybody reads."""
+    ours, theirs = socket.socketpair()
+    # macOS' own take 8 KiB.
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 * 1024)
+    theirs.settimeout(PATIENCE)
+    return ours, theirs
+
+
+def frames(data: bytes) -> None:
+    """Receive a stream, all at once or as it comes in pieces: the first byte says how."""
+    how, stream = data[:1], data[1:MOST]
+    expected, end = split_frames(stream, LIMIT)
+    ours, theirs = socket_pair()
+    with theirs, transport.Connection(ours, transport.PeerCredentials(None, None)) as connection:
+        connection.deadline = transport.deadline_after(PATIENCE)
+        received: list[bytes] = []
+        if how and how[0] % 2:
+            # Each send takes more of the socket's buffer than what it sends.
+            step = max(how[0] // 2 + 1, len(stream) // 64 + 1)
+            for start in range(0, len(stream), step):
+                theirs.sendall(stream[start : start + step])
+                while (frame := connection.receive_now(LIMIT)) is not None:
+                    received.append(frame)
+        else:
+            theirs.sendall(stream)
+        theirs.shutdown(socket.SHUT_WR)
+        failure: HarnessIPCError | None = None
+        while failure is None:
+            try:
+                received.append(transport.receive(connection, LIMIT))
+            except HarnessIPCError as error:
+                failure = error
+    check_text(failure)
+    assert (received, type(failure)) == (expected, end)
+
+
+# The challenge.
+
+
+class Peer:
+    """The other end of a handshake: it says what its script has, and keeps what it is told."""
+
+    deadline = inf
+
+    def __init__(self, script: bytes, key: bytes) -> None:
+        self._script = io.BytesIO(script)
+        self._key = key
+        self.heard: list[bytes] = []
+        self.said: list[bytes] = []
+        self.has_proved_itself = False
+
+    def send_bytes(self, frame: bytes) -> None:
+        self.heard.append(bytes(frame))
+
+    hold = send_bytes
+
+    def flush(self) -> None:
+        """Nothing is held."""
+
+    def recv_bytes(self, limit: int) -> bytes:
+        head = self._script.read(2)
+        if len(head) < 2:
+            raise EOFError
+        verb, size = head
+        frame = self._script.read(size)
+        match verb % 5:
+            case 1:
+                frame = b"#CHALLENGE#" + frame
+            case 2:
+                frame = b"#WELCOME#"
+            case 3 if self.heard:  # reflects
+                frame = self.heard[-1]
+            case 4 if self.heard and self.heard[0].startswith(b"#CHALLENGE#"):  # has the key, and worse manners
+                frame = answer_to(self.heard[0], self._key)
+                self.has_proved_itself = True
+        if len(frame) > limit:
+            raise MessageTooLarge("above the limit", size=len(frame), limit=limit)
+        self.said.append(frame)
+        return frame
+
+
+def answer_to(challenge: bytes, key: bytes) -> bytes:
+    """Return what the stock function answers to a challenge."""
+    told: list[bytes] = []
+
+    class Link:
+        def recv_bytes(self, limit: int) -> bytes:
+            return b"#WELCOME#" if told else challenge
+
+        def send_bytes(self, frame: bytes) -> None:
+            told.append(frame)
+
+    stock.answer_challenge(Link(), key)  # type: ignore[arg-type]
+    return bytes(told[0])
+
+
+def challenge(data: bytes) -> None:
+    """Prove ourselves to a peer and have it prove itself: the first byte says in which role."""
+    role, script = data[0] % 3 if data else 0, data[1:MOST]
+    peer: Any = Peer(script, KEYS.client if role == 1 else KEYS.daemon)
+    step: Callable[[], None] = (
+        lambda: auth.challenge_daemon(peer, KEYS),
+        lambda: auth.challenge_client(peer, KEYS),
+        lambda: auth.confirm(peer),
+    )[role]
+    try:
+        step()
+    except HarnessIPCError as error:
+        check_text(error)
+    else:
+        assert peer.said == [b"#WELCOME#"] if role == 2 else peer.has_proved_itself, "let in without the key"
+    if role == 0 and not peer.has_proved_itself:
+        # The challenge, and that it was not met.
+        assert peer.heard[1:] in ([], [b"#FAILURE#"]), "told something to a stranger"
+    told = b"\n".join(peer.heard)
+    assert not any(key in told for key in (KEY, KEYS.daemon, KEYS.client)), "told the key"
+
+
+# Messages.
+
+
+def message(data: bytes) -> None:
+    """Decode a frame, take it for a request and for a reply."""
+    try:
+        decoded = messages.decode(data)
+    except ProtocolError as error:
+        check_text(error)
+        return
+    assert isinstance(decoded, dict)
+    # A number like 1e999 is read as infinity, which can't be written.
+    with contextlib.suppress(ProtocolError):
+        assert messages.decode(messages.encode(decoded)) == decoded
+    try:
+        assert client.result_of(decoded) == decoded["result"]
+    except (RemoteError, ProtocolError):
+        assert "error" in decoded or "result" not in decoded
+
+
+# The record and the notes beside it.
+
+
+@contextlib.contextmanager
+def private_file(ext: str, content: bytes) -> Iterator[None]:
+    paths.create_private_dir(paths.runtime_location()[0])
+    path = runtime_path(NAME, ext)
+    paths.write_private_file(str(path), content)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def changed(fields: dict[str, Any], data: bytes) -> bytes:
+    """Return `fields` with what the JSON object in `data` changes in them, or `data` if it is none."""
+    try:
+        changes = json.loads(data)
+        return json.dumps({**fields, **changes}).encode() if isinstance(changes, dict) else data
+    except (ValueError, RecursionError):
+        return data
+
+
+def check_status() -> None:
+    """See that the state is one, which needs no patience: nobody is there."""
+    status = daemon_status(NAME, timeout=0.0)
+    assert status.state in ("absent", "stale", "starting", "unresponsive", "incompatible", "forbidden"), status
+    json.dumps(status.to_json(), allow_nan=False)
+
+
+def record(data: bytes) -> None:
+    """Load a record of just these bytes, or a good one with the fields of this JSON object."""
+    data = data[:MOST]
+    nowhere = str(runtime_path(NAME, "sock"))
+    good = {
+        "schema": 1,
+        "name": NAME,
+        "generation": "0" * 32,
+        "family": transport.FAMILY,
+        "address": nowhere,
+        "authkey": KEY.hex(),
+        # No system has it: nothing is to be found of a living process.
+        "pid": 2**31 - 1,
+        "create_time": 1.5,
+        "version": "1",
+        "python": "3.11.0",
+        "started_at": 1.5,
+        "argv": ["python"],
+        "max_message": 1000,
+        "state": "ready",
+    }
+    with private_file("json", changed(good, data)):
+        try:
+            found = endpoint.load(NAME, again=True)
+        except (DaemonNotRunning, IncompatibleDaemon) as error:
+            check_text(error)
+            # Not with an address that somebody else may have.
+            check_status()
+            return
+        assert (found.name, len(found.authkey)) == (NAME, 32)
+        assert found.pid > 0
+        assert found.max_message > 0
+        assert found.authkey.hex() not in f"{found!r}{found}{found.public()!r}"
+        assert endpoint.load(NAME) is found
+        if found.address == nowhere and found.pid == good["pid"]:
+            check_status()
+
+
+def note(data: bytes) -> None:
+    """Look at a daemon with a note of its start, of just these bytes, or a good one with the fields of this JSON object."""
+    good = {**endpoint._own_identity(), "started_at": 1.5}
+    for phase in endpoint.PHASES:
+        with private_file(phase, changed(good, data[:MOST])):
+            found = endpoint.find_unrecorded(NAME)
+            assert found is None or found[2] == phase
+            check_status()
+
+
+# Names and the command line.
+
+
+def name(data: bytes) -> None:
+    """Take a text for the name of a daemon."""
+    text = data.decode("utf-8", "surrogateescape")
+    good = re.fullmatch("[A-Za-z0-9_-]{1,64}", text) is not None and "\n" not in text
+    try:
+        path = runtime_path(text, "json")
+        log = log_path(text)
+    except InvalidName as error:
+        assert not good
+        # It quotes the name.
+        if len(text) < 64:
+            check_text(error)
+    else:
+        assert good
+        assert path == Path(paths.runtime_location()[0]) / f"{text}.json"
+        assert log.parent == Path(os.environ["HARNESS_IPC_LOG_DIR"])
+
+
+def command(data: bytes) -> None:
+    """Run the command line, where no daemon is, with one hostile word or input: the first byte says which."""
+    how, word = data[0] % 6 if data else 0, data[1:MOST]
+    # As the interpreter hands arguments over; none has a NUL.
+    text = word.replace(b"\0", b"").decode("utf-8", "surrogateescape")
+    if how > 2 and text == "--":
+        # Which the argparse of 3.11 takes away from the option that it is the value of.
+        return
+    arguments = [
+        ["call", f"--name={NAME}", "--", text],
+        ["call", f"--name={NAME}", text],
+        ["call", f"--name={NAME}", "-"],
+        ["call", f"--name={NAME}", f"--timeout={text}", "{}"],
+        ["call", f"--name={text}", "{}"],
+        ["logs", f"--name={NAME}", f"-n{text}"],
+    ][how]
+    if how == 5:
+        log = log_path(NAME)
+        log.parent.mkdir(mode=0o700, exist_ok=True)
+        log.write_bytes(word)
+    output, errors = io.StringIO(), io.StringIO()
+    saved, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(word))
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            status = cli.main(arguments)
+    except SystemExit as end:
+        # argparse's own: the usage, or the help that was asked for.
+        if end.code not in (0, 2):
+            raise
+        return
+    finally:
+        sys.stdin = saved
+    if status == 0:
+        assert how == 5
+        assert output.getvalue().replace("\n", "").replace("\t", "").isprintable() or not output.getvalue()
+        assert not errors.getvalue()
+    else:
+        # A timeout of 0 has passed before anybody is looked for.
+        assert status in ((2, 3, 4) if how == 3 else (2, 3))
+        assert output.getvalue() == ""
+        line, end_of_line, rest = errors.getvalue().partition("\n")
+        assert (line.startswith("harness-ipc: "), end_of_line, rest) == (True, "\n", "")
+        assert line.isprintable()
+
+
+def frame(payload: bytes) -> bytes:
+    """Return a frame as it is on an AF_UNIX socket."""
+    return struct.pack("!i", len(payload)) + payload
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "frames": frames,
+    "challenge": challenge,
+    "message": message,
+    "record": record,
+    "note": note,
+    "name": name,
+    "command": command,
+}
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def corpus(target: str) -> dict[str, bytes]:
+    """Return the inputs that are kept for a target, by file name."""
+    folder = CORPUS / target
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}

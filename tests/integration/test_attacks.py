@@ -1,0 +1,778 @@
+"""Attacks from where somebody may stand: another uid, no key, the wire, a hand in the files, the key and a hostile message.
+
+What is attacked serves an honest client afterwards. Run as a program, this is another user.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hmac
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import AuthenticationError
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    AuthenticationFailed,
+    ConnectionLost,
+    HarnessIPCError,
+    RemoteError,
+    StartFailed,
+    UnsafeDirectory,
+    auth,
+    cleanup_endpoint,
+    connect_daemon,
+    daemon_status,
+    endpoint,
+    ensure_daemon,
+    list_daemons,
+    log_path,
+    paths,
+    request,
+    runtime_dir,
+    runtime_path,
+    stop_daemon,
+    transport,
+)
+from tests.fuzz import targets
+from tests.integration import test_access
+from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, said, serves
+from tests.marks import needs_linux, needs_posix, needs_root
+from tests.processes import PATIENCE, DaemonProcess, dial_daemon, run_python, spawn_daemon, spawn_python, wait_until
+
+MIB = 1024 * 1024
+NAME = "victim"
+CHALLENGE, WELCOME, FAILURE = b"#CHALLENGE#", b"#WELCOME#", b"#FAILURE#"
+
+
+@pytest.fixture
+def victim() -> Iterator[DaemonProcess]:
+    with attacked_daemon() as daemon:
+        yield daemon
+
+
+def requests_of(name: str = NAME) -> int:
+    """Return how many requests the daemon has answered."""
+    return int(request(name, {"meta": "ping"}, timeout=PATIENCE)["requests"])
+
+
+def plant(name: str, **changes: Any) -> endpoint.Record:
+    """Write a record for `name` that is the victim's but for `changes`, as only somebody with our uid could."""
+    fields = {**json.loads(runtime_path(NAME, "json").read_bytes()), "name": name, **changes}
+    paths.write_private_file(str(runtime_path(name, "json")), json.dumps(fields).encode())
+    return endpoint.load(name)
+
+
+# The wire: somebody who sees and forwards all that is said, or says it again.
+
+
+class Wire:
+    """A socket that notes what comes, and answers with what `answer` makes of it, or as the daemon at `forward_to` does."""
+
+    def __init__(
+        self, address: str, forward_to: str | None = None, answer: Callable[[socket.socket, bytes], None] | None = None
+    ) -> None:
+        self.address = address
+        self.up, self.down = bytearray(), bytearray()
+        self._forward_to = forward_to
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(address)
+        self._listener.listen()
+        self._listener.settimeout(PATIENCE)
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError), self._listener.accept()[0] as ours:
+            ours.settimeout(PATIENCE)
+            if self._forward_to is None:
+                while piece := ours.recv(65536):
+                    self.up += piece
+                    if self._answer is not None:
+                        self._answer(ours, piece)
+                return
+            with socket.socket(socket.AF_UNIX) as theirs:
+                theirs.settimeout(PATIENCE)
+                theirs.connect(self._forward_to)
+                back = threading.Thread(target=self._pump, args=(theirs, ours, self.down))
+                back.start()
+                self._pump(ours, theirs, self.up)
+                back.join()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                kept += piece
+                sink.sendall(piece)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as last:
+            last.connect(self.address)
+        self._thread.join(PATIENCE)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+
+def told(wire: Wire) -> list[bytes]:
+    """Return the frames that a client said, after a look that they are whole."""
+    frames, _ = targets.split_frames(bytes(wire.up), MIB)
+    assert b"".join(map(frame, frames)) == wire.up
+    return frames
+
+
+def told_nothing(frames: list[bytes]) -> bool:
+    """Whether a client said no more than its challenge and that it was not met."""
+    return not frames or (len(frames) <= 2 and frames[0].startswith(CHALLENGE) and frames[1:] in ([], [FAILURE]))
+
+
+def dial_through(address: str, record: endpoint.Record) -> transport.Connection:
+    """Connect to `address` as a client does that takes it for the daemon's."""
+    connection = transport.dial(address, transport.deadline_after(PATIENCE))
+    connection.deadline = transport.deadline_after(PATIENCE)
+    try:
+        auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+        transport.send(connection, HONEST_FRAME)
+        auth.confirm(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@needs_posix
+def test_a_relay_at_another_address_is_not_taken_for_the_daemon(victim: DaemonProcess, private_directories: Path) -> None:
+    """It has the daemon itself answer, and no key; the client was sent to it by a record with the right key."""
+    with Wire(str(private_directories / "relay"), forward_to=endpoint.load(NAME).address) as wire:
+        plant("relayed", address=wire.address)
+        served = requests_of()
+        with pytest.raises(AuthenticationFailed):
+            request("relayed", HONEST, timeout=PATIENCE)
+        wait_until(lambda: wire.up.endswith(FAILURE))
+        assert told_nothing(told(wire))
+        assert requests_of() == served
+
+
+@needs_posix
+def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProcess, private_directories: Path) -> None:
+    record = endpoint.load(NAME)
+    relay = str(private_directories / "relay")
+    # A wire is no attack: it goes through, and is on record.
+    with Wire(relay, forward_to=record.address) as wire, dial_through(relay, record) as connection:
+        assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+    assert HONEST_FRAME in wire.up
+    assert b'"result"' in wire.down
+    served = requests_of()
+    # To the daemon, which asks something else this time.
+    with raw_socket(bytes(wire.up)) as again:
+        answer = said(again)
+    assert answer.endswith(frame(FAILURE))
+    assert b'"result"' not in answer
+    assert requests_of() == served
+    # To a client, which does, too.
+    down, recorded = bytes(wire.down), str(private_directories / "recorded")
+    with Wire(recorded, answer=lambda peer, _: peer.sendall(down)) as daemon:
+        with pytest.raises((AuthenticationFailed, ConnectionLost)):
+            dial_through(recorded, record)
+        wait_until(lambda: len(daemon.up) > 0)
+    assert told_nothing(told(daemon))
+    assert HONEST_FRAME not in daemon.up
+
+
+def listener_of(kind: str, directory: Path) -> contextlib.AbstractContextManager[Any]:
+    address = str(directory / "elsewhere")
+    match kind:
+        case "an echo":
+            return Wire(address, answer=lambda peer, piece: peer.sendall(piece))
+        case "a service of another kind":
+            return Wire(address, answer=lambda peer, _: peer.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n"))
+        case "a liar":
+            return Wire(address, answer=lambda peer, _: peer.sendall(frame(WELCOME) * 3))
+        case "datagrams":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock.bind(address)
+            return sock
+        case "a directory":
+            os.mkdir(address)
+        case "a file":
+            Path(address).write_text("precious")
+    return contextlib.nullcontext()
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    "kind", ["an echo", "a service of another kind", "a liar", "datagrams", "a directory", "a file", "nothing"]
+)
+def test_a_record_that_points_elsewhere_is_a_typed_error(victim: DaemonProcess, kind: str, private_directories: Path) -> None:
+    elsewhere = private_directories / "elsewhere"
+    with listener_of(kind, private_directories) as peer:
+        plant("odd", address=str(elsewhere))
+        with pytest.raises(HarnessIPCError) as caught:
+            request("odd", HONEST, timeout=PATIENCE)
+        if kind in ("an echo", "a service of another kind", "a liar"):
+            assert type(caught.value) is AuthenticationFailed
+            wait_until(lambda: len(peer.up) > 0)
+            assert told_nothing(told(peer))
+        # Whose it is nobody knows: it stays.
+        cleanup_endpoint("odd")
+        assert elsewhere.exists() is (kind != "nothing")
+        assert kind != "a file" or elsewhere.read_text() == "precious"
+    assert not runtime_path("odd", "json").exists()
+
+
+@needs_posix
+@pytest.mark.parametrize("key", ["the first's", "the second's"])
+def test_a_record_that_points_to_another_daemon_reaches_none(victim: DaemonProcess, key: str) -> None:
+    with spawn_daemon("second"):
+        second = endpoint.load("second")
+        # The other daemon's whole record would be that daemon: here one of both is wrong.
+        changes = {"address": second.address} if key == "the first's" else {"authkey": second.authkey.hex()}
+        plant("odd", **changes)
+        served = [requests_of(NAME), requests_of("second")]
+        with pytest.raises(AuthenticationFailed):
+            request("odd", HONEST, timeout=PATIENCE)
+        assert daemon_status("odd").state == "forbidden"
+        with pytest.raises(AuthenticationFailed):
+            stop_daemon("odd")
+        assert [requests_of(NAME), requests_of("second")] == served
+        assert serves("second")
+
+
+# Another user.
+
+
+def listen(address: str) -> int:
+    """Be a daemon for whoever comes, and return how many bytes that tells."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        os.chmod(address, 0o777)
+        listener.listen()
+        print("listening", flush=True)
+        with listener.accept()[0] as peer:
+            return len(said(peer))
+
+
+def each(plans: str) -> list[Any]:
+    """Try one after the other, and return what each came to."""
+    outcomes: list[Any] = []
+    for verb, *arguments in json.loads(plans):
+        try:
+            outcomes.append(test_access.ATTEMPTS[verb](*arguments))
+        except OSError as error:
+            outcomes.append([type(error).__name__])
+    return outcomes
+
+
+test_access.ATTEMPTS.update({"listen": listen, "hard link": os.link, "each": each})
+
+
+@contextlib.contextmanager
+def stranger(verb: str, *arguments: str) -> Iterator[DaemonProcess]:
+    with spawn_python("-m", "tests.integration.test_attacks", verb, *arguments) as process:
+        yield process
+
+
+def attempt(verb: str, *arguments: str) -> Any:
+    with stranger(verb, *arguments) as process:
+        return json.loads(process.read_line())
+
+
+@needs_posix
+@needs_root
+def test_a_client_tells_another_users_listener_nothing(victim: DaemonProcess, private_directories: Path) -> None:
+    address = str(private_directories / "squatted")
+    with test_access.mode(private_directories, 0o1777), stranger("listen", address) as squatter:
+        assert squatter.read_line() == "listening"
+        plant("odd", address=address)
+        with pytest.raises(AuthenticationFailed, match=f"belongs to uid {test_access.STRANGER}"):
+            request("odd", HONEST, timeout=PATIENCE)
+        assert json.loads(squatter.read_line()) == 0
+
+
+AS_USER = """
+import asyncio, os, shlex, sys
+from harness_ipc import UnsafeDirectory, aconnect_daemon, runtime_dir, start_daemon_server
+
+async def main():
+    async def echo(message):
+        return {"result": message["params"]}
+    server, _ = await start_daemon_server(echo, "mine")
+    async with server, await aconnect_daemon("mine") as client:
+        return await client.call("echo", n=1), str(runtime_dir())
+
+# Once as who we are, which imports all: the other user may have no access to this interpreter's library.
+asyncio.run(main())
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+os.environ.pop("HARNESS_IPC_RUNTIME_DIR")
+try:
+    print(*asyncio.run(main()))
+except UnsafeDirectory as error:
+    print("refused", error.path, error.remedy)
+"""
+
+
+@needs_linux
+@needs_root
+@pytest.mark.parametrize("squat", ["directory", "open directory", "link", "file"])
+def test_the_default_directory_that_another_user_made_first_is_refused(squat: str, private_directories: Path) -> None:
+    """A user that never logs in has it below /tmp, where anybody may make it."""
+    uid = 2_000_000_000 + os.getpid()
+    place = Path(f"/tmp/harness-ipc-runtime-{uid}")
+    try:
+        match squat:
+            case "directory":
+                place.mkdir(0o700)
+            case "open directory":
+                place.mkdir()
+                place.chmod(0o777)
+            case "link":
+                # To what is the user's own and private.
+                private_directories.chmod(0o755)
+                target = private_directories / "target"
+                target.mkdir(0o700)
+                os.chown(target, uid, uid)
+                place.symlink_to(target)
+            case "file":
+                place.write_text("")
+        os.chown(place, test_access.STRANGER, test_access.STRANGER, follow_symlinks=False)
+        done = run_python("-c", AS_USER, str(uid))
+        assert done.stdout.startswith(f"refused {place} ") or f"StartFailed: {place} is a file" in done.stderr, done
+        if not place.is_file():
+            # The remedy, by root.
+            os.system(done.stdout.rstrip().removeprefix(f"refused {place} ").removeprefix("sudo "))
+        else:
+            place.unlink()
+        done = run_python("-c", AS_USER, str(uid))
+        assert (done.stdout, done.stderr) == (f"{{'n': 1}} {place}\n", "")
+    finally:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+
+
+@needs_posix
+@needs_root
+def test_another_user_can_plant_no_link_and_make_none(victim: DaemonProcess, private_directories: Path) -> None:
+    public = private_directories / "public"
+    public.mkdir()
+    public.chmod(0o1777)
+    own = str(public / "own")
+    files = [*(runtime_path(NAME, ext) for ext in ("json", "lock", "start", "starting", "draining")), log_path(NAME)]
+    there = [path for path in files if path.exists()]
+    assert {path.suffix for path in there} == {".json", ".lock", ".log"}
+    plans = [
+        ["create", own],
+        *([verb, own, str(path)] for path in files for verb in ("link", "hard link")),
+        *([verb, own, str(path.with_name("next"))] for path in files for verb in ("link", "hard link")),
+        *(["hard link", str(path), str(public / path.name)] for path in there),
+        *(["open", str(path)] for path in there),
+    ]
+    with test_access.mode(private_directories, 0o755):
+        first, *others = attempt("each", json.dumps(plans))
+    assert first is None
+    assert [outcome[0] for outcome in others] == ["PermissionError"] * len(others)
+    assert [path.name for path in public.iterdir()] == ["own"]
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("kind", "ext"),
+    [
+        *(("symbolic", ext) for ext in ("json", "lock", "start", "starting", "draining")),
+        # Not those of the locks: to filelock before 4, a file of ours that is linked there is the lock, and is emptied.
+        *(("hard", ext) for ext in ("json", "starting", "draining")),
+    ],
+)
+def test_a_link_that_is_there_before_the_daemon_harms_nothing(kind: str, ext: str, private_directories: Path) -> None:
+    paths.create_private_dir(str(private_directories / "run"))
+    precious = private_directories / "precious"
+    precious.write_text("precious")
+    precious.chmod(0o600)
+    path = runtime_path(NAME, ext)
+    (path.symlink_to if kind == "symbolic" else path.hardlink_to)(precious)
+    argv = [sys.executable, "-W", "error", "-m", "tests.processes", NAME, "{}"]
+    try:
+        # It is replaced, or refused in a typed error that names it.
+        text = str(path)
+        try:
+            ensure_daemon(NAME, argv, timeout=PATIENCE)
+        except (StartFailed, UnsafeDirectory) as refused:
+            text = str(refused)
+            path.unlink()
+            ensure_daemon(NAME, argv, timeout=PATIENCE)
+        assert str(path) in text
+        assert precious.read_text() == "precious"
+        assert serves(NAME)
+    finally:
+        stop_daemon(NAME)
+    assert precious.read_text() == "precious"
+
+
+# A weaker digest: what CPython 3.11 has no choice of, later versions let the peer choose.
+
+DIGESTS = ["", "md5", "sha1", "sha256", "sha384", "sha512", "sha3_256", "MD5", "no such"]
+
+
+def prove(key: bytes, challenge: bytes, digest: str) -> bytes:
+    """Return the proof under that digest, or one of nonsense where there is none."""
+    prefix = b"{%s}" % digest.encode() if digest else b""
+    try:
+        return prefix + hmac.digest(key, challenge, digest or "md5")
+    except ValueError:
+        return prefix + bytes(32)
+
+
+def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonProcess) -> None:
+    record = endpoint.load(NAME)
+    wrong = auth.role_key(bytes(32), "client", record.address)
+    for digest in DIGESTS:
+        with transport.dial(record.address, transport.deadline_after(PATIENCE)) as connection:
+            connection.deadline = transport.deadline_after(PATIENCE)
+            prefix = b"{%s}" % digest.encode() if digest else b""
+            connection.send_bytes(CHALLENGE + prefix + os.urandom(20))
+            verdicts = []
+            # Or it is dropped, for a digest that the daemon does not have.
+            with contextlib.suppress(EOFError, OSError):
+                # Its proof, which helps nobody without the key, and its own challenge.
+                connection.recv_bytes(256)
+                challenge = connection.recv_bytes(256)
+                assert challenge.startswith(CHALLENGE), digest
+                connection.send_bytes(WELCOME)
+                connection.send_bytes(prove(wrong, challenge.removeprefix(CHALLENGE), digest))
+                verdicts.append(connection.recv_bytes(256))
+                transport.send(connection, HONEST_FRAME)
+                verdicts.append(connection.recv_bytes(256))
+            assert verdicts in ([], [FAILURE]), digest
+
+
+def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
+    """The same steps with the key: they are the ones that open the connection."""
+    record = endpoint.load(NAME)
+    with transport.dial(record.address, transport.deadline_after(PATIENCE)) as connection:
+        connection.deadline = transport.deadline_after(PATIENCE)
+        connection.send_bytes(CHALLENGE + os.urandom(20))
+        proof = connection.recv_bytes(256)
+        challenge = connection.recv_bytes(256).removeprefix(CHALLENGE)
+        connection.send_bytes(WELCOME)
+        # The daemon's own proof is none of a client, nor is one for another challenge.
+        mine = auth.role_key(record.authkey, "client", record.address)
+        assert proof != prove(mine, challenge, "")
+        connection.send_bytes(prove(mine, challenge, ""))
+        assert connection.recv_bytes(256) == WELCOME
+        transport.send(connection, HONEST_FRAME)
+        assert json.loads(connection.recv_bytes(256)) == {"result": HONEST["params"]}
+
+
+@needs_posix
+def test_a_client_is_not_taken_in_by_a_daemon_with_another_digest(victim: DaemonProcess, private_directories: Path) -> None:
+    for number, digest in enumerate(DIGESTS):
+        address = str(private_directories / f"forged {number}")
+        wrong = auth.role_key(bytes(32), "daemon", address)
+
+        def answer(peer: socket.socket, piece: bytes, digest: str = digest, wrong: bytes = wrong) -> None:
+            proof = prove(wrong, piece[4:].removeprefix(CHALLENGE), digest)
+            peer.sendall(frame(proof) + frame(CHALLENGE + os.urandom(20)) + frame(WELCOME))
+
+        with Wire(address, answer=answer) as forged:
+            plant(f"odd-{number}", address=address)
+            with pytest.raises(AuthenticationFailed):
+                request(f"odd-{number}", HONEST, timeout=PATIENCE)
+        assert told_nothing(told(forged)), digest
+
+
+# Where the key could show.
+
+
+def forms(key: bytes) -> Iterator[bytes]:
+    """Yield the key as it may be written."""
+    yield from (key, key.hex().encode(), key.hex().upper().encode(), repr(key)[2:-1].encode(), base64.b64encode(key)[:-2])
+    yield from (key.hex(" ").encode(), str(list(key))[1:-1].encode(), str(int.from_bytes(key, "big")).encode())
+
+
+def shows_key(data: bytes | str, record: endpoint.Record) -> bool:
+    """Whether the key, or one that is derived from it, or a part of one, is in there."""
+    data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
+    keys = auth.Keys(record.authkey, record.address)
+    return any(
+        form in data
+        for key in (record.authkey, keys.daemon, keys.client)
+        for part in (key, key[:8], key[-8:])
+        for form in forms(part)
+    )
+
+
+KEPT = """
+import sys
+from harness_ipc import connect_daemon
+with connect_daemon(sys.argv[1]) as daemon:
+    print("ready", daemon.call("echo", n=1), daemon, vars(daemon), flush=True)
+    sys.stdin.read()
+"""
+FAILING = """
+import logging, os, sys, traceback
+logging.basicConfig(level=logging.DEBUG)
+from harness_ipc import *
+from harness_ipc import auth, endpoint
+record = endpoint.load(sys.argv[1])
+real = endpoint.Record
+failures = [
+    lambda: connect_daemon(sys.argv[1]).call("raise"),
+    lambda: connect_daemon(sys.argv[1]).call("block", seconds=0.2, timeout=0.01),
+    lambda: connect_daemon(sys.argv[1], timeout=0.0),
+    lambda: connect_daemon("nobody"),
+    lambda: run_daemon(lambda message: message, sys.argv[1]),
+    lambda: request(sys.argv[1], {"a": float("nan")}),
+    lambda: real({**record.public(), "authkey": record.authkey.hex()[1:]}),
+    lambda: real({**record.public(), "authkey": record.authkey.hex(), "pid": "x"}),
+]
+for failure in failures:
+    try:
+        failure()
+    except Exception:
+        traceback.print_exc()
+    else:
+        sys.exit("it did not fail")
+auth.Keys = lambda *_: wrong
+wrong = object.__new__(type("Keys", (), {"daemon": bytes(32), "client": bytes(32)}))
+request(sys.argv[1], {})
+"""
+
+
+@needs_linux
+def test_the_key_shows_nowhere_but_in_the_record() -> None:
+    """Not on a command line, in an environment, a log, a report, an error, a traceback or any other file."""
+    cli = ["-m", "harness_ipc"]
+    shown = [run_python(*cli, "start", "tests.processes:App", "--name", NAME, "--json")]
+    try:
+        record = endpoint.load(NAME)
+        assert shows_key(runtime_path(NAME, "json").read_bytes(), record)
+        for command in ("status", "ping", "list", "doctor"):
+            options = [] if command in ("list", "doctor") else ["--name", NAME]
+            shown += [run_python(*cli, command, *options), run_python(*cli, command, *options, "--json")]
+        for message in ("{}", '{"meta": "health"}', '{"method": "raise"}', "nonsense"):
+            shown.append(run_python(*cli, "call", "--name", NAME, message))
+        shown.append(run_python(*cli, "serve", "tests.processes:App", "--name", NAME))
+        shown.append(failing := run_python("-c", FAILING, NAME))
+        assert failing.stderr.count("Traceback (most recent call last)") >= 9
+        assert "another key" in failing.stderr
+        with spawn_python("-c", KEPT, NAME) as client:
+            line = client.read_line()
+            assert line.startswith("ready")
+            for pid in (record.pid, client.pid):
+                for what in ("cmdline", "environ", "comm", "maps"):
+                    assert not shows_key(Path(f"/proc/{pid}/{what}").read_bytes(), record), what
+        assert not shows_key(line, record)
+        for done in shown:
+            assert not shows_key(done.stdout + done.stderr, record), done.args
+        assert not shows_key(repr([daemon_status(NAME), list_daemons(), record, record.public()]), record)
+        assert serves(NAME)
+        # What is left is the logs, the locks and the socket.
+        files = [path for folder in (runtime_dir(), log_path(NAME).parent) for path in folder.iterdir() if path.is_file()]
+        assert {path.name for path in files} >= {f"{NAME}.json", f"{NAME}.lock", f"{NAME}.start", f"{NAME}.log"}
+        assert [path.name for path in files if shows_key(path.read_bytes(), record)] == [f"{NAME}.json"]
+    finally:
+        stop_daemon(NAME)
+    shown.append(run_python(*cli, "logs", "--name", NAME, "-n", "100000"))
+    assert "Traceback" in shown[-1].stdout
+    assert not shows_key(shown[-1].stdout, record)
+
+
+# The log.
+
+EVIL = "x\n2026-01-01 00:00:00,000 INFO harness_ipc.daemon: all is well \x1b]0;owned\x07\x1b[2J\r\x9b\u202e\ud800\0"
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [a-z_.]+: ")
+
+
+def log_lines() -> list[str]:
+    """Return the lines of the log that claim to be the start of an entry, after a look that none steers a terminal."""
+    text = log_path(NAME).read_text(encoding="utf-8")
+    assert all(c.isprintable() or c in "\n\t" for c in text), ascii(text)
+    return [line for line in text.split("\n") if LOG_LINE.match(line)]
+
+
+def test_nothing_that_a_peer_says_to_the_channel_gets_into_the_log(victim: DaemonProcess) -> None:
+    evil = EVIL.encode("utf-8", "surrogatepass")
+    for hostile in (evil, CHALLENGE + evil, CHALLENGE + b"{md5}" + evil, b"{%s}" % evil):
+        with transport.dial(endpoint.load(NAME).address, transport.deadline_after(PATIENCE)) as connection:
+            connection.deadline = transport.deadline_after(PATIENCE)
+            with contextlib.suppress(HarnessIPCError):
+                for _ in range(3):
+                    transport.send(connection, hostile)
+                while transport.receive(connection, MIB):
+                    pass
+    with dial_daemon(NAME) as connection:
+        for hostile in (evil, b'{"a": "%s"}' % evil, b'{"%s' % evil, b"[]"):
+            transport.send(connection, hostile)
+            error = json.loads(transport.receive(connection, MIB))["error"]
+            assert error["message"].isprintable(), error
+    with connect_daemon(NAME) as client:
+        for message in ({EVIL: EVIL}, {"meta": EVIL}, {"method": EVIL, "params": {EVIL: EVIL}}):
+            assert client.request(message, timeout=PATIENCE) == {"raw": message}
+        with pytest.raises(RemoteError):
+            client.call("return", what="set")
+    assert not [line for line in log_lines() if "all is well" in line]
+
+
+def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
+    """An exception's text is often made of what was sent, or of what a web page said."""
+    with spawn_daemon(NAME):
+        with connect_daemon(NAME) as client:
+            with pytest.raises(RemoteError) as caught:
+                client.call("raise", text=EVIL)
+            # Whoever asked gets it as it is.
+            assert str(caught.value) == EVIL
+        assert serves(NAME)
+        assert "all is well" in log_path(NAME).read_text(encoding="utf-8")
+        assert not [line for line in log_lines() if line.startswith("2026-01-01")]
+
+
+def test_nothing_that_a_daemon_says_steers_the_terminal_of_who_asks(private_directories: Path) -> None:
+    (private_directories / "evil.py").write_text(f"raise ValueError({EVIL!a})\n", encoding="ascii")
+    start = [sys.executable, "-m", "harness_ipc", "start", "evil:app", "--name", "evil"]
+    failed = subprocess.run(start, cwd=private_directories, capture_output=True, timeout=PATIENCE, check=False)
+    with spawn_daemon(NAME):
+        called = run_python(
+            "-m", "harness_ipc", "call", "--name", NAME, json.dumps({"method": "raise", "params": {"text": EVIL}})
+        )
+        assert json.loads(called.stdout)["error"] == {"type": "ValueError", "message": EVIL}
+        logs = run_python("-m", "harness_ipc", "logs", "--name", NAME)
+        assert serves(NAME)
+    assert (failed.returncode, called.returncode, logs.returncode) == (6, 1, 0)
+    shown = failed.stdout + failed.stderr
+    assert b"all is well" in shown
+    assert "all is well" in logs.stdout
+    for text in (shown.decode(), called.stdout, called.stderr, logs.stdout, logs.stderr):
+        assert all(c.isprintable() or c in "\r\n\t" for c in text), ascii(text)
+    assert "\r" not in shown.decode().replace(os.linesep, "")
+
+
+# Messages that cost more than they weigh.
+
+# What the reply has for each: an error, an echo, or what the app says to a request that it does not look at.
+Bomb = tuple[str, Callable[[], bytes]]
+NESTED: list[Bomb] = [
+    ("error", lambda: b'{"a":' * MIB),
+    ("error", lambda: b'{"a":' + b"[" * 3 * MIB + b"]" * 3 * MIB + b"}"),
+    ("raw", lambda: b'{"a":' * 300 + b"1" + b"}" * 300),
+]
+NUMBERS: list[Bomb] = [
+    ("error", lambda: b'{"a":' + b"9" * 10_000_000 + b"}"),
+    ("raw", lambda: b'{"a":1.' + b"9" * 10_000_000 + b"}"),
+    # Infinity, which the echo can't be.
+    ("error", lambda: b'{"a":1e' + b"9" * 1_000_000 + b"}"),
+    ("raw", lambda: b'{"a":[' + b",".join([b"9" * 4000] * 500) + b"]}"),
+]
+MANY: list[Bomb] = [
+    ("result", lambda: b'{"method":"log",' + b",".join(b'"%d":0' % number for number in range(1_000_000)) + b"}"),
+    ("result", lambda: b'{"method":"log",' + b",".join([b'"a":0'] * 1_000_000) + b"}"),
+    ("result", lambda: b'{"method":"log","a":[' + b",".join([b"[]"] * 1_000_000) + b"]}"),
+    ("raw", lambda: b'{"a":"' + rb"\ud800" * 500_000 + b'"}'),
+]
+
+
+@pytest.mark.parametrize("bombs", [NESTED, NUMBERS, MANY], ids=["nested", "numbers", "many"])
+def test_a_message_that_costs_more_than_it_weighs_is_answered_and_others_are_served(
+    victim: DaemonProcess, bombs: list[Bomb]
+) -> None:
+    for kind, bomb in bombs:
+        data = bomb()
+        with being_honest(), dial_daemon(NAME) as connection:
+            transport.send(connection, data)
+            reply = json.loads(transport.receive(connection, 64 * MIB))
+            # The connection goes on, whatever came of it.
+            transport.send(connection, HONEST_FRAME)
+            assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+        assert list(reply) == [kind], data[:20]
+        if kind == "error":
+            assert reply["error"]["type"] == "ProtocolError"
+            assert len(reply["error"]["message"]) < 500
+
+
+@contextlib.contextmanager
+def being_honest() -> Iterator[None]:
+    """Ask and be answered all the time, on a connection of our own, and print the longest that it took."""
+    over = threading.Event()
+
+    def ask() -> float:
+        longest = 0.0
+        with connect_daemon(NAME, request_timeout=PATIENCE) as client:
+            while True:
+                begun = time.monotonic()
+                assert client.call("echo", n=1) == {"n": 1}
+                longest = max(longest, time.monotonic() - begun)
+                if over.is_set():
+                    return longest
+
+    with ThreadPoolExecutor(1) as pool:
+        honest = pool.submit(ask)
+        try:
+            yield
+        finally:
+            over.set()
+        print(f"the longest request of somebody else took {honest.result(PATIENCE):.3f} s")
+
+
+# What the fuzzers found worth keeping, said to a real daemon; and descriptors, which a socket carries, too.
+
+
+def duplicate(connection: transport.Connection) -> socket.socket:
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+@needs_posix
+def test_what_is_in_the_corpus_does_a_real_daemon_no_harm(victim: DaemonProcess) -> None:
+    for stream in targets.corpus("frames").values():
+        with raw_socket(stream[1:]) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert WELCOME not in said(sock)
+        with dial_daemon(NAME) as connection, duplicate(connection) as sock:
+            sock.sendall(stream[1:])
+    for script in targets.corpus("challenge").values():
+        peer = targets.Peer(script[1:], bytes(32))
+        with contextlib.suppress(EOFError, OSError, HarnessIPCError, AuthenticationError), raw_socket() as sock:
+            while True:
+                sock.sendall(frame(peer.recv_bytes(256)))
+    with dial_daemon(NAME) as connection:
+        for data in targets.corpus("message").values():
+            transport.send(connection, data)
+            assert isinstance(json.loads(transport.receive(connection, MIB)), dict)
+
+
+@needs_linux
+def test_descriptors_that_come_with_a_message_are_not_kept(victim: DaemonProcess) -> None:
+    process = psutil.Process(victim.pid)
+    before = process.num_fds()
+    with open(os.devnull, "rb") as null, raw_socket() as silent, dial_daemon(NAME) as connection, duplicate(connection) as sock:
+        socket.send_fds(silent, [frame(CHALLENGE)[:-1]], [null.fileno()] * 100)
+        for _ in range(10):
+            socket.send_fds(sock, [frame(HONEST_FRAME)], [null.fileno()] * 100)
+            assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+        # The connections themselves, and what the daemon may open for a moment.
+        assert process.num_fds() < before + 100
+    wait_until(lambda: process.num_fds() <= before)
+
+
+if __name__ == "__main__":
+    test_access.main(*sys.argv[1:])

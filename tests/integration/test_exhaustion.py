@@ -1,0 +1,380 @@
+"""Descriptors, threads, memory, disk, the accept queue run out: typed errors, one line in the log, all well afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    Busy,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    HarnessIPCError,
+    RemoteError,
+    connect_daemon,
+    endpoint,
+    log_path,
+    request,
+    transport,
+)
+from tests.integration.test_manager_places import mount, needs_mount, unmount
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+NAME = "scarce"
+MIB = 2**20
+NEVER = 3600.0
+# Threads that may stay to accept when others have come and gone.
+WARM = 8
+# Lines of the log on one shortage, however many it hits: it may end and begin again a few times.
+FEW = 10
+# Far more than the bound of connections that have not proved themselves.
+CROWD = 1000
+# Those that exchange a word with it, which takes longer on Windows.
+INTRUDERS = 1000 if os.name == "posix" else 100
+# The daemon's threads are so large that a limit of its memory can forbid another one and leave room for all else.
+STACK = 64 * MIB
+LARGE_THREADS = f"""
+import runpy, threading
+threading.stack_size({STACK})
+runpy.run_module("tests.processes", run_name="__main__", alter_sys=True)
+"""
+
+
+def is_served(timeout: float = PATIENCE) -> bool:
+    return request(NAME, {"method": "echo", "params": {"n": 1}}, timeout=timeout) == {"result": {"n": 1}}
+
+
+def becomes_served() -> bool:
+    """Whether an honest client is served now; a shortage that goes on is a typed error."""
+    with contextlib.suppress(DaemonTimeout, ConnectionLost, Busy):
+        return is_served(5.0)
+    return False
+
+
+class Watched:
+    """A daemon whose limits can be changed while it runs, and which has to be as it was when they are lifted."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self.daemon = daemon
+        self.process = psutil.Process(daemon.pid)
+        assert is_served()
+        self.before = self.held()
+        self.threads = self.process.num_threads() + WARM
+
+    def held(self) -> int:
+        """Return how many descriptors it has; on Windows, where its threads have handles too, how many connections."""
+        if sys.platform == "win32":
+            return int(request(NAME, {"meta": "ping"}, timeout=PATIENCE)["connections"])
+        return self.process.num_fds()
+
+    @contextlib.contextmanager
+    def limited(self, what: str, amount: int) -> Iterator[None]:
+        assert sys.platform == "linux"
+        kind = getattr(psutil, what)
+        soft, hard = self.process.rlimit(kind)
+        self.process.rlimit(kind, (amount, hard))
+        try:
+            yield
+        finally:
+            self.process.rlimit(kind, (soft, hard))
+
+    def memory(self) -> int:
+        return self.process.memory_info().vms
+
+    def has_recovered(self) -> bool:
+        return self.held() <= self.before and self.process.num_threads() <= self.threads
+
+
+def log_lines(*words: str) -> list[str]:
+    text = log_path(NAME).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
+@contextlib.contextmanager
+def watched(*python: str, **options: Any) -> Iterator[Watched]:
+    """Yield a daemon that serves at the end, with no more descriptors and threads than at the beginning."""
+    with contextlib.ExitStack() as stack:
+        if python:
+            daemon = stack.enter_context(spawn_python(*python, NAME, json.dumps(options)))
+            assert daemon.read_line() == "ready"
+        else:
+            daemon = stack.enter_context(spawn_daemon(NAME, **options))
+        seen = Watched(daemon)
+        yield seen
+        wait_until(becomes_served)
+        wait_until(seen.has_recovered)
+        assert daemon.process.poll() is None
+        assert len(log_lines(" ERROR ")) + len(log_lines(" WARNING ")) <= FEW
+
+
+@contextlib.contextmanager
+def many_open_files() -> Iterator[None]:
+    """Allow us and our children what a crowd needs."""
+    if sys.platform == "win32":
+        # Handles have no such limit.
+        yield
+        return
+    import resource
+
+    needed = 2 * CROWD
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        pytest.skip(f"this machine allows a process {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def silent_crowd(count: int) -> Iterator[None]:
+    """Connect many times, as somebody would who knows nothing but the address, and say nothing."""
+    address = endpoint.load(NAME).address
+    deadline = transport.deadline_after(PATIENCE)
+    with contextlib.ExitStack() as stack:
+        while count:
+            try:
+                stack.enter_context(transport.dial(address, deadline))
+                count -= 1
+            except DaemonNotRunning:
+                # Where a full queue refuses at once.
+                transport.remaining(deadline)
+        yield
+
+
+def fate(action: Callable[[], object]) -> str:
+    """Return "answered", or which of our errors it was. Any other is the test's failure."""
+    try:
+        action()
+    except HarnessIPCError as error:
+        return type(error).__name__
+    return "answered"
+
+
+def ask_many(count: int, timeout: float = PATIENCE) -> Counter[str]:
+    """Ask from eight threads, each time with another tag, and count how it went: an answer is the own one."""
+
+    def ask(tag: int) -> str:
+        def one() -> None:
+            assert request(NAME, {"method": "echo", "params": {"tag": tag}}, timeout=timeout) == {"result": {"tag": tag}}
+
+        return fate(one)
+
+    with ThreadPoolExecutor(8) as pool:
+        return Counter(pool.map(ask, range(count)))
+
+
+# Descriptors.
+
+
+@needs_linux
+def test_more_clients_than_descriptors_wait_and_the_log_says_so_once() -> None:
+    with watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
+        assert inside.call("echo", n=1) == {"n": 1}
+        with daemon.limited("RLIMIT_NOFILE", 64):
+            with silent_crowd(100):
+                wait_until(lambda: bool(log_lines("can't accept connections for now", "ulimit -n")))
+                # Who has a connection notices nothing, who has none waits in the queue.
+                assert inside.call("echo", n=2) == {"n": 2}
+                for _ in range(3):
+                    assert fate(lambda: is_served(0.3)) == "DaemonTimeout"
+                assert inside.call("echo", n=3) == {"n": 3}
+                assert len(log_lines("can't accept connections")) == 1
+            wait_until(becomes_served)
+            # All of them, at the same limit, which is one for each moment.
+            assert ask_many(200) == {"answered": 200}
+
+
+@needs_linux
+def test_clients_that_come_and_go_at_the_limit_of_descriptors_do_not_fill_the_log() -> None:
+    with watched() as daemon, contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(connect_daemon(NAME)) for _ in range(40)]
+        assert all(client.call("echo", n=1) == {"n": 1} for client in kept)
+        # So few are left that eight at once meet the end of them again and again.
+        with daemon.limited("RLIMIT_NOFILE", daemon.process.num_fds() + 2):
+            assert ask_many(200) == {"answered": 200}
+            assert all(client.call("echo", n=2) == {"n": 2} for client in kept)
+        assert len(log_lines("can't accept connections")) <= FEW
+
+
+# Threads.
+
+
+@needs_linux
+def test_without_another_thread_clients_are_refused_and_the_log_says_so_once() -> None:
+    with watched("-c", LARGE_THREADS, handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
+        assert inside.call("echo", n=1) == {"n": 1}
+        with daemon.limited("RLIMIT_AS", daemon.memory() + STACK // 2), silent_crowd(20):
+            wait_until(lambda: bool(log_lines("no thread can be started", "ulimit -u")))
+            assert inside.call("echo", n=2) == {"n": 2}
+            assert set(ask_many(CROWD, 5.0)) <= {"answered", "ConnectionLost", "Busy"}
+            assert inside.call("echo", n=3) == {"n": 3}
+        wait_until(becomes_served)
+        assert len(log_lines("no thread can be started")) <= FEW
+
+
+@needs_linux
+def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_is_served() -> None:
+    with watched("-c", LARGE_THREADS, handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
+        text = "x" * 200_000
+        assert inside.call("echo", text=text) == {"text": text}
+        with daemon.limited("RLIMIT_AS", daemon.memory() + STACK // 2):
+            for n in range(20):
+                outcome = fate(lambda: inside.call("echo", text=text, timeout=10.0))
+                assert outcome in ("answered", "ConnectionLost", "Busy", "RemoteError")
+                wait_until(lambda n=n: fate(lambda: inside.call("echo", n=n)) == "answered")  # type: ignore[misc]
+        assert inside.call("echo", text=text) == {"text": text}
+
+
+# Memory.
+
+
+# What the daemon may take of it, in sizes of the message: too little to receive it, to decode it, to answer it.
+@needs_linux
+@pytest.mark.parametrize("room", [1.5, 2.5, 3.5])
+def test_a_message_that_finds_no_memory_is_a_typed_error_and_the_daemon_serves_on(room: float) -> None:
+    with watched() as daemon, connect_daemon(NAME) as client:
+        text = "x" * (40 * MIB)
+        for method, params in (("echo", {"text": text}), ("fill", {"size": len(text)})):
+            with daemon.limited("RLIMIT_AS", daemon.memory() + int(room * len(text))):
+                outcomes = {fate(lambda: client.call(method, timeout=PATIENCE, **params)) for _ in range(2)}  # noqa: B023
+                assert outcomes <= {"ConnectionLost", "RemoteError"} if method == "echo" else {"answered", "RemoteError"}
+                assert client.call("echo", n=1) == {"n": 1}
+                assert is_served()
+        assert log_lines("MemoryError") or log_lines("the reply can't be sent")
+        # With enough of it, the same is no matter.
+        assert client.call("echo", text=text, timeout=PATIENCE) == {"text": text}
+
+
+# Disk.
+
+
+@contextlib.contextmanager
+def full_disk(base: Path, daemon: Watched) -> Iterator[None]:
+    filler = base / "log" / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def no_larger_file(base: Path, daemon: Watched) -> Iterator[None]:
+    with daemon.limited("RLIMIT_FSIZE", log_path(NAME).stat().st_size + 100):
+        yield
+
+
+@pytest.fixture
+def small_log(private_directories: Path) -> Iterator[None]:
+    (private_directories / "log").mkdir(mode=0o700)
+    assert mount(private_directories / "log", "size=256k")
+    try:
+        yield
+    finally:
+        unmount(private_directories / "log")
+
+
+def write_no_log(base: Path, shortage: Callable[[Path, Watched], contextlib.AbstractContextManager[None]]) -> None:
+    with spawn_daemon(NAME) as process, connect_daemon(NAME) as client:
+        daemon = Watched(process)
+        with shortage(base, daemon):
+            for _ in range(100):
+                with pytest.raises(RemoteError, match="x" * 1000):
+                    client.call("raise", text="x" * 1000)
+            assert is_served()
+            assert not log_lines("x" * 1000, "ValueError") or log_path(NAME).stat().st_size < 100_000
+        # It writes again, and the same file.
+        with pytest.raises(RemoteError, match="afterwards"):
+            client.call("raise", text="afterwards")
+        assert log_lines("ValueError: afterwards")
+        assert is_served()
+        client.close()
+        wait_until(daemon.has_recovered)
+
+
+@needs_mount
+@pytest.mark.usefixtures("small_log")
+def test_a_full_disk_costs_the_log_and_nothing_else(private_directories: Path) -> None:
+    write_no_log(private_directories, full_disk)
+
+
+@needs_linux
+def test_a_log_that_may_not_grow_costs_the_log_and_nothing_else(private_directories: Path) -> None:
+    write_no_log(private_directories, no_larger_file)
+
+
+# The accept queue.
+
+
+@needs_posix
+def test_two_hundred_at_a_stopped_daemon_are_timeouts_and_it_serves_when_it_goes_on() -> None:
+    with many_open_files(), watched() as daemon, ThreadPoolExecutor(200) as pool:
+        ask = {"method": "sleep", "params": {"seconds": 0, "tag": "given up"}}
+        with stopped(daemon.daemon):
+            jobs = [pool.submit(fate, lambda: request(NAME, ask, timeout=1.0)) for _ in range(200)]
+            fates = Counter(job.result(PATIENCE) for job in jobs)
+        # Where a full queue refuses at once, it seems that nobody is there.
+        assert set(fates) <= ({"DaemonTimeout"} if sys.platform == "linux" else {"DaemonTimeout", "DaemonNotRunning"})
+        wait_until(becomes_served)
+        # Nobody had proved itself, so nothing of theirs ran.
+        assert request(NAME, {"method": "log"}, timeout=PATIENCE) == {"result": []}
+
+
+# A crowd without the key, of the same user.
+
+
+@needs_posix
+def test_a_thousand_silent_connections_keep_nobody_out_and_do_not_fill_the_log() -> None:
+    with many_open_files(), watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
+        assert inside.call("echo", n=1) == {"n": 1}
+        with silent_crowd(CROWD):
+            assert is_served()
+            assert inside.call("echo", n=2) == {"n": 2}
+            # They are bounded.
+            assert daemon.held() < daemon.before + CROWD // 2
+            assert daemon.process.num_threads() < CROWD // 2
+
+
+def give_a_wrong_key(address: str) -> None:
+    with transport.dial(address, transport.deadline_after(PATIENCE)) as connection:
+        connection.deadline = transport.deadline_after(PATIENCE)
+        # The daemon's proof is taken for granted.
+        connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
+        connection.recv_bytes(256)
+        connection.send_bytes(b"#WELCOME#")
+        connection.recv_bytes(256)
+        connection.send_bytes(bytes(32))
+        assert connection.recv_bytes(256) == b"#FAILURE#"
+
+
+def test_a_crowd_with_a_wrong_key_does_not_fill_the_log() -> None:
+    with watched(), ThreadPoolExecutor(8) as pool:
+        for job in [pool.submit(give_a_wrong_key, endpoint.load(NAME).address) for _ in range(INTRUDERS)]:
+            job.result(PATIENCE)
+        assert log_lines("refused the client with pid", str(os.getpid()))
+
+
+def test_a_crowd_that_is_turned_away_does_not_fill_the_log() -> None:
+    with watched(max_connections=1), contextlib.closing(connect_daemon(NAME)) as inside:
+        wait_until(lambda: fate(lambda: inside.call("echo", n=1)) == "answered")
+        assert ask_many(INTRUDERS) == {"Busy": INTRUDERS}
+        assert inside.call("echo", n=2) == {"n": 2}
+        assert log_lines("connections are taken")

@@ -1,0 +1,326 @@
+"""Clocks that are set, processes that are suspended, loops that are blocked: only monotonic time counts, and all comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from harness_ipc import (
+    ConnectionLost,
+    DaemonTimeout,
+    connect_daemon,
+    daemon_status,
+    ensure_daemon,
+    identify,
+    log_path,
+    ping,
+    request,
+)
+from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, started
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+YEAR = 366 * 86400
+# Seconds of a deadline that is meant to pass.
+SHORT = 0.2
+
+# Run first in a process: its wall clock is set by a year, forward or back again, each time that somebody looks at it.
+JUMPING = f"""
+import random, time
+jumps, wall, wall_ns = random.Random(1), time.time, time.time_ns
+jump = lambda: jumps.choice([0, {YEAR}, -{YEAR}])
+time.time = lambda: wall() + jump()
+time.time_ns = lambda: wall_ns() + jump() * 10**9
+"""
+# A daemon then looks often whether it is idle: each time is another chance to be wrong.
+OFTEN = "import harness_ipc.daemon\nharness_ipc.daemon._LOOK_INTERVAL = 0.02\n"
+RUN = '\nimport runpy\nrunpy.run_module("tests.processes", run_name="__main__", alter_sys=True)\n'
+
+
+@contextlib.contextmanager
+def jumping_daemon(**options: Any) -> Iterator[DaemonProcess]:
+    with spawn_python("-c", JUMPING + OFTEN + RUN, "test", json.dumps(options)) as daemon:
+        assert daemon.read_line() == "ready"
+        yield daemon
+
+
+def run_client(first: str, program: str, *arguments: str) -> Any:
+    """Run `program` in a process whose clock is set by `first`, and return what it prints as JSON."""
+    with spawn_python("-c", f"{first}\nimport json, sys\nfrom harness_ipc import *\n{program}", *arguments) as client:
+        line = client.read_line()
+        assert client.wait() == 0
+    return json.loads(line)
+
+
+# The clock is set.
+
+CLIENT = """
+client = connect_daemon("test", timeout=60)
+answers = [client.call("echo", n=n, timeout=60) for n in range(100)]
+answers += [request("test", {"method": "echo", "params": {"n": n}}, timeout=60)["result"] for n in range(100, 120)]
+client.call("sleep", seconds=0.3, tag="long", timeout=60)
+begin = time.monotonic()
+try:
+    client.call("sleep", seconds=3600, tag="given up", timeout=0.2)
+except DaemonTimeout:
+    late = time.monotonic() - begin
+again = client.call("echo", n=120, timeout=60)
+status = daemon_status("test")
+print(json.dumps([[*(answer["n"] for answer in answers), again["n"]], late, status.state, status.pid, status.uptime >= 0]))
+"""
+
+
+def test_a_clock_that_is_set_again_and_again_moves_no_deadline() -> None:
+    with jumping_daemon(idle_timeout=3600.0, grace_period=SHORT) as daemon:
+        numbers, late, *status = run_client(JUMPING, CLIENT)
+        assert numbers == list(range(121))
+        assert 0.19 <= late < AT_ONCE
+        assert status == ["running", daemon.pid if sys.platform != "win32" else identify("test"), True]
+        with at_once():
+            assert run_client(JUMPING, 'print(json.dumps(stop_daemon("test")))') is True
+            assert daemon.wait() == 0
+
+
+def test_a_clock_that_is_set_again_and_again_moves_no_idle_timeout() -> None:
+    with jumping_daemon(idle_timeout=1.5) as daemon, connect_daemon("test") as client:
+        served = 0
+        over = threading.Event()
+        timer = threading.Timer(2.0, over.set)
+        timer.start()
+        while not over.wait(0.05):
+            assert client.call("echo", n=served) == {"n": served}
+            served += 1
+        timer.join()
+        assert daemon.process.poll() is None
+        # And then it ends by itself.
+        assert daemon.wait() == 0
+    assert "idle for 1.5 s" in log_path("test").read_text(encoding="utf-8")
+
+
+# What a setting of the clock does to a system that tells when a process was created by the time of the boot: that is moved.
+SET = """
+import time, psutil
+wall = time.time
+time.time = lambda: wall() + ({seconds})
+platform = psutil._psplatform
+if hasattr(platform, "boot_time"):
+    boot_time = platform.boot_time
+    platform.boot_time = lambda: boot_time() + ({seconds})
+"""
+LOOK = """
+argv = json.loads(sys.argv[1])
+seen = [daemon_status("test").state, ensure_daemon("test", argv, timeout=5).pid, daemon_alive("test"), cleanup_endpoint("test")]
+seen.append([status.state for status in list_daemons()])
+print(json.dumps(seen))
+"""
+STOP = """
+try:
+    print(json.dumps(stop_daemon("test", timeout=0.2)))
+except HarnessIPCError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("seconds", [YEAR, -YEAR, 3600])
+def test_a_daemon_is_the_same_after_the_clock_was_set(base: Path, seconds: int) -> None:
+    pid = ensure().pid
+    changed = SET.format(seconds=seconds)
+    assert run_client(changed, LOOK, json.dumps(command())) == ["running", pid, True, False, ["running"]]
+    assert_one_daemon()
+    assert started(base) == [pid]
+    assert run_client(changed, 'print(json.dumps(stop_daemon("test")))') is True
+    assert_none_left()
+
+
+@needs_linux
+@pytest.mark.parametrize("verb", ["look", "stop"])
+def test_a_daemon_that_does_not_answer_is_the_same_after_the_clock_was_set(base: Path, verb: str) -> None:
+    pid = ensure().pid
+    assert pid is not None
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        changed = SET.format(seconds=YEAR)
+        if verb == "look":
+            assert run_client(changed, 'print(json.dumps(daemon_status("test", timeout=0.2).state))') == "unresponsive"
+        else:
+            assert run_client(changed, STOP) is True
+            assert not psutil.pid_exists(pid)
+            ensure()
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+    assert_one_daemon()
+
+
+# A daemon is suspended.
+
+
+class Asker:
+    """A client in a thread of its own, which asks again and again, each time something else, and takes only its own answer."""
+
+    def __init__(self, tag: str, kept: bool) -> None:
+        self.tag = tag
+        self.kept = kept
+        self.answered = 0
+        self.late = 0
+
+    def ask(self, number: int, client: Any) -> None:
+        params = {"seconds": 0, "tag": f"{self.tag} {number}"}
+        try:
+            if client is not None:
+                answer = client.call("sleep", timeout=SHORT, **params)
+            else:
+                answer = request("test", {"method": "sleep", "params": params}, timeout=SHORT)["result"]
+        except DaemonTimeout:
+            self.late += 1
+        except ConnectionLost:
+            # It had not proved itself when the daemon's own deadline for that passed.
+            pass
+        else:
+            assert answer == params["tag"]
+            self.answered += 1
+
+    def run(self, over: threading.Event) -> None:
+        client = connect_daemon("test", timeout=PATIENCE) if self.kept else None
+        with client or contextlib.nullcontext():
+            number = 0
+            while not over.is_set():
+                self.ask(number, client)
+                number += 1
+
+
+def test_a_suspended_daemon_is_late_for_all_and_then_answers_each_its_own() -> None:
+    askers = [Asker(f"{number}", kept=number % 2 == 0) for number in range(8)]
+    over = threading.Event()
+    # Its own deadlines pass too: a handshake's, for those who connect just then.
+    with spawn_daemon("test", handshake_timeout=SHORT, idle_timeout=3600.0) as daemon, ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(asker.run, over) for asker in askers]
+        try:
+            wait_until(lambda: all(asker.answered > 3 for asker in askers) or any(job.done() for job in jobs))
+            with stopped(daemon):
+                late = [asker.late for asker in askers]
+                wait_until(lambda: all(now.late > then + 1 for now, then in zip(askers, late, strict=True)))
+            answered = [asker.answered for asker in askers]
+            wait_until(
+                lambda: (
+                    all(now.answered > then + 10 for now, then in zip(askers, answered, strict=True))
+                    or any(job.done() for job in jobs)
+                )
+            )
+        finally:
+            over.set()
+        for job in jobs:
+            job.result(PATIENCE)
+        assert daemon_status("test").state == "running"
+        log = request("test", {"method": "log"}, timeout=PATIENCE)["result"]
+        # What was late may have run, once.
+        begun = [tag for what, tag in log if what == "begin"]
+        assert len(begun) == len(set(begun)) >= sum(asker.answered for asker in askers)
+
+
+# A client is suspended.
+
+HANDSHAKE = """
+import os, signal
+from harness_ipc import auth, endpoint, transport
+record = endpoint.load("test")
+connection = transport.dial(record.address, transport.deadline_after(60))
+connection.deadline = transport.deadline_after(60)
+auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+print("in the middle", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    transport.flush(connection)
+    auth.confirm(connection)
+    print("welcome", flush=True)
+except HarnessIPCError as error:
+    print(type(error).__name__, flush=True)
+connection.close()
+try:
+    client = connect_daemon("test", timeout=60)
+    print("hanging", flush=True)
+    client.call("sleep", seconds=0.1, tag="own", timeout=0.3)
+except HarnessIPCError as error:
+    print(type(error).__name__, flush=True)
+else:
+    print("answered", flush=True)
+print(client.call("echo", n=1, timeout=60) == {"n": 1}, flush=True)
+"""
+
+
+@needs_posix
+def test_a_client_that_is_suspended_is_late_itself_and_nobody_waits_for_it() -> None:
+    with spawn_daemon("test", handshake_timeout=0.5):
+        before = request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"]
+        with spawn_python("-c", f"import json, sys\nfrom harness_ipc import *\n{HANDSHAKE}") as client:
+            assert client.read_line() == "in the middle"
+            os.waitpid(client.pid, os.WUNTRACED)
+            for n in range(50):
+                assert request("test", {"method": "echo", "params": {"n": n}}, timeout=PATIENCE) == {"result": {"n": n}}
+            # Longer than the daemon waits for a proof.
+            time.sleep(1.0)
+            psutil.Process(client.pid).resume()
+            assert client.read_line() in ("ConnectionLost", "AuthenticationFailed")
+            # In the middle of a request.
+            assert client.read_line() == "hanging"
+            with stopped(client):
+                assert request("test", {"method": "echo", "params": {"n": 0}}, timeout=PATIENCE) == {"result": {"n": 0}}
+                time.sleep(2 * SHORT)
+            assert client.read_line() in ("DaemonTimeout", "answered")
+            assert client.read_line() == "True"
+            assert client.wait() == 0
+        wait_until(lambda: request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"] <= before)
+
+
+# A loop is blocked.
+
+BLOCKING = """
+class App(App):
+    async def handle(self, message):
+        if message.get("method") == "block":
+            (folder / "blocked").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+            return {"result": "went on"}
+        return await super().handle(message)
+"""
+
+
+def test_a_loop_that_was_blocked_comes_back_and_nobody_gets_anothers_answer(base: Path) -> None:
+    argv = command(then=BLOCKING)
+    pid = ensure_daemon("test", argv).pid
+    with connect_daemon("test") as kept, ThreadPoolExecutor(1) as pool:
+        assert kept.call("echo", n=0) == {"n": 0}
+        job = pool.submit(request, "test", {"method": "block"}, timeout=PATIENCE)
+        try:
+            wait_until((base / "blocked").exists)
+            wait_until(lambda: daemon_status("test").state == "unresponsive")
+            assert ping("test", timeout=PATIENCE)
+            for n in range(1, 4):
+                with pytest.raises(DaemonTimeout):
+                    kept.call("echo", n=n, timeout=SHORT)
+                with pytest.raises(DaemonTimeout):
+                    request("test", {"method": "echo", "params": {"n": -n}}, timeout=SHORT)
+            # Nobody takes it for dead.
+            assert ensure_daemon("test", argv).pid == pid == identify("test")
+            assert daemon_status("test").state == "unresponsive"
+        finally:
+            (base / "go").touch()
+        assert job.result(PATIENCE) == {"result": "went on"}
+        assert kept.call("echo", n=4, timeout=PATIENCE) == {"n": 4}
+    wait_until(lambda: daemon_status("test").state == "running")
+    assert_one_daemon()

@@ -1,0 +1,207 @@
+"""Whatever bytes come from outside: a value or one typed error, in bounded memory. `tests.fuzz` looks for more, for longer."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import socket
+import struct
+import tempfile
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import hypothesis.configuration
+import pytest
+from hypothesis import strategies as st
+
+from harness_ipc import messages, transport
+from harness_ipc.errors import HarnessIPCError, ProtocolError
+from tests.fuzz import targets
+from tests.marks import needs_posix
+
+# What hypothesis writes, it writes where nobody finds it.
+_HOME = tempfile.mkdtemp(prefix="hi-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+hypothesis.configuration.set_hypothesis_home_dir(_HOME)
+
+MIB = 1024 * 1024
+
+
+def examples(number: int) -> Callable[[Any], Any]:
+    """Return a decorator: as many examples, the same each time, however slow the machine."""
+    return hypothesis.settings(
+        max_examples=number, derandomize=True, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+
+
+# What was found and what was interesting once.
+
+
+def corpus() -> Iterator[Any]:
+    for target in targets.TARGETS:
+        for file, data in targets.corpus(target).items():
+            marks = [needs_posix] if target == "frames" else []
+            yield pytest.param(target, data, id=f"{target}/{file}", marks=marks)
+
+
+def test_every_target_has_a_corpus() -> None:
+    assert all(targets.corpus(target) for target in targets.TARGETS)
+    assert {path.name for path in targets.CORPUS.iterdir()} == set(targets.TARGETS)
+
+
+@pytest.mark.parametrize(("target", "data"), list(corpus()))
+def test_what_was_interesting_once(target: str, data: bytes) -> None:
+    targets.TARGETS[target](data)
+
+
+# Frames and the challenge: streams that are nearly right.
+
+HEADERS = st.one_of(
+    st.integers(-(2**31), 2**31 - 1).map(lambda size: struct.pack("!i", size)),
+    st.integers(0, 2**64 - 1).map(lambda size: struct.pack("!iQ", -1, size)),
+    st.integers(0, 8).map(lambda size: struct.pack("!iQ", -1, size)),
+)
+FRAMES = st.binary(max_size=40).map(targets.frame)
+
+
+def stream(*parts: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    return st.lists(st.one_of(*parts), max_size=8).map(b"".join)
+
+
+@needs_posix
+@examples(300)
+@hypothesis.given(how=st.binary(min_size=1, max_size=1), data=stream(FRAMES, FRAMES, HEADERS, st.binary(max_size=20)))
+def test_any_stream_is_its_frames_and_then_one_typed_error(how: bytes, data: bytes) -> None:
+    targets.frames(how + data)
+
+
+DIGESTS = st.sampled_from(
+    [b"", b"{md5}", b"{sha1}", b"{sha256}", b"{sha384}", b"{sha512}", b"{}", b"{", b"{MD5}", b"{shake_128}"]
+)
+PROOFS = st.tuples(DIGESTS, st.sampled_from([0, 1, 16, 20, 32, 40, 48, 64, 200])).map(lambda proof: proof[0] + bytes(proof[1]))
+STEPS = st.tuples(st.integers(0, 4), st.one_of(PROOFS, st.binary(max_size=255))).map(
+    lambda step: bytes([step[0], len(step[1])]) + step[1]
+)
+
+
+@examples(300)
+@hypothesis.given(role=st.integers(0, 2), script=stream(STEPS))
+def test_no_peer_without_the_key_is_let_in_or_told_anything(role: int, script: bytes) -> None:
+    targets.challenge(bytes([role]) + script)
+
+
+# JSON, and what is nearly JSON.
+
+TEXTS = st.text(st.sampled_from('abc é😀\ud800\udcff\u2028\0\x1b\x9b\n\r"\\{}[]'), max_size=20)
+NUMBERS = st.one_of(
+    st.integers(-(10**30), 10**30), st.floats(), st.sampled_from([0, -1, 2**31, 2**63, 10**400, 1.5, 1e308, True, False])
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), NUMBERS, TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
+    max_leaves=10,
+)
+
+
+def objects(*keys: str) -> st.SearchStrategy[bytes]:
+    """Return objects with any values for any of these keys, and some that are cut or spoiled."""
+    whole = st.dictionaries(st.one_of(st.sampled_from(keys), TEXTS), VALUES, max_size=6).map(lambda o: json.dumps(o).encode())
+    return st.one_of(whole, whole, st.builds(spoil, whole, st.integers(0, 400), st.binary(max_size=3)), st.binary(max_size=60))
+
+
+def spoil(data: bytes, place: int, other: bytes) -> bytes:
+    place %= len(data)
+    return data[:place] + other + data[place + len(other) :] if other else data[:place]
+
+
+@examples(300)
+@hypothesis.given(objects("result", "error", "meta", "type", "message"))
+def test_any_frame_is_a_message_or_one_typed_error(data: bytes) -> None:
+    targets.message(data)
+
+
+FIELDS = ["schema", "name", "generation", "address", "authkey", "pid", "create_time", "started_at", "argv", "max_message"]
+
+
+@examples(150)
+@hypothesis.given(objects(*FIELDS, "app_version", "start_ticks", "boot_id"))
+def test_any_record_is_loaded_or_refused(data: bytes) -> None:
+    targets.record(data)
+
+
+@examples(60)
+@hypothesis.given(objects("pid", "create_time", "started_at", "start_ticks", "boot_id"))
+def test_any_note_is_read_or_is_none(data: bytes) -> None:
+    targets.note(data)
+
+
+@examples(200)
+@hypothesis.given(
+    st.one_of(st.binary(max_size=70), st.text(st.sampled_from("aZ9_-./\\\n \0é\uff11"), max_size=70).map(str.encode))
+)
+def test_any_name_is_a_file_of_the_directory_or_refused(data: bytes) -> None:
+    targets.name(data)
+
+
+WORDS = st.sampled_from(
+    [b"", b"-", b"--", b"--help", b"-1", b"nan", b"1e999", b"9" * 30, b"9" * 5000, b"1_0", b"\xff", b"\x1b[2J"]
+)
+
+
+@examples(80)
+@hypothesis.given(how=st.integers(0, 5), word=st.one_of(WORDS, objects("method", "meta")))
+def test_any_word_of_the_command_line_is_one_line_and_a_status(how: int, word: bytes) -> None:
+    targets.command(bytes([how]) + word)
+
+
+# Memory.
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """Return how many bytes more than before `action` had at once, which ends in a typed error."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(HarnessIPCError):
+            action()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+@needs_posix
+@pytest.mark.parametrize("size", [63 * MIB, 2**31 - 1, 2**31, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("sent", [0, 100_000])
+def test_what_is_only_announced_takes_no_memory(size: int, sent: int) -> None:
+    ours, theirs = targets.socket_pair()
+    with theirs, transport.Connection(ours, transport.PeerCredentials(None, None)) as connection:
+        connection.deadline = transport.deadline_after(targets.PATIENCE)
+        theirs.sendall((struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size)) + bytes(sent))
+        theirs.shutdown(socket.SHUT_WR)
+        assert connection.receive_now(64 * MIB) is None
+        assert peak_of(lambda: transport.receive(connection, 64 * MIB)) < MIB
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":' * MIB,
+        b'{"a":' + b"[" * 5 * MIB,
+        b'{"a":' + b"9" * 10 * MIB + b"}",
+        b'{"a":-' + b"9" * 10 * MIB + b"}",
+        b"\xff" * MIB,
+    ],
+    ids=["deep objects", "deep lists", "digits", "negative digits", "no text"],
+)
+def test_what_is_no_message_takes_little_more_memory_than_its_frame(data: bytes) -> None:
+    def decode() -> None:
+        with pytest.raises(ProtocolError) as caught:
+            messages.decode(data)
+        targets.check_text(caught.value)
+        raise caught.value
+
+    # As text, and a number's digits once more.
+    assert peak_of(decode) < 2 * len(data) + MIB
