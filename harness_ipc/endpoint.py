@@ -340,7 +340,10 @@ def remove_leavings(name: str) -> None:
         if entry in (f"{name}.json", f"{name}.draining") or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
             path = os.path.join(directory, entry)
             with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
-                _remove_socket(_parse(paths.read_private_file(path, _MAX_RECORD)))
+                record = _parse(paths.read_private_file(path, _MAX_RECORD))
+                # A copy of another daemon's record names a socket that is in use.
+                if record.name == name:
+                    _remove_socket(record)
             with contextlib.suppress(OSError):
                 paths.retry_sharing(os.unlink, path)
 
@@ -417,8 +420,9 @@ def living_process(noted: dict[str, Any]) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(pid)
-        if "start_ticks" in noted:
-            same = all(noted.get(key) == value for key, value in _start(pid).items())
+        started = _start(pid) if "start_ticks" in noted else {}
+        if started:
+            same = all(noted.get(key) == value for key, value in started.items())
         else:
             same = abs(process.create_time() - noted["create_time"]) < _CLOCK_SLACK
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None

@@ -393,12 +393,12 @@ def test_cancelling_while_a_request_connects_again_ends_it() -> None:
     async def main(client: AsyncClient) -> None:
         assert await client.call("early") == 1
         assert daemon.hung_up.wait(PATIENCE)
-        late = asyncio.create_task(client.call("late", timeout=10))
+        late = asyncio.create_task(client.call("late", timeout=PATIENCE))
         while not daemon.reopened.is_set():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         await cancel(late)
         daemon.may_go_on.set()
-        assert await client.call("next", timeout=5) == 2
+        assert await client.call("next", timeout=PATIENCE) == 2
         assert daemon.requests == ["next"]
 
     with scripted_daemon(daemon):
