@@ -385,9 +385,9 @@ def forget_start(name: str) -> None:
 
 def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
     """Return the fields of a draft or a note of a start or a drain, {} if it is unreadable, and the process if that lives."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         note = json.loads(paths.read_private_file(path, _MAX_RECORD))
-        if not 0 <= note["started_at"] < _END_OF_TIME:
+        if not 0 <= note.get("started_at", 0) < _END_OF_TIME:
             raise ValueError("its started_at is no time")
         return note, living_process(note)
     return {}, None
@@ -395,7 +395,7 @@ def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
 
 def load_phase(name: str, phase: str) -> tuple[psutil.Process, float] | None:
     """Return the process that is "starting" or "draining" as the daemon `name`, and when it started in seconds since 1970."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):
         note, process = read_note(_path(name, phase))
         if process is not None:
             return process, float(note["started_at"])

@@ -24,6 +24,7 @@ from harness_ipc import (
     log_path,
     ping,
     request,
+    runtime_path,
 )
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, started
 from tests.marks import needs_linux, needs_posix
@@ -163,6 +164,36 @@ def test_a_daemon_that_does_not_answer_is_the_same_after_the_clock_was_set(base:
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.resume()
+    assert_one_daemon()
+
+
+# Where somebody may see processes, but not the rest of /proc.
+CLOSED = """
+import builtins
+really_open = builtins.open
+def open_the_rest(file, *arguments, **options):
+    if str(file).startswith("/proc/sys/"):
+        raise PermissionError(13, "closed")
+    return really_open(file, *arguments, **options)
+builtins.open = open_the_rest
+"""
+
+
+@needs_linux
+def test_without_all_of_proc_nobody_else_is_signalled(base: Path) -> None:
+    pid = ensure().pid
+    assert pid is not None
+    psutil.Process(pid).kill()
+    wait_until(lambda: daemon_status("test").state == "stale")
+    with spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)") as bystander:
+        assert bystander.read_line() == "here"
+        path = runtime_path("test", "json")
+        record = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**record, "pid": bystander.pid, "create_time": record["create_time"] - 60}))
+        assert run_client(CLOSED, 'print(json.dumps(daemon_status("test").state))') == "stale"
+        assert run_client(CLOSED, 'print(json.dumps(stop_daemon("test", timeout=0.1)))') is False
+        assert bystander.process.poll() is None
+    ensure()
     assert_one_daemon()
 
 
