@@ -355,8 +355,9 @@ class DaemonServer:
                 self._sessions.add(session)
                 connection.deadline = inf
         if not admitted:
-            self._serve_one(session, self._turn_away)
-        return admitted and self._serve(session)
+            return self._serve_one(session, self._turn_away)
+        # Our verdict goes out with the reply to a request that came with the proof: it would wake the client for nothing.
+        return (connection.has_unread and self._serve_one(session, self._bridge.ask)) or self._serve(session)
 
     def _serve(self, session: Session) -> bool:
         """Serve as `_welcome` does, a session that has been admitted."""
