@@ -62,7 +62,7 @@ def main_processes(base: Path) -> dict[int, list[str]]:
             line = process.cmdline()
             ancestors = [word for parent in process.parents() for word in parent.cmdline()]
             # The second is one that keeps watch over crashes, which is nobody's child.
-            if not any(word.startswith("--user-data-dir=") for word in ancestors) and "--monitor-self" not in line:
+            if not any(word.startswith("--user-data-dir=") for word in ancestors) and "crashpad" not in " ".join(line):
                 found[process.pid] = line
     return found
 
