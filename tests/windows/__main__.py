@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = ["3.11", "3.12", "3.13"]
 SUITES = ["tests/unit", "tests/integration"]
 TOOLS = [
-    *("pytest>=8", "pytest-timeout>=2.3", "pluggy", "iniconfig", "packaging", "colorama", "pygments"),
+    *("pytest>=8", "pytest-timeout>=2.3", "pytest-rerunfailures>=14", "pluggy", "iniconfig", "packaging", "colorama", "pygments"),
     *("hypothesis>=6.100", "sortedcontainers"),
 ]
 # What a message of pytest's says at the end: "7 passed, 1 skipped in 0.12s".
-_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected)")
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected|rerun)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +144,9 @@ def _pip(*arguments: str) -> None:
 def run_suites(python: Path, version: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Run pytest and pass its output on. Return its status, and a line on what it counted and how long it took."""
     begun = time.monotonic()
+    # Of some thousand processes Wine loses one, or takes longer for it than any deadline: what fails is run once more, and
+    # the line at the end says how often that was.
+    arguments = ["--reruns", "1", *arguments]
     # A regular file as its output, or no input, would end the interpreter on Wine 8.
     process = subprocess.Popen(
         ["wine", str(python), "-X", "utf8", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
