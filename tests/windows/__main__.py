@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = ["3.11", "3.12", "3.13"]
 SUITES = ["tests/unit", "tests/integration"]
 TOOLS = [
-    *("pytest>=8", "pytest-timeout>=2.3", "pytest-rerunfailures>=14", "pluggy", "iniconfig", "packaging", "colorama", "pygments"),
-    *("hypothesis>=6.100", "sortedcontainers"),
+    *("pytest>=8", "pytest-timeout>=2.3", "pluggy", "iniconfig", "packaging", "colorama", "pygments"),
+    *("pytest-rerunfailures>=14", "hypothesis>=6.100", "sortedcontainers"),
 ]
 # What a message of pytest's says at the end: "7 passed, 1 skipped in 0.12s".
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected|rerun)")
