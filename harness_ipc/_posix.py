@@ -106,11 +106,10 @@ if sys.platform != "win32":
             """Send a frame as far as that goes without waiting; `flush` sends the rest. False: too long, nothing was done."""
             if len(frame) > _MOST_AT_ONCE:
                 return False
-            unsent = self._held + _HEADER.pack(len(frame)) + frame
+            self.hold(frame)
             # What is wrong with the connection shows in the flush.
             with contextlib.suppress(OSError):
-                unsent = unsent[self._socket.send(unsent, _NO_SIGNAL) :]
-            self._held = unsent
+                self._held = self._held[self._socket.send(self._held, _NO_SIGNAL) :]
             return True
 
         def flush(self) -> None:

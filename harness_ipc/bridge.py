@@ -116,23 +116,13 @@ class LoopBridge:
         """Seconds since the last request ended; 0 while one is in flight. Requests for the health don't count."""
         return 0.0 if self.in_flight else time.monotonic() - self._last_used
 
-    def ask(self, session: Session, message: Message) -> bool:
+    def ask(self, session: Session, message: Message | None) -> bool:
         """Have the loop answer `message`. Return True if it has taken the session over: it is no more the thread's then.
 
         Otherwise wait for the answer: `session.unsent` is what the thread has to send of it, or None if the loop has sent it
-        as far as that went without waiting; the rest is in the connection's `flush`. Raises `ConnectionLost` if the loop
-        answers nothing any more.
+        as far as that went without waiting; the rest is in the connection's `flush`. Without a message the loop watches for
+        one, which it has to be able to: see `leave`. Raises `ConnectionLost` if the loop answers nothing any more.
         """
-        return self._give(session, message)
-
-    def leave(self, session: Session) -> bool:
-        """Have the loop take the session over, and return True, if it can wait for what comes next."""
-        connection = session.connection
-        if not connection.LOOP_CAN_WATCH or connection.has_unread or session.received is not None:
-            return False
-        return self._give(session, None)
-
-    def _give(self, session: Session, message: Message | None) -> bool:
         in_loop = session.connection.LOOP_CAN_WATCH
         with self._lock:
             if self._broken_off or self._loop.is_closed():
@@ -148,6 +138,13 @@ class LoopBridge:
         if not in_loop:
             session.wake.acquire()
         return in_loop
+
+    def leave(self, session: Session) -> bool:
+        """Have the loop take the session over, and return True, if it can wait for what comes next."""
+        connection = session.connection
+        if not connection.LOOP_CAN_WATCH or connection.has_unread or session.received is not None:
+            return False
+        return self.ask(session, None)
 
     def _expect_reply(self, session: Session, message: Message) -> None:
         session.message = message

@@ -478,8 +478,7 @@ def _tell(text: str) -> None:
 
 
 def _harmless(text: str) -> str:
-    """Return `text` with what could steer a terminal written as a backslash sequence; newlines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return messages.printable(text, keep="\n\t")
 
 
 def _duration(seconds: float) -> str:

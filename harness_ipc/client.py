@@ -171,7 +171,7 @@ class Client:
                     auth.confirm(connection)
                 reply = messages.decode(transport.receive(connection, self._max_message))
                 if reply.get("meta") == messages.BUSY:
-                    raise Busy(f"the daemon {self.name!r} takes no request now, {_reason(reply)}: try again later")
+                    raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
             except BaseException:
                 # The verdict or the reply may still come: it must not be taken for the next request's.
                 if used:
@@ -297,18 +297,17 @@ def identify(name: str, timeout: float = CONNECT_TIMEOUT) -> int | None:
 def result_of(reply: Message) -> Any:
     """Return ``reply["result"]``. Raises `RemoteError` for ``reply["error"]`` and `ProtocolError` if it has neither."""
     if "error" in reply:
-        error = reply["error"]
-        if isinstance(error, dict):
-            raise RemoteError(str(error.get("message", error)), type=str(error.get("type", "")))
-        raise RemoteError(str(error))
+        raise _remote_error(reply)
     if "result" not in reply:
         raise ProtocolError('the reply has neither "result" nor "error": use request() for replies of another form')
     return reply["result"]
 
 
-def _reason(reply: Message) -> str:
+def _remote_error(reply: Message) -> RemoteError:
     error = reply.get("error")
-    return str(error.get("message")) if isinstance(error, dict) else str(error)
+    if isinstance(error, dict):
+        return RemoteError(str(error.get("message", error)), type=str(error.get("type", "")))
+    return RemoteError(str(error))
 
 
 async def aconnect_daemon(

@@ -275,7 +275,7 @@ class _OneEntry(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the entry."""
         lines = super().format(record).split("\n")
-        return "\n    ".join("".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line) for line in lines)
+        return "\n    ".join(messages.printable(line, keep="\t") for line in lines)
 
 
 @contextlib.contextmanager

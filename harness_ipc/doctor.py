@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, auth, endpoint, manager, paths, transport
+from . import __version__, auth, endpoint, manager, messages, paths, transport
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -384,6 +384,6 @@ def _quote(path: str) -> str:
 
 def _print_line(text: str) -> None:
     # No character may end the line, move the cursor or be unknown to the console.
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    shown = messages.printable(text)
     encoding = sys.stdout.encoding or "ascii"
     print(shown.encode(encoding, "backslashreplace").decode(encoding))

@@ -113,10 +113,6 @@ class Record:
         return int(self._fields["pid"])
 
     @property
-    def create_time(self) -> float:
-        return float(self._fields["create_time"])
-
-    @property
     def max_message(self) -> int:
         """The largest message, in bytes, that the daemon takes."""
         return int(self._fields["max_message"])

@@ -82,5 +82,10 @@ def error_reply(error: BaseException) -> Message:
     return {"error": {"type": type(error).__name__, "message": text}}
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return `text` with what could end a line or steer a terminal written as a backslash sequence, but for `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

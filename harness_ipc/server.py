@@ -247,6 +247,7 @@ class DaemonServer:
     def _work(self, session: Session | None) -> None:
         try:
             if session is None or self._attend(session, self._serve):
+                # A thread that waits in accept keeps none.
                 session = None
                 while self._accept_one():
                     pass

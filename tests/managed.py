@@ -23,7 +23,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc.manager import DaemonStatus
-from tests.processes import PATIENCE, runtime_files, wait_until
+from tests.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
 
 # Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
 AT_ONCE = 20.0
@@ -171,6 +171,14 @@ def in_thread(function: Any, *arguments: Any, **options: Any) -> Iterator[Future
             # The thread waits for them.
             kill_all()
             raise
+
+
+@contextlib.contextmanager
+def spawn_bystander() -> Iterator[DaemonProcess]:
+    """A process that has nothing to do with any daemon, and does nothing."""
+    with spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)") as bystander:
+        assert bystander.read_line() == "here"
+        yield bystander
 
 
 def waits_for_go(*, blocking: bool = False) -> str:

@@ -42,8 +42,8 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from tests.managed import command, ensure, kill_all, live_processes, serves
-from tests.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
+from tests.managed import command, ensure, kill_all, live_processes, serves, spawn_bystander
+from tests.processes import PATIENCE, DaemonProcess, runtime_files, wait_until
 
 # What hypothesis writes, it writes where nobody finds it.
 _HOME = tempfile.mkdtemp(prefix="hi-")
@@ -186,8 +186,7 @@ class Machine(RuleBasedStateMachine):
         global bystander
         self.stack = contextlib.ExitStack()
         # Before it would count as one that was started in the machine's own directory.
-        bystander = self.stack.enter_context(spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)"))
-        assert bystander.read_line() == "here"
+        bystander = self.stack.enter_context(spawn_bystander())
         self.patch = pytest.MonkeyPatch()
         self.directory = tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt")
         self.base = Path(self.directory.name)

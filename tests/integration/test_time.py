@@ -26,7 +26,7 @@ from harness_ipc import (
     request,
     runtime_path,
 )
-from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, started
+from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, spawn_bystander, started
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
 
@@ -185,8 +185,7 @@ def test_without_all_of_proc_nobody_else_is_signalled(base: Path) -> None:
     assert pid is not None
     psutil.Process(pid).kill()
     wait_until(lambda: daemon_status("test").state == "stale")
-    with spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)") as bystander:
-        assert bystander.read_line() == "here"
+    with spawn_bystander() as bystander:
         path = runtime_path("test", "json")
         record = json.loads(path.read_bytes())
         path.write_text(json.dumps({**record, "pid": bystander.pid, "create_time": record["create_time"] - 60}))
