@@ -5,7 +5,6 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -26,7 +25,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from concurrent.futures import Future
     from types import TracebackType
     from typing import Any, Self, TypeVar
@@ -140,60 +139,64 @@ class Client:
         return transport.deadline_after(self._request_timeout if timeout is None else timeout)
 
     def _connect(self, deadline: float, call: _Call | None = None) -> None:
-        with self._turn_for(call, deadline):
-            connection = self._open(deadline)
-            try:
-                auth.confirm(connection)
-            except BaseException:
-                self._drop()
-                raise
+        self._in_turn(call, deadline, partial(self._open_and_confirm, deadline))
 
     def _request(self, message: Message, deadline: float, call: _Call | None = None, *, last: bool = False) -> Message:
-        with self._turn_for(call, deadline):
-            # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
-            frame = messages.encode(message)
-            connection = self._connection
-            # A living daemon has nothing to say before it is asked: something to read is the end.
-            fresh = connection is None or connection.readable_now()
-            if connection is None or fresh:
-                self._drop()
-                connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
-            used = fresh
-            try:
-                # Not earlier: what the daemon's limit is was not known before.
-                messages.check_size(len(frame), min(self._max_message, self._record.max_message))
-                used = True
-                connection.deadline = deadline
-                transport.send(connection, frame)
-                if last:
-                    connection.finish_sending()
-                if fresh:
-                    auth.confirm(connection)
-                reply = messages.decode(transport.receive(connection, self._max_message))
-                if reply.get("meta") == messages.BUSY:
-                    raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
-            except BaseException:
-                # The verdict or the reply may still come: it must not be taken for the next request's.
-                if used:
-                    self._drop()
-                raise
-            return reply
+        return self._in_turn(call, deadline, partial(self._exchange, message, deadline, last))
 
-    @contextlib.contextmanager
-    def _turn_for(self, call: _Call | None, deadline: float) -> Iterator[None]:
+    def _in_turn(self, call: _Call | None, deadline: float, use: Callable[[], T]) -> T:
+        """Use the connection as the only one."""
         if not self._turn.acquire(timeout=-1 if deadline == inf else transport.remaining(deadline)):
             raise DaemonTimeout("another thread's request on this client took until the deadline: use a client for each thread")
         try:
             with self._guard:
                 self._call = call
                 self._check()
-            yield
+            return use()
         except ConnectionLost:
             # Say so if it was us.
             self._check()
             raise
         finally:
             self._turn.release()
+
+    def _open_and_confirm(self, deadline: float) -> None:
+        connection = self._open(deadline)
+        try:
+            auth.confirm(connection)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _exchange(self, message: Message, deadline: float, last: bool) -> Message:
+        # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
+        frame = messages.encode(message)
+        connection = self._connection
+        # A living daemon has nothing to say before it is asked: something to read is the end.
+        fresh = connection is None or connection.readable_now()
+        if connection is None or fresh:
+            self._drop()
+            connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
+        used = fresh
+        try:
+            # Not earlier: what the daemon's limit is was not known before.
+            messages.check_size(len(frame), min(self._max_message, self._record.max_message))
+            used = True
+            connection.deadline = deadline
+            transport.send(connection, frame)
+            if last:
+                connection.finish_sending()
+            if fresh:
+                auth.confirm(connection)
+            reply = messages.decode(transport.receive(connection, self._max_message))
+            if reply.get("meta") == messages.BUSY:
+                raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
+        except BaseException:
+            # The verdict or the reply may still come: it must not be taken for the next request's.
+            if used:
+                self._drop()
+            raise
+        return reply
 
     def _open(self, deadline: float) -> transport.Connection:
         """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
