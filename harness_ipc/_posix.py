@@ -10,10 +10,10 @@ import socket
 import struct
 import sys
 from math import ceil, inf
-from multiprocessing import connection
 
 from . import paths
 from ._base import PeerCredentials, check_size, remaining
+from ._stock import connection
 from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, StartFailed
 
 FAMILY = "AF_UNIX"
@@ -80,23 +80,28 @@ if sys.platform != "win32":
 
             Raises `EOFError` at the end of the stream, and `OSError`.
             """
-            frame = self._next(limit)
-            if frame is None:
-                with contextlib.suppress(BlockingIOError):
-                    piece = self._socket.recv(_MOST_AT_ONCE)
-                    if not piece and not self._buffered:
-                        raise EOFError("the peer closed the connection")
-                    self._buffered += piece
-                    frame = self._next(limit)
-            return frame
+            frame = self._next(limit) if self._buffered else None
+            if frame is not None:
+                return frame
+            try:
+                piece = self._socket.recv(_MOST_AT_ONCE)
+            except BlockingIOError:
+                return None
+            if not piece and not self._buffered:
+                raise EOFError("the peer closed the connection")
+            self._buffered += piece
+            return self._next(limit)
 
         def _next(self, limit: int) -> bytes | None:
-            if len(self._buffered) < _HEADER.size:
+            data = self._buffered
+            if len(data) < _HEADER.size:
                 return None
-            (size,) = _HEADER.unpack_from(self._buffered)
-            if not 0 <= size <= min(limit, len(self._buffered) - _HEADER.size):
+            (size,) = _HEADER.unpack_from(data)
+            end = _HEADER.size + size
+            if not 0 <= size <= limit or end > len(data):
                 return None
-            return self._take(_HEADER.size + size)[_HEADER.size :]
+            self._buffered = data[end:]
+            return data[_HEADER.size : end]
 
         def hold(self, frame: bytes) -> None:
             """Send a short frame together with the next one, or before the next receive that has to wait."""
@@ -107,15 +112,21 @@ if sys.platform != "win32":
             if len(frame) > _MOST_AT_ONCE:
                 return False
             self.hold(frame)
-            # What is wrong with the connection shows in the flush.
-            with contextlib.suppress(OSError):
-                self._held = self._held[self._socket.send(self._held, _NO_SIGNAL) :]
+            self.try_flush()
             return True
+
+        def try_flush(self) -> None:
+            """Send what is held as far as that goes without waiting."""
+            # What is wrong with the connection shows in the flush, or the next receive.
+            try:
+                self._held = self._held[self._socket.send(self._held, _NO_SIGNAL) :]
+            except OSError:
+                return
 
         def flush(self) -> None:
             """Send what is held."""
-            if self._held:
-                self._send(b"")
+            while self._held:
+                self._held = self._held[self._write(0, self._held) :]
 
         def finish_sending(self) -> None:
             """Tell the peer that nothing more will be sent: it need not wait for the end."""
@@ -133,8 +144,21 @@ if sys.platform != "win32":
             with contextlib.suppress(OSError):
                 self._socket.shutdown(how)
 
+        def send_bytes(self, buf: bytes) -> None:  # type: ignore[override]
+            """Send a frame; the base class's method, but that a short one goes out together with what is held."""
+            if len(buf) > _LEAST_READ:
+                super().send_bytes(buf)
+            else:
+                self.hold(buf)
+                self.flush()
+
         def recv_bytes(self, maxlength: int | None = None) -> bytes:
             """Return the next frame; the base class's method, with a deadline and with as few reads as possible."""
+            if not self._buffered:
+                self._buffered = self._read(_LEAST_READ)
+            frame = self._next(sys.maxsize if maxlength is None else maxlength)
+            if frame is not None:
+                return frame
             (size,) = _HEADER.unpack(self._take(_HEADER.size, starting=True))
             if size == -1:
                 (size,) = _LONG_HEADER.unpack(self._take(_LONG_HEADER.size))
@@ -167,9 +191,10 @@ if sys.platform != "win32":
             if size <= _LEAST_READ:
                 self._wait(self._receivable)
             while True:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     return self._socket.recv(size)
-                self._wait(self._receivable)
+                except BlockingIOError:
+                    self._wait(self._receivable)
 
         # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14).
 
@@ -177,12 +202,7 @@ if sys.platform != "win32":
             self._socket.close()
 
         def _send(self, buf: bytes | memoryview, write: object = None) -> None:
-            if self._held:
-                held, self._held = self._held, b""
-                if len(buf) > _LEAST_READ:
-                    super()._send(held, self._write)  # type: ignore[misc]
-                else:
-                    buf = held + buf
+            self.flush()
             super()._send(buf, self._write)  # type: ignore[misc]
 
         def _write(self, handle: int, buf: bytes | memoryview) -> int:
@@ -207,6 +227,7 @@ if sys.platform != "win32":
             try:
                 self._listener = connection.Listener(address, FAMILY, backlog=_BACKLOG)
                 self._socket: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
+                self._socket.setblocking(False)
                 os.chmod(address, 0o600)
             except OSError as error:
                 why = "a sandbox may forbid it; " if error.errno in (errno.EPERM, errno.EACCES) else ""
@@ -215,16 +236,38 @@ if sys.platform != "win32":
                     "set HARNESS_IPC_RUNTIME_DIR to a directory where sockets are allowed"
                 ) from error
             self.address = address
+            self._woken = False
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
+            while True:
+                self.wait()
+                try:
+                    return self.accept_now()
+                except BlockingIOError:
+                    if self._woken:
+                        raise
+
+        def wait(self) -> None:
+            """Wait for a connection, or to be woken. Somebody else may be the one to accept it."""
+            acceptable = select.poll()
+            acceptable.register(self._socket, select.POLLIN)
+            acceptable.poll()
+
+        def accept_now(self) -> Connection:
+            """Accept as `accept` does without waiting. Raises `BlockingIOError`, an `OSError`, if there is none."""
             # Not the Listener's own accept(): its Connection can't give the descriptor away.
             return _checked(self._socket.accept()[0])
+
+        def fileno(self) -> int:
+            """Return the socket's descriptor, for an event loop."""
+            return self._socket.fileno()
 
         def wake(self) -> None:
             """Make one blocked accept, or all of them, return or raise `OSError`."""
             # Linux wakes all. Where a listening socket can't be shut down (ENOTCONN on macOS), a client wakes one. The
             # first comes first because the path may have been removed by hand.
+            self._woken = True
             try:
                 self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:

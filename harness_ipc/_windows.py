@@ -7,9 +7,9 @@ import io
 import sys
 import threading
 from math import ceil, inf
-from multiprocessing import connection
 
 from ._base import PeerCredentials, check_size, remaining
+from ._stock import connection
 from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, StartFailed
 
 FAMILY = "AF_PIPE"
@@ -82,6 +82,9 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 self._begin_send(frame)
             return True
+
+        def try_flush(self) -> None:
+            """Do nothing: what `hold` was given has gone."""
 
         def flush(self) -> None:
             """Wait until the pipe has taken the frame that is being sent."""
@@ -243,6 +246,17 @@ if sys.platform == "win32":
             """Return the next connection. Raises `OSError`."""
             handle = self._listener.accept()
             return Connection(handle, PeerCredentials(self._client_pid(handle), None))
+
+        def wait(self) -> None:
+            """Return at once: `accept` waits."""
+
+        def accept_now(self) -> Connection:
+            """Raise `BlockingIOError`: `accept` has to wait."""
+            raise BlockingIOError("a pipe can't be accepted without waiting")
+
+        def fileno(self) -> int:
+            """Return -1: no event loop can watch it."""
+            return -1
 
         def wake(self) -> None:
             """Make one blocked accept return."""

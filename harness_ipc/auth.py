@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import hmac
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import answer_challenge, deliver_challenge
 
+from ._stock import connection as stock
 from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge
 from .transport import lost
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from .transport import Connection
 
 
@@ -46,8 +48,8 @@ def challenge_daemon(connection: Connection, keys: Keys) -> None:
     """
     link = _ClientLink(connection)
     try:
-        deliver_challenge(link, keys.daemon)  # type: ignore[arg-type]
-        answer_challenge(link, keys.client)  # type: ignore[arg-type]
+        stock.deliver_challenge(link, keys.daemon)  # type: ignore[arg-type]
+        stock.answer_challenge(link, keys.client)  # type: ignore[arg-type]
     except _FAILURES as error:
         raise _typed(connection, error) from error
 
@@ -55,7 +57,7 @@ def challenge_daemon(connection: Connection, keys: Keys) -> None:
 def confirm(connection: Connection) -> None:
     """Receive the daemon's verdict on our proof. Raises as `challenge_daemon` does."""
     try:
-        verdict = connection.recv_bytes(_MAX_FRAME)
+        verdict = connection.recv_bytes(MAX_FRAME)
     except _FAILURES as error:
         raise _typed(connection, error) from error
     if verdict != _WELCOME:
@@ -64,10 +66,53 @@ def confirm(connection: Connection) -> None:
 
 def challenge_client(connection: Connection, keys: Keys) -> None:
     """Do the daemon's part before `connection.deadline`. Raises as `challenge_daemon` does."""
-    try:
-        deliver_challenge(_DaemonLink(connection, keys.daemon), keys.client)  # type: ignore[arg-type]
-    except _FAILURES as error:
-        raise _typed(connection, error) from error
+    Examination(connection, keys).finish()
+
+
+class Examination:
+    """The daemon's part, one frame of the client's at a time: an event loop can't wait for the next one."""
+
+    __slots__ = ("_connection", "_steps", "passed")
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection = connection
+        self._steps = self._examine(keys)
+        next(self._steps)
+        # The client has proved itself; our verdict is held, to go out with the next frame that is sent.
+        self.passed = False
+
+    def finish(self) -> None:
+        """Wait for the client's frames until it has passed, before the connection's deadline. Raises as `challenge_daemon`."""
+        while not self.passed:
+            try:
+                frame = self._connection.recv_bytes(MAX_FRAME)
+            except _FAILURES as error:
+                raise _typed(self._connection, error) from error
+            self.take(frame)
+
+    def take(self, frame: bytes) -> None:
+        """Take the client's next frame, of up to `MAX_FRAME` bytes. Raises `AuthenticationFailed` or `ConnectionLost`."""
+        try:
+            self._steps.send(frame)
+        except StopIteration:
+            self.passed = True
+        except _FAILURES as error:
+            raise _typed(self._connection, error) from error
+
+    def _examine(self, keys: Keys) -> Generator[None, bytes, None]:
+        connection = self._connection
+        challenge = yield
+        connection.hold(_answer_to(challenge, keys.daemon))
+        challenge = _new_challenge(keys.client)
+        connection.hold(challenge)
+        connection.try_flush()
+        if (yield) != _WELCOME:
+            raise AuthenticationError
+        answer = yield
+        if not _is_answer(answer, challenge, keys.client):
+            connection.hold(_FAILURE)
+            raise AuthenticationError
+        connection.hold(_WELCOME)
 
 
 # The stock functions, one after the other, change turns eight times before a reply, and a turn is a wake-up of the other
@@ -75,8 +120,12 @@ def challenge_client(connection: Connection, keys: Keys) -> None:
 # Both sides still get along with a peer that takes the steps one by one. The stock functions ask no more of a connection than
 # send_bytes and recv_bytes, whatever their annotations say.
 
+# What they say (their constants have changed names since 3.11), how long it may be, and the length of 3.11's answer.
+_CHALLENGE = b"#CHALLENGE#"
 _WELCOME = b"#WELCOME#"
-_MAX_FRAME = 256
+_FAILURE = b"#FAILURE#"
+MAX_FRAME = 256
+_LEGACY_ANSWER = 16
 
 
 class _ClientLink:
@@ -97,37 +146,44 @@ class _ClientLink:
         return self._connection.recv_bytes(limit) if self._received < 3 else _WELCOME
 
 
-class _DaemonLink:
-    """Answers the client's challenge before it sends our own, so that both go out together."""
+class _Script:
+    """What the stock functions take for a connection: gives them the frames that are to be received, and keeps what is sent."""
 
-    def __init__(self, connection: Connection, daemon_key: bytes) -> None:
-        self._connection = connection
-        self._daemon_key: bytes | None = daemon_key
-
-    def send_bytes(self, frame: bytes) -> None:
-        if self._daemon_key is not None:
-            key, self._daemon_key = self._daemon_key, None
-            answer_challenge(_Following(self._connection, frame), key)  # type: ignore[arg-type]
-        else:
-            self._connection.hold(frame)
-
-    def recv_bytes(self, limit: int) -> bytes:
-        return self._connection.recv_bytes(limit)
-
-
-class _Following:
-    """Lets another frame follow what is sent."""
-
-    def __init__(self, connection: Connection, following: bytes) -> None:
-        self._connection = connection
-        self._following = following
+    def __init__(self, *frames: bytes) -> None:
+        self._frames = [*frames]
+        self.sent: list[bytes] = []
 
     def send_bytes(self, frame: bytes) -> None:
-        self._connection.hold(frame)
-        self._connection.send_bytes(self._following)
+        self.sent.append(frame)
 
     def recv_bytes(self, limit: int) -> bytes:
-        return self._connection.recv_bytes(limit)
+        if not self._frames:
+            raise _EndOfScript
+        return self._frames.pop(0)
+
+
+class _EndOfScript(Exception):
+    pass
+
+
+def _answer_to(challenge: bytes, key: bytes) -> bytes:
+    script = _Script(challenge, _WELCOME)
+    stock.answer_challenge(script, key)  # type: ignore[arg-type]
+    return script.sent[0]
+
+
+def _new_challenge(key: bytes) -> bytes:
+    script = _Script()
+    with contextlib.suppress(_EndOfScript):
+        stock.deliver_challenge(script, key)  # type: ignore[arg-type]
+    return script.sent[0]
+
+
+def _is_answer(answer: bytes, challenge: bytes, key: bytes) -> bool:
+    """Whether `answer` is what a holder of `key` says to our `challenge`: as we would, or as CPython 3.11 does."""
+    if len(answer) == _LEGACY_ANSWER:
+        return hmac.compare_digest(answer, hmac.digest(key, challenge.removeprefix(_CHALLENGE), "md5"))
+    return hmac.compare_digest(answer, _answer_to(challenge, key))
 
 
 # What the stock functions and a connection raise. 3.11 asserts that a challenge looks like one.
@@ -137,8 +193,7 @@ _FAILURES = (AuthenticationError, AssertionError, HarnessIPCError, ValueError, E
 def _typed(connection: Connection, error: Exception) -> HarnessIPCError:
     if isinstance(error, AuthenticationError):
         # The peer is told that it was refused, if it still listens.
-        with contextlib.suppress(HarnessIPCError, OSError):
-            connection.flush()
+        connection.try_flush()
         # In our own words: the library's quote what the peer sent.
         return AuthenticationFailed("the peer has another key, or refused ours")
     if isinstance(error, (AssertionError, MessageTooLarge)):

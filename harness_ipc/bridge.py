@@ -1,8 +1,8 @@
 """From a connection to the event loop and back: one message at a time for each session. It accepts and closes nothing.
 
-A session begins with a worker thread, which gives each message to the loop. Where the loop can watch the connection, it gives
-the session itself: the loop then answers short messages without any thread, and asks for one for all else: what is long, what
-comes in pieces, what is the channel's own. Where it can't, on Windows, the thread waits for the reply.
+Where the loop can watch a connection, it has the session: it examines the client and answers short messages without any thread,
+and asks for one for all else: what is long, what comes in pieces, the end. Such a thread gives the session back with the next
+message. Where the loop can't, on Windows, a thread has it to the end and waits for each reply.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import messages
+from . import auth, messages
 from .errors import ConnectionLost, ProtocolError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Session:
         "accepted_at",
         "connection",
         "counts",
+        "examination",
         "in_loop",
         "message",
         "parked",
@@ -52,9 +53,11 @@ class Session:
         "watched",
     )
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, keys: auth.Keys) -> None:
         self.connection = connection
         self.accepted_at = time.monotonic()
+        # Until the client has proved itself and been admitted.
+        self.examination: auth.Examination | None = auth.Examination(connection, keys)
         self.message: Message = {}
         # What the loop leaves to a thread: a frame that is not for the handler, a reply that it can't send without waiting.
         self.received: bytes | None = None
@@ -74,8 +77,10 @@ class Session:
 class LoopBridge:
     """Runs the handler in the loop, measures the loop, and breaks off what does not end.
 
-    For a session that the loop has, one of two functions is called in the loop's thread: `need_thread` if a thread has to go
-    on with it, `end` if it is over; `end` must bear to be called again.
+    `pong` makes the reply to a ping, of whether the loop reacts and within how many seconds. For a session that the loop has,
+    these are called in the loop's thread: `admit` when the client has proved itself, which says whether it may go on,
+    `need_thread` if a thread has to go on with it, `end` if it is over, with the error that it ended by; `end` must bear to be
+    called again.
     """
 
     def __init__(
@@ -84,14 +89,18 @@ class LoopBridge:
         health: Callable[[], Awaitable[Message]] | None,
         max_message: int,
         *,
+        pong: Callable[[bool, float], Message],
+        admit: Callable[[Session], bool],
         need_thread: Callable[[Session], None],
-        end: Callable[[Session], None],
+        end: Callable[[Session, Exception | None], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._handler = handler
         self._health = health
         self._max_message = max_message
+        self._pong = pong
+        self._admit = admit
         self._need_thread = need_thread
         self._end = end
         self._lock = threading.Lock()
@@ -100,7 +109,7 @@ class LoopBridge:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken_off = False
         self.in_flight = 0
-        # Answered so far, and how many of the answers were errors. Requests for the health don't count.
+        # Answered so far, and how many of the answers were errors. The channel's own don't count.
         self.requests = 0
         self.errors = 0
         self._last_used = time.monotonic()
@@ -113,7 +122,7 @@ class LoopBridge:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the last request ended; 0 while one is in flight. Requests for the health don't count."""
+        """Seconds since the last request ended; 0 while one is in flight. The channel's own don't count."""
         return 0.0 if self.in_flight else time.monotonic() - self._last_used
 
     def ask(self, session: Session, message: Message | None) -> bool:
@@ -149,7 +158,7 @@ class LoopBridge:
     def _expect_reply(self, session: Session, message: Message) -> None:
         session.message = message
         session.waiting = True
-        session.counts = message.get("meta") != messages.HEALTH
+        session.counts = message.get("meta") not in (messages.HEALTH, messages.PING)
         self.in_flight += session.counts
 
     def probe(self) -> tuple[bool, float]:
@@ -168,10 +177,10 @@ class LoopBridge:
         """Take note, in the loop's thread, that the loop turns: to tell later since when it has not."""
         self._turned_at = time.monotonic()
 
-    def encode(self, reply: Message) -> bytes:
+    def _encode(self, reply: Message, limit: int | None) -> bytes:
         """Return the frame of `reply`, or of the error that it can't be one."""
         try:
-            return messages.encode(reply, self._max_message)
+            return messages.encode(reply, limit)
         except Exception as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
             logger.error("the reply can't be sent: %s: %s", *sorry["error"].values())
@@ -188,14 +197,19 @@ class LoopBridge:
         with self._lock:
             self._broken_off = True
         for session in sessions:
-            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")))
+            self._give_reply(session, messages.error_reply(asyncio.CancelledError("the daemon has stopped")), None)
             if session.in_loop:
                 try:
                     self._loop.call_soon_threadsafe(self._let_go, session)
                 except RuntimeError:  # a loop that was closed meanwhile watches nothing
-                    self._end(session)
+                    self._end(session, None)
 
     # In the loop's thread.
+
+    def welcome(self, session: Session) -> None:
+        """Have the loop take over a session that has just been accepted."""
+        session.in_loop = True
+        self._receive(session)
 
     def _take_inbox(self) -> None:
         with self._lock:
@@ -211,9 +225,7 @@ class LoopBridge:
             self.beat()
         context = self._context.copy()
         context.run(current_peer.set, session.connection.peer)
-        task = self._loop.create_task(self._handle(session), context=context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(self._loop.create_task(self._handle(session), context=context))
 
     def _on_readable(self, session: Session) -> None:
         if session.waiting:
@@ -225,16 +237,17 @@ class LoopBridge:
     def _receive(self, session: Session) -> None:
         """Take the next frame if it is there; otherwise watch for it."""
         connection = session.connection
+        frame = None
         try:
-            frame = connection.receive_now(self._max_message)
-            if frame is None and not connection.has_unread:
-                if not session.watched and session.in_loop:
-                    self._loop.add_reader(connection.fileno(), self._on_readable, session)
-                    session.watched = True
-                return
-        except (EOFError, OSError) as error:
-            logger.debug("the client with pid %s is gone: %s", connection.peer.pid, error)
-            self._let_go(session)
+            if session.examination is None or self._examine(session, session.examination):
+                frame = connection.receive_now(self._max_message)
+        except Exception as error:
+            self._let_go(session, error)
+            return
+        if frame is None and not connection.has_unread and not connection.has_unsent:
+            if not session.watched and session.in_loop:
+                self._loop.add_reader(connection.fileno(), self._on_readable, session)
+                session.watched = True
             return
         message = None if frame is None else self._for_handler(frame)
         if message is None:
@@ -247,13 +260,28 @@ class LoopBridge:
             self._expect_reply(session, message)
         self._start_task(session)
 
+    def _examine(self, session: Session, examination: auth.Examination) -> bool:
+        """Take what the client has sent to prove itself. Return whether it may go on."""
+        connection = session.connection
+        while not examination.passed:
+            frame = connection.receive_now(auth.MAX_FRAME)
+            if frame is None:
+                return False
+            examination.take(frame)
+        if not self._admit(session):
+            return False
+        # Our verdict goes out with the reply to a request that came with the proof: it would wake the client for nothing.
+        if not connection.has_unread:
+            connection.try_flush()
+        return True
+
     @staticmethod
     def _for_handler(frame: bytes) -> Message | None:
         try:
             message = messages.decode(frame)
         except ProtocolError:
             return None
-        return None if message.get("meta") in (messages.PING, messages.SHUTDOWN) else message
+        return None if message.get("meta") == messages.SHUTDOWN else message
 
     async def _handle(self, session: Session) -> None:
         message, session.message = session.message, {}
@@ -270,17 +298,24 @@ class LoopBridge:
         finally:
             if reply is None:
                 reply = messages.error_reply(asyncio.CancelledError("the request was cancelled"))
-            self._give_reply(session, reply)
+            # The limit is for what is the app's.
+            self._give_reply(session, reply, None if message.get("meta") == messages.PING else self._max_message)
+            # Not by a callback, for which the loop would turn once more.
+            self._tasks.discard(asyncio.current_task())
 
     async def _answer(self, message: Message) -> Message:
         if message.get("meta") == messages.HEALTH:
             return {"health": await self._health() if self._health is not None else None}
+        if message.get("meta") == messages.PING:
+            since = time.monotonic()
+            await asyncio.sleep(0)  # a turn of the loop
+            return self._pong(True, time.monotonic() - since)
         reply: Any = await self._handler(message)
         if not isinstance(reply, dict):
             raise TypeError(f"the handler returned {type(reply).__name__}, a reply is a dict")
         return reply
 
-    def _give_reply(self, session: Session, reply: Message) -> None:
+    def _give_reply(self, session: Session, reply: Message, limit: int | None) -> None:
         with self._lock:
             if not session.waiting:
                 return
@@ -292,7 +327,7 @@ class LoopBridge:
                 self._last_used = time.monotonic()
         # Sent from here if that does not wait: the client has it one wake-up earlier.
         connection = session.connection
-        frame = self.encode(reply)
+        frame = self._encode(reply, limit)
         session.unsent = None if connection.try_send(frame) else frame
         if session.parked:
             session.parked = False
@@ -311,10 +346,10 @@ class LoopBridge:
         session.in_loop = False
         self._need_thread(session)
 
-    def _let_go(self, session: Session) -> None:
+    def _let_go(self, session: Session, error: Exception | None = None) -> None:
         self._unwatch(session)
         session.in_loop = False
-        self._end(session)
+        self._end(session, error)
 
     def _unwatch(self, session: Session) -> None:
         if session.watched:

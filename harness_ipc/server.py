@@ -1,9 +1,10 @@
-"""The adapter: blocking connections in threads, feeding the daemon's asyncio loop. It owns no process and no signal.
+"""The adapter: from the listener to the daemon's loop, with threads for all that waits. It owns no process and no signal.
 
-A few warm threads wait in accept. The one that gets a connection does the challenge and gives what comes then to the bridge,
-which has the loop answer it. Where the loop can watch the connection, it takes that over with the first request and the thread
-accepts again; otherwise the thread serves it to its end. Either way requests on one connection are answered in order, and
-different connections run at once.
+Where the loop can watch connections, it accepts them itself and gives them to the bridge. One thread stands by, and accepts in
+its stead while the loop is blocked, or has no room: so that a client learns at once what is the matter. Where the loop can't, a
+few warm threads wait in accept. A thread that gets a connection does the challenge and gives what comes then to the bridge: the
+loop takes the connection over with the first request where it can; otherwise the thread serves it to its end. Either way
+requests on one connection are answered in order, and different connections run at once.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _UNPROVED_GUARANTEE = 1.0
 _WARM_THREADS = 8
 # Seconds to wait for descriptors or threads, which nothing announces, before accept is tried again.
 _EXHAUSTED_PAUSE = 0.1
+# Seconds that a client waits for a loop that accepts nothing before a thread does.
+_LOOP_PATIENCE = 0.1
 # Seconds for cancelled handlers to end.
 CANCEL_PERIOD = 1.0
 # Seconds in which the log gets one line of a kind about clients: a crowd that is refused must not push all else out of it.
@@ -143,7 +146,15 @@ class DaemonServer:
         own_lock: BaseFileLock | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bridge = LoopBridge(handler, health, max_message, need_thread=self._attend_in_thread, end=self._end)
+        self._bridge = LoopBridge(
+            handler,
+            health,
+            max_message,
+            pong=self._pong,
+            admit=self._admit,
+            need_thread=self._attend_in_thread,
+            end=self._end_by,
+        )
         self._log = _SparingLog()
         self._keys = auth.Keys(generation.record.authkey, generation.record.address)
         self._on_shutdown = on_shutdown or self.close
@@ -159,9 +170,17 @@ class DaemonServer:
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
         self._accepting = 0
+        self._stopping = threading.Event()
         self._unproved: dict[Session, None] = {}
         self._sessions: set[Session] = set()
         self._closing = False
+        # The loop's: how many clients it has accepted, and what ends those of them that don't prove themselves. The thread's
+        # that stands by: after how many of them the loop was found to accept nothing.
+        self._loop_accepts = transport.Connection.LOOP_CAN_WATCH
+        self._most_accepting = 1 if self._loop_accepts else _WARM_THREADS
+        self._accepted_in_loop = 0
+        self._stalled_at = -1
+        self._sweep: asyncio.TimerHandle | None = None
 
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._closer = threading.Thread(target=self._shut_down, name="harness-ipc-closer", daemon=True)
@@ -195,6 +214,9 @@ class DaemonServer:
                 return
             self._closing = True
             self._changed.notify_all()
+        self._stopping.set()
+        if self._loop_accepts:
+            self._loop.remove_reader(self._listener.fileno())
         self._generation.withdraw()
         self._closer.start()
 
@@ -225,11 +247,56 @@ class DaemonServer:
     def __repr__(self) -> str:
         return f"<DaemonServer {self.record.name!r} {'closing' if self._closing else 'serving'} at {self.record.address!r}>"
 
-    # Threads: accept, prove, serve.
-
     def _start(self) -> None:
         with self._changed:
             self._add_thread()
+        self._accept_in_loop()
+
+    # The loop: accept.
+
+    def _accept_in_loop(self) -> None:
+        if self._loop_accepts and not self._closing:
+            self._loop.add_reader(self._listener.fileno(), self._on_client)
+
+    def _on_client(self) -> None:
+        if len(self._unproved) >= _MAX_UNPROVED:
+            self._leave_to_threads()
+            return
+        try:
+            session = Session(self._listener.accept_now(), self._keys)
+        except BlockingIOError:
+            return
+        except HarnessIPCError as error:
+            self._accepted_in_loop += 1
+            self._log.warning("refused a client: %s", error)
+            return
+        except OSError:
+            # The thread will say what is wrong.
+            self._leave_to_threads()
+            return
+        self._accepted_in_loop += 1
+        with self._changed:
+            self._add_unproved(session)
+        if self._sweep is None:
+            self._sweep_unproved()
+        self._bridge.welcome(session)
+
+    def _leave_to_threads(self) -> None:
+        self._loop.remove_reader(self._listener.fileno())
+        self._loop.call_later(_EXHAUSTED_PAUSE, self._accept_in_loop)
+
+    def _sweep_unproved(self) -> None:
+        """End the sessions that have not proved themselves in time, and look again when the next one's time is over."""
+        now = time.monotonic()
+        next_deadline = inf
+        with self._changed:
+            for session in self._unproved:
+                if (next_deadline := session.connection.deadline) > now:
+                    break
+                session.connection.abort()
+        self._sweep = self._loop.call_later(next_deadline - now, self._sweep_unproved) if now < next_deadline < inf else None
+
+    # Threads: accept, prove, serve.
 
     def _add_thread(self, session: Session | None = None) -> bool:
         """Start one more thread, which accepts, or goes on with `session`. The caller holds `_changed`."""
@@ -246,7 +313,7 @@ class DaemonServer:
 
     def _work(self, session: Session | None) -> None:
         try:
-            if session is None or self._attend(session, self._serve):
+            if session is None or self._attend(session, self._welcome if session.examination else self._serve):
                 # A thread that waits in accept keeps none.
                 session = None
                 while self._accept_one():
@@ -259,36 +326,46 @@ class DaemonServer:
     def _accept_one(self) -> bool:
         """Accept one connection and serve it to its end. Return whether this thread should accept another one."""
         try:
-            connection = self._listener.accept()
+            if self._loop_accepts:
+                self._stand_by()
+                connection = self._listener.accept_now()
+            else:
+                connection = self._listener.accept()
+        except BlockingIOError:
+            return self._goes_on()
         except HarnessIPCError as error:
             self._log.warning("refused a client: %s", error)
             return True
         except OSError as error:
             return self._pause(error)
-        session = Session(connection)
+        session = Session(connection, self._keys)
         if not self._admit_unproved(session):
             self._end(session)
             return not self._closing
         return self._attend(session, self._welcome)
 
+    def _stand_by(self) -> None:
+        """Wait until there is a client that the loop does not accept, or the end."""
+        while not self._stopping.is_set():
+            self._listener.wait()
+            accepted = self._accepted_in_loop
+            if self._stalled_at == accepted:
+                return
+            if not self._stopping.wait(_LOOP_PATIENCE) and self._accepted_in_loop == accepted:
+                self._stalled_at = accepted
+
     def _attend(self, session: Session, serve: Callable[[Session], bool]) -> bool:
         """Serve `session` until it ends or the loop takes it over. Return whether this thread should accept another one."""
-        taken_over = False
         try:
             taken_over = serve(session)
-        except AuthenticationFailed as error:
-            self._log.warning("refused the client with pid %s: %s", session.connection.peer.pid, error)
-        except MessageTooLarge as error:
-            self._log.warning("dropped the client with pid %s: %s", session.connection.peer.pid, error)
-        except HarnessIPCError as error:
-            logger.debug("the client with pid %s is gone: %s", session.connection.peer.pid, error)
-        except Exception:
+        except Exception as error:
             # Nothing that one connection does may end the thread that might be the last one in accept.
-            logger.exception("a connection failed")
-        if not taken_over:
-            self._end(session)
+            self._end_by(session, error)
+        else:
+            if not taken_over:
+                self._end(session)
         with self._changed:
-            if self._closing or self._accepting >= _WARM_THREADS:
+            if self._closing or self._accepting >= self._most_accepting:
                 return False
             self._accepting += 1
             return True
@@ -298,6 +375,18 @@ class DaemonServer:
             if self._add_thread(session):
                 return
         self._log.error("dropped a client: no thread can be started; raise the limit of processes (ulimit -u)")
+        self._end(session)
+
+    def _end_by(self, session: Session, error: Exception | None) -> None:
+        pid = session.connection.peer.pid
+        if isinstance(error, AuthenticationFailed):
+            self._log.warning("refused the client with pid %s: %s", pid, error)
+        elif isinstance(error, MessageTooLarge):
+            self._log.warning("dropped the client with pid %s: %s", pid, error)
+        elif isinstance(error, (HarnessIPCError, EOFError, OSError)):
+            logger.debug("the client with pid %s is gone: %s", pid, error)
+        elif error is not None:
+            logger.error("a connection failed", exc_info=error)
         self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -311,14 +400,16 @@ class DaemonServer:
 
     def _pause(self, error: OSError) -> bool:
         """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
+        if not self._closing:
+            self._log.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
+            self._stopping.wait(_EXHAUSTED_PAUSE)
+        return self._goes_on()
+
+    def _goes_on(self) -> bool:
+        """Return whether this thread, which has accepted nobody, should try again."""
         with self._changed:
-            if not self._closing:
-                self._log.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
-                self._changed.wait_for(lambda: self._closing, _EXHAUSTED_PAUSE)
-            if self._closing:
-                self._accepting -= 1
-                return False
-            return True
+            self._accepting -= self._closing
+            return not self._closing
 
     def _admit_unproved(self, session: Session) -> bool:
         """Wait for room among the unproved connections and see that somebody accepts in this thread's stead.
@@ -341,28 +432,37 @@ class DaemonServer:
                 self._log.error("refused a client: no thread can be started; raise the limit of processes (ulimit -u)")
                 return False
             self._accepting -= 1
-            self._unproved[session] = None
+            self._add_unproved(session)
             return True
+
+    def _add_unproved(self, session: Session) -> None:
+        session.connection.deadline = transport.deadline_after(self._handshake_timeout)
+        self._unproved[session] = None
 
     def _welcome(self, session: Session) -> bool:
         """Have the client prove itself, and serve it. Return whether the loop has taken the session over."""
-        connection = session.connection
-        connection.deadline = transport.deadline_after(self._handshake_timeout)
-        auth.challenge_client(connection, self._keys)
-        with self._changed:
-            admitted = not self._closing and len(self._sessions) < self._max_connections
-            if admitted:
-                del self._unproved[session]
-                self._sessions.add(session)
-                connection.deadline = inf
-        if not admitted:
+        assert session.examination is not None
+        session.examination.finish()
+        if not self._admit(session):
             return self._serve_one(session, self._turn_away)
         # Our verdict goes out with the reply to a request that came with the proof: it would wake the client for nothing.
-        return (connection.has_unread and self._serve_one(session, self._bridge.ask)) or self._serve(session)
+        return (session.connection.has_unread and self._serve_one(session, self._bridge.ask)) or self._serve(session)
+
+    def _admit(self, session: Session) -> bool:
+        """Return whether the client, which has proved itself, is served: if there is room for it."""
+        with self._changed:
+            if self._closing or len(self._sessions) >= self._max_connections:
+                return False
+            del self._unproved[session]
+            self._sessions.add(session)
+        session.examination = None
+        session.connection.deadline = inf
+        return True
 
     def _serve(self, session: Session) -> bool:
         """Serve as `_welcome` does, a session that has been admitted."""
-        self._send_rest(session)
+        if session.received is None:
+            self._send_rest(session)
         while not self._bridge.leave(session):
             if self._serve_one(session, self._bridge.ask):
                 return True
@@ -397,7 +497,7 @@ class DaemonServer:
             return None
         verb = message.get("meta")
         if verb == messages.PING:
-            session.unsent = messages.encode(self._pong())
+            session.unsent = messages.encode(self._pong(*self._bridge.probe()))
             return None
         if verb == messages.SHUTDOWN:
             logger.info("shutdown requested by pid %s", session.connection.peer.pid)
@@ -412,8 +512,7 @@ class DaemonServer:
         session.unsent = messages.encode({**messages.error_reply(Busy(why)), "meta": messages.BUSY})
         return False
 
-    def _pong(self) -> Message:
-        responsive, lag = self._bridge.probe()
+    def _pong(self, responsive: bool, lag: float) -> Message:
         return {
             "pong": True,
             "pid": self.record.pid,
@@ -480,9 +579,11 @@ class DaemonServer:
             self._changed.wait_for(self._is_quiet, CANCEL_PERIOD)
 
     def _is_quiet(self) -> bool:
-        return not self._threads and not self._sessions
+        return not (self._threads or self._sessions or self._unproved)
 
     def _report_closed(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
         if not self._closed.done():
             self._closed.set_result(None)
 

@@ -130,7 +130,7 @@ class Peer:
 
     hold = send_bytes
 
-    def flush(self) -> None:
+    def try_flush(self) -> None:
         """Nothing is held."""
 
     def recv_bytes(self, limit: int) -> bytes:
@@ -146,8 +146,8 @@ class Peer:
                 frame = b"#WELCOME#"
             case 3 if self.heard:  # reflects
                 frame = self.heard[-1]
-            case 4 if self.heard and self.heard[0].startswith(b"#CHALLENGE#"):  # has the key, and worse manners
-                frame = answer_to(self.heard[0], self._key)
+            case 4 if challenges := [frame for frame in self.heard if frame.startswith(b"#CHALLENGE#")]:  # has the key
+                frame = answer_to(challenges[0], self._key)
                 self.has_proved_itself = True
         if len(frame) > limit:
             raise MessageTooLarge("above the limit", size=len(frame), limit=limit)

@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from harness_ipc import (
     start_daemon_server,
     transport,
 )
-from tests.marks import needs_linux
+from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, wait_until
 
 # A period that no test waits for: what ends before it, ends for a better reason.
@@ -394,6 +395,75 @@ def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
             await asyncio.to_thread(look)
 
     run(main)
+
+
+def test_who_comes_while_the_loop_is_blocked_is_let_in_and_answered_after_it() -> None:
+    blocked, release = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    async def block(message: dict[str, Any]) -> dict[str, Any]:
+        if "block" in message:
+            blocked.set()
+            assert release.wait(PATIENCE)
+        seen.append(message["n"])
+        return {"result": message}
+
+    def talk(server: DaemonServer) -> None:
+        with ThreadPoolExecutor(30) as pool:
+            try:
+                blocker = pool.submit(request, "test", {"n": -1, "block": True}, timeout=PATIENCE)
+                assert blocked.wait(PATIENCE)
+                asked = [pool.submit(request, "test", {"n": n}, timeout=PATIENCE) for n in range(20)]
+                # Proved and admitted, all of them, by the pings as well.
+                wait_until(lambda: len(server._sessions) >= 21)
+                assert all(ping("test", PATIENCE) for _ in range(5))
+                assert seen == []
+            finally:
+                release.set()
+            assert [job.result()["result"]["n"] for job in asked] == list(range(20))
+            assert blocker.result()["result"]["n"] == -1
+        assert sorted(seen) == list(range(-1, 20))
+        wait_until(lambda: not server._sessions)
+        assert request("test", {"n": 20}, timeout=PATIENCE) == {"result": {"n": 20}}
+
+    async def main() -> None:
+        async with serving(block) as server:
+            await asyncio.to_thread(talk, server)
+
+    run(main)
+
+
+@needs_posix
+def test_what_needs_a_thread_that_can_not_be_had_ends_that_client_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "harness-ipc-worker":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def talk() -> None:
+        with connect_daemon("test") as inside, connect_daemon("test") as other:
+            assert inside.request({"n": 1}) == other.request({"n": 1}) == {"result": {"n": 1}}
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", start_others)
+                with pytest.raises(ConnectionLost):
+                    inside.request({"n": "x" * 200_000})
+                # What the loop does by itself needs none.
+                assert other.request({"n": 2}) == inside.request({"n": 2}) == {"result": {"n": 2}}
+                assert request("test", {"n": 3}) == {"result": {"n": 3}}
+                assert ping("test")
+            assert inside.request({"n": "x" * 200_000}) == {"result": {"n": "x" * 200_000}}
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+
+    run(main)
+    (line,) = [record.message for record in caplog.records if "no thread can be started" in record.message]
+    assert "ulimit -u" in line
 
 
 async def healthy() -> dict[str, Any]:
