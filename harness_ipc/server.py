@@ -170,10 +170,9 @@ class DaemonServer:
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
         self._accepting = 0
-        self._stopping = threading.Event()
         self._unproved: dict[Session, None] = {}
         self._sessions: set[Session] = set()
-        self._closing = False
+        self._closing = threading.Event()
         # The loop's: how many clients it has accepted, and what ends those of them that don't prove themselves. The thread's
         # that stands by: after how many of them the loop was found to accept nothing.
         self._loop_accepts = transport.Connection.LOOP_CAN_WATCH
@@ -205,16 +204,15 @@ class DaemonServer:
 
     def is_serving(self) -> bool:
         """Whether the server accepts connections."""
-        return not self._closing
+        return not self._closing.is_set()
 
     def close(self) -> None:
         """Withdraw the record, stop accepting and begin to drain; `wait_closed` waits for the end of it."""
         with self._changed:
-            if self._closing:
+            if self._closing.is_set():
                 return
-            self._closing = True
+            self._closing.set()
             self._changed.notify_all()
-        self._stopping.set()
         if self._loop_accepts:
             self._loop.remove_reader(self._listener.fileno())
         self._generation.withdraw()
@@ -245,7 +243,7 @@ class DaemonServer:
         await self.wait_closed()
 
     def __repr__(self) -> str:
-        return f"<DaemonServer {self.record.name!r} {'closing' if self._closing else 'serving'} at {self.record.address!r}>"
+        return f"<DaemonServer {self.record.name!r} {'serving' if self.is_serving() else 'closing'} at {self.record.address!r}>"
 
     def _start(self) -> None:
         with self._changed:
@@ -255,7 +253,7 @@ class DaemonServer:
     # The loop: accept.
 
     def _accept_in_loop(self) -> None:
-        if self._loop_accepts and not self._closing:
+        if self._loop_accepts and self.is_serving():
             self._loop.add_reader(self._listener.fileno(), self._on_client)
 
     def _on_client(self) -> None:
@@ -341,17 +339,17 @@ class DaemonServer:
         session = Session(connection, self._keys)
         if not self._admit_unproved(session):
             self._end(session)
-            return not self._closing
+            return self.is_serving()
         return self._attend(session, self._welcome)
 
     def _stand_by(self) -> None:
         """Wait until there is a client that the loop does not accept, or the end."""
-        while not self._stopping.is_set():
+        while self.is_serving():
             self._listener.wait()
             accepted = self._accepted_in_loop
             if self._stalled_at == accepted:
                 return
-            if not self._stopping.wait(_LOOP_PATIENCE) and self._accepted_in_loop == accepted:
+            if not self._closing.wait(_LOOP_PATIENCE) and self._accepted_in_loop == accepted:
                 self._stalled_at = accepted
 
     def _attend(self, session: Session, serve: Callable[[Session], bool]) -> bool:
@@ -365,7 +363,7 @@ class DaemonServer:
             if not taken_over:
                 self._end(session)
         with self._changed:
-            if self._closing or self._accepting >= self._most_accepting:
+            if self._closing.is_set() or self._accepting >= self._most_accepting:
                 return False
             self._accepting += 1
             return True
@@ -400,16 +398,18 @@ class DaemonServer:
 
     def _pause(self, error: OSError) -> bool:
         """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
-        if not self._closing:
+        if self.is_serving():
             self._log.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
-            self._stopping.wait(_EXHAUSTED_PAUSE)
+            self._closing.wait(_EXHAUSTED_PAUSE)
         return self._goes_on()
 
     def _goes_on(self) -> bool:
         """Return whether this thread, which has accepted nobody, should try again."""
         with self._changed:
-            self._accepting -= self._closing
-            return not self._closing
+            if self._closing.is_set():
+                self._accepting -= 1
+                return False
+            return True
 
     def _admit_unproved(self, session: Session) -> bool:
         """Wait for room among the unproved connections and see that somebody accepts in this thread's stead.
@@ -417,7 +417,7 @@ class DaemonServer:
         Return False, with this thread still counted as accepting unless the server is closing, if that can't be.
         """
         with self._changed:
-            while not self._closing and len(self._unproved) >= _MAX_UNPROVED:
+            while self.is_serving() and len(self._unproved) >= _MAX_UNPROVED:
                 oldest = next(iter(self._unproved))
                 age = time.monotonic() - oldest.accepted_at
                 if age < _UNPROVED_GUARANTEE:
@@ -425,7 +425,7 @@ class DaemonServer:
                 else:
                     oldest.connection.abort()
                     self._changed.wait(_UNPROVED_GUARANTEE)
-            if self._closing:
+            if self._closing.is_set():
                 self._accepting -= 1
                 return False
             if self._accepting == 1 and not self._add_thread():
@@ -451,7 +451,7 @@ class DaemonServer:
     def _admit(self, session: Session) -> bool:
         """Return whether the client, which has proved itself, is served: if there is room for it."""
         with self._changed:
-            if self._closing or len(self._sessions) >= self._max_connections:
+            if self._closing.is_set() or len(self._sessions) >= self._max_connections:
                 return False
             del self._unproved[session]
             self._sessions.add(session)
@@ -507,7 +507,7 @@ class DaemonServer:
         return message
 
     def _turn_away(self, session: Session, _: Message) -> bool:
-        why = "it is stopping" if self._closing else f"all {self._max_connections} connections are taken"
+        why = "it is stopping" if self._closing.is_set() else f"all {self._max_connections} connections are taken"
         self._log.warning("turned the client with pid %s away: %s", session.connection.peer.pid, why)
         session.unsent = messages.encode({**messages.error_reply(Busy(why)), "meta": messages.BUSY})
         return False
