@@ -225,7 +225,10 @@ class LoopBridge:
             self.beat()
         context = self._context.copy()
         context.run(current_peer.set, session.connection.peer)
-        self._tasks.add(self._loop.create_task(self._handle(session), context=context))
+        task = self._loop.create_task(self._handle(session), context=context)
+        # An eager one, which the app's task factory may make, has perhaps ended already.
+        if not task.done():
+            self._tasks.add(task)
 
     def _on_readable(self, session: Session) -> None:
         if session.waiting:

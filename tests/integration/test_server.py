@@ -397,6 +397,28 @@ def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
     run(main)
 
 
+# From 3.12 on an app may have tasks begin at once.
+@pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
+def test_answered_requests_leave_no_task(factory: Any) -> None:
+    async def pause(message: dict[str, Any]) -> dict[str, Any]:
+        if message["n"] % 2:
+            await asyncio.sleep(0)
+        return {"result": message}
+
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            for n in range(10):
+                assert client.request({"n": n}) == request("test", {"n": n}) == {"result": {"n": n}}
+
+    async def main() -> None:
+        async with serving(pause) as server:
+            asyncio.get_running_loop().set_task_factory(factory)
+            await asyncio.to_thread(talk)
+            await asyncio.to_thread(wait_until, lambda: not server._bridge._tasks)
+
+    run(main)
+
+
 def test_who_comes_while_the_loop_is_blocked_is_let_in_and_answered_after_it() -> None:
     blocked, release = threading.Event(), threading.Event()
     seen: list[int] = []
