@@ -261,7 +261,12 @@ class LoopBridge:
             if self._broken_off:
                 return
             self._expect_reply(session, message)
-        self._start_task(session)
+        if self._loop.get_task_factory() is None:
+            self._start_task(session)
+        else:
+            # An eager task would answer at once, and come back here for the next request if that is there already: so each
+            # has a turn of the loop of its own.
+            self._loop.call_soon(self._start_task, session)
 
     def _examine(self, session: Session, examination: auth.Examination) -> bool:
         """Take what the client has sent to prove itself. Return whether it may go on."""

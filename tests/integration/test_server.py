@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -398,7 +399,10 @@ def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
 
 
 # From 3.12 on an app may have tasks begin at once.
-@pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
+task_factories = pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
+
+
+@task_factories
 def test_answered_requests_leave_no_task(factory: Any) -> None:
     async def pause(message: dict[str, Any]) -> dict[str, Any]:
         if message["n"] % 2:
@@ -415,6 +419,43 @@ def test_answered_requests_leave_no_task(factory: Any) -> None:
             asyncio.get_running_loop().set_task_factory(factory)
             await asyncio.to_thread(talk)
             await asyncio.to_thread(wait_until, lambda: not server._bridge._tasks)
+
+    run(main)
+
+
+@task_factories
+def test_requests_that_came_together_are_answered_in_order_and_others_between_them(factory: Any) -> None:
+    many = sys.getrecursionlimit()
+    asked = threading.Event()
+    seen: list[int] = []
+
+    async def note(message: dict[str, Any]) -> dict[str, Any]:
+        assert asked.wait(PATIENCE)
+        seen.append(message["n"])
+        return {"result": message["n"]}
+
+    def ask(connection: transport.Connection, numbers: Iterable[int]) -> None:
+        for n in numbers:
+            connection.hold(json.dumps({"n": n}).encode())
+        transport.flush(connection)
+
+    def answers(connection: transport.Connection, count: int) -> list[int]:
+        return [json.loads(transport.receive(connection, 1000))["result"] for _ in range(count)]
+
+    async def main() -> None:
+        async with serving(note):
+            asyncio.get_running_loop().set_task_factory(factory)
+
+            def talk() -> None:
+                with dial_daemon("test") as connection, dial_daemon("test") as other:
+                    ask(connection, range(many))
+                    ask(other, [-1])
+                    asked.set()
+                    assert answers(other, 1) == [-1]
+                    assert answers(connection, many) == list(range(many))
+
+            await asyncio.to_thread(talk)
+        assert seen.index(-1) < many
 
     run(main)
 
