@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
+
 from harness_ipc import auth, current_peer, endpoint, run_daemon, runtime_dir, transport
 
 # Far above what a start or an end takes on a loaded machine.
@@ -208,6 +210,13 @@ def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.01)
+
+
+def lives(pid: int) -> bool:
+    """Return whether a process has that pid and has not ended: nobody may have asked yet how."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tests.browser.others import OtherBrowser, answering, free_port, http, other
 from tests.browser.site import Site
 from tests.managed import in_thread, the_log
 from tests.marks import needs_chromium, needs_posix, needs_root
-from tests.processes import PATIENCE, wait_until
+from tests.processes import PATIENCE, lives, wait_until
 
 pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
 
@@ -717,7 +717,7 @@ def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, pr
     release = threading.Timer(0.1, held.release)
     release.start()
     assert own.OwnBrowser("browser").end()
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not lives(pid)
     release.join()
     assert helpers.js("6 * 7") == 42
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-import psutil
 import pytest
 
 import harness_ipc
@@ -25,7 +24,7 @@ from tests.browser.others import other_browser
 from tests.browser.site import Site
 from tests.managed import the_log
 from tests.marks import needs_chromium, needs_linux, needs_posix
-from tests.processes import PATIENCE, runtime_files, spawn_daemon, wait_until
+from tests.processes import PATIENCE, lives, runtime_files, spawn_daemon, wait_until
 
 pytestmark = needs_chromium
 
@@ -70,12 +69,6 @@ def daemons(base: Path) -> list[int]:
 def browsers(base: Path) -> list[int]:
     """Return the main processes of own browsers."""
     return [pid for pid, line in main_processes(base).items() if f"--user-data-dir={base / 'profile'}" in line]
-
-
-def lives(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def assert_nothing_left(base: Path) -> None:

@@ -32,7 +32,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, wait_until
+from tests.processes import PATIENCE, lives, wait_until
 
 # `gate` is a file that the test makes: what waits for it lasts as long as the test needs.
 _SERVICE = f"""
@@ -375,7 +375,7 @@ def test_stop_ends_the_daemon_and_says_what_it_did() -> None:
     pid = _start("ends")
     stopped = _run("stop", "--name", "ends")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, "ends: stopped\n", "")
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not lives(pid)
     assert not runtime_path("ends", "json").exists()
     again = _run("stop", "--name", "ends")
     assert (again.returncode, again.stdout, again.stderr) == (0, "ends: was not running\n", "")

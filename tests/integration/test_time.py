@@ -28,7 +28,7 @@ from harness_ipc import (
 )
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, spawn_bystander, started
 from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
+from tests.processes import PATIENCE, DaemonProcess, lives, spawn_daemon, spawn_python, stopped, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,7 +159,7 @@ def test_a_daemon_that_does_not_answer_is_the_same_after_the_clock_was_set(base:
             assert run_client(changed, 'print(json.dumps(daemon_status("test", timeout=0.2).state))') == "unresponsive"
         else:
             assert run_client(changed, STOP) is True
-            assert not psutil.pid_exists(pid)
+            assert not lives(pid)
             ensure()
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
