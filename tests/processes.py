@@ -213,7 +213,7 @@ def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
 
 
 def lives(pid: int) -> bool:
-    """Return whether a process has that pid and has not ended: nobody may have asked yet how."""
+    """Return whether there is a process with that pid that has not ended: a zombie has."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False

@@ -18,7 +18,7 @@ import pytest
 from harness_ipc import stop_daemon
 from harness_ipc.browser import helpers
 from tests.browser.site import Site
-from tests.processes import PATIENCE, wait_until
+from tests.processes import PATIENCE, lives, wait_until
 
 # Without the extra, what these import can't be imported.
 NEED_EXTRA = ["test_chrome.py", "test_cli.py", "test_daemon.py", "test_doctor.py"]
@@ -81,10 +81,8 @@ def harness_browser(*arguments: str, stdin: str = "", **options: Any) -> subproc
 
 def kill(pid: int) -> None:
     """Kill this one process, and wait until it has ended."""
-    process = psutil.Process(pid)
-    process.kill()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    psutil.Process(pid).kill()
+    wait_until(lambda: not lives(pid))
 
 
 @contextlib.contextmanager

@@ -423,6 +423,11 @@ def test_answered_requests_leave_no_task(factory: Any) -> None:
     run(main)
 
 
+def answers(connection: transport.Connection, count: int) -> list[int]:
+    """Return the numbers in the next replies, to requests that were sent without waiting for them."""
+    return [json.loads(transport.receive(connection, 1000))["result"]["n"] for _ in range(count)]
+
+
 @task_factories
 def test_requests_that_came_together_are_answered_in_order_and_others_between_them(factory: Any) -> None:
     many = sys.getrecursionlimit()
@@ -432,15 +437,12 @@ def test_requests_that_came_together_are_answered_in_order_and_others_between_th
     async def note(message: dict[str, Any]) -> dict[str, Any]:
         assert asked.wait(PATIENCE)
         seen.append(message["n"])
-        return {"result": message["n"]}
+        return {"result": message}
 
     def ask(connection: transport.Connection, numbers: Iterable[int]) -> None:
         for n in numbers:
             connection.hold(json.dumps({"n": n}).encode())
         transport.flush(connection)
-
-    def answers(connection: transport.Connection, count: int) -> list[int]:
-        return [json.loads(transport.receive(connection, 1000))["result"] for _ in range(count)]
 
     async def main() -> None:
         async with serving(note):
@@ -604,9 +606,6 @@ def test_one_connection_is_served_in_order_and_others_at_the_same_time() -> None
             seen.append(message["n"])
             return await handler(message) if message["n"] == 0 else {"result": message}
 
-        def pipeline(connection: transport.Connection) -> list[int]:
-            return [json.loads(transport.receive(connection, 1000))["result"]["n"] for _ in range(3)]
-
         async with serving(order, grace_period=NEVER):
             with await asyncio.to_thread(dial_daemon, "test") as connection:
                 for n in (0, 10, 20):
@@ -615,7 +614,7 @@ def test_one_connection_is_served_in_order_and_others_at_the_same_time() -> None
                 assert await serves()
                 assert seen == [0, 1]
                 handler.may_go_on.set()
-                assert await asyncio.to_thread(pipeline, connection) == [0, 10, 20]
+                assert await asyncio.to_thread(answers, connection, 3) == [0, 10, 20]
                 assert seen == [0, 1, 10, 20]
 
     run(main)
