@@ -26,11 +26,12 @@ from .errors import (
     StartFailed,
     UnsafeDirectory,
 )
-from .paths import log_path, runtime_dir, runtime_path
+from .paths import check_private_dir, create_private_dir, log_path, runtime_dir, runtime_path
 from .transport import PeerCredentials
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._registry.processes import is_same_process, process_identity
     from .bridge import current_peer
     from .daemon import App, run_daemon
     from .manager import (
@@ -53,7 +54,9 @@ _LOADED_WHEN_NAMED = {
     "daemon_alive": "manager",
     "daemon_status": "manager",
     "ensure_daemon": "manager",
+    "is_same_process": "_registry.processes",
     "list_daemons": "manager",
+    "process_identity": "_registry.processes",
     "restart_daemon": "manager",
     "run_daemon": "daemon",
     "spawn_kwargs": "startup",
@@ -84,16 +87,20 @@ __all__ = [
     "UnsafeDirectory",
     "__version__",
     "aconnect_daemon",
+    "check_private_dir",
     "cleanup_endpoint",
     "connect_daemon",
+    "create_private_dir",
     "current_peer",
     "daemon_alive",
     "daemon_status",
     "ensure_daemon",
     "identify",
+    "is_same_process",
     "list_daemons",
     "log_path",
     "ping",
+    "process_identity",
     "request",
     "restart_daemon",
     "run_daemon",

@@ -13,6 +13,7 @@ import sys
 import time
 
 from . import paths
+from ._registry import processes
 from .errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
 
 TYPE_CHECKING = False
@@ -33,8 +34,6 @@ _END_OF_TIME = 253_402_300_800
 PHASES = ("starting", "draining")
 # Seconds for a process that holds the lifetime lock only to clean up.
 _LOCK_PATIENCE = 0.5
-# Seconds by which two readings of one process' time of creation may differ, where nothing better is noted.
-_CLOCK_SLACK = 2.0
 
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -53,7 +52,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "state": (str,),
 }
 # What a record may lack: that of a system that does not tell, or of an earlier version.
-_OPTIONAL_TYPES: dict[str, tuple[type, ...]] = {"start_ticks": (int,), "boot_id": (str,)}
+_OPTIONAL_TYPES: dict[str, tuple[type, ...]] = {
+    "start_ticks": (int,),
+    "boot_id": (str,),
+    "pid_namespace": (str,),
+    "time_namespace": (str,),
+}
 
 
 class Record:
@@ -385,7 +389,7 @@ def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
         note = json.loads(paths.read_private_file(path, _MAX_RECORD))
         if not 0 <= note.get("started_at", 0) < _END_OF_TIME:
             raise ValueError("its started_at is no time")
-        return note, living_process(note)
+        return note, processes.find_process(note)
     return {}, None
 
 
@@ -406,56 +410,20 @@ def find_unrecorded(name: str) -> tuple[psutil.Process, float, str] | None:
     return None
 
 
-def living_process(noted: dict[str, Any]) -> psutil.Process | None:
-    """Return the process of a record or a note if it has not ended: it is not just any with that pid, which is used again."""
-    import psutil
-
-    pid = noted["pid"]
-    # Not isinstance: to that, True is a pid, and that of init.
-    if type(pid) is not int or pid <= 0:
-        return None
-    try:
-        process = psutil.Process(pid)
-        started = _start(pid) if "start_ticks" in noted else {}
-        if started:
-            same = all(noted.get(key) == value for key, value in started.items())
-        else:
-            same = abs(process.create_time() - noted["create_time"]) < _CLOCK_SLACK
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, OverflowError):
-        return None
-
-
 def _living_pid(name: str) -> int | None:
     with contextlib.suppress(HarnessIPCError, OSError):
         record = load(name)
-        if living_process(record.public()) is not None:
+        if processes.find_process(record.public()) is not None:
             return record.pid
     noted = find_unrecorded(name)
     return noted[0].pid if noted is not None else None
 
 
 def _own_identity() -> dict[str, Any]:
-    import psutil
-
-    process = psutil.Process()
-    return {"pid": process.pid, "create_time": process.create_time(), **_start(process.pid)}
-
-
-def _start(pid: int) -> dict[str, Any]:
-    """Return what tells when the process started, whatever the clock said then or says now: {} but on Linux.
-
-    There `create_time` is reckoned from the time of the boot, which moves with each setting of the clock.
-    """
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot_id = file.read().strip()
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # Field 22 of proc_pid_stat(5); the second, in parentheses, may contain any byte.
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return {}
-    return {"start_ticks": ticks, "boot_id": boot_id}
+        return processes.own_identity()
+    except OSError as error:
+        raise StartFailed(f"this process can't be identified: {error}; mount /proc in this container or chroot") from error
 
 
 def _own_cwd() -> str | None:

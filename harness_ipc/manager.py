@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import client, endpoint, messages, paths, startup
+from ._registry import processes
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
@@ -211,7 +212,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT) -> bool:
     try:
         record = endpoint.load(name, again=True)
         generation = record.generation
-        process = endpoint.living_process(record.public())
+        process = processes.find_process(record.public())
     except DaemonNotRunning:
         noted = endpoint.find_unrecorded(name)
         process = noted[0] if noted is not None else None
@@ -267,7 +268,7 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
         except HarnessIPCError as error:
             if _published(name) != record.generation:
                 continue
-            if endpoint.living_process(record.public()) is None:
+            if processes.find_process(record.public()) is None:
                 return _without_daemon(name, log, error), None
             # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
             if not isinstance(error, DaemonTimeout) and _pause(deadline):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness_ipc import auth, cli, client, daemon_status, endpoint, log_path, messages, paths, runtime_path, transport
+from harness_ipc._registry import processes
 from harness_ipc.errors import (
     ConnectionLost,
     DaemonNotRunning,
@@ -282,7 +283,7 @@ def record(data: bytes) -> None:
 
 def note(data: bytes) -> None:
     """Look at a daemon with a note of its start, of just these bytes, or a good one with the fields of this JSON object."""
-    good = {**endpoint._own_identity(), "started_at": 1.5}
+    good = {**processes.own_identity(), "started_at": 1.5}
     for phase in endpoint.PHASES:
         with private_file(phase, changed(good, data[:MOST])):
             found = endpoint.find_unrecorded(NAME)

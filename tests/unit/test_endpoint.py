@@ -24,7 +24,7 @@ from harness_ipc.errors import (
     StartFailed,
     UnsafeDirectory,
 )
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.marks import needs_posix, needs_root
 
 MISSING = object()
 
@@ -439,19 +439,3 @@ def test_the_lock_file_is_private_and_a_lock_that_cannot_be_taken_is_a_failed_st
     (run / "d.lock").mkdir()
     with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR"):
         endpoint.lock_lifetime("d")
-
-
-@needs_linux
-@pytest.mark.parametrize(
-    ("other", "lives"),
-    [
-        ({}, True),
-        ({"create_time": 1.5}, True),
-        ({"start_ticks": 1}, False),
-        ({"boot_id": "another"}, False),
-        ({"start_ticks": 1, "boot_id": "another"}, False),
-    ],
-    ids=str,
-)
-def test_a_process_is_known_by_what_no_setting_of_the_clock_moves(other: dict[str, Any], lives: bool) -> None:
-    assert (endpoint.living_process({**endpoint._own_identity(), **other}) is not None) is lives
