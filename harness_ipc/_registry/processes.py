@@ -132,6 +132,7 @@ def _why_proc_is_unusable() -> str | None:
 
 
 def _linux_identity(entry: str, pid: int) -> Identity:
+    assert sys.platform == "linux"
     with open(f"/proc/{entry}/stat", "rb") as file:
         # proc_pid_stat(5): field 22 is the start in clock ticks since boot; field 2, in parentheses, may contain any byte.
         ticks = int(file.read().rpartition(b")")[2].split()[19])
