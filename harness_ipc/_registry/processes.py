@@ -131,19 +131,25 @@ def _why_proc_is_unusable() -> str | None:
     return None
 
 
-def _linux_identity(entry: str, pid: int) -> Identity:
-    assert sys.platform == "linux"
-    with open(f"/proc/{entry}/stat", "rb") as file:
-        # proc_pid_stat(5): field 22 is the start in clock ticks since boot; field 2, in parentheses, may contain any byte.
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    # Like psutil's, but without /proc/stat, which a sandbox may hide: the start in seconds since 1970 by today's clock.
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    identity: Identity = {"pid": pid, "create_time": booted + ticks / os.sysconf("SC_CLK_TCK"), "start_ticks": ticks}
-    identity["boot_id"] = _boot_id()
-    # Of this process: one that can be seen in our /proc by its pid is known by that pid here, whatever namespace it is in.
-    identity["pid_namespace"] = _namespace("pid")
-    identity["time_namespace"] = _namespace("time")
-    return identity
+if sys.platform == "linux":
+
+    def _linux_identity(entry: str, pid: int) -> Identity:
+        with open(f"/proc/{entry}/stat", "rb") as file:
+            # proc_pid_stat(5): field 22 is the start in clock ticks since boot; field 2, in parentheses, may contain any byte.
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        # Like psutil's, but without /proc/stat, which a sandbox may hide: the start in seconds since 1970 by today's clock.
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        identity: Identity = {"pid": pid, "create_time": booted + ticks / os.sysconf("SC_CLK_TCK"), "start_ticks": ticks}
+        identity["boot_id"] = _boot_id()
+        # Of this process: one that can be seen in our /proc by its pid is known by that pid here, whatever namespace it is in.
+        identity["pid_namespace"] = _namespace("pid")
+        identity["time_namespace"] = _namespace("time")
+        return identity
+
+else:
+
+    def _linux_identity(entry: str, pid: int) -> Identity:
+        raise NotImplementedError
 
 
 def _boot_id() -> str:
