@@ -142,7 +142,7 @@ def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
     from harness_ipc import ensure_daemon
 
     check_extra()
-    ensure_daemon(name, [sys.executable, "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
+    ensure_daemon(name, [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
 
 
 def disconnect() -> None:
