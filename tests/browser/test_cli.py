@@ -350,6 +350,16 @@ def test_wrong_usage(fresh: Path, words: list[str], said: str) -> None:
     assert list(fresh.iterdir()) == processes_of(fresh) == []
 
 
+@pytest.mark.parametrize(
+    "words", [["--name"], ["-x\x1b[2J\n\x9b"], ["--json=\x1b[2J\n\x9b"], ["--doctor", "--reload=\x1b]0;x\x07"]]
+)
+def test_an_argument_that_is_quoted_does_not_control_the_terminal(fresh: Path, words: list[str]) -> None:
+    run = harness_browser(*words)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert all(c.isprintable() or c == "\n" for c in run.stderr), ascii(run.stderr)
+    assert run.stderr.splitlines()[-1].startswith("harness-browser: error: ")
+
+
 def test_version(fresh: Path) -> None:
     run = harness_browser("--version")
     assert (run.returncode, run.stdout, run.stderr) == (0, f"harness-browser {harness_ipc.__version__}\n", "")
