@@ -1,4 +1,4 @@
-"""What the repository runs or installs from elsewhere is fixed: a tag or an unbounded version is whatever its owner makes of it."""
+"""What the repository takes from elsewhere is fixed: an action's tag can be moved, and a new version can be anything."""
 
 from __future__ import annotations
 
