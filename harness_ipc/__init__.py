@@ -26,6 +26,7 @@ from .errors import (
     StartFailed,
     UnsafeDirectory,
 )
+from .messages import escape_control
 from .paths import check_private_dir, create_private_dir, log_path, runtime_dir, runtime_path
 from .transport import PeerCredentials
 
@@ -95,6 +96,7 @@ __all__ = [
     "daemon_alive",
     "daemon_status",
     "ensure_daemon",
+    "escape_control",
     "identify",
     "is_same_process",
     "list_daemons",

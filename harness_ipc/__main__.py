@@ -1,8 +1,15 @@
 """`python -m harness_ipc` is the command `harness-ipc`."""
 
+import contextlib
+import os
 import sys
 
 from .cli import main
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # `python -m` puts the current directory first. What the command imports later must not come from there.
+        with contextlib.suppress(OSError):
+            if sys.path[0] in ("", os.getcwd()):
+                del sys.path[0]
     sys.exit(main())

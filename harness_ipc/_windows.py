@@ -183,16 +183,15 @@ if sys.platform == "win32":
             import ctypes
             import struct
 
-            # Full access for the owner, none for anybody else: "SID Strings" and "Named Pipe Security and Access Rights" in
-            # the Win32 documentation.
-            descriptor = ctypes.c_void_p()
-            convert = ctypes.WinDLL("advapi32").ConvertStringSecurityDescriptorToSecurityDescriptorW
-            if not convert("D:P(A;;GA;;;OW)", 1, ctypes.byref(descriptor), None):
-                raise ctypes.WinError()
+            from ._windows_security import pipe_security_descriptor
+
+            descriptor = ctypes.create_string_buffer(pipe_security_descriptor())
             # SECURITY_ATTRIBUTES: length, descriptor, not inherited.
             layout = struct.Struct("IPi0P")
-            self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, descriptor.value, 0))
+            self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, ctypes.addressof(descriptor), 0))
             self._security = ctypes.addressof(self._attributes)
+            # The attributes point to it.
+            self._descriptor = descriptor
             self._in_turn = threading.Lock()
             super().__init__(address)
 
@@ -215,7 +214,7 @@ if sys.platform == "win32":
             return handle
 
         def _new_handle(self, first: bool = False) -> int:
-            return _winapi.CreateNamedPipe(
+            handle: int = _winapi.CreateNamedPipe(
                 self._address,
                 _winapi.PIPE_ACCESS_DUPLEX
                 | _winapi.FILE_FLAG_OVERLAPPED
@@ -227,12 +226,22 @@ if sys.platform == "win32":
                 _winapi.NMPWAIT_WAIT_FOREVER,
                 self._security,
             )
+            if first:
+                # All instances have the descriptor of the first. A client has no use for this module, nor for ctypes.
+                from ._windows_security import check_pipe_security
+
+                try:
+                    check_pipe_security(handle)
+                except BaseException:
+                    _winapi.CloseHandle(handle)
+                    raise
+            return handle
 
     class Listener:
         """A named pipe that only this user can open; several threads may accept at once, each with an instance of its own."""
 
         def __init__(self, address: str) -> None:
-            """Make the pipe `address`. Raises `StartFailed`."""
+            """Make the pipe `address`. Raises `StartFailed`, also if the system lets others open it."""
             import ctypes
 
             self.address = address

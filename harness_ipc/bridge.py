@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import auth, messages
+from ._rate_limit import RateLimitedLogger
 from .errors import ConnectionLost, ProtocolError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class LoopBridge:
         end: Callable[[Session, Exception | None], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._log = RateLimitedLogger(logger)
         self._context = contextvars.copy_context()
         self._handler = handler
         self._health = health
@@ -183,7 +185,7 @@ class LoopBridge:
             return messages.encode(reply, limit)
         except Exception as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
-            logger.error("the reply can't be sent: %s: %s", *sorry["error"].values())
+            self._log.error("the reply can't be sent: %s: %s", *sorry["error"].values(), error=error)
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
 
@@ -298,10 +300,10 @@ class LoopBridge:
             reply = await self._answer(message)
         except Exception as error:
             if message.get("meta") == messages.HEALTH:
-                # Whoever looks at a daemon that is not well looks often: no traceback each time.
-                logger.warning("the app is not well: %s: %s", type(error).__name__, error)
+                # A monitor asks often: no traceback each time.
+                self._log.warning("health check failed: %s: %s", *messages.error_reply(error)["error"].values(), error=error)
             else:
-                logger.exception("the handler failed")
+                self._log.exception("the handler failed", error)
             reply = messages.error_reply(error)
         finally:
             if reply is None:

@@ -34,7 +34,7 @@ from .errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from .manager import DaemonStatus
 
@@ -81,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = options.run(options)
         sys.stdout.flush()
     except HarnessIPCError as error:
-        _tell(" ".join(str(error).split()))
+        _print_error(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
-            print(f"    {_harmless(line)}", file=sys.stderr)
+            print(f"    {_escape(line)}", file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
         # Whoever read our output has seen enough: not ours to report, and nothing may be flushed at exit (Python's docs on
@@ -95,8 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(status)
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit as the base class does. The message quotes arguments, which may be text of others."""
+        super().error(messages.escape_control(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         prog="harness-ipc",
         description="One authenticated channel between a long-lived local daemon and short-lived processes.",
         epilog="exit status: 0 well; 1 the reply was an error, or doctor found a fault; 2 usage; 3 not running; 4 timed out; "
@@ -109,14 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print the numbers as JSON")
     demo.set_defaults(run=_demo)
 
-    named = argparse.ArgumentParser(add_help=False)
+    named = _ArgumentParser(add_help=False)
     named.add_argument(
         "--name",
         default=os.environ.get("HARNESS_IPC_NAME") or "default",
         help="the daemon's name (default: $HARNESS_IPC_NAME, then 'default')",
     )
 
-    app = argparse.ArgumentParser(add_help=False)
+    app = _ArgumentParser(add_help=False)
     app.add_argument("app", metavar="MODULE:APP", help="an async function, or an object or class with start, handle and stop")
     app.add_argument("--idle-timeout", type=_seconds, metavar="S", help="end after S seconds without a request")
 
@@ -202,12 +208,12 @@ def _serve(options: argparse.Namespace) -> int:
     import logging
 
     from . import startup
-    from .daemon import claim_name, run_daemon
+    from .daemon import EntryFormatter, claim_name, run_daemon
 
     _split_app(options.app)
     console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    # Whoever starts us in the background has sent stderr into the log already.
+    console.setFormatter(EntryFormatter("%(levelname)s %(name)s: %(message)s"))
+    # In the background stderr goes into the log.
     in_foreground = startup.VARIABLE not in os.environ
 
     def report(server: Any) -> None:
@@ -233,7 +239,8 @@ def _start(options: argparse.Namespace) -> int:
     from .manager import ensure_daemon
 
     _split_app(options.app)
-    argv = [sys.executable, "-m", "harness_ipc", "serve", options.app, f"--name={options.name}"]
+    # -P: `python -m` would import our own modules from the current directory first.
+    argv = [sys.executable, "-P", "-m", "harness_ipc", "serve", options.app, f"--name={options.name}"]
     if options.idle_timeout is not None:
         argv += ["--idle-timeout", str(options.idle_timeout)]
     with _progress("starting", options.name):
@@ -245,7 +252,7 @@ def _call(options: argparse.Namespace) -> int:
     try:
         message = messages.decode(sys.stdin.buffer.read() if options.message == "-" else os.fsencode(options.message))
     except ProtocolError as error:
-        _tell(f"the message is not usable: {error}")
+        _print_error(f"the message is not usable: {error}")
         return 2
     reply = client.request(options.name, message, timeout=options.timeout)
     _print_json(reply)
@@ -259,9 +266,10 @@ def _ping(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"name": options.name, **reply, "round_trip_ms": round(milliseconds, 3)})
         return 0
-    print(f"{options.name}: pid {reply.get('pid')} answered in {milliseconds:.1f} ms")
+    print(_escape(f"{options.name}: pid {reply.get('pid')} answered in {milliseconds:.1f} ms"))
     if reply.get("responsive") is False:
-        _tell(f"the event loop of {options.name!r} has been blocked for {reply.get('loop_lag', 0):.1f} s: requests wait for it")
+        lag = reply.get("loop_lag", 0)
+        _print_error(f"the event loop of {options.name!r} has been blocked for {lag:.1f} s: requests wait for it")
     return 0
 
 
@@ -274,7 +282,7 @@ def _status(options: argparse.Namespace) -> int:
     else:
         print(f"{status.name}: {status.state}{'' if status.pid is None else f', pid {status.pid}'}")
         for title, text in _details(status):
-            print(f"  {title:9} {_harmless(text)}")
+            print(f"  {title:9} {_escape(text)}")
     return _STATE_STATUS[status.state]
 
 
@@ -308,7 +316,7 @@ def _list(options: argparse.Namespace) -> int:
     elif found:
         _print_table(found)
     else:
-        _tell("no daemon is running")
+        _print_error("no daemon is running")
     return 0
 
 
@@ -340,7 +348,7 @@ def _row(status: DaemonStatus) -> tuple[str, ...]:
         status.app_version,
         status.problem or (None if status.health is None else json.dumps(status.health)),
     )
-    return tuple("-" if cell is None else _harmless(" ".join(str(cell).split())) for cell in cells)
+    return tuple("-" if cell is None else _escape(" ".join(str(cell).split())) for cell in cells)
 
 
 def _stop(options: argparse.Namespace) -> int:
@@ -369,7 +377,7 @@ def _print_running(status: DaemonStatus, *, as_json: bool) -> int:
         return 0
     print(f"{status.name}: pid {status.pid} is running", flush=True)
     if status.problem is not None:
-        _tell(status.problem)
+        _print_error(status.problem)
     return 0
 
 
@@ -380,10 +388,8 @@ def _logs(options: argparse.Namespace) -> int:
         data = log.tail(options.lines)
     except FileNotFoundError:
         raise DaemonNotRunning(f"there is no log {log.path}: the daemon {options.name!r} has not been started yet") from None
-    except OSError as error:
-        raise UnsafeDirectory(f"the log {log.path} can't be read: {error.strerror}; see what it is and whose") from error
     while True:
-        sys.stdout.write(_harmless(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
+        sys.stdout.write(_escape(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
         sys.stdout.flush()
         if not options.follow:
             return 0
@@ -403,7 +409,7 @@ class _Log:
         """Return the last `count` lines."""
         from collections import deque
 
-        with open(self.path, "rb") as file:
+        with paths.open_log_for_reading(self.path) as file:
             self._file = _identity(file)
             lines = deque(file, count)
             self._read = file.tell()
@@ -412,8 +418,8 @@ class _Log:
     def appended(self) -> bytes:
         """Return what came since, also in a log that was rotated away meanwhile, or cut."""
         data = b""
-        # Between the two steps of a rotation it is missing, or on Windows not to be had.
-        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+        # Between the two steps of a rotation it is missing, or on Windows can't be opened.
+        with contextlib.suppress(FileNotFoundError, ConnectionLost), paths.open_log_for_reading(self.path) as file:
             if (identity := _identity(file)) != self._file:
                 data = self._rest()
                 self._file, self._read = identity, 0
@@ -426,7 +432,7 @@ class _Log:
 
     def _rest(self) -> bytes:
         # As logging.handlers.RotatingFileHandler names the predecessor.
-        with contextlib.suppress(OSError), open(f"{self.path}.1", "rb") as file:
+        with contextlib.suppress(FileNotFoundError, ConnectionLost), paths.open_log_for_reading(f"{self.path}.1") as file:
             if _identity(file) == self._file:
                 file.seek(self._read)
                 return file.read()
@@ -449,8 +455,12 @@ def _load_app(specification: str) -> Any:
     import logging
 
     module_name, path = _split_app(specification)
-    # As `python -m` does: the program is where the user stands.
-    sys.path.insert(0, os.getcwd())
+    # What this process imports later: some of it tries modules of other systems, which the current directory might have.
+    for late in ("filelock", "pathlib", "platformdirs", "psutil", "shlex", "tempfile"):
+        importlib.import_module(late)
+    # Last: a file there may be the app, or a module of the app's, but takes the place of no other module.
+    with contextlib.suppress(OSError):  # it may have been removed
+        sys.path.append(os.getcwd())
     try:
         app: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
@@ -458,7 +468,10 @@ def _load_app(specification: str) -> Any:
         return app() if isinstance(app, type) else app
     except Exception as error:
         logging.getLogger(__name__).exception("%s can't be loaded", specification)
-        raise StartFailed(f"{specification} can't be loaded: {type(error).__name__}: {error}") from error
+        # An installed module of that name comes before one in the current directory.
+        file = getattr(sys.modules.get(module_name), "__file__", None)
+        where = f" from {file}" if file else ""
+        raise StartFailed(f"{specification} can't be loaded{where}: {type(error).__name__}: {error}") from error
 
 
 def _split_app(specification: str) -> tuple[str, str]:
@@ -469,16 +482,15 @@ def _split_app(specification: str) -> tuple[str, str]:
 
 
 def _print_json(value: object) -> None:
-    # ASCII: it passes any console's encoding, and lone surrogates too.
-    print(json.dumps(value), flush=True)
+    print(messages.to_json(value), flush=True)
 
 
-def _tell(text: str) -> None:
-    print(f"harness-ipc: {_harmless(text)}", file=sys.stderr, flush=True)
+def _print_error(text: str) -> None:
+    print(f"harness-ipc: {_escape(text)}", file=sys.stderr, flush=True)
 
 
-def _harmless(text: str) -> str:
-    return messages.printable(text, keep="\n\t")
+def _escape(text: str) -> str:
+    return messages.escape_control(text, allow="\n\t")
 
 
 def _duration(seconds: float) -> str:
@@ -503,7 +515,7 @@ def _progress(doing: str, name: str) -> Iterator[None]:
         width = 0
         while not over.wait(_SILENCE):
             if not sys.stderr.isatty():
-                _tell(f"still {doing} {name}; its log is {log}")
+                _print_error(f"still {doing} {name}; its log is {log}")
                 return
             text = f"{doing} {name}: {time.monotonic() - begun:.0f} s"
             width = len(text)

@@ -269,20 +269,20 @@ class _PrivateRotatingFileHandler(logging.handlers.RotatingFileHandler):
         return self.stream.fileno()
 
 
-class _OneEntry(logging.Formatter):
-    """One line starts an entry, whatever texts of others are in it: more lines are indented, and none steers a terminal."""
+class EntryFormatter(logging.Formatter):
+    """Formats entries without control characters. The first line of an entry is the only one that is not indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the entry."""
         lines = super().format(record).split("\n")
-        return "\n    ".join(messages.printable(line, keep="\t") for line in lines)
+        return "\n    ".join(messages.escape_control(line, allow="\t") for line in lines)
 
 
 @contextlib.contextmanager
 def _logging_to(name: str) -> Any:
     """Send the root logger, warnings and uncaught exceptions to the log of the daemon `name`."""
     handler = _PrivateRotatingFileHandler(str(paths.log_path(name)), maxBytes=_LOG_BYTES, backupCount=_LOG_BACKUPS)
-    handler.setFormatter(_OneEntry("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)

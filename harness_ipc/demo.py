@@ -73,7 +73,7 @@ def run(*, as_json: bool = False) -> int:
 def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dict[str, Any]:
     start = time.perf_counter()
     errors = processes.enter_context(open(os.path.join(directory, "stderr"), "w+b"))  # noqa: SIM115 - the stack closes it
-    serve = ["-m", "harness_ipc", "serve", "harness_ipc.demo:handle", "--name", _NAME, "--json"]
+    serve = ["-P", "-m", "harness_ipc", "serve", "harness_ipc.demo:handle", "--name", _NAME, "--json"]
     daemon = processes.enter_context(_spawned(serve, errors))
     lines = _lines(daemon)
     ready = next(lines, None)
@@ -149,7 +149,7 @@ class _Player:
         self.part = part
         self.done = 0
         self._result: dict[str, Any] | None = None
-        self._process = processes.enter_context(_spawned(["-m", "harness_ipc.demo", part], errors))
+        self._process = processes.enter_context(_spawned(["-P", "-m", "harness_ipc.demo", part], errors))
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 

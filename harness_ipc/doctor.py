@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -52,7 +51,7 @@ def run(*, as_json: bool = False) -> int:
     findings = examine()
     ok = all(finding.level != "failure" for finding in findings)
     if as_json:
-        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
+        print(messages.to_json({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
     else:
         for finding in findings:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
@@ -384,6 +383,6 @@ def _quote(path: str) -> str:
 
 def _print_line(text: str) -> None:
     # No character may end the line, move the cursor or be unknown to the console.
-    shown = messages.printable(text)
+    shown = messages.escape_control(text)
     encoding = sys.stdout.encoding or "ascii"
     print(shown.encode(encoding, "backslashreplace").decode(encoding))

@@ -1,6 +1,6 @@
 """The record of one daemon generation: publish, load, discard; and the lifetime lock. It opens no connection.
 
-A generation is one run of one daemon. Its address is new each time and is found only through the record, which is a file
+A generation is one run of one daemon. Its address is new each time. Clients learn it from the record, which is a file
 ``<name>.json`` in the runtime directory, renamed into place after the listener is bound.
 """
 

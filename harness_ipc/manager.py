@@ -378,7 +378,7 @@ def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: s
 def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:
     """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
     tail = ""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
+    with contextlib.suppress(OSError), paths.open_log_for_reading(log) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _LOG_TAIL, start if start < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")

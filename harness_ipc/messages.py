@@ -82,9 +82,18 @@ def error_reply(error: BaseException) -> Message:
     return {"error": {"type": type(error).__name__, "message": text}}
 
 
-def printable(text: str, keep: str = "") -> str:
-    """Return `text` with what could end a line or steer a terminal written as a backslash sequence, but for `keep`."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+def escape_control(text: str, allow: str = "") -> str:
+    """Return `text` with all control characters as backslash sequences, except those in `allow`.
+
+    For text of others that is printed: it can't end a line or control the terminal. Escaped is what `str.isprintable` rejects.
+    """
+    return "".join(c if c.isprintable() or c in allow else ascii(c)[1:-1] for c in text)
+
+
+def to_json(value: object) -> str:
+    """Return `value` as JSON for a person or a program: ASCII without control characters, which any console can show."""
+    # DEL is the one control character that JSON leaves as it is.
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from typing import TypeVar
+    from typing import BinaryIO, TypeVar
 
     T = TypeVar("T")
 
@@ -215,23 +215,48 @@ def read_private_file(path: str, limit: int) -> bytes:
 
     Raises `FileNotFoundError`, or `UnsafeDirectory` if it is a link, foreign, open to others or can't be read.
     """
+    descriptor = open_private_file(path)
+    try:
+        # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
+        return os.read(descriptor, min(limit, os.fstat(descriptor).st_size) + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_log_for_reading(path: str) -> BinaryIO:
+    """Open the log `path` as a private file is read: no link is followed, and only a regular file of this user is opened.
+
+    Raises as `read_private_file` does.
+    """
+    # As `open_private_log` demands it.
+    check_private_dir(os.path.dirname(path), forbidden=0o022)
+    return open(open_private_file(path), "rb")
+
+
+def open_private_file(path: str) -> int:
+    """Open the file `path` for reading and return the descriptor. Raises as `read_private_file` does."""
     try:
         descriptor = retry_sharing(os.open, path, _READ)
-        try:
-            info = os.fstat(descriptor)
-            _refuse(path, info, stat.S_IFREG, 0o077)
-            # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
-            return os.read(descriptor, min(limit, info.st_size) + 1)
-        finally:
-            os.close(descriptor)
-    except (FileNotFoundError, UnsafeDirectory):
+    except FileNotFoundError:
         raise
     except OSError as error:
         # What can't be opened is refused for what it is, if that is the reason.
         _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
         if isinstance(error, PermissionError):
             raise _unsafe(path, f"can't be read ({error.strerror})", _make_readable(path)) from error
-        raise ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again") from error
+        raise _unreadable(path, error) from error
+    try:
+        _refuse(path, os.fstat(descriptor), stat.S_IFREG, 0o077)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unreadable(path: str, error: OSError) -> ConnectionLost:
+    return ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again")
 
 
 def write_private_file(path: str, data: bytes) -> None:

@@ -18,6 +18,7 @@ from math import inf
 from typing import TYPE_CHECKING, Self
 
 from . import __version__, auth, endpoint, messages, paths, transport
+from ._rate_limit import RateLimitedLogger
 from .bridge import LoopBridge, Session
 from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge, ProtocolError
 
@@ -48,8 +49,6 @@ _EXHAUSTED_PAUSE = 0.1
 _LOOP_PATIENCE = 0.1
 # Seconds for cancelled handlers to end.
 CANCEL_PERIOD = 1.0
-# Seconds in which the log gets one line of a kind about clients: a crowd that is refused must not push all else out of it.
-_QUIET_PERIOD = 10.0
 
 
 async def start_daemon_server(
@@ -155,7 +154,7 @@ class DaemonServer:
             need_thread=self._attend_in_thread,
             end=self._end_by,
         )
-        self._log = _SparingLog()
+        self._log = RateLimitedLogger(logger)
         self._keys = auth.Keys(generation.record.authkey, generation.record.address)
         self._on_shutdown = on_shutdown or self.close
         self._generation = generation
@@ -384,7 +383,7 @@ class DaemonServer:
         elif isinstance(error, (HarnessIPCError, EOFError, OSError)):
             logger.debug("the client with pid %s is gone: %s", pid, error)
         elif error is not None:
-            logger.error("a connection failed", exc_info=error)
+            self._log.exception("a connection failed", error)
         self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -586,29 +585,3 @@ class DaemonServer:
             self._sweep.cancel()
         if not self._closed.done():
             self._closed.set_result(None)
-
-
-class _SparingLog:
-    """The log of what clients can cause by the thousand: of each kind one line in a while, with how many it stands for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # By the message: when it was logged last, and how often it was not since.
-        self._last: dict[str, tuple[float, int]] = {}
-
-    def warning(self, message: str, *values: object) -> None:
-        self._tell(logging.WARNING, message, *values)
-
-    def error(self, message: str, *values: object) -> None:
-        self._tell(logging.ERROR, message, *values)
-
-    def _tell(self, level: int, message: str, *values: object) -> None:
-        now = time.monotonic()
-        with self._lock:
-            logged_at, left_out = self._last.get(message, (-inf, 0))
-            if now - logged_at < _QUIET_PERIOD:
-                self._last[message] = logged_at, left_out + 1
-                return
-            self._last[message] = now, 0
-        more = f" (and {left_out} more like this since the last line of it)" if left_out else ""
-        logger.log(level, f"{message}{more}", *values)

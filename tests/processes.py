@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -41,6 +42,7 @@ class App:
 
     def __init__(self) -> None:
         self.started = False
+        self.sick = False
         self.log: list[Any] = []
         self.meeting = asyncio.Barrier(2)
 
@@ -51,6 +53,8 @@ class App:
         print("stopped", flush=True)
 
     async def health(self) -> dict[str, Any]:
+        if self.sick:
+            raise LookupError("not well")
         return {"started": self.started}
 
     async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +83,12 @@ class App:
                 return {"result": "x" * params["size"]}
             case "raise":
                 raise ValueError(params.get("text", "as told"))
+            case "fail health":
+                self.sick = True
+                return {"result": None}
+            case "log this":
+                logging.getLogger("tests.app").error(params["text"])
+                return {"result": None}
             case "raise unprintable":
                 raise UnprintableError
             case "return unreadable":

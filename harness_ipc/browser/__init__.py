@@ -3,8 +3,9 @@
     from harness_ipc.browser.helpers import *
 
 `helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `own` starts one, `cdp`
-speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an
-application of the public API of `harness_ipc`, as anybody could write one.
+speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, `own_imports` keeps the directory of the
+program that it runs out of our imports, and `doctor` says what is wrong. It is an application of the public API of
+`harness_ipc`, as anybody could write one.
 """
 
 from __future__ import annotations

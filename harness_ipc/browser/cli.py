@@ -13,13 +13,14 @@ import sys
 import threading
 from types import ModuleType, TracebackType
 
-from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__
+from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__, escape_control
 
-from . import NAME, check_extra, daemon_name, helpers, is_ours, not_ours
+from . import NAME, check_extra, daemon_name, helpers, is_ours, not_ours, own_imports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 _EXIT_STATUS: list[tuple[type[Exception], int]] = [
     (InvalidName, 2),
@@ -73,8 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit as the base class does. The message quotes arguments, which may be text of others."""
+        super().error(escape_control(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         prog="harness-browser",
         usage="%(prog)s [--name NAME] (-c CODE | FILE | -) [ARGUMENT ...]\n"
         "       %(prog)s [--name NAME] --doctor [--json] | --reload",
@@ -137,7 +144,10 @@ def _run(options: argparse.Namespace) -> int:
     sys.modules["__main__"] = program
     sys.argv = argv
     if not sys.flags.safe_path:
-        sys.path[0] = place
+        # What a request may import later, to say what is wrong with a file. All else is imported by `own_imports`.
+        import shlex  # noqa: F401
+
+        own_imports.put_program_directory(place)
     try:
         exec(compile(source, name, "exec", dont_inherit=True), program.__dict__)  # noqa: S102 - it is what the user asks for
         if sys.stdout is not None:
@@ -152,15 +162,23 @@ def _run(options: argparse.Namespace) -> int:
             # As the interpreter's own hook does. A reader that has gone is not the program's error.
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
-        if sys.excepthook is sys.__excepthook__ and not place:
-            import traceback
-
-            # The interpreter's own hook quotes files only.
-            traceback.print_exception(error)
+        if sys.excepthook is sys.__excepthook__:
+            with own_imports.without_program_directory():
+                _print_traceback(error, in_file=bool(place))
         else:
             sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
+
+
+def _print_traceback(error: BaseException, *, in_file: bool) -> None:
+    if in_file:
+        sys.__excepthook__(type(error), error, error.__traceback__)
+        return
+    import traceback
+
+    # The interpreter's own hook quotes files only.
+    traceback.print_exception(error)
 
 
 def _connect() -> None:
@@ -251,4 +269,7 @@ def _harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # As for a script: `python -m` puts the current directory first, and what is imported later must not come from there.
+        sys.path[0] = os.path.dirname(os.path.abspath(__file__))
     sys.exit(main())

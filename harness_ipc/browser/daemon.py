@@ -491,5 +491,5 @@ if __name__ == "__main__":
     try:
         main()
     except harness_ipc.HarnessIPCError as error:
-        # Its text is in the log, and with whoever started us. A traceback would say no more.
-        sys.exit(str(error))
+        # Its text is in the log, and the process that started us has it. A traceback would say no more.
+        sys.exit(harness_ipc.escape_control(str(error)))

@@ -7,6 +7,7 @@ or `DaemonTimeout`, both `TimeoutError`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import sys
@@ -28,6 +29,7 @@ from .errors import (
     TabClosed,
     from_reply,
 )
+from .own_imports import without_program_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -123,12 +125,13 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
         if _client is not None and _process == os.getpid() and _client.name == daemon_name():
             return _client
         name = daemon_name()
-        try:
-            client = connect_daemon(name, max_message=MAX_MESSAGE)
-        except (DaemonNotRunning, ConnectionLost):
-            # Lost, if one is just dying: nothing was sent yet.
-            start_daemon(name, timeout=timeout)
-            client = connect_daemon(name, max_message=MAX_MESSAGE)
+        with without_program_directory():
+            try:
+                client = connect_daemon(name, max_message=MAX_MESSAGE)
+            except (DaemonNotRunning, ConnectionLost):
+                # Lost, if one is just dying: nothing was sent yet.
+                start_daemon(name, timeout=timeout)
+                client = connect_daemon(name, max_message=MAX_MESSAGE)
         if not is_ours(client.app_version):
             client.close()
             raise not_ours(name)
@@ -142,7 +145,8 @@ def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
     from harness_ipc import ensure_daemon
 
     check_extra()
-    ensure_daemon(name, [sys.executable, "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
+    # -P: `python -m` would import from the current directory first.
+    ensure_daemon(name, [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
 
 
 def disconnect() -> None:
@@ -433,8 +437,6 @@ def capture_screenshot(path: str | os.PathLike[str] | None = None, full: bool = 
 
     Raises `OSError` if the file can't be written; what was there before is then still there.
     """
-    import base64
-
     params: dict[str, Any] = {"format": "png"}
     if full:
         size = cdp("Page.getLayoutMetrics", timeout=timeout)["cssContentSize"]

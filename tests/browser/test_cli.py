@@ -24,6 +24,7 @@ from tests.browser.others import other_browser
 from tests.browser.site import Site
 from tests.managed import the_log
 from tests.marks import needs_chromium, needs_linux, needs_posix
+from tests.planted import PlantedModules, imported_names
 from tests.processes import PATIENCE, lives, runtime_files, spawn_daemon, wait_until
 
 pytestmark = needs_chromium
@@ -347,6 +348,16 @@ def test_wrong_usage(fresh: Path, words: list[str], said: str) -> None:
     assert said in last
     assert "Traceback" not in run.stderr
     assert list(fresh.iterdir()) == processes_of(fresh) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["--name"], ["-x\x1b[2J\n\x9b"], ["--json=\x1b[2J\n\x9b"], ["--doctor", "--reload=\x1b]0;x\x07"]]
+)
+def test_an_argument_that_is_quoted_does_not_control_the_terminal(fresh: Path, words: list[str]) -> None:
+    run = harness_browser(*words)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert all(c.isprintable() or c == "\n" for c in run.stderr), ascii(run.stderr)
+    assert run.stderr.splitlines()[-1].startswith("harness-browser: error: ")
 
 
 def test_version(fresh: Path) -> None:
@@ -808,3 +819,67 @@ def test_a_lock_of_a_machine_that_is_no_more(fresh: Path) -> None:
     harness_browser("--reload")
     lock_of(fresh).symlink_to("a-container-4")
     assert serves()
+
+
+# What is in the current directory.
+
+# Built-in modules only: what the program itself imports comes from there, as with Python itself.
+# It kills the daemon, so that the next helper starts another while the program runs.
+RESTARTS = """
+import posix
+from harness_ipc import ConnectionLost
+from harness_ipc.browser.helpers import connect
+page_info()
+posix.kill(connect().pid, 9)
+while True:
+    try:
+        page_info()
+        break
+    except ConnectionLost:  # not yet noticed, or just dying
+        pass
+"""
+USES_THE_HELPERS = """
+new_tab()
+goto_url("data:text/html,<title>here</title>")
+assert wait_for_load() and page_info()["title"] == "here"
+assert js("await 6 * 7") == 42
+click_at_xy(1, 1); type_text("a"); press_key("b"); scroll(1, 1); drain_events()
+assert capture_screenshot()[:4] == b"\\x89PNG"
+close_tab()
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("way", ["-c", "-", "file"])
+def test_a_program_that_runs_in_an_untrusted_directory_does_not_make_us_import_from_it(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    script = "import sys; from harness_ipc.browser.cli import main; sys.exit(main())"
+    command = [sys.executable, file_of(tmp_path / "bin", script, "harness-browser")]
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    planted = PlantedModules(checkout, imported_names())
+
+    def run(source: str) -> subprocess.CompletedProcess[str]:
+        words = {"-c": ["-c", source], "-": ["-"], "file": [file_of(checkout, source)]}[way]
+        text = source if way == "-" else ""
+        return subprocess.run([*command, *words], input=text, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+
+    for source, words, status in (
+        ("print(page_info()['url'])", "about:blank", 0),
+        (USES_THE_HELPERS, "", 0),
+        ("raise ValueError(page_info()['url'])", "", 1),
+        ("def f(:", "", 1),
+        ("import sibling_that_is_not_there", "", 1),
+    ):
+        done = run(source)
+        assert (done.returncode, done.stdout.strip(), planted.imported()) == (status, words, []), done.stderr
+    daemon = daemon_status("browser").pid
+    done = run(RESTARTS)
+    assert (done.returncode, done.stderr, planted.imported()) == (0, "", [])
+    assert daemon_status("browser").pid != daemon
+    for options in ["--doctor"], ["--reload"]:
+        done = subprocess.run([*command, *options], capture_output=True, encoding="utf-8", timeout=PATIENCE)
+        assert (done.returncode, planted.imported()) == (0, []), done.stdout + done.stderr

@@ -671,6 +671,47 @@ def test_nothing_that_a_daemon_says_steers_the_terminal_of_who_asks(private_dire
     assert "\r" not in shown.decode().replace(os.linesep, "")
 
 
+# No argument has a NUL or a lone surrogate.
+EVIL_WORD = EVIL.replace("\0", "").replace("\ud800", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[EVIL_WORD], ["ping", "--timeout", EVIL_WORD], ["ping", f"--{EVIL_WORD}"], ["logs", "-n", EVIL_WORD]],
+    ids=["command", "seconds", "option", "count"],
+)
+def test_an_argument_that_is_quoted_does_not_control_the_terminal(words: list[str]) -> None:
+    refused = run_python("-m", "harness_ipc", *words)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "all is well" in refused.stderr
+    assert all(c.isprintable() or c == "\n" for c in refused.stderr), ascii(refused.stderr)
+    assert refused.stderr.count("error: ") == 1
+    assert refused.stderr.splitlines()[-1].startswith("harness-ipc")
+
+
+def test_what_a_daemon_in_a_terminal_prints_does_not_control_it(private_directories: Path) -> None:
+    """Its log goes to the terminal, with the texts of its handler's exceptions."""
+    source = f"async def handle(message): raise ValueError({EVIL!a})\n"
+    (private_directories / "evil.py").write_text(source, encoding="ascii")
+    serve = [sys.executable, "-m", "harness_ipc", "serve", "evil:handle", "--name", NAME, "--json"]
+    with subprocess.Popen(serve, cwd=private_directories, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as daemon:
+        assert daemon.stdout is not None
+        daemon.stdout.readline()
+        assert request(NAME, {"any": 1})["error"]["message"] == EVIL
+        request(NAME, {"meta": "shutdown"})
+        shown = daemon.communicate(timeout=PATIENCE)[1].decode()
+    assert "all is well" in shown
+    assert all(c.isprintable() or c in "\n\t" for c in shown.replace(os.linesep, "\n")), ascii(shown)
+
+
+def test_json_that_is_printed_has_no_control_characters() -> None:
+    text = "".join(map(chr, range(0x100)))
+    with spawn_daemon(NAME):
+        called = run_python("-m", "harness_ipc", "call", "--name", NAME, json.dumps({"method": "echo", "params": {"t": text}}))
+    assert json.loads(called.stdout) == {"result": {"t": text}}
+    assert called.stdout.rstrip("\n").isprintable(), ascii(called.stdout)
+
+
 # Messages that cost more than they weigh.
 
 # What the reply has for each: an error, an echo, or what the app says to a request that it does not look at.

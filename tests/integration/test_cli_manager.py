@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from harness_ipc import (
+    StartFailed,
     cli,
     daemon_alive,
     daemon_status,
@@ -31,7 +32,7 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from tests.marks import needs_posix
+from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, lives, wait_until
 
 # `gate` is a file that the test makes: what waits for it lasts as long as the test needs.
@@ -422,7 +423,8 @@ def test_restart_of_what_never_ran() -> None:
 
 def _log(name: str, data: bytes) -> Path:
     path = log_path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
     path.write_bytes(data)
     return path
 
@@ -453,10 +455,77 @@ def test_a_log_that_is_not_there(option: list[str], private_directories: Path) -
     assert list(private_directories.iterdir()) == []
 
 
+def _assert_log_refused(name: str) -> None:
+    for option in [], ["-f"]:
+        refused = _run("logs", "--name", name, *option)
+        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (5, "", 1), refused.stderr
+        assert str(log_path(name)) in refused.stderr
+
+
 def test_a_log_that_is_something_else() -> None:
-    log_path("odd").mkdir(parents=True)
-    refused = _run("logs", "--name", "odd")
-    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (5, "", 1)
+    log_path("odd").mkdir(parents=True, mode=0o700)
+    _assert_log_refused("odd")
+
+
+@needs_posix
+@pytest.mark.parametrize("kind", ["link", "dangling link", "FIFO", "open to others", "in an open directory"])
+def test_a_log_that_is_not_private_is_refused(tmp_path: Path, kind: str) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("what is elsewhere\n", encoding="utf-8")
+    path = _log("odd", b"planted\n")
+    if kind == "FIFO" or kind.endswith("link"):
+        path.unlink()
+    if kind == "FIFO":
+        os.mkfifo(path, 0o600)
+    elif kind.endswith("link"):
+        path.symlink_to(secret if kind == "link" else tmp_path / "nothing")
+    elif kind == "open to others":
+        path.chmod(0o644)
+    else:
+        path.parent.chmod(0o777)
+    if kind == "in an open directory":
+        refused = _run("logs", "--name", "odd")
+        assert (refused.returncode, refused.stdout) == (5, "")
+        assert f"chmod 700 {path.parent}" in refused.stderr
+    else:
+        _assert_log_refused("odd")
+
+
+@needs_root
+def test_a_log_of_another_user_is_refused() -> None:
+    os.chown(_log("odd", b"planted\n"), 65534, 65534)
+    _assert_log_refused("odd")
+
+
+@needs_posix
+def test_a_log_that_is_replaced_by_a_link_ends_the_following(tmp_path: Path) -> None:
+    path = _log("odd", b"first\n")
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("what is elsewhere\n", encoding="utf-8")
+    with _running("logs", "--name", "odd", "-f") as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline() == "first\n"
+        path.unlink()
+        path.symlink_to(secret)
+        out, err = logs.communicate(timeout=PATIENCE)
+        assert (logs.returncode, out) == (5, "")
+        assert f"{path} is a symbolic link" in err
+
+
+@needs_posix
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+def test_a_start_that_fails_shows_nothing_of_what_its_log_was_replaced_by(tmp_path: Path, kind: str) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("what is elsewhere\n", encoding="utf-8")
+    replace = f"os.symlink({str(secret)!r}, log)" if kind == "link" else "os.mkfifo(log, 0o600)"
+    source = f"import os; log = {str(log_path('odd'))!r}; os.unlink(log); {replace}; os._exit(3)"
+    with pytest.raises(StartFailed) as caught:
+        manager.ensure_daemon("odd", [sys.executable, "-c", source], timeout=PATIENCE)
+    assert "status 3" in str(caught.value)
+    assert (caught.value.log_tail, "elsewhere" in str(caught.value)) == ("", False)
 
 
 def test_nothing_in_a_log_steers_the_terminal() -> None:
@@ -473,7 +542,7 @@ def test_nothing_in_a_log_steers_the_terminal() -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
         file.write(data)
 
 

@@ -45,6 +45,8 @@ FEW = 10
 CROWD = 1000
 # Those that exchange a word with it, which takes longer on Windows.
 INTRUDERS = 1000 if os.name == "posix" else 100
+# Requests that fail.
+FAILURES = 1000
 # The daemon's threads are so large that a limit of its memory can forbid another one and leave room for all else.
 STACK = 64 * MIB
 LARGE_THREADS = f"""
@@ -295,14 +297,12 @@ def write_no_log(base: Path, shortage: Callable[[Path, Watched], contextlib.Abst
         daemon = Watched(process)
         with shortage(base, daemon):
             for _ in range(100):
-                with pytest.raises(RemoteError, match="x" * 1000):
-                    client.call("raise", text="x" * 1000)
+                client.call("log this", text="x" * 1000)
             assert is_served()
-            assert not log_lines("x" * 1000, "ValueError") or log_path(NAME).stat().st_size < 100_000
+            assert not log_lines("x" * 1000) or log_path(NAME).stat().st_size < 100_000
         # It writes again, and the same file.
-        with pytest.raises(RemoteError, match="afterwards"):
-            client.call("raise", text="afterwards")
-        assert log_lines("ValueError: afterwards")
+        client.call("log this", text="afterwards")
+        assert log_lines("ERROR tests.app: afterwards")
         assert is_served()
         client.close()
         wait_until(daemon.has_recovered)
@@ -368,6 +368,36 @@ def test_a_crowd_with_a_wrong_key_does_not_fill_the_log() -> None:
         for job in [pool.submit(give_a_wrong_key, endpoint.load(NAME).address) for _ in range(INTRUDERS)]:
             job.result(PATIENCE)
         assert log_lines("refused the client with pid", str(os.getpid()))
+
+
+def test_a_handler_that_fails_on_each_request_does_not_fill_the_log() -> None:
+    """Its tracebacks pushed everything else out of both files of the log within seconds."""
+    with watched(), connect_daemon(NAME) as client:
+        for number in range(FAILURES):
+            with pytest.raises(RemoteError):
+                client.call("raise", text=f"failure {number}")
+            with pytest.raises(RemoteError):
+                client.call("return", what="nan")
+            with pytest.raises(RemoteError):
+                client.call("return", what="list")
+        # All kinds are told, with their tracebacks, and what came before is still there.
+        assert log_lines("starting ")
+        assert log_lines("ValueError: failure 0")
+        assert log_lines("the reply can't be sent")
+        assert log_lines("TypeError: the handler returned list")
+        # A loaded machine takes longer than the ten seconds for which one of each kind stands.
+        assert len(log_lines("the handler failed")) < FAILURES // 10
+        assert len(log_lines("the reply can't be sent")) < FAILURES // 10
+        assert log_path(NAME).stat().st_size < 100_000
+
+
+def test_a_health_check_that_fails_does_not_fill_the_log() -> None:
+    with spawn_daemon(NAME), connect_daemon(NAME) as client:
+        client.call("fail health")
+        for _ in range(FAILURES):
+            assert client.request({"meta": "health"})["error"]["message"] == "not well"
+        assert 1 <= len(log_lines("health check failed: LookupError: not well")) < FAILURES // 10
+        assert is_served()
 
 
 def test_a_crowd_that_is_turned_away_does_not_fill_the_log() -> None:

@@ -55,8 +55,12 @@ from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, sp
 if sys.platform == "win32":
     import _winapi
 
+    from harness_ipc._windows_security import check_pipe_security, pipe_security_descriptor
+
     advapi32, kernel32 = ctypes.WinDLL("advapi32"), ctypes.WinDLL("kernel32")
 else:
+    check_pipe_security: Any = None
+    pipe_security_descriptor: Any = None
     _winapi: Any = None
     advapi32: Any = None
     kernel32: Any = None
@@ -115,14 +119,55 @@ class Calls:
 
 
 def protection_of(handle: int) -> str:
-    """Return the access list of a pipe, as the system gives it back ("Security Descriptor String Format")."""
-    kernel_object, access_list = 6, 4
-    descriptor, text = ctypes.c_void_p(), ctypes.c_wchar_p()
-    asked = [ctypes.c_void_p(handle), kernel_object, access_list, None, None, None, None, ctypes.byref(descriptor)]
+    """Return the owner and the access list of a pipe, as the system gives them back ("Security Descriptor String Format")."""
+    kernel_object, owner, access_list = 6, 1, 4
+    descriptor = ctypes.c_void_p()
+    asked = [ctypes.c_void_p(handle), kernel_object, owner | access_list, None, None, None, None, ctypes.byref(descriptor)]
     assert advapi32.GetSecurityInfo(*asked) == 0
+    return to_text(descriptor, owner | access_list)
+
+
+def to_text(descriptor: ctypes.c_void_p, parts: int) -> str:
+    """Return the parts of a security descriptor as text."""
+    text = ctypes.c_wchar_p()
     convert = advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW
-    assert convert(descriptor, 1, access_list, ctypes.byref(text), None)
+    assert convert(descriptor, 1, parts, ctypes.byref(text), None)
     return text.value or ""
+
+
+def to_descriptor(text: str) -> ctypes.c_void_p:
+    """Return the security descriptor that `text` describes."""
+    descriptor = ctypes.c_void_p()
+    assert advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW(text, 1, ctypes.byref(descriptor), None), text
+    return descriptor
+
+
+def user_sid() -> str:
+    """Return the SID of this process's user."""
+    name, size = ctypes.create_unicode_buffer(257), ctypes.c_ulong(257)
+    assert advapi32.GetUserNameW(name, ctypes.byref(size))
+    sid, sid_size = ctypes.create_string_buffer(256), ctypes.c_ulong(256)
+    domain, domain_size, kind = ctypes.create_unicode_buffer(257), ctypes.c_ulong(257), ctypes.c_ulong()
+    found = [sid, ctypes.byref(sid_size), domain, ctypes.byref(domain_size), ctypes.byref(kind)]
+    assert advapi32.LookupAccountNameW(None, name, *found), name.value
+    text = ctypes.c_wchar_p()
+    assert advapi32.ConvertSidToStringSidW(sid, ctypes.byref(text))
+    return text.value or ""
+
+
+@contextlib.contextmanager
+def pipe_with(text: str | None) -> Iterator[int]:
+    """Make a pipe with the security descriptor that `text` describes, or with the system's default. Yield its handle."""
+    layout = struct.Struct("IPi0P")
+    attributes = ctypes.create_string_buffer(layout.pack(layout.size, to_descriptor(text).value if text else 0, 0))
+    handle = _winapi.CreateNamedPipe(
+        *(rf"\\.\pipe\harness-ipc-test-{os.getpid()}", _winapi.PIPE_ACCESS_DUPLEX, _winapi.PIPE_TYPE_MESSAGE, 1, 0, 0, 0),
+        ctypes.addressof(attributes) if text else 0,
+    )
+    try:
+        yield handle
+    finally:
+        _winapi.CloseHandle(handle)
 
 
 async def echo(message: dict[str, Any]) -> dict[str, Any]:
@@ -145,24 +190,57 @@ def test_every_instance_of_a_pipe_is_its_owners_alone_and_no_other_machines() ->
         calls = Calls(patched)
         asyncio.run(main())
     # A pipe that the test makes shows that what the system says depends on what it was told.
-    open_pipe = _winapi.CreateNamedPipe(
-        rf"\\.\pipe\harness-ipc-test-{os.getpid()}", _winapi.PIPE_ACCESS_DUPLEX, _winapi.PIPE_TYPE_MESSAGE, 1, 0, 0, 0, 0
-    )
-    assert protection_of(open_pipe) != calls.protection[0]
-    _winapi.CloseHandle(open_pipe)
+    with pipe_with(None) as open_pipe:
+        assert protection_of(open_pipe) != calls.protection[0]
 
+    owner_and_list = 1 | 4
+    expected = to_text(to_descriptor(f"O:{user_sid()}D:P(A;;GA;;;{user_sid()})"), owner_and_list)
     assert len(calls.made) > 5
     first = _winapi.FILE_FLAG_FIRST_PIPE_INSTANCE
     assert [bool(arguments[1] & first) for arguments in calls.made] == [True] + [False] * (len(calls.made) - 1)
     for arguments, protection in zip(calls.made, calls.protection, strict=True):
         assert arguments[2] & reject_remote_clients
         assert arguments[-1]
-        # Nothing is inherited, and the one entry allows all to the owner: GA, "generic all", is FA for a file.
-        assert re.fullmatch(r"D:P\(A;;(GA|FA|0x1f01ff);;;(OW|S-1-3-4)\)", protection)
+        # Nothing is inherited, and the one entry allows all to this user: GA, "generic all", is FA for a file.
+        assert re.sub(r";(FA|0x1f01ff);", ";GA;", protection) == expected
     # Whoever is at the other end may learn who we are, and not act in our name.
     pipes = [arguments for arguments in calls.opened if arguments[0].startswith("\\\\.\\pipe\\")]
     assert len(pipes) > 5
     assert all(arguments[5] & identification == identification for arguments in pipes)
+
+
+def test_a_pipes_descriptor_names_the_user_and_keeps_lower_integrity_levels_out() -> None:
+    all_parts = 1 | 2 | 4 | 0x10  # owner, group, access list, mandatory label
+    descriptor = ctypes.create_string_buffer(pipe_security_descriptor())
+    text = to_text(ctypes.c_void_p(ctypes.addressof(descriptor)), all_parts)
+    sid = user_sid()
+    levels = ("ME", "HI")
+    expected = [f"O:{sid}G:{sid}D:P(A;;GA;;;{sid})S:(ML;;NWNRNX;;;{level})" for level in levels]
+    assert text in [to_text(to_descriptor(wanted), all_parts) for wanted in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("O:{sid}D:P(A;;GA;;;{sid})", None),
+        ("O:{sid}D:P(A;;GA;;;OW)", "others"),
+        ("O:{sid}D:P(A;;GA;;;{sid})(A;;GR;;;WD)", "others"),
+        ("O:{sid}D:P(A;;GA;;;BA)", "others"),
+        ("O:{sid}D:P(D;;GA;;;{sid})", "others"),
+        ("O:{sid}D:P", "others"),
+        ("O:{sid}D:NO_ACCESS_CONTROL", "others"),
+        (None, "the pipe"),
+        ("O:BAD:P(A;;GA;;;{sid})", "another user"),
+    ],
+)
+def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str | None) -> None:
+    sid = user_sid()
+    with pipe_with(text.format(sid=sid) if text else None) as handle:
+        if problem is None:
+            check_pipe_security(handle)
+        else:
+            with pytest.raises(StartFailed, match=problem):
+                check_pipe_security(handle)
 
 
 def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,12 @@ def test_the_limit_is_the_last_size_that_goes() -> None:
     assert str(size - 1) in str(caught.value)
 
 
+def test_control_characters_are_escaped_but_for_those_that_are_allowed() -> None:
+    text = "a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
+    assert messages.escape_control(text) == r"a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
+    assert messages.escape_control(text, allow="\n\t") == "a\\x1b]0;t\\x07\n\t\\x7f\\x9b2J\\u202e\\u2028é日😀\\ud800 "
+
+
 @pytest.mark.parametrize("error", [KeyError("k"), ValueError("lone \ud800\0\n"), Exception()], ids=ascii)
 def test_any_exception_makes_a_reply_that_can_be_sent(error: Exception) -> None:
     reply = messages.decode(messages.encode(messages.error_reply(error), LIMIT))

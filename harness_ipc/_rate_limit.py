@@ -1,0 +1,78 @@
+"""Log entries that clients can cause by the thousand: one of each kind in ten seconds, with a count. It knows no daemon."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from math import inf
+
+# Seconds in which one entry of a kind is logged.
+_PERIOD = 10.0
+# Kinds that are remembered. For a new one, the one that was logged longest ago is forgotten.
+_MAX_KINDS = 1000
+
+
+class RateLimitedLogger:
+    """A logger that leaves an entry out while one of the same kind was logged in the last ten seconds.
+
+    The next one of the kind that is logged says how many were left out. Entries are of one kind if they have the same message
+    (before its arguments are filled in) and their exceptions, if any, the same types and the same lines of code.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        # When each kind was logged last, and how many entries were left out since; the oldest first.
+        self._kinds: dict[object, tuple[float, int]] = {}
+
+    def warning(self, message: str, *values: object, error: BaseException | None = None) -> None:
+        """Log a warning, without a traceback of the `error` that it is about."""
+        self._log(logging.WARNING, message, values, error)
+
+    def error(self, message: str, *values: object, error: BaseException | None = None) -> None:
+        """Log an error, without a traceback of the `error` that it is about."""
+        self._log(logging.ERROR, message, values, error)
+
+    def exception(self, message: str, error: BaseException) -> None:
+        """Log an error with the traceback of `error`."""
+        self._log(logging.ERROR, message, (), error, traceback=True)
+
+    def _log(
+        self, level: int, message: str, values: tuple[object, ...], error: BaseException | None, *, traceback: bool = False
+    ) -> None:
+        kind = message if error is None else (message, *_lines_of(error))
+        now = time.monotonic()
+        with self._lock:
+            logged_at, left_out = self._kinds.get(kind, (-inf, 0))
+            if now - logged_at < _PERIOD:
+                self._kinds[kind] = logged_at, left_out + 1
+                return
+            # Removed and added, so that the order is by time.
+            self._kinds.pop(kind, None)
+            if len(self._kinds) >= _MAX_KINDS:
+                del self._kinds[next(iter(self._kinds))]
+            self._kinds[kind] = now, 0
+        more = f" (and {left_out} more like this since the last one was logged)" if left_out else ""
+        self._logger.log(level, f"{message}{more}", *values, exc_info=error if traceback else None)
+
+
+def _lines_of(error: BaseException) -> list[object]:
+    """Return the types and the lines of code of `error` and of its causes, each line once: the depth of a recursion varies."""
+    kinds: dict[object, None] = {}
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        kinds[f"{type(one).__module__}.{type(one).__qualname__}"] = None
+        trace = one.__traceback__
+        while trace is not None:
+            kinds[trace.tb_frame.f_code.co_filename, trace.tb_lineno] = None
+            trace = trace.tb_next
+        pending.append(one.__cause__ if one.__suppress_context__ else one.__context__)
+        if isinstance(one, BaseExceptionGroup):
+            pending += one.exceptions
+    return list(kinds)
