@@ -82,8 +82,8 @@ if sys.platform == "win32":
 
         It names the user's own SID. OWNER RIGHTS would mean the owner that the system chooses. For an elevated process that is
         the group of all administrators, who would be let in. The label keeps processes of a lower integrity level out: those of
-        the same user that are not elevated must not drive an elevated daemon. See "Security Descriptor String Format", "Mandatory Integrity
-        Control" and "Named Pipe Security and Access Rights" in the Win32 documentation.
+        the same user that are not elevated must not drive an elevated daemon. See "Security Descriptor String Format",
+        "Mandatory Integrity Control" and "Named Pipe Security and Access Rights" in the Win32 documentation.
 
         Raises `OSError`.
         """

@@ -331,6 +331,7 @@ def command(data: bytes) -> None:
     if how == 5:
         log = log_path(NAME)
         log.parent.mkdir(mode=0o700, exist_ok=True)
+        log.touch(mode=0o600)
         log.write_bytes(word)
     output, errors = io.StringIO(), io.StringIO()
     saved, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(word))
@@ -341,6 +342,7 @@ def command(data: bytes) -> None:
         # argparse's own: the usage, or the help that was asked for.
         if end.code not in (0, 2):
             raise
+        assert errors.getvalue().replace("\n", "").isprintable() or not errors.getvalue()
         return
     finally:
         sys.stdin = saved
