@@ -34,7 +34,7 @@ needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
 
 def _has_browser() -> bool:
     try:
-        from harness_ipc.browser.own import find_binary
+        from harness_ipc.browser.program import find_binary
     except ImportError:
         return False
     return find_binary() is not None

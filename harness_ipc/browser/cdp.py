@@ -1,15 +1,19 @@
-"""One connection to a browser's DevTools: a thin layer over `websockets`. It knows neither tabs nor where a browser is."""
+"""One connection to a browser's DevTools: calls and events over a transport. It knows neither tabs nor where a browser is.
+
+A `Transport` carries messages: `WebSocketTransport` here, and `PipeTransport` in `pipe` for a managed browser.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any
+import secrets
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI
 
 from . import MAX_MESSAGE
 from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
@@ -49,19 +53,31 @@ class ConnectionFailed(BrowserNotFound):
         return self.waiting or self.status == 403
 
 
-class Connection:
-    """A WebSocket to the browser. Calls run at once; each event goes to `on_event` in the order of its arrival."""
+class TransportClosed(Exception):
+    """No more messages can be sent or received. The text says why."""
 
-    def __init__(self, websocket: ClientConnection, on_event: OnEvent) -> None:
+
+class Transport(Protocol):
+    """Carries whole messages in both directions, in order."""
+
+    async def send(self, text: str) -> None:
+        """Send one message, waiting while the browser reads slowly. Raises `TransportClosed`."""
+
+    async def receive(self) -> str | bytes:
+        """Return the next message. Raises `TransportClosed`, and `ValueError` for what is no message."""
+
+    async def close(self) -> None:
+        """Close it; `receive` then raises `TransportClosed`. Idempotent."""
+
+
+class WebSocketTransport:
+    """Messages by a WebSocket."""
+
+    def __init__(self, websocket: ClientConnection) -> None:
         self._websocket = websocket
-        self._on_event = on_event
-        self._calls: dict[int, _Call] = {}
-        self._last_id = 0
-        self._lost: BrowserLost | None = None
-        self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, url: str, on_event: OnEvent) -> Connection:
+    async def open(cls, url: str) -> WebSocketTransport:
         """Connect to the ``ws://`` or ``wss://`` address `url`. Raises `ConnectionFailed`."""
         place = without_secret(url)
         local = is_local(url)
@@ -88,7 +104,50 @@ class Connection:
         except (InvalidURI, ValueError):
             # Not its text: that has the address in it.
             raise ConnectionFailed(f"{place} is no address of DevTools: it begins with ws:// or wss://") from None
-        return cls(websocket, on_event)
+        return cls(websocket)
+
+    async def send(self, text: str) -> None:
+        """Send one message."""
+        try:
+            await self._websocket.send(text)
+        except ConnectionClosed as error:
+            raise TransportClosed(_closed(error)) from None
+
+    async def receive(self) -> str | bytes:
+        """Return the next message."""
+        try:
+            return await self._websocket.recv()
+        except ConnectionClosed as error:
+            raise TransportClosed(_closed(error)) from None
+
+    async def close(self) -> None:
+        """Close the WebSocket, and return when it is closed."""
+        await self._websocket.close()
+
+
+class Connection:
+    """Calls and events. Calls run at once; each event goes to `on_event` in the order of its arrival."""
+
+    def __init__(self, transport: Transport, on_event: OnEvent | None, *, adopted: bool = False) -> None:
+        """Read from `transport`: `adopted` from an earlier connection, it may begin and end within a message.
+
+        Without `on_event`, events are dropped until `enter_root_session`.
+        """
+        self._transport = transport
+        self._on_event = on_event
+        self._adopted = adopted
+        self._at_start = True
+        self._root: str | None = None
+        self._calls: dict[int, _Call] = {}
+        # An adopted browser may still answer calls of the daemon that was killed: their ids are not ours. Chrome takes int32.
+        self._last_id = secrets.randbelow(2**30)
+        self._lost: BrowserLost | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def open(cls, url: str, on_event: OnEvent) -> Connection:
+        """Connect to the ``ws://`` or ``wss://`` address `url`. Raises `ConnectionFailed`."""
+        return cls(await WebSocketTransport.open(url), on_event)
 
     @property
     def lost(self) -> BrowserLost | None:
@@ -96,9 +155,17 @@ class Connection:
         return self._lost
 
     async def call(
-        self, method: str, params: dict[str, Any] | None = None, *, session: str | None = None, timeout: float = CALL_TIMEOUT
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        *,
+        session: str | None = None,
+        timeout: float = CALL_TIMEOUT,
+        outlasting: bool = False,
     ) -> dict[str, Any]:
         """Have the browser run `method` and return its result; `timeout` in seconds.
+
+        An `outlasting` one runs outside the root session: what it sets stays when that ends.
 
         Raises `CDPError` for the browser's own, `BrowserTimeout`, `BrowserLost`, and what `fail_calls` was given.
         """
@@ -107,13 +174,13 @@ class Connection:
         self._last_id += 1
         number = self._last_id
         message = {"id": number, "method": method, "params": params or {}}
-        if session is not None:
-            message["sessionId"] = session
+        if (addressed := session or self._root) is not None and not outlasting:
+            message["sessionId"] = addressed
         call = self._calls[number] = _Call(method, session)
         try:
             async with asyncio.timeout(timeout):
-                with contextlib.suppress(ConnectionClosed):  # the reader finds that out too, and what was in flight
-                    await self._websocket.send(json.dumps(message))
+                with contextlib.suppress(TransportClosed):  # the reader notices too, and fails what was in flight
+                    await self._transport.send(json.dumps(message))
                 return await call.reply
         except TimeoutError:
             raise BrowserTimeout(
@@ -128,33 +195,69 @@ class Connection:
             if call.session == session and call.method not in but and not call.reply.done():
                 call.reply.set_exception(error)
 
+    async def enter_root_session(self, stale: str | None, on_event: OnEvent) -> str:
+        """Run all further calls in a new session with the browser, and return its id; end `stale`, which an earlier daemon had.
+
+        A pipe lasts as long as the browser, whichever daemon uses it. Whatever a daemon attached to, enabled or intercepted
+        ends with its root session, as it ends with a WebSocket. Events before that are of others, and dropped.
+        """
+        if self._adopted:
+            # An end for the message that the daemon may have been writing when it was killed.
+            with contextlib.suppress(TransportClosed):
+                await self._transport.send("")
+        if stale is not None:
+            with contextlib.suppress(CDPError):
+                await self.call("Target.detachFromTarget", {"sessionId": stale})
+        self._root = str((await self.call("Target.attachToBrowserTarget"))["sessionId"])
+        self._on_event = on_event
+        return self._root
+
     async def close(self) -> None:
         """Close the connection, and return when it is closed."""
-        await self._websocket.close()
+        await self._transport.close()
         await asyncio.wait({self._reader})
 
     async def _read(self) -> None:
-        reason = "it closed the connection"
+        reason = "the connection was given up"
         try:
-            async for text in self._websocket:
-                self._receive(json.loads(text))
-        except ConnectionClosed as error:
-            reason = _reason(error)
-        except ValueError as error:
+            while True:
+                if (message := await self._next_message()) is not None:
+                    self._receive(message)
+        except TransportClosed as error:
+            reason = str(error)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             reason = f"it sent what is no message: {_reason(error)}"
-            await self._websocket.close()
+            await self._transport.close()
         finally:
             self._lost = BrowserLost(f"the connection to the browser was lost ({reason}): what was in flight may have run")
             for call in self._calls.values():
                 if not call.reply.done():
                     call.reply.set_exception(BrowserLost(str(self._lost)))
 
+    async def _next_message(self) -> dict[str, Any] | None:
+        at_start, self._at_start = self._at_start, False
+        try:
+            message = json.loads(await self._transport.receive())
+        except (ValueError, RecursionError):
+            # The rest of a message that the earlier connection has not read to its end. A part of a JSON object is none.
+            if self._adopted and at_start:
+                return None
+            raise
+        if not isinstance(message, dict):
+            raise TypeError(f"a JSON {type(message).__name__}")
+        return message
+
     def _receive(self, message: dict[str, Any]) -> None:
+        session = message.get("sessionId")
+        if session == self._root:
+            session = None
         if "id" not in message:
-            self._on_event(message["method"], message.get("params") or {}, message.get("sessionId"))
+            # Without a method: the answer to something that was no message, such as half of one.
+            if "method" in message and self._on_event is not None:
+                self._on_event(message["method"], message.get("params") or {}, session)
             return
         call = self._calls.get(message["id"])
-        if call is None or call.reply.done():
+        if call is None or call.reply.done() or session not in (None, call.session):
             return
         error = message.get("error")
         if error is None:
@@ -193,6 +296,10 @@ def without_secret(url: str) -> str:
         return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
     except ValueError:
         return "the address"
+
+
+def _closed(error: ConnectionClosed) -> str:
+    return "it closed the connection" if isinstance(error, ConnectionClosedOK) else _reason(error)
 
 
 def _reason(error: BaseException) -> str:

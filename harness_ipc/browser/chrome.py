@@ -21,7 +21,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from . import WEBSOCKET
 from .cdp import Connection, ConnectionFailed, is_local, without_secret
 from .errors import BrowserNotFound
-from .own import ACTIVE_PORT, OwnBrowser, read_active_port
+from .launcher import ManagedBrowser
+from .profile import ACTIVE_PORT, read_active_port
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -95,7 +96,7 @@ class Source:
     file: str | None = None
     # Whether nothing but this one will do: what keeps it from being used is an error then, and not the next one's turn.
     demanded: bool = False
-    own: OwnBrowser | None = None
+    own: ManagedBrowser | None = None
 
 
 async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
@@ -136,7 +137,7 @@ def sources(name: str) -> Iterator[Source]:
                 yield Source(how, _by_active_port(profile), ("127.0.0.1", active[0]), file)
         for port in PORTS:
             yield Source(f"port {port}", _by_port(port), ("127.0.0.1", port))
-    own = OwnBrowser(name)
+    own = ManagedBrowser(name)
     yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
 

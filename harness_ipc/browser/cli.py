@@ -247,7 +247,7 @@ def _reload() -> int:
     from harness_ipc import daemon_status, stop_daemon
 
     check_extra()
-    from .own import OwnBrowser
+    from .launcher import ManagedBrowser
 
     name = daemon_name()
     status = daemon_status(name)
@@ -255,7 +255,7 @@ def _reload() -> int:
         raise not_ours(name)
     stopped = stop_daemon(name)
     # A daemon that was killed leaves its browser to the next one.
-    left = OwnBrowser(name).end()
+    left = ManagedBrowser(name).end()
     print(f"{name}: {'stopped' if stopped else 'was not running'}{', the browser that it had left is ended' if left else ''}")
     return 0
 

@@ -150,7 +150,10 @@ class BrowserApp:
         if method == "Target.closeTarget":
             return {"result": await self._close_tab(params, timeout), "session_id": None}
         if method.startswith("Target."):
-            return {"result": await connection.call(method, params, timeout=timeout), "session_id": None}
+            result = await connection.call(method, params, timeout=timeout)
+            if method == "Target.createBrowserContext" and self._source is not None and self._source.own is not None:
+                await self._source.own.set_downloads(connection, result["browserContextId"])
+            return {"result": result, "session_id": None}
         session = await self._session_for(self._named(message))
         self._check_page(session, method)
         try:
@@ -350,6 +353,9 @@ class BrowserApp:
 
     def _on_event(self, method: str, params: Message, session: str | None) -> None:
         state = self._sessions.get(session) if session is not None else None
+        if session is not None and state is None:
+            # Of a session that has ended. Each is announced by its parent before it has events.
+            return
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
         elif method == "Target.detachedFromTarget":

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import harness_ipc
-from harness_ipc import HarnessIPCError
+from harness_ipc import HarnessIPCError, UnsafeDirectory
 
 from . import APP_VERSION, daemon_name, is_ours, not_ours
 
@@ -78,37 +78,46 @@ def examine(name: str) -> Iterator[Finding]:
 
 def _own_browser() -> Iterator[Finding]:
     """Say what would be started."""
-    from . import own
+    from . import program
 
     topic = "own browser"
-    binary = own.find_binary()
+    binary = program.find_binary()
     if binary is None:
-        demanded = os.environ.get(own.BINARY)
-        text = f"{own.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        demanded = os.environ.get(program.BINARY)
+        text = f"{program.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
-    text = f"{binary}, {'in a window' if own.has_display() else 'headless, since there is no display'}"
-    if own.is_root():
+    text = f"{binary}, {'in a window' if program.has_display() else 'headless, since there is no display'}"
+    if (refusal := program.root_refusal()) is not None:
+        yield Finding("warning", topic, f"{text}, but {refusal}")
+        return
+    if program.is_root():
         text += ", without its sandbox (--no-sandbox), since you are root"
     yield Finding("ok", topic, text)
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import chrome, own
+    from . import chrome, launcher, program
 
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
-    profile = own.OwnBrowser(name)
-    taken = profile.taken()
-    pid = None if taken is not None else profile.pid()
+    managed = launcher.ManagedBrowser(name)
+    remedy = None
+    try:
+        taken = managed.taken()
+        pid = None if taken is not None else managed.pid()
+    except UnsafeDirectory as error:
+        taken, pid, remedy = f"its profile {error}", None, error.remedy
     if pid is not None:
         text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
         yield Finding("warning", "browser", text, _reload(name))
     for source in chrome.sources(name):
         if source.own is not None:
             if taken is not None:
-                yield Finding("failure", "browser", taken)
-            elif pid is None and own.find_binary() is None:
+                yield Finding("failure", "browser", taken, remedy)
+            elif (refusal := program.root_refusal()) is not None:
+                yield Finding("failure", "browser", refusal)
+            elif pid is None and program.find_binary() is None:
                 yield Finding(
                     "failure", "browser", "there is none: install Chrome or Chromium, or start one with its DevTools open"
                 )

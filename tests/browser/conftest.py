@@ -24,7 +24,16 @@ from tests.processes import PATIENCE, lives, wait_until
 NEED_EXTRA = ["test_chrome.py", "test_cli.py", "test_daemon.py", "test_doctor.py"]
 collect_ignore = [] if importlib.util.find_spec("websockets") else NEED_EXTRA
 
-VARIABLES = ("BU_NAME", "BU_CDP_WS", "BU_CDP_URL", "HARNESS_CHROME", "HARNESS_CHROME_ARGS", "HARNESS_BROWSER_IDLE_TIMEOUT")
+VARIABLES = (
+    "BU_NAME",
+    "BU_CDP_WS",
+    "BU_CDP_URL",
+    "HARNESS_BROWSER_IDLE_TIMEOUT",
+    "HARNESS_CHROME",
+    "HARNESS_CHROME_ARGS",
+    "HARNESS_CHROME_DOWNLOADS",
+    "HARNESS_CHROME_ENV",
+)
 
 
 def use(patch: pytest.MonkeyPatch, base: Path) -> None:
@@ -35,6 +44,7 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     patch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
     patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
     patch.setenv("HARNESS_CHROME_OWN", "1")
+    patch.setenv("HARNESS_CHROME_ROOT", "1")
     # A browser that is killed leaves a directory of its own there.
     patch.setenv("TMPDIR", str(base))
     # No window, whatever the machine has.
@@ -100,13 +110,13 @@ def suspended(pid: int) -> Iterator[None]:
 
 def end_all(base: Path) -> None:
     """Stop the daemon, and fail if anything of it or of its browser is left."""
-    from harness_ipc.browser.own import OwnBrowser
+    from harness_ipc.browser.launcher import ManagedBrowser
 
     helpers.disconnect()
     if (base / "run").is_dir():
         for record in (base / "run").glob("*.lock"):
             stop_daemon(record.stem)
-    OwnBrowser("browser").end()
+    ManagedBrowser("browser").end()
     wait_until(lambda: not processes_of(base))
 
 

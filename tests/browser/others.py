@@ -20,8 +20,11 @@ from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 from websockets.sync.server import ServerConnection, serve
 
-from harness_ipc.browser.own import command_line, find_binary
+from harness_ipc.browser.program import find_binary, has_display, is_root
 from tests.processes import PATIENCE, wait_until
+
+# Of a browser with nothing to ask.
+FLAGS = ["--no-first-run", "--no-default-browser-check", "--disable-background-networking", "--password-store=basic"]
 
 
 class OtherBrowser:
@@ -68,7 +71,9 @@ def other_browser(base: Path, *, port: int = 0, profile: str = "theirs") -> Iter
     assert binary is not None
     folder = base / profile
     (folder / "DevToolsActivePort").unlink(missing_ok=True)
-    arguments = [word.replace("debugging-port=0", f"debugging-port={port}") for word in command_line(binary, str(folder))]
+    arguments = [binary, f"--remote-debugging-port={port}", f"--user-data-dir={folder}", *FLAGS, "about:blank"]
+    arguments[1:1] = [] if has_display() else ["--headless=new"]
+    arguments[1:1] = ["--no-sandbox"] if is_root() else []
     null = subprocess.DEVNULL
     process = psutil.Popen(arguments, stdin=null, stdout=null, stderr=null)
     try:

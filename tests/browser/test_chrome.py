@@ -21,8 +21,10 @@ import pytest
 from filelock import FileLock
 
 from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
-from harness_ipc.browser import chrome, helpers, own
+from harness_ipc.browser import chrome, helpers
 from harness_ipc.browser.errors import BrowserNotFound
+from harness_ipc.browser.launcher import ManagedBrowser
+from harness_ipc.browser.program import command_line, find_binary, has_display, is_root
 from tests.browser.conftest import kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, answering, free_port, http, other_browser, refusing, without_http
 from tests.browser.site import Site
@@ -76,7 +78,7 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(first: str = "", name: str = "browser") -> None:
     """Start the daemon `name` as the helpers do, but looking at no port, and after the statements `first`."""
     module = "runpy.run_module('harness_ipc.browser.daemon', run_name='__main__', alter_sys=True)"
-    program = f"import runpy\nfrom harness_ipc.browser import cdp, chrome, own\nchrome.PORTS = ()\n{first}\n{module}"
+    program = f"import runpy\nfrom harness_ipc.browser import cdp, chrome, launcher\nchrome.PORTS = ()\n{first}\n{module}"
     ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
 
 
@@ -465,7 +467,7 @@ def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: 
     # It holds out against SIGTERM, and so does its child.
     program = script(fresh / "program", "trap '' TERM; echo not today >&2; sleep 3600 & while :; do wait; done")
     monkeypatch.setenv("HARNESS_CHROME", program)
-    text = why_not("own.START_TIMEOUT = 0.5")
+    text = why_not("launcher.START_TIMEOUT = 0.5")
     assert text.startswith(f"{program} has not opened its DevTools within 0.5 s (not today)")
     assert processes_of(fresh) == []
     assert not TRACES & set(os.listdir(profile))
@@ -543,8 +545,8 @@ def test_an_own_browser_is_private_has_no_window_and_leaves_nothing(fresh: Path,
         assert stat.S_IMODE(profile.stat().st_mode) == 0o700
     words = psutil.Process(found["pid"]).cmdline()
     assert f"--user-data-dir={profile}" in words
-    assert ("--headless=new" in words) is not own.has_display()
-    assert ("--no-sandbox" in words) is own.is_root()
+    assert ("--headless=new" in words) is not has_display()
+    assert ("--no-sandbox" in words) is is_root()
     helpers.disconnect()
     assert stop_daemon("browser")
     wait_until(lambda: not processes_of(fresh))
@@ -559,7 +561,7 @@ def test_without_its_sandbox_the_log_warns(fresh: Path, monkeypatch: pytest.Monk
     helpers.disconnect()
     stop_daemon("browser")
     # It is not for convenience: Chromium's own word.
-    binary = shlex.quote(own.find_binary() or "")
+    binary = shlex.quote(find_binary() or "")
     words = 'for word; do shift; test "$word" = --no-sandbox || set -- "$@" "$word"; done'
     monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f'{words}; exec {binary} "$@"'))
     assert "Running as root without --no-sandbox is not supported" in why_not()
@@ -568,16 +570,16 @@ def test_without_its_sandbox_the_log_warns(fresh: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("root", [True, False])
 def test_the_sandbox_is_off_for_root_only(root: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "is_root", lambda: root)
-    assert ("--no-sandbox" in own.command_line("chromium", "profile")) is root
+    monkeypatch.setattr("harness_ipc.browser.program.is_root", lambda: root)
+    assert ("--no-sandbox" in command_line("chromium", "profile")) is root
 
 
 @pytest.mark.parametrize("variable", ["DISPLAY", "WAYLAND_DISPLAY"])
 @needs_path
 def test_a_display_has_a_window(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--headless=new" in own.command_line("chromium", "profile")
+    assert "--headless=new" in command_line("chromium", "profile")
     monkeypatch.setenv(variable, ":7")
-    assert not [word for word in own.command_line("chromium", "profile") if "headless" in word]
+    assert not [word for word in command_line("chromium", "profile") if "headless" in word]
 
 
 def test_further_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,7 +646,7 @@ def test_a_profile_belongs_to_the_daemon_that_lives(fresh: Path, profile: Path, 
 MEET = """
 import os, time
 from pathlib import Path
-find_binary = own.find_binary
+find_binary = launcher.find_binary
 def find_binary_together():
     place = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"])
     (place / f"{os.getpid()}.here").touch()
@@ -652,7 +654,7 @@ def find_binary_together():
     while len(list(place.glob("*.here"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     return find_binary()
-own.find_binary = find_binary_together
+launcher.find_binary = find_binary_together
 """
 
 
@@ -716,7 +718,7 @@ def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, pr
     held.acquire(PATIENCE)
     release = threading.Timer(0.1, held.release)
     release.start()
-    assert own.OwnBrowser("browser").end()
+    assert ManagedBrowser("browser").end()
     assert not lives(pid)
     release.join()
     assert helpers.js("6 * 7") == 42
@@ -726,7 +728,7 @@ def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, pr
 def test_a_program_that_starts_the_browser_as_its_child_is_ended_with_it(
     fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = script(fresh / "program", f'{shlex.quote(own.find_binary() or "")} "$@"\nexit 0')
+    program = script(fresh / "program", f'{shlex.quote(find_binary() or "")} "$@"\nexit 0')
     monkeypatch.setenv("HARNESS_CHROME", program)
     assert helpers.js("6 * 7") == 42
     assert psutil.Process(status()["pid"]).cmdline()[1] == program
@@ -737,7 +739,7 @@ def test_a_program_that_starts_the_browser_as_its_child_is_ended_with_it(
     # Also if nobody can ask the browser to end.
     helpers.connect()
     kill_daemon()
-    assert own.OwnBrowser("browser").end()
+    assert ManagedBrowser("browser").end()
     wait_until(lambda: not processes_of(fresh))
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
 

@@ -29,7 +29,8 @@ from harness_ipc import (
 )
 from harness_ipc.browser import helpers
 from harness_ipc.browser.errors import BrowserLost, TabClosed
-from harness_ipc.browser.own import OwnBrowser, find_binary
+from harness_ipc.browser.launcher import ManagedBrowser
+from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, kill_browser, other_browser, relaying
 from tests.browser.site import Site
@@ -847,7 +848,7 @@ def test_a_daemon_that_was_killed_while_its_browser_starts_leaves_it_to_the_next
 
 
 def test_an_orphaned_browser_can_be_ended(own: Client, fresh: Path) -> None:
-    browser = OwnBrowser("browser")
+    browser = ManagedBrowser("browser")
     pid = own.request({"meta": "connection_status"})["pid"]
     kill_daemon(own.pid)
     assert browser.pid() == pid
@@ -883,14 +884,14 @@ def test_a_note_that_is_not_of_our_browser_harms_nobody(kind: str, fresh: Path) 
             case _:
                 note = ""
         (profile / "harness-browser.json").write_text(note)
-        assert OwnBrowser("browser").pid() is None
+        assert ManagedBrowser("browser").pid() is None
         helpers.connect()
         with connected() as daemon:
             assert_serves(daemon)
             assert daemon.request({"meta": "connection_status"})["pid"] != stranger.pid
         helpers.disconnect()
         assert stop_daemon("browser")
-        assert OwnBrowser("browser").end() is False
+        assert ManagedBrowser("browser").end() is False
         assert stranger.poll() is None
         assert stranger.status() != psutil.STATUS_STOPPED
     finally:

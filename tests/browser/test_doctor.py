@@ -17,7 +17,7 @@ import harness_ipc
 from harness_ipc import daemon_status, ensure_daemon, log_path, request
 from harness_ipc.browser import APP_VERSION, helpers
 from harness_ipc.browser.doctor import Finding
-from harness_ipc.browser.own import find_binary
+from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
 from tests.browser.others import other_browser, refusing
 from tests.browser.site import Site

@@ -1,0 +1,312 @@
+"""A managed browser: its start, its adoption by the next daemon, and its end.
+
+It ends with its daemon. One that a killed daemon has left is found in the profile by the next one, and adopted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from harness_ipc import HarnessIPCError, process_identity, spawn_kwargs
+
+from . import WEBSOCKET, cdp, pipe, program
+from .cdp import Connection, ConnectionFailed
+from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
+from .profile import ACTIVE_PORT, PROFILE, Note, Profile, read_active_port
+from .program import BINARY, browser_environment, command_line, download_behavior, find_binary, root_refusal
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .cdp import OnEvent
+
+logger = logging.getLogger(__name__)
+
+# Seconds for a new browser to answer: a cold disk takes a few.
+START_TIMEOUT = 30.0
+# Seconds for it to end after it was asked to, and after it was terminated; then it is killed.
+_CLOSE_PERIOD = 5.0
+_TERMINATE_PERIOD = 2.0
+_KILL_PERIOD = 10.0
+# Seconds for a browser that has closed its DevTools to end.
+_EXIT_PERIOD = 2.0
+# Seconds between two looks at what nothing announces: the end of a process that is no child of ours, a file of Chrome's.
+_POLL = 0.01
+
+# Chrome reads from descriptor 3 and writes to 4. They come as standard input and output, which subprocess can place. The
+# environment comes whole, since the interpreter may need more of it than a browser gets, whose names are the first argument.
+_EXEC_WITH_PIPE = """
+import os, sys
+os.dup2(0, 3)
+os.dup2(1, 4)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
+names, *command = sys.argv[1:]
+try:
+    os.execve(command[0], command, {name: os.environ[name] for name in names.split("=") if name in os.environ})
+except OSError as error:
+    print(error.strerror, file=sys.stderr)
+    sys.exit(127)
+"""
+# A shell's status, too, for a program that can't be run.
+_CANNOT_RUN = 127
+
+
+class ManagedBrowser:
+    """A browser that this daemon starts, in a private profile that belongs to the daemon's name."""
+
+    def __init__(self, name: str) -> None:
+        self._profile = Profile(name)
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def profile(self) -> str:
+        """The path of its profile."""
+        return self._profile.path
+
+    async def connect(self, on_event: OnEvent) -> Connection:
+        """Adopt the browser that a killed daemon has left in the profile, or start one. Raises `BrowserNotFound`."""
+        if (refusal := root_refusal()) is not None:
+            raise BrowserNotFound(refusal)
+        # Raises before anything is started.
+        download_behavior()
+        self._profile.acquire()
+        try:
+            return await self._adopt(on_event) or await self._start(on_event)
+        except BaseException as error:
+            self.end()
+            if isinstance(error, ConnectionFailed):
+                raise BrowserNotFound(f"a browser was started, but {error}; see {self._profile.stderr}") from None
+            if isinstance(error, psutil.Error | OSError) and not isinstance(error, HarnessIPCError):
+                raise BrowserNotFound(
+                    f"a browser can't be had in {self.profile}: {error}; set {PROFILE} to a directory of yours"
+                ) from None
+            raise
+
+    async def close(self, connection: Connection) -> None:
+        """Ask the browser to end, and see to it that it does."""
+        patience = 0.0
+        with contextlib.suppress(BrowserError):
+            await connection.call("Browser.close", timeout=_CLOSE_PERIOD)
+            patience = _CLOSE_PERIOD
+        await asyncio.to_thread(self.end, patience)
+
+    def end(self, patience: float = 0.0) -> bool:
+        """End the browser of the profile, if it has not ended by itself after `patience` seconds; return whether there was one.
+
+        Only the process that the note identifies is signalled, and its children. The browser of another daemon that lives is
+        left alone. Raises `UnsafeDirectory` if others could have written the note.
+        """
+        if not self._profile.is_locked:
+            if not self._profile.has_note():
+                return False
+            try:
+                self._profile.acquire()
+            except BrowserNotFound:
+                return False
+        try:
+            return self._end_process(patience)
+        finally:
+            self._profile.release()
+
+    def pid(self) -> int | None:
+        """Return the process id of the browser, if it runs. Raises `UnsafeDirectory`."""
+        if self._child is not None and self._child.poll() is None:
+            return self._child.pid
+        return self._profile.browser()
+
+    def taken(self) -> str | None:
+        """Return, for people, that another daemon has the profile, if one has. Raises `UnsafeDirectory`."""
+        daemon = self._profile.daemon()
+        return None if daemon in (None, os.getpid()) else self._profile.in_use(daemon)
+
+    async def set_downloads(self, connection: Connection, context: str | None = None) -> None:
+        """Deny downloads, or have them saved where `HARNESS_CHROME_DOWNLOADS` says: in a browser context, or the default one.
+
+        It stays so while no daemon is there. Raises `BrowserNotFound` if that is no directory.
+        """
+        params = download_behavior()
+        if context is not None:
+            params["browserContextId"] = context
+        await connection.call("Browser.setDownloadBehavior", params, outlasting=True)
+
+    # The connection.
+
+    async def _adopt(self, on_event: OnEvent) -> Connection | None:
+        pid = self.pid()
+        if pid is None:
+            if self._profile.is_used_by_another():
+                raise BrowserNotFound(
+                    f"the profile {self.profile} is in use by a browser that is not ours: end it, or set {PROFILE} to another "
+                    "directory"
+                )
+            return None
+        try:
+            async with asyncio.timeout(cdp.OPEN_TIMEOUT):
+                connection = await (self._reopen_pipe if program.USES_PIPE else self._open_port)(pid, on_event)
+        except (BrowserLost, CDPError, ConnectionFailed, TimeoutError) as error:
+            logger.info("the browser of pid %d can't be adopted: %s", pid, str(error) or "it does not answer")
+            return None
+        logger.info("adopted the browser of an earlier daemon: pid %d", pid)
+        return connection
+
+    async def _start(self, on_event: OnEvent) -> Connection:
+        binary = find_binary()
+        if binary is None:
+            where = f"{BINARY}={os.environ[BINARY]} is no program" if os.environ.get(BINARY) else "none is installed"
+            raise BrowserNotFound(
+                f"there is no browser: none runs with its DevTools open, and {where}; install Chrome or Chromium, or set "
+                f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
+            )
+        arguments = command_line(binary, self.profile)
+        # What is left of one that hangs, or that has died.
+        await asyncio.to_thread(self._end_process, 0.0)
+        self._profile.remove_singleton()
+        if "--no-sandbox" in arguments:
+            logger.warning("running as root: the browser's sandbox is off (--no-sandbox), and a page that breaks it is root")
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                return await (self._start_with_pipe if program.USES_PIPE else self._start_with_port)(arguments, on_event)
+        except BrowserLost:
+            raise BrowserNotFound(await self._why_lost(binary)) from None
+        except TimeoutError:
+            raise BrowserNotFound(
+                f"{binary} has not opened its DevTools within {START_TIMEOUT:g} s{self._quoted_last_words()}"
+            ) from None
+
+    async def _start_with_pipe(self, arguments: list[str], on_event: OnEvent) -> Connection:
+        if sys.platform == "win32":
+            raise NotImplementedError("Windows has no FIFOs")
+        names = "=".join(browser_environment(os.environ))
+        command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PIPE, names, *arguments]
+        with pipe.create_fifos(self._profile.to_browser, self._profile.from_browser) as (stdin, stdout):
+            pid = self._spawn(arguments, command, stdin=stdin, stdout=stdout)
+            transport = pipe.open_pipe(self._profile.to_browser, self._profile.from_browser, pid)
+        return await self._enter(Connection(transport, None), pid, None, on_event)
+
+    async def _reopen_pipe(self, pid: int, on_event: OnEvent) -> Connection:
+        if sys.platform == "win32":
+            raise NotImplementedError("Windows has no FIFOs")
+        stale = self._profile.note().session
+        transport = pipe.open_pipe(self._profile.to_browser, self._profile.from_browser, pid)
+        return await self._enter(Connection(transport, None, adopted=True), pid, stale, on_event)
+
+    async def _enter(self, connection: Connection, pid: int, stale: str | None, on_event: OnEvent) -> Connection:
+        try:
+            session = await connection.enter_root_session(stale, on_event)
+            self._write_note(pid, session)
+            await self.set_downloads(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _start_with_port(self, arguments: list[str], on_event: OnEvent) -> Connection:
+        environment = browser_environment(os.environ)
+        pid = self._spawn(arguments, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+        while read_active_port(self.profile) is None:
+            if self._child is None or self._child.poll() is not None:
+                raise BrowserLost("the browser has ended")
+            await asyncio.sleep(_POLL)
+        return await self._open_port(pid, on_event)
+
+    async def _open_port(self, pid: int, on_event: OnEvent) -> Connection:
+        if (active := read_active_port(self.profile)) is None:
+            raise ConnectionFailed(f"{self.profile} has no {ACTIVE_PORT}")
+        connection = await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
+        try:
+            self._write_note(pid)
+            await self.set_downloads(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    # The process.
+
+    def _spawn(self, arguments: list[str], command: list[str], **options: Any) -> int:
+        stderr = self._profile.create_stderr()
+        if sys.platform != "win32":
+            # What the browser writes, downloads too, is for this user alone.
+            options["umask"] = 0o077
+        try:
+            self._child = subprocess.Popen(command, stderr=stderr, **options, **spawn_kwargs())
+        except OSError as error:
+            raise BrowserNotFound(_cannot_run(arguments[0], error.strerror or str(error))) from None
+        finally:
+            os.close(stderr)
+        logger.info("started pid %d: %s", self._child.pid, shlex.join(arguments))
+        self._write_note(self._child.pid)
+        return self._child.pid
+
+    def _write_note(self, pid: int, session: str | None = None) -> None:
+        self._profile.write_note(Note(process_identity(pid), process_identity(os.getpid()), session))
+
+    async def _why_lost(self, binary: str) -> str:
+        """Return why the browser that was started is not there: it has ended, or has closed its DevTools."""
+        assert self._child is not None, "a browser was started"
+        try:
+            status = await asyncio.to_thread(self._child.wait, _EXIT_PERIOD)
+        except subprocess.TimeoutExpired:
+            return f"{binary} has closed its DevTools{self._quoted_last_words()}; see {self._profile.stderr}"
+        if status == _CANNOT_RUN:
+            return _cannot_run(binary, self._profile.last_words())
+        return f"{binary} ended with status {status} before it was ready{self._quoted_last_words()}; see {self._profile.stderr}"
+
+    def _quoted_last_words(self) -> str:
+        words = self._profile.last_words()
+        return f" ({words})" if words else ""
+
+    def _end_process(self, patience: float) -> bool:
+        pid = self.pid()
+        if pid is not None:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                # It signals no later process of this pid than the one that was there just now: asked again, it is the browser.
+                if self.pid() == pid:
+                    _end_family(process, patience)
+            self._profile.remove_singleton(pid)
+        if self._child is not None:
+            self._child.wait()
+            self._child = None
+        self._profile.forget()
+        return pid is not None
+
+
+def _end_family(process: psutil.Process, patience: float) -> None:
+    """End the process and its children, if they have not ended by themselves after `patience` seconds."""
+    family = [process]
+    with contextlib.suppress(psutil.Error):
+        family += process.children(recursive=True)
+    steps = (None, patience), (psutil.Process.terminate, _TERMINATE_PERIOD), (psutil.Process.kill, _KILL_PERIOD)
+    for signal, period in steps:
+        if signal is not None:
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    signal(member)
+        deadline = time.monotonic() + period
+        while (family := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        if not family:
+            break
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    # A zombie has ended: it only waits for its parent to read its status.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _cannot_run(binary: str, reason: str) -> str:
+    return f"{binary} can't be run: {reason or 'no reason was given'}; set {BINARY} to a browser's program"

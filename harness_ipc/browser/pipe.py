@@ -1,0 +1,216 @@
+"""DevTools by two FIFOs (`--remote-debugging-pipe`): NUL-terminated messages, no TCP port. It knows no browser and no method.
+
+The browser holds both ends of both FIFOs, so neither breaks when a daemon is killed, and what was not yet read stays there for
+the next daemon. This side holds one end of each, so the end of the browser is the end of the file. POSIX only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections import deque
+from typing import TYPE_CHECKING
+
+from . import MAX_MESSAGE
+from .cdp import ConnectionFailed, TransportClosed
+from .errors import CDPError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Bytes. The browser ends when a longer message comes (kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
+MAX_SENT = 100 * 1024 * 1024 - 1
+# Bytes of a pipe, if the system grants it: what an unprivileged user may ask for (pipe(7), /proc/sys/fs/pipe-max-size).
+_CAPACITY = 1024 * 1024
+# Bytes of one read. Chrome writes as much at a time (kWritePacketSize).
+_CHUNK = 64 * 1024
+
+
+class FrameDecoder:
+    """Splits a stream into the messages that NUL terminates. JSON has no NUL in it."""
+
+    def __init__(self, limit: int) -> None:
+        self._partial = bytearray()
+        self._limit = limit
+
+    def feed(self, data: bytes) -> list[bytearray]:
+        """Return the messages that `data` completes. Raises `ValueError` if one has more than `limit` bytes."""
+        frames = []
+        *ends, rest = data.split(b"\0")
+        for end in ends:
+            self._append(end)
+            frames.append(self._partial)
+            self._partial = bytearray()
+        self._append(rest)
+        return frames
+
+    def _append(self, data: bytes) -> None:
+        self._partial += data
+        if len(self._partial) > self._limit:
+            raise ValueError(f"a message of more than {self._limit} bytes")
+
+
+if sys.platform != "win32":
+    import fcntl
+
+    @contextlib.contextmanager
+    def create_fifos(to_browser: str, from_browser: str) -> Iterator[tuple[int, int]]:
+        """Create both FIFOs in a private directory, in the place of what is there, and yield the browser's descriptors of them.
+
+        Those are open in both directions, and closed at the end of the block. Raises `OSError`.
+        """
+        with contextlib.ExitStack() as stack:
+            descriptors = []
+            for path in (to_browser, from_browser):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                os.mkfifo(path, 0o600)
+                # The umask may have taken away even the owner's rights.
+                os.chmod(path, 0o600)
+                descriptor = _open_fifo(path, os.O_RDWR)
+                stack.callback(os.close, descriptor)
+                # The browser's threads wait in read and write.
+                os.set_blocking(descriptor, True)
+                _enlarge(descriptor)
+                descriptors.append(descriptor)
+            yield descriptors[0], descriptors[1]
+
+    def open_pipe(to_browser: str, from_browser: str, pid: int) -> PipeTransport:
+        """Open the FIFOs of the browser with this `pid`. Raises `ConnectionFailed`."""
+        try:
+            # Without a reader, ENXIO: the browser has ended.
+            writer = _open_fifo(to_browser, os.O_WRONLY)
+            try:
+                return PipeTransport(_open_fifo(from_browser, os.O_RDONLY), writer, pid)
+            except OSError:
+                os.close(writer)
+                raise
+        except OSError as error:
+            raise ConnectionFailed(f"its pipe {error.filename or to_browser} can't be opened ({error.strerror})") from None
+
+    def _open_fifo(path: str, direction: int) -> int:
+        descriptor = os.open(path, direction | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        info = os.fstat(descriptor)
+        if stat.S_ISFIFO(info.st_mode) and stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == os.geteuid():
+            return descriptor
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "it is not a FIFO of mode 0600 that belongs to you", path)
+
+    def _enlarge(descriptor: int) -> None:
+        if sys.platform == "linux":
+            # EPERM beyond the user's share of all pipes.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _CAPACITY)
+
+    class PipeTransport:
+        """Messages by the descriptors `reader` and `writer`, which are not blocking. It is lost when the process `pid` ends."""
+
+        def __init__(self, reader: int, writer: int, pid: int) -> None:
+            self._loop = asyncio.get_running_loop()
+            self._reader = reader
+            self._writer = writer
+            self._process = self._watch(pid)
+            self._decoder = FrameDecoder(MAX_MESSAGE)
+            self._received: deque[bytearray] = deque()
+            self._arrived = asyncio.Event()
+            self._closed: str | None = None
+            # One message at a time; the rest of one stays here if its sender does not wait for it.
+            self._sending = asyncio.Lock()
+            self._unsent = memoryview(b"")
+            self._sent = asyncio.Event()
+            self._sent.set()
+            self._loop.add_reader(reader, self._read)
+
+        async def send(self, text: str) -> None:
+            """Send one message, waiting while the browser reads slowly. Raises `CDPError` for one that it can't take."""
+            data = text.encode() + b"\0"
+            if len(data) > MAX_SENT:
+                # JSON-RPC's "Invalid Request": nothing was sent.
+                raise CDPError(f"a message of {len(data)} bytes is too large: the browser takes {MAX_SENT}", code=-32600)
+            async with self._sending:
+                await self._sent.wait()
+                if self._closed is not None:
+                    raise TransportClosed(self._closed)
+                self._unsent = memoryview(data)
+                self._sent.clear()
+                self._write()
+                await self._sent.wait()
+
+        async def receive(self) -> str:
+            """Return the next message."""
+            while not self._received:
+                if self._closed is not None:
+                    raise TransportClosed(self._closed)
+                self._arrived.clear()
+                await self._arrived.wait()
+            return self._received.popleft().decode()
+
+        async def close(self) -> None:
+            """Close this side's ends."""
+            self._close("it was closed")
+
+        def _read(self) -> bool:
+            """Read what is there, and return whether there may be more."""
+            try:
+                data = os.read(self._reader, _CHUNK)
+                if data:
+                    self._received += self._decoder.feed(data)
+                    self._arrived.set()
+                    return True
+                self._close("it closed its end of the pipe")
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._close(f"its pipe can't be read: {error.strerror}")
+            except ValueError as error:
+                self._close(f"it sent {error}")
+            return False
+
+        def _write(self) -> None:
+            # Once for each turn of the loop: a large message must not keep all others waiting.
+            try:
+                self._unsent = self._unsent[os.write(self._writer, self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._close(f"its pipe can't be written: {error.strerror}")
+                return
+            if self._unsent:
+                self._loop.add_writer(self._writer, self._write)
+            else:
+                self._loop.remove_writer(self._writer)
+                self._sent.set()
+
+        def _watch(self, pid: int) -> int | None:
+            """Have `_process_ended` called: also where something else that the browser started still holds the pipe."""
+            if sys.platform == "linux":
+                # A kernel before 5.3, or a sandbox, does not have it.
+                with contextlib.suppress(OSError):
+                    process = os.pidfd_open(pid)
+                    self._loop.add_reader(process, self._process_ended)
+                    return process
+            return None
+
+        def _process_ended(self) -> None:
+            while self._closed is None and self._read():
+                pass
+            self._close("its process ended")
+
+        def _close(self, reason: str) -> None:
+            if self._closed is not None:
+                return
+            self._closed = reason
+            self._unsent = memoryview(b"")
+            self._loop.remove_writer(self._writer)
+            for descriptor in (self._reader, self._process):
+                if descriptor is not None:
+                    self._loop.remove_reader(descriptor)
+            for descriptor in (self._reader, self._writer, self._process):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._sent.set()
+            self._arrived.set()

@@ -1,0 +1,157 @@
+"""The program of a managed browser: which one, with which arguments and environment, and for whom. It starts nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from harness_ipc import HarnessIPCError, create_private_dir
+
+from .errors import BrowserNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+# The variables that say what a managed browser is.
+BINARY = "HARNESS_CHROME"
+ARGUMENTS = "HARNESS_CHROME_ARGS"
+# Names of further variables that it gets, separated by commas. One may end with *.
+ENVIRONMENT = "HARNESS_CHROME_ENV"
+ROOT = "HARNESS_CHROME_ROOT"
+DOWNLOADS = "HARNESS_CHROME_DOWNLOADS"
+
+# On Windows, Chrome takes inherited handles of pipes (--remote-debugging-io-pipes), which end with the daemon that holds them:
+# its browser could not be adopted. So there it has a port, whose number and path are in the profile.
+USES_PIPE = sys.platform != "win32"
+
+if sys.platform == "win32":
+    _BINARIES = [
+        os.path.expandvars(f"{root}/{place}")
+        for place in (
+            "Google/Chrome/Application/chrome.exe",
+            "Chromium/Application/chrome.exe",
+            "Microsoft/Edge/Application/msedge.exe",
+            "BraveSoftware/Brave-Browser/Application/brave.exe",
+        )
+        for root in ("%ProgramFiles%", "%ProgramFiles(x86)%", "%LocalAppData%")
+    ]
+elif sys.platform == "darwin":
+    _BINARIES = [
+        f"/Applications/{name}.app/Contents/MacOS/{name}"
+        for name in ("Google Chrome", "Chromium", "Microsoft Edge", "Brave Browser")
+    ]
+else:
+    _BINARIES = [
+        "google-chrome",
+        "google-chrome-stable",
+        "chromium",
+        "chromium-browser",
+        "microsoft-edge",
+        "microsoft-edge-stable",
+        "brave-browser",
+    ]
+
+
+# For a browser that a program drives: nothing that asks, phones home by itself or locks a key ring.
+_FLAGS = [
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--password-store=basic",
+    "--use-mock-keychain",
+]
+# CSS pixels of a window that nobody sees; Chrome's own default is 800,600. HARNESS_CHROME_ARGS may say otherwise.
+_WINDOW = "1280,900"
+
+if sys.platform == "win32":
+    _VARIABLES = (
+        "ALLUSERSPROFILE, APPDATA, COMMONPROGRAMFILES*, COMPUTERNAME, COMSPEC, HOMEDRIVE, HOMEPATH, LOCALAPPDATA, "
+        "NUMBER_OF_PROCESSORS, OS, PATH, PATHEXT, PROCESSOR_*, PROGRAMDATA, PROGRAMFILES*, PROGRAMW6432, PUBLIC, SYSTEMDRIVE, "
+        "SYSTEMROOT, TEMP, TMP, TZ, USERDOMAIN, USERNAME, USERPROFILE, WINDIR"
+    )
+else:
+    _VARIABLES = (
+        "HOME, LANG, LANGUAGE, LC_*, LOGNAME, PATH, SHELL, TMPDIR, TZ, USER, XDG_*, "
+        # The display and the desktop.
+        "DBUS_SESSION_BUS_ADDRESS, DESKTOP_SESSION, DISPLAY, FONTCONFIG_*, GTK_IM_MODULE, WAYLAND_DISPLAY, XAUTHORITY, "
+        # The last two: Chrome's sandbox where it is installed elsewhere, and what macOS sets for each process.
+        "XMODIFIERS, CHROME_DEVEL_SANDBOX, __CF_USER_TEXT_ENCODING, "
+        # Without them there is no network behind a proxy (Chrome's proxy_config_service_linux.cc reads both cases).
+        "ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, NO_PROXY, all_proxy, auto_proxy, http_proxy, https_proxy, no_proxy"
+    )
+
+
+def find_binary() -> str | None:
+    """Return the program: `HARNESS_CHROME` if that is set, else the first usual one that is installed."""
+    demanded = os.environ.get(BINARY)
+    return next(filter(None, map(shutil.which, [demanded] if demanded else _BINARIES)), None)
+
+
+def command_line(binary: str, profile: str) -> list[str]:
+    """Return the command line of a managed browser. Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` can't be read."""
+    devtools = "--remote-debugging-pipe" if USES_PIPE else "--remote-debugging-port=0"
+    arguments = [binary, devtools, f"--user-data-dir={profile}", *_FLAGS]
+    if not has_display():
+        arguments += ["--headless=new", f"--window-size={_WINDOW}"]
+    if is_root():
+        # Chrome refuses to run as root otherwise.
+        arguments.append("--no-sandbox")
+    try:
+        return [*arguments, *shlex.split(os.environ.get(ARGUMENTS, "")), "about:blank"]
+    except ValueError as error:
+        raise BrowserNotFound(
+            f"{ARGUMENTS}={os.environ[ARGUMENTS]!a} are no arguments: {error}; correct it, or unset it"
+        ) from None
+
+
+def browser_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return those variables of `environment` that a browser gets: the usual ones, and what `HARNESS_CHROME_ENV` names."""
+    names = [name.strip() for name in f"{_VARIABLES},{environment.get(ENVIRONMENT, '')}".split(",")]
+    if os.name == "nt":
+        names = [name.upper() for name in names]
+    prefixes = tuple(name[:-1] for name in names if name.endswith("*"))
+    return {key: value for key, value in environment.items() if key in names or (prefixes and key.startswith(prefixes))}
+
+
+def download_behavior() -> dict[str, Any]:
+    """Return the parameters of `Browser.setDownloadBehavior`: deny, or allow into the directory `HARNESS_CHROME_DOWNLOADS`.
+
+    That is created with mode 0700 if it is missing. Raises `BrowserNotFound` if it can't be.
+    """
+    folder = os.environ.get(DOWNLOADS)
+    if not folder:
+        return {"behavior": "deny"}
+    path = os.path.abspath(folder)
+    try:
+        if not os.path.isdir(path):
+            create_private_dir(path)
+    except HarnessIPCError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else "it is no directory"
+        raise BrowserNotFound(f"{DOWNLOADS}={folder!a} can't be used: {reason}; set it to a directory of yours") from None
+    return {"behavior": "allow", "downloadPath": path}
+
+
+def has_display() -> bool:
+    """Return whether a window could be shown."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def is_root() -> bool:
+    """Return whether this process is root, for whom the browser's sandbox does not work."""
+    return sys.platform != "win32" and os.geteuid() == 0
+
+
+def root_refusal() -> str | None:
+    """Return why no browser is started, if that is since this process is root and `HARNESS_CHROME_ROOT` is not 1."""
+    if not is_root() or os.environ.get(ROOT) == "1":
+        return None
+    return (
+        "no browser is started as root, since its sandbox does not work for root: a page that breaks out of its process would "
+        f"be root; run as another user, or set {ROOT}=1 to accept that"
+    )
