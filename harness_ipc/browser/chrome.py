@@ -32,7 +32,7 @@ URL = "BU_CDP_URL"
 OWN = "HARNESS_CHROME_OWN"
 
 # Where a browser that was started with --remote-debugging-port usually listens.
-PORTS = (9222, 9223)
+PORTS: tuple[int, ...] = (9222, 9223)
 
 if sys.platform == "win32":
     _PROFILES = [

@@ -1,6 +1,6 @@
 """Other users of this machine, real ones, which only root can become. Run as a program, it is one.
 
-``squat UID HOST PORT TARGET ACCEPTS`` listens, and relays to the port `TARGET` of this machine if that is not 0.
+``squat UID HOST PORT TARGET ACCEPTS IPV6_ONLY BACKLOG`` listens, and relays to the port `TARGET` if that is not 0.
 ``find HOME PORT`` looks for a browser there as the user `VICTIM`, and so does its doctor.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import encodings.ascii
+import encodings.idna  # noqa: F401 - before this process may have no access to them
 import importlib
 import json
 import logging
@@ -40,10 +42,17 @@ class Squat:
 
 @contextlib.contextmanager
 def squatting(
-    host: str = "127.0.0.1", port: int = 0, *, uid: int = SQUATTER, target: int = 0, accepts: bool = True
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    uid: int = SQUATTER,
+    target: int = 0,
+    accepts: bool = True,
+    ipv6_only: bool = False,
+    backlog: int = 16,
 ) -> Iterator[Squat]:
     """Have the user `uid` listen at `host`. If it is not to accept yet, it does so when it is asked what it received."""
-    words = [str(word) for word in (uid, host, port, target, int(accepts))]
+    words = [str(word) for word in (uid, host, port, target, int(accepts), int(ipv6_only), backlog)]
     with _running("squat", *words) as process:
         yield Squat(process)
 
@@ -73,14 +82,14 @@ def become(uid: int) -> None:
     os.setuid(uid)
 
 
-def squat(uid: str, host: str, port: str, target: str, accepts: str) -> None:
+def squat(uid: str, host: str, port: str, target: str, accepts: str, ipv6_only: str, backlog: str) -> None:
     become(int(uid))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if ":" in host:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(ipv6_only))
         listener.bind((host, int(port)))
-        listener.listen()
+        listener.listen(int(backlog))
         print(listener.getsockname()[1], flush=True)
         if accepts == "0":
             sys.stdin.read()
@@ -126,11 +135,12 @@ def relay(source: Any, others: dict[socket.socket, socket.socket | None], receiv
 
 def find(home: str, port: str) -> None:
     # Everything is imported before: this user may have no access to this interpreter's library.
-    for module in ("encodings.ascii", "encodings.idna", "harness_ipc.manager", "harness_ipc.browser.doctor", "pwd"):
+    for module in ("harness_ipc.manager", "harness_ipc.browser.doctor", "pwd"):
         importlib.import_module(module)
     from harness_ipc.browser import chrome, doctor
 
-    setattr(importlib.metadata, "version", str)  # noqa: B010
+    # It reads the library, too.
+    importlib.metadata.version = str
     become(VICTIM)
     os.environ |= {"HOME": home, "HARNESS_CHROME": "/nonexistent"}
     for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "HARNESS_CHROME_PROFILE"):
@@ -159,4 +169,7 @@ def find(home: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    {"squat": squat, "find": find}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "squat":
+        squat(*sys.argv[2:])
+    else:
+        find(*sys.argv[2:])

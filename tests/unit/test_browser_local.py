@@ -22,11 +22,11 @@ MAPPED = "0000000000000000FFFF0000"
 US, OTHER = 1000, 54322
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"
-HEADER_6 = "  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when uid"
+HEADER_6 = "  sl  local_address                         remote_address                        st tx_queue rx_queue"
 
 
 def row(local_address: str, remote: str, state: str, uid: int, inode: int) -> str:
-    return f"   0: {local_address} {remote} {state} 00000000:00000000 00:00000000 00000000 {uid:5} 0 {inode} 1 0000000000000000 100"
+    return f"   0: {local_address} {remote} {state} 00000000:00000000 00:00000000 00000000 {uid:5} 0 {inode} 1"
 
 
 def listen(address: str, uid: int) -> str:
@@ -111,7 +111,7 @@ def test_owners_of_an_ipv6_connection() -> None:
     ],
 )
 def test_text_that_is_no_table(table: str) -> None:
-    with pytest.raises(ValueError, match="no table|no row|invalid literal"):
+    with pytest.raises(ValueError, match=r"no table|no row|invalid literal"):
         local.owners_in_table(table, HERE, THERE)
 
 
