@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import secrets
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from . import MAX_MESSAGE
 from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Container
 
     from websockets.asyncio.client import ClientConnection
@@ -77,12 +79,16 @@ class WebSocketTransport:
         self._websocket = websocket
 
     @classmethod
-    async def open(cls, url: str) -> WebSocketTransport:
-        """Connect to the ``ws://`` or ``wss://`` address `url`. Raises `ConnectionFailed`."""
+    async def open(cls, url: str, sock: socket.socket | None = None) -> WebSocketTransport:
+        """Connect to the ``ws://`` or ``wss://`` address `url`, over the connected `sock` if there is one, closed by us.
+
+        No redirect is followed. Raises `ConnectionFailed`.
+        """
         place = without_secret(url)
         local = is_local(url)
+        connected: dict[str, Any] = {} if sock is None else {"sock": sock}
         try:
-            websocket = await connect(
+            websocket = await _ConnectWithoutRedirect(
                 url,
                 open_timeout=OPEN_TIMEOUT,
                 max_size=MAX_MESSAGE,
@@ -90,6 +96,7 @@ class WebSocketTransport:
                 compression=None if local else "deflate",
                 ping_interval=None if local else _KEEPALIVE,
                 proxy=None if local else True,
+                **connected,
             )
         except InvalidStatus as error:
             status = error.response.status_code
@@ -102,6 +109,8 @@ class WebSocketTransport:
         except InvalidHandshake as error:
             raise ConnectionFailed(f"{place} is no DevTools server ({_reason(error)})") from None
         except (InvalidURI, ValueError):
+            if sock is not None:
+                sock.close()
             # Not its text: that has the address in it.
             raise ConnectionFailed(f"{place} is no address of DevTools: it begins with ws:// or wss://") from None
         return cls(websocket)
@@ -145,9 +154,9 @@ class Connection:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, url: str, on_event: OnEvent) -> Connection:
-        """Connect to the ``ws://`` or ``wss://`` address `url`. Raises `ConnectionFailed`."""
-        return cls(await WebSocketTransport.open(url), on_event)
+    async def open(cls, url: str, on_event: OnEvent, sock: socket.socket | None = None) -> Connection:
+        """Connect by a WebSocket, as `WebSocketTransport.open` does."""
+        return cls(await WebSocketTransport.open(url, sock), on_event)
 
     @property
     def lost(self) -> BrowserLost | None:
@@ -269,6 +278,12 @@ class Connection:
         call.reply.set_exception(CDPError(text, code=error.get("code")))
 
 
+class _ConnectWithoutRedirect(connect):
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Return the error instead of the address that it redirects to: that is not the server that was chosen."""
+        return exc
+
+
 class _Call:
     __slots__ = ("method", "reply", "session")
 
@@ -279,9 +294,10 @@ class _Call:
 
 
 def is_local(url: str) -> bool:
-    """Return whether `url` is on this machine."""
+    """Return whether `url` is on this machine's loopback interface."""
     try:
-        return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -6,25 +6,22 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import http.client
-import json
 import logging
 import os
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from . import WEBSOCKET
+from . import WEBSOCKET, local
 from .cdp import Connection, ConnectionFailed, is_local, without_secret
 from .errors import BrowserNotFound
 from .launcher import ManagedBrowser
 from .profile import ACTIVE_PORT, read_active_port
+from .version import ask_websocket_url
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable, Iterator
 
     from .cdp import OnEvent
@@ -36,9 +33,7 @@ URL = "BU_CDP_URL"
 OWN = "HARNESS_CHROME_OWN"
 
 # Where a browser that was started with --remote-debugging-port usually listens.
-PORTS = (9222, 9223)
-# Seconds for a DevTools server to answer a small HTTP request: a local one takes milliseconds.
-_HTTP_TIMEOUT = 5.0
+PORTS: tuple[int, ...] = (9222, 9223)
 
 if sys.platform == "win32":
     _PROFILES = [
@@ -128,7 +123,7 @@ def sources(name: str) -> Iterator[Source]:
     for variable in (WEBSOCKET, URL):
         if url := os.environ.get(variable):
             how = f"{variable}, {without_secret(url)}"
-            yield Source(how, _by_variable(variable, url), _address(url), demanded=True)
+            yield Source(how, _by_variable(variable, url), address_of(url), demanded=True)
             return
     if not os.environ.get(OWN):
         for profile in map(os.path.expanduser, _PROFILES):
@@ -147,8 +142,15 @@ def sources(name: str) -> Iterator[Source]:
 def _by_variable(variable: str, url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
     async def connect(on_event: OnEvent) -> Connection:
         try:
-            websocket = url if variable == WEBSOCKET else await asyncio.to_thread(_websocket_url, url)
-            return await Connection.open(websocket, on_event)
+            if variable == WEBSOCKET:
+                return await Connection.open(url, on_event, await _dial_named(variable, url))
+            websocket = await ask_websocket_url(url, await _dial_named(variable, url))
+            if not is_local(websocket):
+                return await Connection.open(websocket, on_event)
+            # A browser elsewhere may name its own loopback interface, which is not this machine's.
+            named = is_local(url) and address_of(url)[1] == address_of(websocket)[1]
+            sock = await (_dial_named(variable, websocket) if named else _dial_ours(*address_of(websocket)))
+            return await Connection.open(websocket, on_event, sock)
         except ConnectionFailed as error:
             if error.must_allow:
                 advice = "click Allow in the browser's window if it asks, then try again"
@@ -159,7 +161,8 @@ def _by_variable(variable: str, url: str) -> Callable[[OnEvent], Awaitable[Conne
     return connect
 
 
-def _address(url: str) -> tuple[str, int]:
+def address_of(url: str) -> tuple[str, int]:
+    """Return host and port of `url`, or ``("", 0)`` if it has none."""
     try:
         parts = urlsplit(url)
         return parts.hostname or "", parts.port or (443 if parts.scheme in ("https", "wss") else 80)
@@ -173,7 +176,7 @@ def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
         if active is None:
             raise ConnectionFailed(f"{profile} has no {ACTIVE_PORT} any more: start the browser")
         try:
-            return await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", on_event)
+            return await _open_ours(active[0], active[1], on_event)
         except ConnectionFailed as error:
             if error.must_allow:
                 raise
@@ -187,16 +190,56 @@ def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
 
 def _by_port(port: int) -> Callable[[OnEvent], Awaitable[Connection]]:
     async def connect(on_event: OnEvent) -> Connection:
+        base = f"http://{local.LOOPBACK}:{port}"
         try:
-            url = await asyncio.to_thread(_websocket_url, f"http://127.0.0.1:{port}")
+            parts = urlsplit(await ask_websocket_url(base, await _dial_ours(local.LOOPBACK, port)))
+            # Its host and port are what the server says: only who owns this port is known.
+            path = urlunsplit(("", "", parts.path, parts.query, ""))
+        except ValueError:
+            path = ""
         except ConnectionFailed as error:
             # Chrome has no HTTP there for the user's own profile, but the WebSocket, which asks the user.
             if error.status != 404:
                 raise
-            url = f"ws://127.0.0.1:{port}/devtools/browser"
-        return await Connection.open(url, on_event)
+            path = "/devtools/browser"
+        if not path.startswith("/"):
+            raise ConnectionFailed(f"{base} is no DevTools server (its webSocketDebuggerUrl has no path)")
+        return await _open_ours(port, path, on_event)
 
     return connect
+
+
+async def _open_ours(port: int, path: str, on_event: OnEvent) -> Connection:
+    sock = await _dial_ours(local.LOOPBACK, port)
+    return await Connection.open(f"ws://{local.LOOPBACK}:{port}{path}", on_event, sock)
+
+
+async def _dial_ours(host: str, port: int) -> socket.socket:
+    """Connect to a port of this machine that belongs to this user or to root. Raises `ConnectionFailed`."""
+    try:
+        return await asyncio.to_thread(local.connect_to_ours, host, port)
+    except local.NotOurs as error:
+        raise ConnectionFailed(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConnectionFailed(f"{host}:{port} can't be reached ({_reason(error)})") from None
+
+
+async def _dial_named(variable: str, url: str) -> socket.socket | None:
+    """Connect to the address `url` of the user's if it is on this machine, and log whose it is. Raises `ConnectionFailed`."""
+    host, port = address_of(url)
+    if not is_local(url) or not port:
+        return None
+    try:
+        sock, others = await asyncio.to_thread(local.connect_to_any, host, port)
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConnectionFailed(f"{without_secret(url)} can't be reached ({_reason(error)})") from None
+    if others:
+        logger.warning("%s, %s, belongs to %s", variable, without_secret(url), local.describe_users(others))
+    return sock
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _must_allow(source: Source, error: ConnectionFailed) -> str:
@@ -205,34 +248,3 @@ def _must_allow(source: Source, error: ConnectionFailed) -> str:
         f"the browser of {source.how} {what}: click Allow in its window (see chrome://inspect/#remote-debugging), then try "
         f"again, or set {OWN}=1 to use a private browser"
     )
-
-
-def _websocket_url(base: str) -> str:
-    """Ask a DevTools server for its WebSocket. Raises `ConnectionFailed`."""
-    place = without_secret(base)
-    try:
-        parts = urlsplit(base)
-        host = parts.netloc.rpartition("@")[2]
-        path = f"{parts.path.rstrip('/')}/json/version"
-        request = urllib.request.Request(urlunsplit((parts.scheme, host, path, parts.query, "")))  # noqa: S310 - checked next
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConnectionFailed(f"{place} is no address of DevTools: it begins with http:// or https://")
-        if parts.username is not None:
-            words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            request.add_header("Authorization", f"Basic {base64.b64encode(words.encode()).decode()}")
-        # An environment's proxy can't know this machine's own ports.
-        proxies = urllib.request.ProxyHandler({} if is_local(base) else None)
-        with urllib.request.build_opener(proxies).open(request, timeout=_HTTP_TIMEOUT) as reply:
-            return str(json.load(reply)["webSocketDebuggerUrl"])
-    except urllib.error.HTTPError as error:
-        raise ConnectionFailed(f"{place} answered {error.code} to /json/version", status=error.code) from None
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-        if isinstance(error, ConnectionFailed):
-            raise
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(reason, TimeoutError):
-            raise ConnectionFailed(f"{place} has not answered for {_HTTP_TIMEOUT:g} s", waiting=True) from None
-        if reason is not error:
-            raise ConnectionFailed(f"{place} can't be reached ({getattr(reason, 'strerror', None) or reason})") from None
-        # Not its text: that may be the address.
-        raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None

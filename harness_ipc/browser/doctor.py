@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shlex
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import harness_ipc
 from harness_ipc import HarnessIPCError, UnsafeDirectory
 
-from . import APP_VERSION, daemon_name, is_ours, not_ours
+from . import APP_VERSION, WEBSOCKET, daemon_name, is_ours, not_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
     from harness_ipc import DaemonStatus
 
-# Seconds for a port of this machine, or of another, to take a connection.
-_CONNECT_TIMEOUT = 2.0
+    from . import chrome
+
 # Seconds for the daemon to answer.
 _TIMEOUT = 5.0
 # Round trips of which the median is told.
@@ -97,7 +96,7 @@ def _own_browser() -> Iterator[Finding]:
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import chrome, launcher, program
+    from . import chrome, launcher, local, program
 
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
@@ -124,24 +123,47 @@ def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
             else:
                 yield Finding("ok", "browser", f"the next command uses {source.how}")
             return
-        problem = _unreachable(source)
-        if problem is None:
+        assert source.address is not None
+        if source.demanded:
+            yield _named_browser(f"the next command uses {source.how}", source.how, source.address)
+            return
+        try:
+            # Nothing is asked: that could open a window that asks its user.
+            local.connect_to_ours(*source.address).close()
+        except local.NotOurs as error:
+            if source.file is None or not error.uids:
+                yield Finding("warning", "browser", f"{source.how} is not used: {error}")
+            else:
+                yield _stale(source, str(error))
+        except (OSError, OverflowError) as error:
+            if source.file is not None:
+                yield _stale(source, _unreachable(error))
+        else:
             yield Finding("ok", "browser", f"the next command uses {source.how}")
             return
-        if source.demanded:
-            yield Finding("failure", "browser", f"{source.how} {problem}: start that browser, or unset the variable")
-            return
-        if source.file is not None:
-            yield Finding("warning", "browser", f"{source.file} is stale: {problem}", f"rm {shlex.quote(source.file)}")
 
 
-def _unreachable(source: Any) -> str | None:
-    """Return why a browser can't be reached, or None. Nothing is asked: that could open a window that asks its user."""
+def _named_browser(text: str, how: str, address: tuple[str, int]) -> Finding:
+    """Say `text` of the browser that the environment names, and name its owner if that is another user."""
+    from . import local
+
     try:
-        socket.create_connection(source.address, timeout=_CONNECT_TIMEOUT).close()
+        sock, others = local.connect_to_any(*address)
     except (OSError, ValueError, OverflowError) as error:
-        return f"can't be reached ({getattr(error, 'strerror', None) or type(error).__name__})"
-    return None
+        return Finding("failure", "browser", f"{how} {_unreachable(error)}: start that browser, or unset the variable")
+    sock.close()
+    if others:
+        text += f", which belongs to {local.describe_users(others)}"
+    return Finding("warning" if others - {local.ROOT} else "ok", "browser", text)
+
+
+def _stale(source: chrome.Source, problem: str) -> Finding:
+    assert source.file is not None
+    return Finding("warning", "browser", f"{source.file} is stale: {problem}", f"rm {shlex.quote(source.file)}")
+
+
+def _unreachable(error: Exception) -> str:
+    return f"can't be reached ({getattr(error, 'strerror', None) or type(error).__name__})"
 
 
 def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
@@ -175,11 +197,18 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
 
 
 def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
+    from . import cdp, chrome
+
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
         yield Finding("failure", "browser", f"{found}: {status['problem']}", _reload(name))
         return
-    yield Finding("ok", "browser", f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms")
+    text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
+    variable, _, place = status["found"].partition(", ")
+    if variable in (WEBSOCKET, chrome.URL) and cdp.is_local(place):
+        yield _named_browser(text, found, chrome.address_of(place))
+    else:
+        yield Finding("ok", "browser", text)
     tab = status["tab"]
     if tab is None:
         yield Finding("warning", "page", f"none is attached{_because(status['problem'])}; the next request attaches one")

@@ -320,7 +320,7 @@ def test_a_named_browser_that_does_not_answer_perhaps_asks_its_user(variable: st
     with answering(None) as port:
         address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
         monkeypatch.setenv(variable, address)
-        text = why_not("cdp.OPEN_TIMEOUT = chrome._HTTP_TIMEOUT = 0.25")
+        text = why_not("from harness_ipc.browser import version; cdp.OPEN_TIMEOUT = version.TIMEOUT = 0.25")
     assert text.startswith(f"{variable}: {address} has not answered for 0.25 s; {ALLOW}")
     assert_own_browser_serves(monkeypatch, variable)
 

@@ -1,0 +1,97 @@
+"""Ask a DevTools server over HTTP for the address of its WebSocket. It knows neither tabs nor whom a server belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from .cdp import ConnectionFailed, without_secret
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
+# Seconds for a DevTools server to answer a small HTTP request: a local one takes milliseconds.
+TIMEOUT = 5.0
+# Bytes of an answer that are read: Chrome's has some 400.
+_MAX_ANSWER = 1024 * 1024
+
+
+async def ask_websocket_url(base: str, sock: socket.socket | None = None) -> str:
+    """Return the `webSocketDebuggerUrl` of the DevTools server at the URL `base`. Raises `ConnectionFailed`.
+
+    The connected `sock` is used for it and closed; without one, a connection is made, by the environment's proxy if it has one.
+    No redirect is followed, and the user name and password in `base` go to its host alone.
+    """
+    place = without_secret(base)
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            status, answer = await asyncio.to_thread(_get, base, sock)
+        if status != 200:
+            raise ConnectionFailed(f"{place} answered {status} to /json/version", status=status)
+        if len(answer) > _MAX_ANSWER:
+            raise ConnectionFailed(f"{place} is no DevTools server (it answered more than {_MAX_ANSWER} bytes)")
+        return str(json.loads(answer)["webSocketDebuggerUrl"])
+    except ConnectionFailed:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise ConnectionFailed(f"{place} has not answered for {TIMEOUT:g} s", waiting=True) from None
+        if reason is not error:
+            raise ConnectionFailed(f"{place} can't be reached ({getattr(reason, 'strerror', None) or reason})") from None
+        # Not its text: that may be the address.
+        raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None
+    finally:
+        if sock is not None:
+            # The thread may still be reading: this ends it, and the thread closes the socket.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _get(base: str, sock: socket.socket | None) -> tuple[int, bytes]:
+    """Return the status and the start of the body of the answer to a request for /json/version."""
+    with contextlib.ExitStack() as stack:
+        if sock is not None:
+            stack.callback(sock.close)
+        parts = urlsplit(base)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConnectionFailed(f"{without_secret(base)} is no address of DevTools: it begins with http:// or https://")
+        host = parts.netloc.rpartition("@")[2]
+        target = urlunsplit(("", "", f"{parts.path.rstrip('/')}/json/version", parts.query, ""))
+        headers = {}
+        if parts.username is not None:
+            words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
+        if sock is None:
+            request = urllib.request.Request(f"{parts.scheme}://{host}{target}", headers=headers)  # noqa: S310 - checked above
+            reply = stack.enter_context(_opener().open(request, timeout=TIMEOUT))
+        else:
+            connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host)))
+            connection.sock = _with_tls(sock, parts)
+            connection.request("GET", target, headers=headers)
+            reply = stack.enter_context(connection.getresponse())
+        return reply.status, reply.read(_MAX_ANSWER + 1)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Return one that follows no redirect, which the default one does, with the headers that hold the password."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    return opener
+
+
+def _with_tls(sock: socket.socket, parts: SplitResult) -> socket.socket:
+    sock.settimeout(TIMEOUT)
+    if parts.scheme == "https":
+        return ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
+    return sock

@@ -1,0 +1,175 @@
+"""Other users of this machine, real ones, which only root can become. Run as a program, it is one.
+
+``squat UID HOST PORT TARGET ACCEPTS IPV6_ONLY BACKLOG`` listens, and relays to the port `TARGET` if that is not 0.
+``find HOME PORT`` looks for a browser there as the user `VICTIM`, and so does its doctor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import encodings.ascii
+import encodings.idna  # noqa: F401 - before this process may have no access to them
+import importlib
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.processes import PATIENCE
+
+VICTIM, SQUATTER = 54321, 54322
+
+
+class Squat:
+    """A port at which another user listens."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        self._process = process
+        self.port = int(process.stdout.readline())
+
+    def received(self) -> list[str]:
+        """Return what came by each connection, once all have been closed. It is the end of the squatter."""
+        return [str(text) for text in json.loads(self._process.communicate(timeout=PATIENCE)[0])]
+
+
+@contextlib.contextmanager
+def squatting(
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    uid: int = SQUATTER,
+    target: int = 0,
+    accepts: bool = True,
+    ipv6_only: bool = False,
+    backlog: int = 16,
+) -> Iterator[Squat]:
+    """Have the user `uid` listen at `host`. If it is not to accept yet, it does so when it is asked what it received."""
+    words = [str(word) for word in (uid, host, port, target, int(accepts), int(ipv6_only), backlog)]
+    with _running("squat", *words) as process:
+        yield Squat(process)
+
+
+def find_as_victim(home: Path, port: int) -> dict[str, Any]:
+    """Return what the user `VICTIM` finds at `port`: `how` or the `error`, the `log`, and the doctor's `findings`."""
+    os.chown(home, VICTIM, VICTIM)
+    with _running("find", str(home), str(port)) as process:
+        return dict(json.loads(process.communicate(timeout=PATIENCE)[0]))
+
+
+@contextlib.contextmanager
+def _running(*words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-W", "error", "-m", "tests.browser.users", *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def become(uid: int) -> None:
+    if sys.platform == "win32":
+        raise AssertionError("for POSIX")
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+def squat(uid: str, host: str, port: str, target: str, accepts: str, ipv6_only: str, backlog: str) -> None:
+    become(int(uid))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ":" in host:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(ipv6_only))
+        listener.bind((host, int(port)))
+        listener.listen(int(backlog))
+        print(listener.getsockname()[1], flush=True)
+        if accepts == "0":
+            sys.stdin.read()
+        print(json.dumps([data.decode("latin-1") for data in receive(listener, int(target))]), flush=True)
+
+
+def receive(listener: socket.socket, target: int) -> list[bytes]:
+    """Accept and relay until standard input and all connections have ended, and return what came by each."""
+    received: dict[socket.socket, bytes] = {}
+    others: dict[socket.socket, socket.socket | None] = {}
+    asked = False
+    while True:
+        watched = [listener, *others, *([] if asked else [sys.stdin])]
+        ready = select.select(watched, [], [], 0 if asked and not others else None)[0]
+        if not ready:
+            return list(received.values())
+        for source in ready:
+            if source is sys.stdin:
+                asked = True
+            elif source is listener:
+                client = listener.accept()[0]
+                received[client] = b""
+                other = others[client] = socket.create_connection(("127.0.0.1", target)) if target else None
+                if other is not None:
+                    others[other] = client
+            elif source in others:
+                relay(source, others, received)
+
+
+def relay(source: Any, others: dict[socket.socket, socket.socket | None], received: dict[socket.socket, bytes]) -> None:
+    other = others[source]
+    with contextlib.suppress(OSError):
+        if data := source.recv(65536):
+            if source in received:
+                received[source] += data
+            if other is not None:
+                other.sendall(data)
+            return
+    for end in filter(None, (source, other)):
+        end.close()
+        others.pop(end, None)
+
+
+def find(home: str, port: str) -> None:
+    # Everything is imported before: this user may have no access to this interpreter's library.
+    for module in ("harness_ipc.manager", "harness_ipc.browser.doctor", "pwd"):
+        importlib.import_module(module)
+    from harness_ipc.browser import chrome, doctor
+
+    # It reads the library, too.
+    importlib.metadata.version = str
+    become(VICTIM)
+    os.environ |= {"HOME": home, "HARNESS_CHROME": "/nonexistent"}
+    for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "HARNESS_CHROME_PROFILE"):
+        os.environ[variable] = os.path.join(home, variable)
+    os.environ.pop("HARNESS_CHROME_OWN", None)
+    chrome.PORTS = (int(port),)
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("harness_ipc").addHandler(handler)
+    logging.getLogger("harness_ipc").setLevel(logging.INFO)
+
+    async def use() -> str:
+        source, connection = await chrome.find("browser", lambda *_: None)
+        assert "product" in await connection.call("Browser.getVersion")
+        await connection.close()
+        return source.how
+
+    result: dict[str, Any] = {"how": None, "error": None}
+    try:
+        result["how"] = asyncio.run(use())
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    findings = [f"{finding.level}: {finding.text}" for finding in doctor.examine("browser") if finding.topic == "browser"]
+    print(json.dumps(result | {"log": log, "findings": findings}), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "squat":
+        squat(*sys.argv[2:])
+    else:
+        find(*sys.argv[2:])
