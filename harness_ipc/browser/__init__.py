@@ -2,9 +2,10 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `own` starts one, `cdp`
-speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an
-application of the public API of `harness_ipc`, as anybody could write one.
+`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `local` tells whom a
+port of this machine belongs to, `version` asks a port for its WebSocket, `own` starts a browser, `cdp` speaks to it, `errors`
+has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an application of the
+public API of `harness_ipc`, as anybody could write one.
 """
 
 from __future__ import annotations
