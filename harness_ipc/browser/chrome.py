@@ -129,14 +129,18 @@ def sources(name: str) -> Iterator[Source]:
         for profile in map(os.path.expanduser, _PROFILES):
             if (active := read_active_port(profile)) is not None:
                 how, file = f"{ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, ACTIVE_PORT)
-                yield Source(how, _by_active_port(profile), ("127.0.0.1", active[0]), file)
+                yield Source(how, _by_active_port(profile), (local.LOOPBACK, active[0]), file)
         for port in PORTS:
-            yield Source(f"port {port}", _by_port(port), ("127.0.0.1", port))
+            yield Source(f"port {port}", _by_port(port), (local.LOOPBACK, port))
     own = ManagedBrowser(name)
     yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
 
 # Browsers of others.
+
+
+class _OwnerUnknown(ConnectionFailed):
+    """Whom a port belongs to can't be told: a browser of ours may be there."""
 
 
 def _by_variable(variable: str, url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
@@ -178,7 +182,7 @@ def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
         try:
             return await _open_ours(active[0], active[1], on_event)
         except ConnectionFailed as error:
-            if error.must_allow:
+            if error.must_allow or isinstance(error, _OwnerUnknown):
                 raise
             raise ConnectionFailed(
                 f"a stale {ACTIVE_PORT} ({error}): the browser that wrote it has ended; start it again, or remove "
@@ -219,7 +223,8 @@ async def _dial_ours(host: str, port: int) -> socket.socket:
     try:
         return await asyncio.to_thread(local.connect_to_ours, host, port)
     except local.NotOurs as error:
-        raise ConnectionFailed(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
+        kind = ConnectionFailed if error.uids else _OwnerUnknown
+        raise kind(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
     except (OSError, OverflowError, ValueError) as error:
         raise ConnectionFailed(f"{host}:{port} can't be reached ({_reason(error)})") from None
 

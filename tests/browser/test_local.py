@@ -21,6 +21,7 @@ from harness_ipc.browser.own import command_line, find_binary
 from harness_ipc import stop_daemon
 from harness_ipc.browser import chrome, helpers, local, version
 from harness_ipc.browser.cdp import Connection, ConnectionFailed, is_local
+from harness_ipc.browser.doctor import Finding, examine
 from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
@@ -214,7 +215,12 @@ def test_without_a_known_owner_only_a_named_browser_is_used(active_port: Path, m
     monkeypatch.setattr(local, "TABLES", (os.devnull,))
     with answering(http("403 Forbidden"), heard=received) as port:
         active_port.write_text(f"{port}\n/devtools/browser/secret")
-        assert f"127.0.0.1:{port} is not known to belong to you or to root, and was sent nothing" in why_not()
+        reason = why_not()
+        assert f"port {port}: 127.0.0.1:{port} is not known to belong to you or to root, and was sent nothing" in reason
+        assert "stale" not in reason
+        source = f"DevToolsActivePort of {active_port.parent}, port {port}"
+        line = f"{source} is not used: 127.0.0.1:{port} is not known to belong to you or to root"
+        assert Finding("warning", "browser", line) in list(examine("browser"))
         assert set(received) <= {b""}
         monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{port}/path")
         assert "answered 403" in why_not()

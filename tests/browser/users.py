@@ -140,7 +140,7 @@ def find(home: str, port: str) -> None:
     from harness_ipc.browser import chrome, doctor
 
     # It reads the library, too.
-    importlib.metadata.version = str
+    importlib.metadata.version = lambda distribution_name: distribution_name
     become(VICTIM)
     os.environ |= {"HOME": home, "HARNESS_CHROME": "/nonexistent"}
     for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "HARNESS_CHROME_PROFILE"):
