@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .errors import MessageTooLarge, ProtocolError
+from .errors import Busy, MessageTooLarge, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def error_reply(error: BaseException) -> Message:
     """Return the reply that carries `error` to the client."""
     try:
         text = str(error)
-    except Exception as failure:
+    except BaseException as failure:
         text = f"(its text failed with {type(failure).__name__})"
     return {"error": {"type": type(error).__name__, "message": text}}
 
@@ -94,6 +94,11 @@ def to_json(value: object) -> str:
     """Return `value` as JSON for a person or a program: ASCII without control characters, which any console can show."""
     # DEL is the one control character that JSON leaves as it is.
     return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def busy_reply(reason: str) -> Message:
+    """Return the reply that refuses a request, which did not run, for `reason`."""
+    return {**error_reply(Busy(reason)), "meta": BUSY}
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,8 @@ import stat
 import sys
 import time
 
-from .errors import ConnectionLost, InvalidName, StartFailed, UnsafeDirectory
+from ._base import EXHAUSTED
+from .errors import ConnectionLost, HarnessIPCError, InvalidName, ResourceExhausted, StartFailed, UnsafeDirectory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ def private_file_stamp(path: str) -> tuple[int, ...]:
 def read_private_file(path: str, limit: int) -> bytes:
     """Return up to `limit` + 1 bytes of a file that only this user can write and read.
 
-    Raises `FileNotFoundError`, or `UnsafeDirectory` if it is a link, foreign, open to others or can't be read.
+    Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
+    `ResourceExhausted` if this process has no free descriptor or memory.
     """
     descriptor = open_private_file(path)
     try:
@@ -242,10 +244,9 @@ def open_private_file(path: str) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        # What can't be opened is refused for what it is, if that is the reason.
-        _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
-        if isinstance(error, PermissionError):
-            raise _unsafe(path, f"can't be read ({error.strerror})", _make_readable(path)) from error
+        if error.errno not in EXHAUSTED:
+            # A link or another user's file: say so, not that it can't be opened.
+            _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
         raise _unreadable(path, error) from error
     try:
         _refuse(path, os.fstat(descriptor), stat.S_IFREG, 0o077)
@@ -255,8 +256,14 @@ def open_private_file(path: str) -> int:
     return descriptor
 
 
-def _unreadable(path: str, error: OSError) -> ConnectionLost:
-    return ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again")
+def _unreadable(path: str, error: OSError) -> HarnessIPCError:
+    if error.errno in EXHAUSTED:
+        return ResourceExhausted(
+            f"{path} can't be read: {error.strerror}; close files or connections that are not used, or raise the limit"
+        )
+    if isinstance(error, PermissionError):
+        return _unsafe(path, f"can't be read ({error.strerror})", _make_readable(path))
+    return ConnectionLost(f"{path} can't be read: {error.strerror}")
 
 
 def write_private_file(path: str, data: bytes) -> None:
