@@ -1,7 +1,8 @@
 """The standard library's `multiprocessing.connection`, imported without what it does not need here.
 
-To make up addresses, which nobody asks of it here, it imports `tempfile`, and that `shutil`, `random` and three compressors: a
-tenth of what a client takes above the bare interpreter (-X importtime). So its `tempfile` is imported when it is first used.
+Up to CPython 3.13 it imports `tempfile`, to make up addresses, which this package never asks for. `tempfile` imports `shutil`,
+`random` and three compressors: a tenth of what a client takes above the bare interpreter (-X importtime). So its `tempfile` is
+imported when it is first used, as CPython 3.14 does by itself.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ class _WhenUsed(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
-_tempfile = _WhenUsed("tempfile")
-sys.modules.setdefault("tempfile", _tempfile)
-try:
+if sys.version_info >= (3, 14):
     from multiprocessing import connection
-finally:
-    # Everybody else gets the module itself.
-    if sys.modules.get("tempfile") is _tempfile:
-        del sys.modules["tempfile"]
+else:
+    _tempfile = _WhenUsed("tempfile")
+    sys.modules.setdefault("tempfile", _tempfile)
+    try:
+        from multiprocessing import connection
+    finally:
+        # Every other module gets the real one.
+        if sys.modules.get("tempfile") is _tempfile:
+            del sys.modules["tempfile"]
 
 __all__ = ["connection"]

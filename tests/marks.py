@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 
 import pytest
 
@@ -30,6 +31,13 @@ needs_windows = _need("windows", not _POSIX, "named pipes and their handles are 
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.
 needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
+# RLIMIT_AS that leaves a process a chosen amount of memory. mimalloc, the allocator of free-threaded builds, reserves 1 GiB of
+# address space at once, and takes what it needs from that.
+needs_address_limit = _need(
+    "address-limit",
+    sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISABLED"),
+    "RLIMIT_AS does not bound the memory of a free-threaded build (mimalloc reserves 1 GiB), nor of other systems' processes",
+)
 
 
 def _has_browser() -> bool:

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -203,5 +204,6 @@ def test_what_is_no_message_takes_little_more_memory_than_its_frame(data: bytes)
         targets.check_text(caught.value)
         raise caught.value
 
-    # As text, and a number's digits once more.
-    assert peak_of(decode) < 2 * len(data) + MIB
+    # As text, and a number's digits once more. CPython 3.14 and later take five times the length of what is not UTF-8.
+    most = 5 if sys.version_info >= (3, 14) and data[0] == 0xFF else 2
+    assert peak_of(decode) < most * len(data) + MIB

@@ -58,6 +58,7 @@ def test_the_import_is_light_and_leaves_no_trace(module: str, tmp_path: Path, pr
     assert list(private_directories.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="multiprocessing.connection itself imports tempfile when it is used")
 @pytest.mark.parametrize("before", [False, True])
 def test_the_standard_librarys_tempfile_is_imported_when_it_is_used_and_is_itself(before: bool, tmp_path: Path) -> None:
     source = f"""
