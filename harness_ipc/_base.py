@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import namedtuple
 from math import inf
@@ -22,6 +23,9 @@ else:
     # typing costs a client 2 ms to import.
     PeerCredentials = namedtuple("PeerCredentials", "pid uid")
 
+
+# What this process, or the whole system, has run out of: descriptors, memory, buffers.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 # Seconds; poll(2) and Windows' waits take milliseconds in 31 bits. Whoever waits longer waits for ever.
 _LONGEST_WAIT = 2_000_000.0

@@ -12,9 +12,16 @@ import sys
 from math import ceil, inf
 
 from . import paths
-from ._base import PeerCredentials, check_size, remaining
+from ._base import EXHAUSTED, PeerCredentials, check_size, remaining
 from ._stock import connection
-from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, DaemonTimeout, StartFailed
+from .errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    ResourceExhausted,
+    StartFailed,
+)
 
 FAMILY = "AF_UNIX"
 # sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
@@ -64,6 +71,8 @@ if sys.platform != "win32":
 
         # An event loop can tell when there is something to receive.
         LOOP_CAN_WATCH = True
+        # The system has not taken the last byte of a frame whose send failed: the peer can't have received it.
+        FAILED_SEND_MAY_ARRIVE = False
 
         @property
         def has_unsent(self) -> bool:
@@ -237,6 +246,8 @@ if sys.platform != "win32":
                 ) from error
             self.address = address
             self._woken = False
+            self._spare: int | None = None
+            self.keep_spare()
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
@@ -259,6 +270,22 @@ if sys.platform != "win32":
             # Not the Listener's own accept(): its Connection can't give the descriptor away.
             return _checked(self._socket.accept()[0])
 
+        def keep_spare(self) -> None:
+            """Open the descriptor that `accept_spare` uses up, unless it is open, or none is free."""
+            if self._spare is None:
+                with contextlib.suppress(OSError):
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
+
+        def accept_spare(self) -> Connection:
+            """Accept as `accept_now` does when no descriptor is free, with the spare one. Call `keep_spare` afterwards."""
+            self._close_spare()
+            return self.accept_now()
+
+        def _close_spare(self) -> None:
+            spare, self._spare = self._spare, None
+            if spare is not None:
+                os.close(spare)
+
         def fileno(self) -> int:
             """Return the socket's descriptor, for an event loop."""
             return self._socket.fileno()
@@ -277,8 +304,22 @@ if sys.platform != "win32":
 
         def close(self) -> None:
             """Close the socket and remove its path. No accept may be blocked: see `wake`."""
+            self._close_spare()
             with contextlib.suppress(OSError):
                 self._listener.close()
+
+    def lacking_descriptors() -> str | None:
+        """Return which limit keeps this process from opening one more file, or None if it can."""
+        import resource
+
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                return f"no free file descriptor: limit {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+            if error.errno == errno.ENFILE:
+                return "no free file descriptor: the limit of the whole system is reached"
+        return None
 
     def new_address(directory: str, generation: str) -> str:
         """Return the address of a new generation, and make the directory for it if `directory` is too deep.
@@ -302,12 +343,16 @@ if sys.platform != "win32":
         """Connect to `address` before `deadline`, a monotonic time.
 
         Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
-        is another user's.
+        is another user's, and `ResourceExhausted` if this process has no free descriptor or memory.
         """
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
-            raise ConnectionLost(f"no socket can be made: {error.strerror}; close what is not used") from error
+            if error.errno in EXHAUSTED:
+                raise ResourceExhausted(
+                    f"no socket can be made: {error.strerror}; close files or connections that are not used, or raise the limit"
+                ) from error
+            raise ConnectionLost(f"no socket can be made: {error.strerror}") from error
         try:
             _connect(sock, address, deadline)
         except BaseException:
@@ -329,7 +374,8 @@ if sys.platform != "win32":
             raise AuthenticationFailed(f"the socket {address} can't be connected: {error.strerror}; a sandbox or another "
                                        "user's directory is in the way") from error  # fmt: skip
         except OSError as error:
-            raise ConnectionLost(f"the socket {address} can't be connected: {error.strerror}") from error
+            kind = ResourceExhausted if error.errno in EXHAUSTED else ConnectionLost
+            raise kind(f"the socket {address} can't be connected: {error.strerror}") from error
 
     def _is_connected(sock: socket.socket, address: str, deadline: float) -> bool:
         """Connect, and return whether it has been done: a signal may have ended the wait."""

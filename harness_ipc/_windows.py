@@ -8,9 +8,9 @@ import sys
 import threading
 from math import ceil, inf
 
-from ._base import PeerCredentials, check_size, remaining
+from ._base import EXHAUSTED, PeerCredentials, check_size, remaining
 from ._stock import connection
-from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, StartFailed
+from .errors import AuthenticationFailed, ConnectionLost, DaemonNotRunning, ResourceExhausted, StartFailed
 
 FAMILY = "AF_PIPE"
 # The first read takes a short frame in whole; the rest of a longer one is read once its length is known.
@@ -21,6 +21,7 @@ _BUFFER = 64 * 1024
 _MOST_WAIT = 1.0
 # winerror.h and winbase.h; _winapi lacks them.
 _ERROR_IO_INCOMPLETE = 996
+_ERROR_NO_SYSTEM_RESOURCES = 1450
 _PIPE_REJECT_REMOTE_CLIENTS = 8
 _SECURITY_SQOS_PRESENT = 0x100000
 _SECURITY_IDENTIFICATION = 0x10000
@@ -48,6 +49,8 @@ if sys.platform == "win32":
 
         # The proactor loop can't wait for a pipe that it did not open.
         LOOP_CAN_WATCH = False
+        # A write that is given up may have been completed at the same moment.
+        FAILED_SEND_MAY_ARRIVE = True
 
         @property
         def has_unsent(self) -> bool:
@@ -254,6 +257,13 @@ if sys.platform == "win32":
             """Raise `BlockingIOError`: `accept` has to wait."""
             raise BlockingIOError("a pipe can't be accepted without waiting")
 
+        def keep_spare(self) -> None:
+            """Do nothing: handles have no limit that could be reached."""
+
+        def accept_spare(self) -> Connection:
+            """Raise `BlockingIOError` as `accept_now` does."""
+            return self.accept_now()
+
         def fileno(self) -> int:
             """Return -1: no event loop can watch it."""
             return -1
@@ -276,6 +286,10 @@ if sys.platform == "win32":
             known = self._kernel32.GetNamedPipeClientProcessId(ctypes.c_void_p(handle), ctypes.byref(pid))
             return pid.value if known else None
 
+    def lacking_descriptors() -> str | None:
+        """Return None: handles have no limit that could be reached."""
+        return None
+
     def new_address(directory: str, generation: str) -> str:
         """Return the address of a new generation. Pipes have a namespace of their own: `directory` plays no part."""
         return rf"\\.\pipe\harness-ipc-{generation}"
@@ -284,7 +298,7 @@ if sys.platform == "win32":
         """Connect to `address` before `deadline`, a monotonic time.
 
         Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
-        is another user's.
+        is another user's, and `ResourceExhausted` if this process has no free handle or memory.
         """
         while True:
             left = remaining(deadline)
@@ -297,6 +311,8 @@ if sys.platform == "win32":
             except PermissionError as error:
                 raise AuthenticationFailed(f"the pipe {address} belongs to another user") from error
             except OSError as error:
+                if error.errno in EXHAUSTED or error.winerror == _ERROR_NO_SYSTEM_RESOURCES:
+                    raise ResourceExhausted(f"the pipe {address} can't be opened: {error.strerror}") from error
                 if error.winerror != _winapi.ERROR_PIPE_BUSY:
                     raise ConnectionLost(f"the pipe {address} can't be connected: {error.strerror}") from error
             # All instances are taken. Whatever goes wrong here shows in the next try.

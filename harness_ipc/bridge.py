@@ -13,7 +13,7 @@ import contextvars
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import auth, messages
 from .errors import ConnectionLost, ProtocolError
@@ -35,6 +35,15 @@ current_peer: contextvars.ContextVar[PeerCredentials | None] = contextvars.Conte
 _PROBE_PATIENCE = 0.25
 
 
+class Usage(NamedTuple):
+    """Requests in flight, requests answered so far, how many of the answers were errors, and seconds since the last one."""
+
+    in_flight: int
+    requests: int
+    errors: int
+    idle: float
+
+
 class Session:
     """One connection, and the one request of it that is on its way through the loop."""
 
@@ -43,6 +52,7 @@ class Session:
         "connection",
         "counts",
         "examination",
+        "full",
         "in_loop",
         "message",
         "parked",
@@ -58,6 +68,8 @@ class Session:
         self.accepted_at = time.monotonic()
         # Until the client has proved itself and been admitted.
         self.examination: auth.Examination | None = auth.Examination(connection, keys)
+        # Which limit is reached, if that is why the client is not admitted.
+        self.full: str | None = None
         self.message: Message = {}
         # What the loop leaves to a thread: a frame that is not for the handler, a reply that it can't send without waiting.
         self.received: bytes | None = None
@@ -106,12 +118,14 @@ class LoopBridge:
         self._lock = threading.Lock()
         # One wake-up of the loop takes all that came meanwhile.
         self._inbox: list[Session] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Session] = {}
+        self._cancelling = False
         self._broken_off = False
-        self.in_flight = 0
-        # Answered so far, and how many of the answers were errors. The channel's own don't count.
-        self.requests = 0
-        self.errors = 0
+        # Counted under the lock, as what was answered so far, and how many of the answers were errors. The channel's own
+        # requests don't count.
+        self._in_flight = 0
+        self._requests = 0
+        self._errors = 0
         self._last_used = time.monotonic()
         # When the loop was last seen to turn, if somebody calls `beat` regularly.
         self._turned_at: float | None = None
@@ -123,7 +137,13 @@ class LoopBridge:
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own don't count."""
-        return 0.0 if self.in_flight else time.monotonic() - self._last_used
+        return self.usage().idle
+
+    def usage(self) -> Usage:
+        """Return how much the handler has been used, all of one moment."""
+        with self._lock:
+            idle = 0.0 if self._in_flight else time.monotonic() - self._last_used
+            return Usage(self._in_flight, self._requests, self._errors, idle)
 
     def ask(self, session: Session, message: Message | None) -> bool:
         """Have the loop answer `message`. Return True if it has taken the session over: it is no more the thread's then.
@@ -159,7 +179,7 @@ class LoopBridge:
         session.message = message
         session.waiting = True
         session.counts = message.get("meta") not in (messages.HEALTH, messages.PING)
-        self.in_flight += session.counts
+        self._in_flight += session.counts
 
     def probe(self) -> tuple[bool, float]:
         """Return whether the loop reacts, and within how many seconds it did, or for how many it has not."""
@@ -181,19 +201,21 @@ class LoopBridge:
         """Return the frame of `reply`, or of the error that it can't be one."""
         try:
             return messages.encode(reply, limit)
-        except Exception as error:  # of the reply's own methods too, where it is no plain dict
+        except BaseException as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
             logger.error("the reply can't be sent: %s: %s", *sorry["error"].values())
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
 
     def cancel(self) -> None:
-        """Cancel the handlers that are running, from any thread."""
+        """Cancel the handlers that are running, and start no more of them, from any thread."""
+        # At once: what the loop has yet to do may come before it cancels.
+        self._cancelling = True
         with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile runs none
             self._loop.call_soon_threadsafe(self._cancel_tasks)
 
     def break_off(self, sessions: Iterable[Session]) -> None:
-        """Answer what is still asked by `sessions` with an error, and nothing from now on. It is the end of the loop's."""
+        """Fail the pending requests of `sessions` with an error reply, and reject new ones."""
         with self._lock:
             self._broken_off = True
         for session in sessions:
@@ -223,12 +245,18 @@ class LoopBridge:
     def _start_task(self, session: Session) -> None:
         if self._turned_at is not None:
             self.beat()
+        if self._cancelling and session.message.get("meta") != messages.PING:
+            self._give_reply(session, messages.busy_reply("it is stopping"), None)
+            return
         context = self._context.copy()
         context.run(current_peer.set, session.connection.peer)
         task = self._loop.create_task(self._handle(session), context=context)
         # An eager one, which the app's task factory may make, has perhaps ended already.
         if not task.done():
-            self._tasks.add(task)
+            self._tasks[task] = session
+            # A task that is cancelled before its first step runs nothing of `_handle`, which otherwise removes this again: a
+            # callback costs a turn of the loop.
+            task.add_done_callback(self._on_task_done)
 
     def _on_readable(self, session: Session) -> None:
         if session.waiting:
@@ -261,11 +289,11 @@ class LoopBridge:
             if self._broken_off:
                 return
             self._expect_reply(session, message)
-        if self._loop.get_task_factory() is None:
+        if self._loop.get_task_factory() is None and not self._cancelling:
             self._start_task(session)
         else:
-            # An eager task would answer at once, and come back here for the next request if that is there already: so each
-            # has a turn of the loop of its own.
+            # An eager task, or a refusal, would answer at once, and come back here for the next request if that is there
+            # already: so each has a turn of the loop of its own.
             self._loop.call_soon(self._start_task, session)
 
     def _examine(self, session: Session, examination: auth.Examination) -> bool:
@@ -293,23 +321,26 @@ class LoopBridge:
 
     async def _handle(self, session: Session) -> None:
         message, session.message = session.message, {}
-        reply = None
         try:
             reply = await self._answer(message)
-        except Exception as error:
+        except (asyncio.CancelledError, GeneratorExit):
+            reply = _cancelled_reply()
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
             if message.get("meta") == messages.HEALTH:
-                # Whoever looks at a daemon that is not well looks often: no traceback each time.
-                logger.warning("the app is not well: %s: %s", type(error).__name__, error)
+                # Health is polled: no traceback each time.
+                logger.warning("health check failed: %s: %s", type(error).__name__, error)
             else:
                 logger.exception("the handler failed")
             reply = messages.error_reply(error)
-        finally:
-            if reply is None:
-                reply = messages.error_reply(asyncio.CancelledError("the request was cancelled"))
-            # The limit is for what is the app's.
-            self._give_reply(session, reply, None if message.get("meta") == messages.PING else self._max_message)
-            # Not by a callback, for which the loop would turn once more.
-            self._tasks.discard(asyncio.current_task())
+        # The limit is for what is the app's.
+        self._give_reply(session, reply, None if message.get("meta") == messages.PING else self._max_message)
+        task = asyncio.current_task(self._loop)
+        if task is not None and self._tasks.pop(task, None) is not None:
+            task.remove_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._give_reply(self._tasks.pop(task), _cancelled_reply(), None)
 
     async def _answer(self, message: Message) -> Message:
         if message.get("meta") == messages.HEALTH:
@@ -328,10 +359,11 @@ class LoopBridge:
             if not session.waiting:
                 return
             session.waiting = False
+            session.message = {}
             if session.counts:
-                self.in_flight -= 1
-                self.requests += 1
-                self.errors += "error" in reply
+                self._in_flight -= 1
+                self._requests += 1
+                self._errors += "error" in reply
                 self._last_used = time.monotonic()
         # Sent from here if that does not wait: the client has it one wake-up earlier.
         connection = session.connection
@@ -371,3 +403,7 @@ class LoopBridge:
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+
+def _cancelled_reply() -> Message:
+    return messages.error_reply(asyncio.CancelledError("the request was cancelled"))

@@ -27,6 +27,7 @@ from .errors import (
     InvalidName,
     MessageTooLarge,
     ProtocolError,
+    ResourceExhausted,
     StartFailed,
     UnsafeDirectory,
 )
@@ -47,6 +48,7 @@ _EXIT_STATUS: list[tuple[type[HarnessIPCError], int]] = [
     (AuthenticationFailed, 5),
     (UnsafeDirectory, 5),
     (Busy, 5),
+    (ResourceExhausted, 5),
     (AlreadyRunning, 6),
     (StartFailed, 6),
     (HarnessIPCError, 1),

@@ -13,14 +13,19 @@ from math import inf
 
 from . import auth, endpoint, messages, transport
 from .errors import (
+    AuthenticationFailed,
     Busy,
+    ClientClosed,
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
     HarnessIPCError,
+    IncompatibleDaemon,
     InvalidName,
     ProtocolError,
     RemoteError,
+    ResourceExhausted,
+    UnsafeDirectory,
 )
 
 TYPE_CHECKING = False
@@ -58,7 +63,7 @@ def connect_daemon(
     (`float("inf")` waits for ever); `max_message` is the limit of a message in either direction, in bytes.
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
-    `UnsafeDirectory` or `InvalidName`.
+    `UnsafeDirectory`, `InvalidName`, or `ResourceExhausted` if this process has no free descriptor.
     """
     client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
     client._connect(transport.deadline_after(timeout))
@@ -107,9 +112,10 @@ class Client:
 
         `timeout` in seconds covers everything from now on; None takes the client's `request_timeout`.
 
-        Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `MessageTooLarge`, `ProtocolError`, and what `connect_daemon` does
-        when the connection had to be opened again. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing
-        was sent, and the connection goes on.
+        Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `MessageTooLarge`, `ProtocolError`, `ClientClosed`, and what
+        `connect_daemon` does when the connection had to be opened again. The error's `maybe_executed` says whether the request
+        may have run. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing was sent, and the connection
+        goes on. `Busy` is not repeated here: the caller knows whether to wait.
         """
         return self._request(message, self._deadline(timeout))
 
@@ -121,7 +127,7 @@ class Client:
         return result_of(self.request({"method": method, "params": params}, timeout=timeout))
 
     def close(self) -> None:
-        """Close the connection; a request in another thread ends with `ConnectionLost`. Closing twice is no error."""
+        """Close the connection; a request in another thread ends with `ClientClosed`. Closing twice is no error."""
         self._end()
         with self._turn:
             self._drop()
@@ -153,9 +159,9 @@ class Client:
                 self._call = call
                 self._check()
             return use()
-        except ConnectionLost:
+        except ConnectionLost as error:
             # Say so if it was us.
-            self._check()
+            self._check(error.maybe_executed)
             raise
         finally:
             self._turn.release()
@@ -178,12 +184,15 @@ class Client:
             self._drop()
             connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
         used = fresh
+        sent = False
         try:
             # Not earlier: what the daemon's limit is was not known before.
             messages.check_size(len(frame), min(self._max_message, self._record.max_message))
             used = True
             connection.deadline = deadline
+            sent = connection.FAILED_SEND_MAY_ARRIVE
             transport.send(connection, frame)
+            sent = True
             if last:
                 connection.finish_sending()
             if fresh:
@@ -191,7 +200,10 @@ class Client:
             reply = messages.decode(transport.receive(connection, self._max_message))
             if reply.get("meta") == messages.BUSY:
                 raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
-        except BaseException:
+        except BaseException as error:
+            # A refused proof, or a refused request, has not run.
+            if isinstance(error, HarnessIPCError) and not isinstance(error, (AuthenticationFailed, Busy)):
+                error.maybe_executed = sent
             # The verdict or the reply may still come: it must not be taken for the next request's.
             if used:
                 self._drop()
@@ -233,13 +245,14 @@ class Client:
             if connection is not None:
                 connection.close()
 
-    def _check(self) -> None:
+    def _check(self, maybe_executed: bool = False) -> None:
+        """Raise `ClientClosed` if the connection can't be used; `maybe_executed` is for a request that it ends."""
         if self._process != os.getpid():
-            raise ConnectionLost("this client belongs to the process before the fork: connect again in this one")
+            raise ClientClosed("this client belongs to the process before the fork: connect again in this one")
         if self._closed:
-            raise ConnectionLost("this client is closed: connect again")
+            raise ClientClosed("this client is closed: connect again", maybe_executed=maybe_executed)
         if self._call is not None and self._call.ended:
-            raise ConnectionLost("the request was cancelled")
+            raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
 
     def _end(self, call: _Call | None = None) -> None:
         """End `call`, or all of them now and in future, from any thread. What was sent may still run in the daemon."""
@@ -277,7 +290,9 @@ def request(
 def ping(name: str, timeout: float = CONNECT_TIMEOUT) -> bool:
     """Return whether the daemon `name` answers within `timeout` seconds, by the way that every request takes.
 
-    True also while its loop is blocked: then it lives, but is unresponsive. Raises `InvalidName`.
+    True also while its loop is blocked: then it lives, but is unresponsive. False if nobody answers, as `identify` says.
+
+    Raises what `identify` does.
     """
     return identify(name, timeout) is not None
 
@@ -285,16 +300,21 @@ def ping(name: str, timeout: float = CONNECT_TIMEOUT) -> bool:
 def identify(name: str, timeout: float = CONNECT_TIMEOUT) -> int | None:
     """Return the process id that the authenticated daemon `name` gives for itself, or None if nobody answers.
 
-    Raises `InvalidName`.
+    Nobody answers if there is no daemon, if it takes too long, goes away or answers nonsense, and also if what listens there
+    can't prove that it has the key: that is not the daemon.
+
+    Raises what the user has to fix first, since it would not go away with another daemon: `InvalidName`, `UnsafeDirectory`,
+    `IncompatibleDaemon` (a record of another schema: its daemon may well run), and `ResourceExhausted` (this process has no
+    free descriptor, which says nothing about the daemon).
     """
     try:
         pid = request(name, {"meta": messages.PING}, timeout=timeout).get("pid")
-    except InvalidName:
+    except (InvalidName, UnsafeDirectory, IncompatibleDaemon, ResourceExhausted):
         raise
     except HarnessIPCError:
         return None
-    # Whoever acts on it must never be handed True, 0 or -1: as a pid they mean init, our group, everybody.
-    return pid if isinstance(pid, int) and not isinstance(pid, bool) and pid > 0 else None
+    # type(): bool is a subclass of int. As a pid, True, 0 and -1 mean init, our group, everybody.
+    return pid if type(pid) is int and pid > 0 else None
 
 
 def result_of(reply: Message) -> Any:
@@ -302,7 +322,9 @@ def result_of(reply: Message) -> Any:
     if "error" in reply:
         raise _remote_error(reply)
     if "result" not in reply:
-        raise ProtocolError('the reply has neither "result" nor "error": use request() for replies of another form')
+        raise ProtocolError(
+            'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
+        )
     return reply["result"]
 
 
@@ -390,6 +412,10 @@ class AsyncClient:
         try:
             closing = self._executor.submit(self._client.close)
         except RuntimeError:
+            if not self._client._closed:
+                # No thread can be started for it.
+                self._executor.shutdown(wait=False)
+                self._client.close()
             return None
         # What runs now ends at once, and nothing more can be submitted.
         self._client._end()
@@ -408,8 +434,14 @@ class AsyncClient:
             call = _Call()
             try:
                 job = self._executor.submit(action, deadline, call)
-            except RuntimeError:
-                raise ConnectionLost("this client is closed: connect again") from None
+            except RuntimeError as error:
+                # It is queued all the same if no thread could be started, and must not run later.
+                call.ended = True
+                if self._client._closed:
+                    raise ClientClosed("this client is closed: connect again") from None
+                raise ResourceExhausted(
+                    f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
+                ) from error
             try:
                 return await asyncio.wrap_future(job)
             except asyncio.CancelledError:

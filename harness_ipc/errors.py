@@ -11,16 +11,30 @@ HarnessIPCError
 ├── Busy                   RuntimeError            the daemon takes no request now: it is full, or stopping
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
 ├── ConnectionLost         ConnectionError         the peer went away in the middle
+├── ClientClosed           RuntimeError            this client was closed, or belongs to the process before a fork
+├── ResourceExhausted      OSError                 this process is out of descriptors, memory or threads
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
 ├── ProtocolError          ValueError              something that is not a message: not JSON, not an object
 └── RemoteError            RuntimeError            the daemon's own handler answered with an error
 
-All of them survive pickling with their attributes.
+All of them survive pickling and copying with their attributes.
 """
 
 
 class HarnessIPCError(Exception):
-    """The root: `except HarnessIPCError` catches whatever this package raises."""
+    """The root: `except HarnessIPCError` catches every error of this package.
+
+    `maybe_executed` says whether the request may have run. It is True once the operating system has taken the last byte of the
+    request, unless the daemon has said that it did not run. If it is False, the request can safely be sent again.
+    """
+
+    maybe_executed = False
+
+    def __init__(self, message: str = "", *, maybe_executed: bool | None = None) -> None:
+        super().__init__(message)
+        # Only where it differs from the class: an attribute of the instance is pickled and copied.
+        if maybe_executed is not None:
+            self.maybe_executed = maybe_executed
 
 
 class InvalidName(HarnessIPCError, ValueError):
@@ -49,11 +63,16 @@ class AlreadyRunning(HarnessIPCError, RuntimeError):
 
 
 class StartFailed(HarnessIPCError, RuntimeError):
-    """A daemon could not start. `log_tail` has the last lines of its log, where there are any."""
+    """A daemon could not start. `log_tail` has the last lines of its log.
 
-    def __init__(self, message: str, *, log_tail: str = "") -> None:
+    `type` is the name of the exception that ended the start, `reason` its text. What is not known is an empty string.
+    """
+
+    def __init__(self, message: str, *, log_tail: str = "", type: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.log_tail = log_tail
+        self.type = type
+        self.reason = reason
 
 
 class IncompatibleDaemon(HarnessIPCError, RuntimeError):
@@ -65,22 +84,30 @@ class AuthenticationFailed(HarnessIPCError, PermissionError):
 
 
 class Busy(HarnessIPCError, RuntimeError):
-    """The daemon already has its maximum of connections. The request did not run: it may be repeated."""
+    """The daemon is full (the text names the limit) or stopping. The request did not run: it may be sent again."""
 
 
 class DaemonTimeout(HarnessIPCError, TimeoutError):
-    """The deadline passed. If a request had been sent, it may have run, or may still be running."""
+    """The deadline passed. If `maybe_executed` is True, the request may have run, or may still be running."""
 
 
 class ConnectionLost(HarnessIPCError, ConnectionError):
-    """The peer went away. If a request had been sent, it may have run: nothing is retried silently."""
+    """The peer went away. If `maybe_executed` is True, the request may have run: nothing is repeated silently."""
+
+
+class ClientClosed(HarnessIPCError, RuntimeError):
+    """This client was closed, perhaps during the request, or was opened by the process before a fork: connect again."""
+
+
+class ResourceExhausted(HarnessIPCError, OSError):
+    """This process, not the daemon, is out of file descriptors, memory or threads."""
 
 
 class MessageTooLarge(HarnessIPCError, ValueError):
     """A message above `limit` bytes. `size` is its length in bytes, or None where only the peer knows it."""
 
-    def __init__(self, message: str, *, size: int | None = None, limit: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, size: int | None = None, limit: int = 0, maybe_executed: bool | None = None) -> None:
+        super().__init__(message, maybe_executed=maybe_executed)
         self.size = size
         self.limit = limit
 
@@ -92,6 +119,8 @@ class ProtocolError(HarnessIPCError, ValueError):
 class RemoteError(HarnessIPCError, RuntimeError):
     """The daemon answered with an error. `type` is the name of the exception there."""
 
-    def __init__(self, message: str, *, type: str = "") -> None:
-        super().__init__(message)
+    maybe_executed = True
+
+    def __init__(self, message: str, *, type: str = "", maybe_executed: bool | None = None) -> None:
+        super().__init__(message, maybe_executed=maybe_executed)
         self.type = type

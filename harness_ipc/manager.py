@@ -26,6 +26,7 @@ from .errors import (
     DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
+    ResourceExhausted,
     StartFailed,
     UnsafeDirectory,
 )
@@ -110,20 +111,20 @@ class DaemonStatus:
 def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT) -> DaemonStatus:
     """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
 
-    Creates and changes nothing. Raises `InvalidName` only.
+    Creates and changes nothing. Raises `InvalidName`, and `ResourceExhausted` if this process has no free descriptor.
     """
     return _look(name, timeout, health=True)[0]
 
 
 def daemon_alive(name: str) -> bool:
-    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName`."""
+    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName` or `ResourceExhausted`."""
     return _look(name, STATUS_TIMEOUT, health=False)[0].alive
 
 
 def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
     """Return the states of all daemons of this user that run, start or left a record, by name. Creates nothing.
 
-    Raises `UnsafeDirectory`.
+    Raises `UnsafeDirectory` or `ResourceExhausted`.
     """
     directory = paths.runtime_location()[0]
     names = set()
@@ -161,7 +162,7 @@ def ensure_daemon(
     is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted.
 
     Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
-    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed` or `InvalidName`.
+    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`.
     """
     deadline = deadline_after(timeout)
     if (status := _usable(name, version, on_mismatch, deadline)) is not None:
@@ -265,6 +266,9 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
             pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
         except AuthenticationFailed as error:
             return DaemonStatus(name, "forbidden", log, problem=str(error), **known), error
+        except ResourceExhausted:
+            # Of this process: it says nothing of the daemon.
+            raise
         except HarnessIPCError as error:
             if _published(name) != record.generation:
                 continue
@@ -283,6 +287,8 @@ def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, Har
         lag = float(pong.get("loop_lag") or 0.0)
         problem = f"its event loop has been blocked for {lag:.1f} s: wait, or stop it"
         return DaemonStatus(name, "unresponsive", log, since=time.time() - lag, problem=problem, **known), None
+    if isinstance(limit := pong.get("full"), str):
+        known["problem"] = f"new requests are refused (Busy): {limit}"
     return DaemonStatus(name, "running", log, since=began, health=_health(name, timeout) if health else None, **known), None
 
 
@@ -412,7 +418,7 @@ def _ask_to_stop(name: str, generation: str, timeout: float) -> bool:
             if daemon.generation != generation:
                 return False
             return "shutdown" in daemon.request({"meta": messages.SHUTDOWN}, timeout=timeout)
-    except AuthenticationFailed:
+    except (AuthenticationFailed, ResourceExhausted):
         raise
     except HarnessIPCError:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .errors import MessageTooLarge, ProtocolError
+from .errors import Busy, MessageTooLarge, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,9 +77,14 @@ def error_reply(error: BaseException) -> Message:
     """Return the reply that carries `error` to the client."""
     try:
         text = str(error)
-    except Exception as failure:
+    except BaseException as failure:
         text = f"(its text failed with {type(failure).__name__})"
     return {"error": {"type": type(error).__name__, "message": text}}
+
+
+def busy_reply(reason: str) -> Message:
+    """Return the reply that refuses a request, which did not run, for `reason`."""
+    return {**error_reply(Busy(reason)), "meta": BUSY}
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -13,7 +13,8 @@ import stat
 import sys
 import time
 
-from .errors import ConnectionLost, InvalidName, StartFailed, UnsafeDirectory
+from ._base import EXHAUSTED
+from .errors import ConnectionLost, InvalidName, ResourceExhausted, StartFailed, UnsafeDirectory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ def private_file_stamp(path: str) -> tuple[int, ...]:
 def read_private_file(path: str, limit: int) -> bytes:
     """Return up to `limit` + 1 bytes of a file that only this user can write and read.
 
-    Raises `FileNotFoundError`, or `UnsafeDirectory` if it is a link, foreign, open to others or can't be read.
+    Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
+    `ResourceExhausted` if this process has no free descriptor or memory.
     """
     try:
         descriptor = retry_sharing(os.open, path, _READ)
@@ -227,11 +229,15 @@ def read_private_file(path: str, limit: int) -> bytes:
     except (FileNotFoundError, UnsafeDirectory):
         raise
     except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise ResourceExhausted(
+                f"{path} can't be read: {error.strerror}; close files or connections that are not used, or raise the limit"
+            ) from error
         # What can't be opened is refused for what it is, if that is the reason.
         _refuse(path, os.lstat(path), stat.S_IFREG, 0o077)
         if isinstance(error, PermissionError):
             raise _unsafe(path, f"can't be read ({error.strerror})", _make_readable(path)) from error
-        raise ConnectionLost(f"{path} can't be read: {error.strerror}; free what is used up and try again") from error
+        raise ConnectionLost(f"{path} can't be read: {error.strerror}") from error
 
 
 def write_private_file(path: str, data: bytes) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 from . import __version__, auth, endpoint, messages, paths, transport
 from .bridge import LoopBridge, Session
-from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge, ProtocolError
+from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError, StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,6 +45,8 @@ _UNPROVED_GUARANTEE = 1.0
 _WARM_THREADS = 8
 # Seconds to wait for descriptors or threads, which nothing announces, before accept is tried again.
 _EXHAUSTED_PAUSE = 0.1
+# Seconds for a client that is answered with the spare descriptor, on which others wait, to send its request.
+_SPARE_PATIENCE = 0.5
 # Seconds that a client waits for a loop that accepts nothing before a thread does.
 _LOOP_PATIENCE = 0.1
 # Seconds for cancelled handlers to end.
@@ -114,6 +117,7 @@ async def start_daemon_server(
                     own_lock=own_lock,
                 )
                 generation.publish()
+                server._start()
             except BaseException:
                 listener.close()
                 raise
@@ -124,7 +128,6 @@ async def start_daemon_server(
         if own_lock is not None:
             own_lock.release()
         raise
-    server._start()
     return server, address
 
 
@@ -169,6 +172,8 @@ class DaemonServer:
         # Guards all below that is touched by several threads, and announces that a connection or a thread ended.
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
+        # The thread that left `_threads` last: it may still run, and has joined the one that left before it.
+        self._last_to_leave: threading.Thread | None = None
         self._accepting = 0
         self._unproved: dict[Session, None] = {}
         self._sessions: set[Session] = set()
@@ -182,6 +187,8 @@ class DaemonServer:
         self._sweep: asyncio.TimerHandle | None = None
 
         self._closed: asyncio.Future[None] = self._loop.create_future()
+        # It waits from the start: no thread can be started while the interpreter shuts down, and close() may be called then.
+        self._withdrawn = threading.Event()
         self._closer = threading.Thread(target=self._shut_down, name="harness-ipc-closer", daemon=True)
 
     @property
@@ -214,9 +221,10 @@ class DaemonServer:
             self._closing.set()
             self._changed.notify_all()
         if self._loop_accepts:
-            self._loop.remove_reader(self._listener.fileno())
+            with contextlib.suppress(RuntimeError):  # a loop that was closed before watches nothing
+                self._loop.remove_reader(self._listener.fileno())
         self._generation.withdraw()
-        self._closer.start()
+        self._withdrawn.set()
 
     async def wait_closed(self) -> None:
         """Wait until the server has closed: requests in flight are done, or cancelled after the grace period.
@@ -246,6 +254,10 @@ class DaemonServer:
         return f"<DaemonServer {self.record.name!r} {'serving' if self.is_serving() else 'closing'} at {self.record.address!r}>"
 
     def _start(self) -> None:
+        try:
+            self._closer.start()
+        except RuntimeError as error:
+            raise StartFailed(f"no thread can be started ({error}): raise the limit of processes (ulimit -u)") from error
         with self._changed:
             self._add_thread()
         self._accept_in_loop()
@@ -257,7 +269,9 @@ class DaemonServer:
             self._loop.add_reader(self._listener.fileno(), self._on_client)
 
     def _on_client(self) -> None:
-        if len(self._unproved) >= _MAX_UNPROVED:
+        with self._changed:
+            crowded = len(self._unproved) >= _MAX_UNPROVED
+        if crowded:
             self._leave_to_threads()
             return
         try:
@@ -274,7 +288,7 @@ class DaemonServer:
             return
         self._accepted_in_loop += 1
         with self._changed:
-            self._add_unproved(session)
+            self._add_unproved(session, self._handshake_timeout)
         if self._sweep is None:
             self._sweep_unproved()
         self._bridge.welcome(session)
@@ -318,8 +332,11 @@ class DaemonServer:
                     pass
         finally:
             with self._changed:
+                previous, self._last_to_leave = self._last_to_leave, threading.current_thread()
                 self._threads.discard(threading.current_thread())
                 self._changed.notify_all()
+            if previous is not None:
+                previous.join()
 
     def _accept_one(self) -> bool:
         """Accept one connection and serve it to its end. Return whether this thread should accept another one."""
@@ -335,7 +352,7 @@ class DaemonServer:
             self._log.warning("refused a client: %s", error)
             return True
         except OSError as error:
-            return self._pause(error)
+            return self._answer_with_spare() if error.errno in (errno.EMFILE, errno.ENFILE) else self._pause(error)
         session = Session(connection, self._keys)
         if not self._admit_unproved(session):
             self._end(session)
@@ -394,14 +411,58 @@ class DaemonServer:
             # Under the lock, so that nobody wakes a connection that is being closed.
             with contextlib.suppress(OSError):
                 session.connection.close()
+            # Before the next client takes the descriptor.
+            if self.is_serving():
+                self._listener.keep_spare()
             self._changed.notify_all()
 
     def _pause(self, error: OSError) -> bool:
-        """Wait a little after a failed accept, most likely for want of descriptors. Return whether to go on."""
+        """Wait a little after a failed accept, e.g. because memory is short. Return whether to go on."""
         if self.is_serving():
-            self._log.error("can't accept connections for now: %s; raise the limit of open files (ulimit -n)", error)
+            self._log.error("can't accept connections for now: %s", error)
             self._closing.wait(_EXHAUSTED_PAUSE)
         return self._goes_on()
+
+    def _answer_with_spare(self) -> bool:
+        """Accept one client though no descriptor is free, and turn it away. Return whether to go on."""
+        if self._drop_silent_client() or (full := transport.lacking_descriptors()) is None:
+            return self._goes_on()
+        self._log.error("can't accept connections for now: %s; raise it, or close files", full)
+        with self._changed:
+            try:
+                session = Session(self._listener.accept_spare(), self._keys)
+            except BlockingIOError:
+                self._listener.keep_spare()
+                return self._goes_on()
+            except HarnessIPCError as error:
+                self._listener.keep_spare()
+                self._log.warning("refused a client: %s", error)
+                return self._goes_on()
+            except OSError as error:
+                # Another thread of the app may have taken the descriptor.
+                self._listener.keep_spare()
+                return self._pause(error)
+            self._add_unproved(session, _UNPROVED_GUARANTEE)
+        try:
+            assert session.examination is not None
+            session.examination.finish()
+            session.connection.deadline = transport.deadline_after(_SPARE_PATIENCE)
+            session.full = full
+            self._serve_one(session, self._turn_away)
+        except Exception as error:
+            self._end_by(session, error)
+        else:
+            self._end(session)
+        return self._goes_on()
+
+    def _drop_silent_client(self) -> bool:
+        """End the oldest client that has not proved itself, once it had its time. Return whether a descriptor is free now."""
+        with self._changed:
+            oldest = next(iter(self._unproved), None)
+            if oldest is None or time.monotonic() - oldest.accepted_at < _UNPROVED_GUARANTEE:
+                return False
+            oldest.connection.abort()
+            return self._changed.wait_for(lambda: oldest not in self._unproved, _EXHAUSTED_PAUSE)
 
     def _goes_on(self) -> bool:
         """Return whether this thread, which has accepted nobody, should try again."""
@@ -432,11 +493,11 @@ class DaemonServer:
                 self._log.error("refused a client: no thread can be started; raise the limit of processes (ulimit -u)")
                 return False
             self._accepting -= 1
-            self._add_unproved(session)
+            self._add_unproved(session, self._handshake_timeout)
             return True
 
-    def _add_unproved(self, session: Session) -> None:
-        session.connection.deadline = transport.deadline_after(self._handshake_timeout)
+    def _add_unproved(self, session: Session, timeout: float) -> None:
+        session.connection.deadline = transport.deadline_after(timeout)
         self._unproved[session] = None
 
     def _welcome(self, session: Session) -> bool:
@@ -444,6 +505,7 @@ class DaemonServer:
         assert session.examination is not None
         session.examination.finish()
         if not self._admit(session):
+            session.full = f"all {self._max_connections} connections are taken (max_connections)"
             return self._serve_one(session, self._turn_away)
         # Our verdict goes out with the reply to a request that came with the proof: it would wake the client for nothing.
         return (session.connection.has_unread and self._serve_one(session, self._bridge.ask)) or self._serve(session)
@@ -497,7 +559,7 @@ class DaemonServer:
             return None
         verb = message.get("meta")
         if verb == messages.PING:
-            session.unsent = messages.encode(self._pong(*self._bridge.probe()))
+            session.unsent = messages.encode(self._pong(*self._bridge.probe(), session.full))
             return None
         if verb == messages.SHUTDOWN:
             logger.info("shutdown requested by pid %s", session.connection.peer.pid)
@@ -507,12 +569,16 @@ class DaemonServer:
         return message
 
     def _turn_away(self, session: Session, _: Message) -> bool:
-        why = "it is stopping" if self._closing.is_set() else f"all {self._max_connections} connections are taken"
+        why = session.full if session.full and self.is_serving() else "it is stopping"
         self._log.warning("turned the client with pid %s away: %s", session.connection.peer.pid, why)
-        session.unsent = messages.encode({**messages.error_reply(Busy(why)), "meta": messages.BUSY})
+        session.unsent = messages.encode(messages.busy_reply(why))
         return False
 
-    def _pong(self, responsive: bool, lag: float) -> Message:
+    def _pong(self, responsive: bool, lag: float, full: str | None = None) -> Message:
+        """Return the reply to a ping. `full` says which limit is reached, if that is why the client is turned away."""
+        usage = self._bridge.usage()
+        with self._changed:
+            connections = len(self._sessions)
         return {
             "pong": True,
             "pid": self.record.pid,
@@ -520,20 +586,21 @@ class DaemonServer:
             "version": __version__,
             "responsive": responsive,
             "loop_lag": lag,
-            "connections": len(self._sessions),
-            "requests": self._bridge.requests,
-            "errors": self._bridge.errors,
-            "idle": self._bridge.idle_seconds,
+            "connections": connections,
+            "requests": usage.requests,
+            "errors": usage.errors,
+            "idle": usage.idle,
+            "full": full,
         }
 
     # The end.
 
     def _shut_down(self) -> None:
+        self._withdrawn.wait()
         deadline = transport.deadline_after(self._grace_period)
         try:
             self._stop_accepting()
             with self._changed:
-                threads = list(self._threads)
                 for session in self._unproved:
                     session.connection.abort()
                 for session in self._sessions:
@@ -542,8 +609,8 @@ class DaemonServer:
                 drained = self._changed.wait_for(self._is_quiet, left)
             if not drained:
                 self._break_off()
-            for thread in threads:
-                thread.join()
+            if self._last_to_leave is not None:
+                self._last_to_leave.join()
         except Exception:
             logger.exception("closing the server failed")
         finally:
@@ -558,24 +625,28 @@ class DaemonServer:
         with self._changed:
             while self._accepting:
                 self._listener.wake()
+                # One of them may be answered with the spare descriptor by the thread that accepts.
+                for session in self._unproved:
+                    session.connection.abort()
                 # Again after a moment: on some systems a wake-up is a connection, which needs a free descriptor.
                 self._changed.wait(_EXHAUSTED_PAUSE)
         self._listener.close()
 
     def _break_off(self) -> None:
         """Cancel the handlers that are still running and cut the connections whose peers don't read."""
-        in_flight = self._bridge.in_flight
+        in_flight = self._bridge.usage().in_flight
         logger.warning("%d requests are still running after %g s: cancelling them", in_flight, self._grace_period)
         self._bridge.cancel()
         with self._changed:
             self._changed.wait_for(self._is_quiet, CANCEL_PERIOD)
             left = [*self._sessions, *self._unproved]
-            for session in left:
-                session.connection.abort()
+        # Before their connections are cut: these clients are told what became of their requests.
         self._bridge.break_off(left)
         with self._changed:
+            for session in (*self._sessions, *self._unproved):
+                session.connection.abort()
             self._changed.wait_for(lambda: not self._threads)
-            # A loop that still does not turn ends what is left when it does.
+            # A loop that is still blocked ends the rest when it no longer is.
             self._changed.wait_for(self._is_quiet, CANCEL_PERIOD)
 
     def _is_quiet(self) -> bool:

@@ -10,9 +10,9 @@ import sys
 from .errors import ConnectionLost, HarnessIPCError
 
 if sys.platform == "win32":
-    from ._windows import FAMILY, Connection, Listener, dial, new_address
+    from ._windows import FAMILY, Connection, Listener, dial, lacking_descriptors, new_address
 else:
-    from ._posix import FAMILY, Connection, Listener, dial, new_address
+    from ._posix import FAMILY, Connection, Listener, dial, lacking_descriptors, new_address
 
 from ._base import PeerCredentials, deadline_after, remaining
 
@@ -24,6 +24,7 @@ __all__ = [
     "deadline_after",
     "dial",
     "flush",
+    "lacking_descriptors",
     "lost",
     "new_address",
     "receive",

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from harness_ipc import Client, ConnectionLost, DaemonNotRunning, connect_daemon
+from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, connect_daemon
 
 from . import INTERNAL, LONGEST, MAX_MESSAGE, check_extra, daemon_name, is_ours, not_ours
 from .errors import (
@@ -168,7 +168,7 @@ def _send(message: dict[str, Any], *, timeout: float = TIMEOUT) -> dict[str, Any
         request["session_id"] = _session
     try:
         reply = client.request(request, timeout=timeout + _GRACE)
-    except (ConnectionLost, DaemonNotRunning):
+    except (ClientClosed, ConnectionLost, DaemonNotRunning):
         disconnect()
         raise
     if "error" in reply:

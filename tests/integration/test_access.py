@@ -21,6 +21,7 @@ from harness_ipc import (
     cleanup_endpoint,
     connect_daemon,
     endpoint,
+    identify,
     log_path,
     ping,
     request,
@@ -132,14 +133,9 @@ def test_the_stranger_is_a_stranger() -> None:
 
 
 @pytest.mark.usefixtures("reach")
-@pytest.mark.parametrize("verb", ["load", "request", "connect", "clean up", "serve"])
+@pytest.mark.parametrize("verb", ["load", "request", "connect", "ping", "clean up", "serve"])
 def test_another_user_gets_a_typed_error_by_name(verb: str) -> None:
     assert attempt(verb)[:3] == ["UnsafeDirectory", "HarnessIPCError", "PermissionError"]
-
-
-@pytest.mark.usefixtures("reach")
-def test_another_users_ping_says_no() -> None:
-    assert attempt("ping") is False
 
 
 @pytest.mark.usefixtures("reach")
@@ -194,12 +190,19 @@ def test_a_runtime_directory_that_another_user_made_first_is_refused(private_dir
     elsewhere.mkdir(mode=0o700)
     with mode(private_directories, 0o1777):
         assert attempt(squat, *([str(elsewhere)] if squat == "link" else []), str(run)) is None
-        for call in (runtime_dir, lambda: endpoint.load(NAME), lambda: request(NAME, {}), lambda: cleanup_endpoint(NAME)):
+        calls: list[Callable[[], object]] = [
+            runtime_dir,
+            lambda: endpoint.load(NAME),
+            lambda: request(NAME, {}),
+            lambda: cleanup_endpoint(NAME),
+            lambda: ping(NAME),
+            lambda: identify(NAME),
+        ]
+        for call in calls:
             with pytest.raises(UnsafeDirectory) as caught:
                 call()
             assert caught.value.path == str(run)
             assert str(run) in caught.value.remedy
-        assert not ping(NAME)
         with pytest.raises((UnsafeDirectory, StartFailed), match=str(run)):
             run_daemon(App(), NAME)
         assert not list(elsewhere.iterdir())

@@ -17,13 +17,18 @@ import pytest
 from harness_ipc import (
     AsyncClient,
     AuthenticationFailed,
+    Busy,
     Client,
+    ClientClosed,
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
+    HarnessIPCError,
     InvalidName,
+    MessageTooLarge,
     ProtocolError,
     RemoteError,
+    ResourceExhausted,
     aconnect_daemon,
     auth,
     connect_daemon,
@@ -204,7 +209,7 @@ def test_closing_from_another_thread_ends_requests(client: Client, waiting: int)
         jobs = [pool.submit(client.call, "sleep", seconds=NEVER, tag="blocked", timeout=NEVER) for _ in range(waiting)]
         wait_until(lambda: begun("blocked"))
         client.close()
-        assert all(isinstance(job.exception(PATIENCE), ConnectionLost) for job in jobs)
+        assert all(isinstance(job.exception(PATIENCE), ClientClosed) for job in jobs)
     # Those that waited for their turn have not run.
     assert request("test", {"method": "log"})["result"] == [["begin", "blocked"]]
 
@@ -232,7 +237,7 @@ def test_closing_ends_a_request_that_just_begins(client: Client) -> None:
         closing = pool.submit(client.close)
         wait_until(lambda: "closed" in repr(client))
         part.may_go_on.set()
-        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+        assert isinstance(job.exception(PATIENCE), ClientClosed)
         closing.result(PATIENCE)
 
 
@@ -241,8 +246,9 @@ def test_a_closed_client_is_closed(client: Client) -> None:
     client.close()
     client.close()
     for _ in range(2):
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(ClientClosed, match="connect again") as caught:
             client.call("echo")
+        assert not caught.value.maybe_executed
 
 
 # Daemons that are not what they should be.
@@ -345,6 +351,119 @@ def test_a_daemon_that_hangs_up_instead_of_a_reply_is_an_error_and_not_an_empty_
         assert not ping("test")
 
 
+# Whether the request may have run.
+
+
+def refuse_proof(connection: Served, keys: auth.Keys) -> None:
+    answer_challenge(connection, keys.daemon)
+    connection.send_bytes(b"#CHALLENGE#{sha256}" + bytes(32))
+    connection.recv_bytes()
+    connection.send_bytes(b"#FAILURE#")
+
+
+def hang_up(connection: Served, keys: auth.Keys) -> None:
+    connection.recv_bytes()
+
+
+def prove_and_hang_up(connection: Served, keys: auth.Keys) -> None:
+    prove(connection, keys)
+
+
+def read_nothing(connection: Served, keys: auth.Keys) -> None:
+    prove(connection, keys)
+    connection.poll(PATIENCE)
+    given_up.wait(PATIENCE)
+
+
+def replying(reply: bytes) -> Callable[[Served, auth.Keys], None]:
+    def serve(connection: Served, keys: auth.Keys) -> None:
+        prove(connection, keys)
+        connection.recv_bytes()
+        connection.send_bytes(reply)
+
+    return serve
+
+
+# Set when the client has given up.
+given_up = threading.Event()
+SMALL = {"text": "x"}
+LARGE = {"text": "x" * 40_000_000}
+
+
+@pytest.mark.parametrize(
+    ("serve", "params", "kind", "maybe_executed"),
+    [
+        (hang_up, SMALL, ConnectionLost, False),
+        (refuse_proof, SMALL, AuthenticationFailed, False),
+        (prove_and_hang_up, SMALL, ConnectionLost, True),
+        # Its last byte was never taken.
+        pytest.param(prove_and_hang_up, LARGE, ConnectionLost, False, marks=needs_posix),
+        pytest.param(read_nothing, LARGE, DaemonTimeout, False, marks=needs_posix),
+        (read_nothing, SMALL, DaemonTimeout, True),
+        (replying(b"{"), SMALL, ProtocolError, True),
+        (replying(b'{"other": 1}'), SMALL, ProtocolError, True),
+        (replying(b'{"result": "' + b"x" * 2000 + b'"}'), SMALL, MessageTooLarge, True),
+        (replying(b'{"error": {"type": "KeyError", "message": "text"}}'), SMALL, RemoteError, True),
+        (replying(b'{"meta": "busy", "error": {"type": "Busy", "message": "full"}}'), SMALL, Busy, False),
+        (answer_all, {"text": {1}}, ProtocolError, False),
+        (answer_all, {"text": "x" * 2**26}, MessageTooLarge, False),
+    ],
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_error_says_whether_the_request_may_have_run(
+    serve: Callable[[Served, auth.Keys], None],
+    params: dict[str, Any],
+    kind: type[HarnessIPCError],
+    maybe_executed: bool,
+    kept: bool,
+) -> None:
+    first = threading.Event()
+
+    def serve_later(connection: Served, keys: auth.Keys) -> None:
+        # A client that keeps its connection has used it before.
+        if kept and not first.is_set():
+            first.set()
+            prove(connection, keys)
+            connection.recv_bytes()
+            connection.send_bytes(b'{"result": 1}')
+        else:
+            serve(connection, keys)
+
+    given_up.clear()
+    timeout = 1.0 if kind is DaemonTimeout else PATIENCE
+    limit = 1000 if kind is MessageTooLarge and params is SMALL else 2**27
+    with scripted_daemon(serve_later):
+        client = Client("test", timeout=PATIENCE, request_timeout=timeout, max_message=limit)
+        try:
+            if kept:
+                assert client.call("first") == 1
+            with pytest.raises(kind) as caught:
+                client.call("call", **params)
+        finally:
+            given_up.set()
+            client.close()
+    assert caught.value.maybe_executed is maybe_executed
+
+
+def test_a_request_that_finds_no_daemon_has_not_run() -> None:
+    with pytest.raises(DaemonNotRunning) as caught:
+        request("test", {})
+    assert not caught.value.maybe_executed
+
+
+def test_closing_says_of_each_request_whether_it_may_have_run(client: Client) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(client.call, "sleep", seconds=NEVER, tag="running", timeout=NEVER)
+        wait_until(lambda: begun("running"))
+        waiting = pool.submit(client.call, "sleep", seconds=0, tag="waiting", timeout=NEVER)
+        client.close()
+        outcomes = [job.exception(PATIENCE) for job in (running, waiting)]
+    assert [(type(error), getattr(error, "maybe_executed", None)) for error in outcomes] == [
+        (ClientClosed, True),
+        (ClientClosed, False),
+    ]
+
+
 class Reopening:
     """A daemon that hangs up on its first client, and lets the next one wait for the proof until `may_go_on`."""
 
@@ -382,7 +501,7 @@ def test_closing_while_a_request_connects_again_ends_it() -> None:
         closing = pool.submit(client.close)
         wait_until(lambda: "closed" in repr(client))
         daemon.may_go_on.set()
-        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+        assert isinstance(job.exception(PATIENCE), ClientClosed)
         closing.result(PATIENCE)
     assert daemon.requests == []
 
@@ -627,11 +746,37 @@ def test_closing_ends_requests_and_may_be_repeated(daemon: DaemonProcess) -> Non
         await client.close()
         await client.close()
         outcomes = await asyncio.gather(task, queued, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [ConnectionLost] * 2
-        with pytest.raises(ConnectionLost):
+        assert [type(outcome) for outcome in outcomes] == [ClientClosed] * 2
+        with pytest.raises(ClientClosed):
             await client.call("echo")
         async with await aconnect_daemon("test") as other:
             assert await other.call("log") == [["begin", "blocked"]]
+
+    run(main)
+
+
+@contextlib.contextmanager
+def no_new_thread() -> Iterator[None]:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+def test_coroutines_that_get_no_thread_are_told_so_and_their_request_never_runs(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        with no_new_thread(), pytest.raises(ResourceExhausted, match="ulimit -u"):
+            await aconnect_daemon("test")
+        with no_new_thread():
+            other = AsyncClient(Client("test", timeout=PATIENCE, request_timeout=PATIENCE, max_message=2**20))
+            with pytest.raises(ResourceExhausted, match="ulimit -u") as caught:
+                await other.call("sleep", seconds=0, tag="refused")
+            assert not caught.value.maybe_executed
+        assert await other.call("log") == []
+        await other.close()
+        assert await client.call("log") == []
 
     run(main)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,19 +16,26 @@ import pytest
 
 from harness_ipc import (
     Busy,
+    Client,
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
     HarnessIPCError,
     RemoteError,
+    ResourceExhausted,
     connect_daemon,
+    daemon_alive,
+    daemon_status,
     endpoint,
+    identify,
     log_path,
+    ping,
     request,
+    stop_daemon,
     transport,
 )
 from tests.integration.test_manager_places import mount, needs_mount, unmount
-from tests.marks import needs_linux, needs_posix
+from tests.marks import needs_address_limit, needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
 
 if TYPE_CHECKING:
@@ -182,22 +190,60 @@ def ask_many(count: int, timeout: float = PATIENCE) -> Counter[str]:
 # Descriptors.
 
 
+def fill_up(stack: contextlib.ExitStack) -> list[Client]:
+    """Return as many connected clients as the daemon has descriptors for; `stack` closes them."""
+    inside: list[Client] = []
+    for _ in range(100):
+        client = stack.enter_context(connect_daemon(NAME, request_timeout=PATIENCE))
+        if fate(lambda: client.call("echo", n=1)) != "answered":  # noqa: B023
+            return inside
+        inside.append(client)
+    raise AssertionError("the limit was not reached")
+
+
 @needs_linux
-def test_more_clients_than_descriptors_wait_and_the_log_says_so_once() -> None:
+def test_more_clients_than_descriptors_are_told_that_the_daemon_is_busy() -> None:
+    with watched() as daemon, daemon.limited("RLIMIT_NOFILE", 64):
+        with contextlib.ExitStack() as stack:
+            inside = fill_up(stack)
+            assert 20 < len(inside) < 64
+            for n in range(5):
+                with pytest.raises(Busy, match=r"no free file descriptor: limit 64 \(ulimit -n\)") as caught:
+                    is_served()
+                assert not caught.value.maybe_executed
+                assert ping(NAME, PATIENCE)
+                status = daemon_status(NAME, timeout=PATIENCE)
+                assert (status.state, status.connections) == ("running", len(inside))
+                assert status.problem is not None
+                assert "limit 64 (ulimit -n)" in status.problem
+                assert inside[n].call("echo", n=n) == {"n": n}
+            assert len(log_lines("can't accept connections for now", "limit 64 (ulimit -n)")) == 1
+        wait_until(becomes_served)
+        assert daemon_status(NAME, timeout=PATIENCE).problem is None
+        # All of them, at the same limit, which is one for each moment.
+        assert ask_many(200) == {"answered": 200}
+
+
+@needs_linux
+def test_a_daemon_without_descriptors_can_be_told_to_stop() -> None:
+    with spawn_daemon(NAME) as daemon, contextlib.ExitStack() as stack:
+        psutil.Process(daemon.pid).rlimit(psutil.RLIMIT_NOFILE, (64, 64))
+        fill_up(stack)
+        assert request(NAME, {"meta": "shutdown"}, timeout=PATIENCE) == {"shutdown": True}
+        assert daemon.wait() == 0
+
+
+@needs_linux
+def test_silent_clients_that_take_all_descriptors_keep_nobody_out() -> None:
     with watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         assert inside.call("echo", n=1) == {"n": 1}
         with daemon.limited("RLIMIT_NOFILE", 64):
             with silent_crowd(100):
-                wait_until(lambda: bool(log_lines("can't accept connections for now", "ulimit -n")))
-                # Who has a connection notices nothing, who has none waits in the queue.
+                wait_until(lambda: bool(log_lines("can't accept connections for now")))
                 assert inside.call("echo", n=2) == {"n": 2}
-                for _ in range(3):
-                    assert fate(lambda: is_served(0.3)) == "DaemonTimeout"
+                assert fate(is_served) in ("answered", "Busy")
                 assert inside.call("echo", n=3) == {"n": 3}
-                assert len(log_lines("can't accept connections")) == 1
             wait_until(becomes_served)
-            # All of them, at the same limit, which is one for each moment.
-            assert ask_many(200) == {"answered": 200}
 
 
 @needs_linux
@@ -205,17 +251,57 @@ def test_clients_that_come_and_go_at_the_limit_of_descriptors_do_not_fill_the_lo
     with watched() as daemon, contextlib.ExitStack() as stack:
         kept = [stack.enter_context(connect_daemon(NAME)) for _ in range(40)]
         assert all(client.call("echo", n=1) == {"n": 1} for client in kept)
-        # So few are left that eight at once meet the end of them again and again.
+        # So few are left that eight at once reach the limit again and again.
         with daemon.limited("RLIMIT_NOFILE", daemon.process.num_fds() + 2):
-            assert ask_many(200) == {"answered": 200}
+            outcomes = ask_many(200)
+            assert set(outcomes) <= {"answered", "Busy"}
+            assert outcomes["answered"] > 0
             assert all(client.call("echo", n=2) == {"n": 2} for client in kept)
         assert len(log_lines("can't accept connections")) <= FEW
+
+
+@contextlib.contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Let this process open nothing more."""
+    if sys.platform == "win32":
+        raise AssertionError("for POSIX")
+    import resource
+
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@needs_linux
+def test_a_client_without_descriptors_is_told_that_the_shortage_is_its_own() -> None:
+    with watched(), connect_daemon(NAME) as inside:
+        calls: list[Callable[[], object]] = [
+            lambda: connect_daemon(NAME),
+            lambda: request(NAME, {}),
+            lambda: ping(NAME),
+            lambda: identify(NAME),
+            lambda: daemon_status(NAME),
+            lambda: daemon_alive(NAME),
+            lambda: stop_daemon(NAME),
+        ]
+        with without_descriptors():
+            for call in calls:
+                with pytest.raises(ResourceExhausted, match=os.strerror(errno.EMFILE)) as caught:
+                    call()
+                assert not caught.value.maybe_executed
+            # A connection needs no more of them.
+            assert inside.call("echo", n=1) == {"n": 1}
 
 
 # Threads.
 
 
-@needs_linux
+@needs_address_limit
 def test_without_another_thread_all_short_requests_are_answered() -> None:
     with watched("-c", LARGE_THREADS, handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         assert inside.call("echo", n=1) == {"n": 1}
@@ -225,7 +311,7 @@ def test_without_another_thread_all_short_requests_are_answered() -> None:
             assert is_served()
 
 
-@needs_linux
+@needs_address_limit
 def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_is_served() -> None:
     with watched("-c", LARGE_THREADS, handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         text = "x" * 200_000
@@ -243,7 +329,7 @@ def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_i
 
 
 # What the daemon may take of it, in sizes of the message: too little to receive it, to decode it, to answer it.
-@needs_linux
+@needs_address_limit
 @pytest.mark.parametrize("room", [1.5, 2.5, 3.5])
 def test_a_message_that_finds_no_memory_is_a_typed_error_and_the_daemon_serves_on(room: float) -> None:
     with watched() as daemon, connect_daemon(NAME) as client:

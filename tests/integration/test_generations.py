@@ -15,6 +15,7 @@ from harness_ipc import (
     Client,
     ConnectionLost,
     DaemonNotRunning,
+    IncompatibleDaemon,
     cleanup_endpoint,
     connect_daemon,
     endpoint,
@@ -111,7 +112,12 @@ def test_a_daemon_that_died_before_it_published_leaves_nothing_to_the_next_one()
 def test_a_damaged_record_is_replaced(content: bytes) -> None:
     leave_dead_generation()
     runtime_path("test", "json").write_bytes(content)
-    assert not ping("test")
+    if b"99" in content:
+        # Its daemon may well run: only a version that knows the schema can tell.
+        with pytest.raises(IncompatibleDaemon):
+            ping("test")
+    else:
+        assert not ping("test")
     with spawn_daemon("test"):
         assert runtime_files(".json") == ["test.json"]
         assert serves()

@@ -239,7 +239,7 @@ def test_a_stopped_daemon_is_no_zombie_though_its_starter_lives_on(base: Path) -
 
 FORKS = """
 import os, sys
-from harness_ipc import ConnectionLost, connect_daemon
+from harness_ipc import ClientClosed, connect_daemon
 
 client = connect_daemon("test")
 assert client.call("echo", n=1) == {"n": 1}
@@ -249,7 +249,7 @@ for child in range(3):
         for use in (lambda: client.call("echo"), lambda: client.request({"meta": "ping"})):
             try:
                 use()
-            except ConnectionLost as error:
+            except ClientClosed as error:
                 assert "fork" in str(error), error
             else:
                 raise AssertionError("it was used")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import pickle
 import re
 
@@ -13,6 +14,7 @@ from harness_ipc.errors import (
     AlreadyRunning,
     AuthenticationFailed,
     Busy,
+    ClientClosed,
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
@@ -22,6 +24,7 @@ from harness_ipc.errors import (
     MessageTooLarge,
     ProtocolError,
     RemoteError,
+    ResourceExhausted,
     StartFailed,
     UnsafeDirectory,
 )
@@ -29,21 +32,27 @@ from harness_ipc.errors import (
 # Name and builtin of each leaf as the module's docstring draws it.
 DRAWN = re.findall(r"^[├└]── (\w+) +(\w+) +\S", errors.__doc__ or "", re.MULTILINE)
 
-INSTANCES = [
+INSTANCES: list[tuple[HarnessIPCError, dict[str, object]]] = [
     (InvalidName("text"), {}),
     (UnsafeDirectory("text", path="/run/d", remedy="chmod 700 /run/d"), {"path": "/run/d", "remedy": "chmod 700 /run/d"}),
     (DaemonNotRunning("text"), {}),
     (AlreadyRunning("text", pid=42), {"pid": 42}),
-    (StartFailed("text", log_tail="last\nlines"), {"log_tail": "last\nlines"}),
+    (
+        StartFailed("text", log_tail="last\nlines", type="ImportError", reason="no module"),
+        {"log_tail": "last\nlines", "type": "ImportError", "reason": "no module"},
+    ),
     (IncompatibleDaemon("text"), {}),
     (AuthenticationFailed("text"), {}),
     (Busy("text"), {}),
-    (DaemonTimeout("text"), {}),
-    (ConnectionLost("text"), {}),
-    (MessageTooLarge("text", size=10, limit=9), {"size": 10, "limit": 9}),
-    (ProtocolError("text"), {}),
-    (RemoteError("text", type="KeyError"), {"type": "KeyError"}),
+    (DaemonTimeout("text", maybe_executed=True), {"maybe_executed": True}),
+    (ConnectionLost("text", maybe_executed=True), {"maybe_executed": True}),
+    (ClientClosed("text", maybe_executed=True), {"maybe_executed": True}),
+    (ResourceExhausted("text"), {}),
+    (MessageTooLarge("text", size=10, limit=9, maybe_executed=True), {"size": 10, "limit": 9, "maybe_executed": True}),
+    (ProtocolError("text", maybe_executed=True), {"maybe_executed": True}),
+    (RemoteError("text", type="KeyError", maybe_executed=False), {"type": "KeyError", "maybe_executed": False}),
 ]
+KINDS = pytest.mark.parametrize(("error", "attributes"), INSTANCES, ids=[type(error).__name__ for error, _ in INSTANCES])
 
 
 def test_the_drawn_tree_is_the_real_one() -> None:
@@ -59,12 +68,31 @@ def test_each_leaf_is_the_builtin_that_a_caller_already_catches(name: str, built
     assert issubclass(leaf, getattr(builtins, builtin))
 
 
-@pytest.mark.parametrize(("error", "attributes"), INSTANCES, ids=[type(error).__name__ for error, _ in INSTANCES])
+def assert_same(duplicate: HarnessIPCError, error: HarnessIPCError, attributes: dict[str, object]) -> None:
+    assert type(duplicate) is type(error)
+    assert str(duplicate) == "text"
+    assert {name: getattr(duplicate, name) for name in attributes} == attributes
+
+
+@KINDS
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickling_keeps_the_text_and_the_attributes(
     error: HarnessIPCError, attributes: dict[str, object], protocol: int
 ) -> None:
-    copy = pickle.loads(pickle.dumps(error, protocol))
-    assert type(copy) is type(error)
-    assert str(copy) == "text"
-    assert {name: getattr(copy, name) for name in attributes} == attributes
+    assert_same(pickle.loads(pickle.dumps(error, protocol)), error, attributes)
+
+
+@KINDS
+def test_copying_keeps_the_text_and_the_attributes(error: HarnessIPCError, attributes: dict[str, object]) -> None:
+    for duplicate in (copy.copy(error), copy.deepcopy(error)):
+        assert_same(duplicate, error, attributes)
+
+
+@pytest.mark.parametrize("kind", [type(error) for error, _ in INSTANCES])
+def test_only_an_error_of_the_handler_leaves_a_doubt_by_default(kind: type[HarnessIPCError]) -> None:
+    assert kind("text").maybe_executed is (kind is RemoteError)
+
+
+def test_what_is_not_known_of_a_failed_start_is_empty() -> None:
+    error = StartFailed("text")
+    assert (error.log_tail, error.type, error.reason) == ("", "", "")

@@ -26,6 +26,7 @@ from harness_ipc.errors import (
     DaemonTimeout,
     HarnessIPCError,
     MessageTooLarge,
+    ResourceExhausted,
     StartFailed,
 )
 from tests.marks import needs_linux, needs_posix, needs_root
@@ -373,7 +374,7 @@ def test_dialing_without_a_free_descriptor_is_typed() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
         try:
-            with pytest.raises(ConnectionLost, match=os.strerror(errno.EMFILE)):
+            with pytest.raises(ResourceExhausted, match=os.strerror(errno.EMFILE)):
                 transport.dial(listener.address, time.monotonic() + PATIENCE)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

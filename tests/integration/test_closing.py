@@ -1,0 +1,401 @@
+"""How a server closes: every request that has arrived is answered or ends in a typed error, and nothing hangs or stays.
+
+These tests use the public API alone, and a bare connection where a `Client` would not send what they need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonServer,
+    HarnessIPCError,
+    connect_daemon,
+    request,
+    start_daemon_server,
+    transport,
+)
+from tests.integration.test_server import (
+    NEVER,
+    SOON,
+    Unstoppable,
+    Waiting,
+    ask,
+    echo,
+    run,
+    serves,
+    serving,
+    task_factories,
+    threads,
+)
+from tests.marks import needs_posix
+from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_python, wait_until
+
+LIMIT = 2**20
+
+
+# Requests that are cancelled.
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_request_that_is_cancelled_before_its_task_began_is_answered(closing: bool) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with serving(grace_period=NEVER) as server:
+            client = await asyncio.to_thread(connect_daemon, "test")
+            asking = asyncio.create_task(asyncio.to_thread(client.request, {"n": 1}, timeout=PATIENCE))
+            known = asyncio.all_tasks()
+
+            def cancel_new_tasks() -> None:
+                # At each turn of the loop, before any task that was created in the last one takes its first step.
+                new = asyncio.all_tasks(loop) - known
+                for task in new:
+                    task.cancel()
+                if not new:
+                    loop.call_soon(cancel_new_tasks)
+                elif closing:
+                    server.close()
+
+            loop.call_soon(cancel_new_tasks)
+            assert (await asking)["error"]["type"] == "CancelledError"
+            if not closing:
+                assert await asyncio.to_thread(client.request, {"n": 2}) == {"result": {"n": 2}}
+            await asyncio.to_thread(client.close)
+
+    run(main)
+
+
+def read_to_the_end(connection: transport.Connection) -> list[dict[str, Any]]:
+    replies = []
+    with suppress(ConnectionLost):
+        while True:
+            replies.append(json.loads(transport.receive(connection, LIMIT)))
+    return replies
+
+
+@task_factories
+def test_a_request_that_is_read_after_the_others_were_cancelled_does_not_run(factory: Any) -> None:
+    async def main() -> None:
+        handler = Waiting()
+        seen: list[int] = []
+
+        async def note(message: dict[str, Any]) -> dict[str, Any]:
+            seen.append(message["n"])
+            return await handler(message)
+
+        async with serving(note, grace_period=SOON) as server:
+            asyncio.get_running_loop().set_task_factory(factory)
+            with await asyncio.to_thread(dial_daemon, "test") as connection:
+                for n in range(100):
+                    transport.send(connection, json.dumps({"n": n}).encode())
+                await handler.began.wait()
+                server.close()
+                await server.wait_closed()
+                first, *others = await asyncio.to_thread(read_to_the_end, connection)
+        assert first["error"]["type"] == "CancelledError"
+        assert not any("result" in reply for reply in others)
+        assert (seen, handler.cancelled) == ([0], 1)
+
+    run(main)
+
+
+def test_a_request_that_ignores_its_cancellation_is_answered_with_an_error() -> None:
+    async def main() -> None:
+        handler = Unstoppable()
+        async with serving(handler, grace_period=SOON) as server:
+            in_flight = asyncio.create_task(ask())
+            await handler.began.wait()
+            server.close()
+            await server.wait_closed()
+            assert "error" in await in_flight
+        handler.may_go_on.set()
+
+    run(main)
+
+
+def test_requests_at_a_blocked_loop_are_answered_when_the_server_closes() -> None:
+    release = threading.Event()
+
+    def outcome(message: dict[str, Any]) -> str:
+        try:
+            return "error reply" if "error" in request("test", message, timeout=PATIENCE) else "reply"
+        except HarnessIPCError as error:
+            return type(error).__name__
+
+    async def main() -> None:
+        async def block(message: dict[str, Any]) -> dict[str, Any]:
+            if "block" in message:
+                blocked.set()
+                assert others_ask.wait(PATIENCE)
+                server.close()
+                # Only then: the loop has no part in it.
+                assert release.wait(PATIENCE)
+            return {"result": message}
+
+        def talk() -> None:
+            with ThreadPoolExecutor(5) as pool:
+                try:
+                    blocker = pool.submit(outcome, {"block": True})
+                    assert blocked.wait(PATIENCE)
+                    others = [pool.submit(outcome, {"n": n}) for n in range(4)]
+                    others_ask.set()
+                    assert blocker.result(PATIENCE) == "error reply"
+                finally:
+                    release.set()
+                assert {other.result(PATIENCE) for other in others} <= {
+                    "error reply",
+                    "Busy",
+                    "ConnectionLost",
+                    "DaemonNotRunning",
+                }
+
+        blocked, others_ask = threading.Event(), threading.Event()
+        async with serving(block, grace_period=0) as server:
+            await asyncio.to_thread(talk)
+
+    run(main)
+
+
+def test_closing_amid_requests_leaves_nobody_waiting() -> None:
+    async def pause(message: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(NEVER if message["n"] % 5 == 4 else 0)
+        return {"result": message}
+
+    def ask_until_the_end(client: Client, rounds: list[int]) -> None:
+        with client, suppress(HarnessIPCError):
+            for n in range(10_000):
+                rounds.append(n)
+                if "error" in client.request({"n": n}, timeout=PATIENCE):
+                    return
+            raise AssertionError("the server did not close")
+
+    async def main() -> None:
+        for grace_period in [0, 0.01] * 5:
+            async with serving(pause, grace_period=grace_period) as server:
+                rounds: list[int] = []
+                clients = [await asyncio.to_thread(connect_daemon, "test") for _ in range(8)]
+                asking = [asyncio.create_task(asyncio.to_thread(ask_until_the_end, client, rounds)) for client in clients]
+                while len(rounds) < 20:
+                    await asyncio.sleep(0)
+                server.close()
+                await asyncio.gather(*asking, server.wait_closed())
+
+    run(main)
+
+
+# What a handler raises.
+
+
+class Ending(BaseException):
+    """One that is no Exception, as SystemExit is none."""
+
+
+class ExitingReply(dict[str, Any]):
+    """A reply that raises SystemExit when it is encoded."""
+
+    def items(self) -> Any:
+        raise SystemExit("as told")
+
+
+KINDS: dict[str, type[BaseException]] = {
+    kind.__name__: kind for kind in (SystemExit, KeyboardInterrupt, Ending, asyncio.CancelledError)
+}
+
+
+@task_factories
+@pytest.mark.parametrize("pause", [False, True])
+@pytest.mark.parametrize("name", [*KINDS, "reply"])
+def test_what_a_handler_raises_costs_its_caller_an_error_reply_and_nobody_else_anything(
+    name: str, pause: bool, factory: Any
+) -> None:
+    async def main() -> None:
+        waiting = Waiting()
+
+        async def end(message: dict[str, Any]) -> dict[str, Any]:
+            match message.get("do"):
+                case "wait":
+                    return await waiting(message)
+                case "end":
+                    if pause:
+                        await asyncio.sleep(0)
+                    if name == "reply":
+                        return ExitingReply(result=1)
+                    raise KINDS[name]("as told")
+            return {"result": message}
+
+        async with serving(end, grace_period=NEVER):
+            asyncio.get_running_loop().set_task_factory(factory)
+            other = asyncio.create_task(ask({"do": "wait"}))
+            await waiting.began.wait()
+            with await asyncio.to_thread(connect_daemon, "test") as client:
+                for _ in range(2):
+                    error = (await asyncio.to_thread(client.request, {"do": "end"}))["error"]
+                    assert error["type"] == ("SystemExit" if name == "reply" else name)
+                assert await asyncio.to_thread(client.request, {"n": 1}) == {"result": {"n": 1}}
+            assert await serves()
+            waiting.may_go_on.set()
+            assert await other == {"result": {"do": "wait"}}
+
+    run(main)
+
+
+async def exit_health() -> dict[str, Any]:
+    raise SystemExit("as told")
+
+
+def test_a_health_check_that_exits_is_an_error_reply() -> None:
+    async def main() -> None:
+        async with serving(health=exit_health):
+            assert await ask({"meta": "health"}) == {"error": {"type": "SystemExit", "message": "as told"}}
+            assert await serves()
+
+    run(main)
+
+
+APP_EXITS = """
+import asyncio
+from harness_ipc import run_daemon
+
+class App:
+    async def start(self):
+        self.background = asyncio.create_task(self.exit())
+        self.asked = asyncio.Event()
+
+    async def exit(self):
+        await self.asked.wait()
+        raise SystemExit(7)
+
+    async def handle(self, message):
+        self.asked.set()
+        await asyncio.sleep(3600)
+
+    async def stop(self):
+        print("stopped", flush=True)
+
+run_daemon(App(), "test", grace_period=3600, on_ready=lambda _: print("ready", flush=True))
+"""
+
+
+def test_a_task_of_the_app_that_exits_ends_the_daemon_and_answers_its_requests() -> None:
+    with spawn_python("-c", APP_EXITS) as daemon:
+        assert daemon.read_line() == "ready"
+        assert request("test", {}, timeout=PATIENCE)["error"]["type"] == "CancelledError"
+        assert daemon.read_line() == "stopped"
+        assert daemon.wait() == 7
+    assert runtime_files() == []
+
+
+# Threads.
+
+
+def test_closing_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        handler = Waiting()
+        with ExitStack() as stack:
+            async with serving(handler, grace_period=SOON) as server:
+                stack.enter_context(await asyncio.to_thread(connect_daemon, "test"))
+                in_flight = asyncio.create_task(ask())
+                await handler.began.wait()
+                with monkeypatch.context() as patch:
+                    patch.setattr(threading.Thread, "start", refuse)
+                    server.close()
+                    await server.wait_closed()
+                assert (await in_flight)["error"]["type"] == "CancelledError"
+
+    run(main)
+
+
+CLOSE_AT_EXIT = """
+import asyncio, atexit, sys
+from harness_ipc import start_daemon_server
+
+async def echo(message):
+    return {"result": message}
+
+async def leave():
+    sys.exit(3)
+
+loop = asyncio.new_event_loop()
+server, _ = loop.run_until_complete(start_daemon_server(echo, "test"))
+atexit.register(lambda: print("closed"))
+atexit.register(server.close)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("", 0), ("loop.close()", 0), ("sys.exit(3)", 3), ("loop.run_until_complete(leave())", 3)]
+)
+def test_a_server_can_be_closed_while_the_interpreter_shuts_down(end: str, status: int) -> None:
+    done = run_python("-c", CLOSE_AT_EXIT + end)
+    assert (done.returncode, done.stdout) == (status, "closed\n")
+    assert "atexit" not in done.stderr
+    with pytest.raises(DaemonNotRunning):
+        request("test", {})
+    assert runtime_files(".json") == []
+
+
+@needs_posix
+def test_no_thread_outlives_the_server() -> None:
+    def delay_end(frame: Any, event: str, _: object) -> None:
+        # The thread has done its work, and still runs.
+        if event == "return" and frame.f_code is threading.Thread.run.__code__:
+            time.sleep(0.1)
+
+    async def main() -> None:
+        handler = Waiting()
+
+        async def fill(message: dict[str, Any]) -> dict[str, Any]:
+            await handler(message)
+            return {"result": "x" * 1_000_000}
+
+        # Sending the long reply takes a thread, which is started while the server closes.
+        async with serving(fill, grace_period=NEVER) as server:
+            in_flight = asyncio.create_task(ask())
+            await handler.began.wait()
+            before = threads()
+            server.close()
+            await asyncio.to_thread(wait_until, lambda: not os.path.exists(server.record.address))
+            threading.setprofile(delay_end)
+            try:
+                handler.may_go_on.set()
+                assert len((await in_flight)["result"]) == 1_000_000
+                await server.wait_closed()
+                assert threads() <= before
+            finally:
+                threading.setprofile(None)
+
+    run(main)
+
+
+def test_a_server_that_gets_no_thread_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def start() -> DaemonServer:
+        return (await start_daemon_server(echo, "test"))[0]
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(HarnessIPCError, match="ulimit -u"):
+                await start()
+        assert runtime_files() == []
+        async with await start():
+            assert await serves()
+
+    run(main)
