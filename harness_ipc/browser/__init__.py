@@ -2,9 +2,9 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `own` starts one, `cdp`
-speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor` says what is wrong. It is an
-application of the public API of `harness_ipc`, as anybody could write one.
+`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `events` keeps its events, `chrome` finds
+it, `own` starts one, `cdp` speaks to it, `errors` has what can go wrong, `cli` is the command `harness-browser`, and `doctor`
+says what is wrong. It is an application of the public API of `harness_ipc`, as anybody could write one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ APP_VERSION = f"harness-browser {__version__}"
 
 # Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
+# Characters of a page's text that the daemon keeps, in an event or a dialog. Chrome itself limits a dialog's message to 10,240.
+MAX_TEXT = 16 * 1024
 # Seconds that a request may ask for at most: thirty years. Infinity is not JSON, and its integers pass what a clock counts to.
 LONGEST = 1e9
 # What belongs to the browser or to a tool, and is no page that anybody came for.

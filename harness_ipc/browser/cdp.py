@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from .errors import BrowserError
 
-    OnEvent = Callable[[str, dict[str, Any], str | None], None]
+    # Method, parameters, session, and the message that they were parsed from.
+    OnEvent = Callable[[str, dict[str, Any], str | None, str | bytes], None]
 
 # Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
 CALL_TIMEOUT = 60.0
@@ -137,7 +138,7 @@ class Connection:
         reason = "it closed the connection"
         try:
             async for text in self._websocket:
-                self._receive(json.loads(text))
+                self._receive(text)
         except ConnectionClosed as error:
             reason = _reason(error)
         except ValueError as error:
@@ -149,9 +150,10 @@ class Connection:
                 if not call.reply.done():
                     call.reply.set_exception(BrowserLost(str(self._lost)))
 
-    def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, frame: str | bytes) -> None:
+        message = json.loads(frame)
         if "id" not in message:
-            self._on_event(message["method"], message.get("params") or {}, message.get("sessionId"))
+            self._on_event(message["method"], message.get("params") or {}, message.get("sessionId"), frame)
             return
         call = self._calls.get(message["id"])
         if call is None or call.reply.done():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from types import ModuleType, TracebackType
 from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__
 
 from . import NAME, check_extra, daemon_name, helpers, is_ours, not_ours
+from ._text import escape_control
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HarnessIPCError as error:
         _tell(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
-            print(f"    {_harmless(line)}", file=sys.stderr)
+            print("    " + escape_control(line, allow="\t"), file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
         # Whoever read our output has seen enough, and nothing may be flushed at exit (Python's docs on SIGPIPE).
@@ -128,6 +130,7 @@ def _run(options: argparse.Namespace) -> int:
             _tell(f"{options.file} can't be read: {error.strerror}")
             return 2
     _connect()
+    _escape_other_tracebacks()
     program = ModuleType("__main__")
     program.__dict__.update({helper: getattr(helpers, helper) for helper in helpers.__all__})
     if place:
@@ -152,15 +155,48 @@ def _run(options: argparse.Namespace) -> int:
             # As the interpreter's own hook does. A reader that has gone is not the program's error.
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
-        if sys.excepthook is sys.__excepthook__ and not place:
-            import traceback
-
-            # The interpreter's own hook quotes files only.
-            traceback.print_exception(error)
+        if sys.excepthook is sys.__excepthook__:
+            _print_traceback(error, in_file=bool(place))
         else:
             sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
+
+
+def _print_traceback(error: BaseException, *, in_file: bool, title: str = "") -> None:
+    """Print what the interpreter would, without control characters: errors quote pages."""
+    text = io.StringIO(title)
+    text.seek(0, os.SEEK_END)
+    if in_file and sys.version_info < (3, 13):
+        # Before 3.12, only this hook suggests names, and from 3.13 it may use colors; it quotes files only.
+        with contextlib.redirect_stderr(text):
+            sys.__excepthook__(type(error), error, error.__traceback__)
+    else:
+        import traceback
+
+        traceback.print_exception(error, file=text)
+    if sys.stderr is not None:
+        sys.stderr.write(escape_control(text.getvalue(), allow="\n\t"))
+        sys.stderr.flush()
+
+
+def _escape_other_tracebacks() -> None:
+    """Have the tracebacks of other threads, and of errors that can't be raised, printed without control characters, too."""
+
+    def print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+            name = failure.thread.name if failure.thread else threading.get_ident()
+            _print_traceback(failure.exc_value, in_file=False, title=f"Exception in thread {name}:\n")
+
+    def print_unraisable(failure: sys.UnraisableHookArgs) -> None:
+        if failure.exc_value is None or sys.is_finalizing():
+            sys.__unraisablehook__(failure)
+            return
+        title = f"{failure.err_msg or 'Exception ignored in'}: {failure.object!r}\n"
+        _print_traceback(failure.exc_value, in_file=False, title=title)
+
+    threading.excepthook = print_thread_traceback
+    sys.unraisablehook = print_unraisable
 
 
 def _connect() -> None:
@@ -243,11 +279,7 @@ def _reload() -> int:
 
 
 def _tell(text: str) -> None:
-    print(f"harness-browser: {_harmless(text)}", file=sys.stderr, flush=True)
-
-
-def _harmless(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    print(f"harness-browser: {escape_control(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
