@@ -2,10 +2,10 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it (`local` checks whose a
-port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`), `cdp` speaks to it (by a WebSocket
-or a `pipe`), `errors` has what can go wrong, `cli` is the command `harness-browser`, `own_imports` keeps the program's
-directory out of our imports, and `doctor` says what is wrong. It is an application of the public API of `harness_ipc` alone.
+`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `events` keeps its events, `chrome` finds
+it (`local` checks whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`), `cdp`
+speaks to it (by a WebSocket or a `pipe`), `errors` has what can go wrong, `cli` is the command `harness-browser`, `own_imports`
+keeps the program's directory out of our imports, and `doctor` says what is wrong. It uses the public API of `harness_ipc` alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ APP_VERSION = f"harness-browser {__version__}"
 
 # Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
+# Characters of a page's text that the daemon keeps, in an event or a dialog. Chrome itself limits a dialog's message to 10,240.
+MAX_TEXT = 16 * 1024
 # Seconds that a request may ask for at most: thirty years. Infinity is not JSON, and its integers pass what a clock counts to.
 LONGEST = 1e9
 # What belongs to the browser or to a tool, and is no page that anybody came for.

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from .errors import BrowserError
 
-    OnEvent = Callable[[str, dict[str, Any], str | None], None]
+    # Method, parameters, session, and the message that they were parsed from.
+    OnEvent = Callable[[str, dict[str, Any], str | None, str | bytes], None]
 
 # Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
 CALL_TIMEOUT = 60.0
@@ -230,8 +231,9 @@ class Connection:
         reason = "the connection was given up"
         try:
             while True:
-                if (message := await self._next_message()) is not None:
-                    self._receive(message)
+                frame = await self._transport.receive()
+                if (message := self._parse(frame)) is not None:
+                    self._receive(message, frame)
         except TransportClosed as error:
             reason = str(error)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -243,10 +245,10 @@ class Connection:
                 if not call.reply.done():
                     call.reply.set_exception(BrowserLost(str(self._lost)))
 
-    async def _next_message(self) -> dict[str, Any] | None:
+    def _parse(self, frame: str | bytes) -> dict[str, Any] | None:
         at_start, self._at_start = self._at_start, False
         try:
-            message = json.loads(await self._transport.receive())
+            message = json.loads(frame)
         except (ValueError, RecursionError):
             # The rest of a message that the earlier connection has not read to its end. A part of a JSON object is none.
             if self._adopted and at_start:
@@ -256,14 +258,14 @@ class Connection:
             raise TypeError(f"a JSON {type(message).__name__}")
         return message
 
-    def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any], frame: str | bytes) -> None:
         session = message.get("sessionId")
         if session == self._root:
             session = None
         if "id" not in message:
             # Without a method: the answer to something that was no message, such as half of one.
             if "method" in message and self._on_event is not None:
-                self._on_event(message["method"], message.get("params") or {}, session)
+                self._on_event(message["method"], message.get("params") or {}, session, frame)
             return
         call = self._calls.get(message["id"])
         if call is None or call.reply.done() or session not in (None, call.session):

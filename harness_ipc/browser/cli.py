@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except HarnessIPCError as error:
-        _tell(" ".join(str(error).split()))
+        _print_error(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
-            print(f"    {_harmless(line)}", file=sys.stderr)
+            print("    " + escape_control(line, allow="\t"), file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
         # Whoever read our output has seen enough, and nothing may be flushed at exit (Python's docs on SIGPIPE).
@@ -122,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
         name, source, argv = "<string>", options.code.encode("utf-8", "surrogateescape"), ["-c", *options.arguments]
     elif options.file in (None, "-"):
         if sys.stdin is None or (options.file is None and sys.stdin.isatty()):
-            _tell("nothing to run: give -c CODE, a file, or a program on standard input; --help says more")
+            _print_error("nothing to run: give -c CODE, a file, or a program on standard input; --help says more")
             return 2
         name, source, argv = "<stdin>", sys.stdin.buffer.read(), ["-", *options.arguments]
     else:
@@ -132,9 +133,10 @@ def _run(options: argparse.Namespace) -> int:
             with open(name, "rb") as file:
                 source = file.read()
         except OSError as error:
-            _tell(f"{options.file} can't be read: {error.strerror}")
+            _print_error(f"{options.file} can't be read: {error.strerror}")
             return 2
     _connect()
+    _escape_other_tracebacks()
     program = ModuleType("__main__")
     program.__dict__.update({helper: getattr(helpers, helper) for helper in helpers.__all__})
     if place:
@@ -163,28 +165,54 @@ def _run(options: argparse.Namespace) -> int:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
         if sys.excepthook is sys.__excepthook__:
-            with own_imports.without_program_directory():
-                _print_traceback(error, in_file=bool(place))
+            _print_traceback(error, in_file=bool(place))
         else:
             sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 
 
-def _print_traceback(error: BaseException, *, in_file: bool) -> None:
-    if in_file:
-        sys.__excepthook__(type(error), error, error.__traceback__)
-        return
-    import traceback
+def _print_traceback(error: BaseException, *, in_file: bool, title: str = "") -> None:
+    """Print what the interpreter would, without control characters: errors quote pages."""
+    text = io.StringIO(title)
+    text.seek(0, os.SEEK_END)
+    with own_imports.without_program_directory():
+        if in_file and sys.version_info < (3, 13):
+            # Before 3.12, only this hook suggests names, and from 3.13 it may use colors; it quotes files only.
+            with contextlib.redirect_stderr(text):
+                sys.__excepthook__(type(error), error, error.__traceback__)
+        else:
+            import traceback
 
-    # The interpreter's own hook quotes files only.
-    traceback.print_exception(error)
+            traceback.print_exception(error, file=text)
+    if sys.stderr is not None:
+        sys.stderr.write(escape_control(text.getvalue(), allow="\n\t"))
+        sys.stderr.flush()
+
+
+def _escape_other_tracebacks() -> None:
+    """Have the tracebacks of other threads, and of errors that can't be raised, printed without control characters, too."""
+
+    def print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+            name = failure.thread.name if failure.thread else threading.get_ident()
+            _print_traceback(failure.exc_value, in_file=False, title=f"Exception in thread {name}:\n")
+
+    def print_unraisable(failure: sys.UnraisableHookArgs) -> None:
+        if failure.exc_value is None or sys.is_finalizing():
+            sys.__unraisablehook__(failure)
+            return
+        title = f"{failure.err_msg or 'Exception ignored in'}: {failure.object!r}\n"
+        _print_traceback(failure.exc_value, in_file=False, title=title)
+
+    threading.excepthook = print_thread_traceback
+    sys.unraisablehook = print_unraisable
 
 
 def _connect() -> None:
     """Be sure that the daemon runs, and say so if that takes long."""
     hint = f"starting {daemon_name()} and its browser; if a browser asks whether it may be controlled, click Allow"
-    timer = threading.Timer(_SILENCE, _tell, [hint])
+    timer = threading.Timer(_SILENCE, _print_error, [hint])
     timer.daemon = True
     timer.start()
     try:
@@ -260,12 +288,8 @@ def _reload() -> int:
     return 0
 
 
-def _tell(text: str) -> None:
-    print(f"harness-browser: {_harmless(text)}", file=sys.stderr, flush=True)
-
-
-def _harmless(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+def _print_error(text: str) -> None:
+    print(f"harness-browser: {escape_control(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
 import logging
 import os
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import harness_ipc
@@ -31,6 +29,7 @@ from .errors import (
     DialogOpen,
     TabClosed,
 )
+from .events import EventStore, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -41,8 +40,6 @@ logger = logging.getLogger("harness_ipc.browser.daemon")  # also where it is run
 
 IDLE_TIMEOUT = "HARNESS_BROWSER_IDLE_TIMEOUT"
 
-# Events that are kept for each session until somebody drains them.
-_EVENTS = 500
 # Sessions that have ended, whose tabs are remembered: enough for the clients that may still name one.
 _REMEMBERED = 1000
 # Seconds for each domain of a new session. A page that a dialog already holds does not answer.
@@ -67,7 +64,6 @@ class _Session:
     def __init__(self, target: str) -> None:
         self.target = target
         self.prepared = False
-        self.events: deque[tuple[int, Message]] = deque(maxlen=_EVENTS)
 
 
 class BrowserApp:
@@ -89,8 +85,7 @@ class BrowserApp:
         self._crashed: set[str] = set()
         # Tabs that somebody waits for to be closed.
         self._closing: dict[str, asyncio.Event] = {}
-        self._browser_events: deque[tuple[int, Message]] = deque(maxlen=_EVENTS)
-        self._event_numbers = itertools.count()
+        self._events = EventStore()
         self._verbs: dict[str, Callable[[Message], Awaitable[Message]]] = {
             "session": self._get_session,
             "set_session": self._set_session,
@@ -296,6 +291,7 @@ class BrowserApp:
                 logger.warning("session %s: %s: %s", session, method, result)
 
     def _forget(self, session: str) -> None:
+        self._events.forget(session)
         if (state := self._sessions.pop(session, None)) is not None:
             self._ended[session] = state.target
             if len(self._ended) > _REMEMBERED:
@@ -351,7 +347,7 @@ class BrowserApp:
 
     # Events, in the order in which the browser sends them.
 
-    def _on_event(self, method: str, params: Message, session: str | None) -> None:
+    def _on_event(self, method: str, params: Message, session: str | None, frame: str | bytes) -> None:
         state = self._sessions.get(session) if session is not None else None
         if session is not None and state is None:
             # Of a session that has ended. Each is announced by its parent before it has events.
@@ -372,6 +368,7 @@ class BrowserApp:
         elif method == "Inspector.targetReloadedAfterCrash" and state is not None:
             self._crashed.discard(state.target)
         elif method == "Page.javascriptDialogOpening" and state is not None:
+            shorten(params)
             # The page's session tells it for its iframes, too: one of another site is a target, with the id of its frame.
             for target in {state.target, params.get("frameId", "")}:
                 self._dialogs[target] = params
@@ -379,8 +376,7 @@ class BrowserApp:
             self._end_closing(state.target)
         elif method == "Page.javascriptDialogClosed" and state is not None:
             self._forget_dialog(state.target)
-        events = self._browser_events if state is None else state.events
-        events.append((next(self._event_numbers), {"method": method, "params": params, "session_id": session}))
+        self._events.add(None if state is None else session, method, params, session, frame)
 
     def _end_calls_of(self, target: str, error: BrowserError) -> None:
         for session in self._sessions_of(target):
@@ -416,14 +412,9 @@ class BrowserApp:
     async def _drain_events(self, message: Message) -> Message:
         """Return the last events and forget them: of the session that is named, or of all sessions and the browser."""
         named = self._named(message)
-        if named is not None:
-            queues = [self._sessions[await self._session_for(named)].events]
-        else:
-            queues = [self._browser_events, *(state.events for state in self._sessions.values())]
-        events = [event for _, event in heapq.merge(*queues)][-_EVENTS:]
-        for queue in queues:
-            queue.clear()
-        return {"events": events}
+        if named is None:
+            return {"events": self._events.drain_all()}
+        return {"events": self._events.drain(await self._session_for(named))}
 
     async def _pending_dialog(self, message: Message) -> Message:
         await self._connected()
@@ -458,6 +449,7 @@ class BrowserApp:
             if self._default in self._sessions:
                 tab = await self._current_tab({})
                 status["tab"] = {key: tab[key] for key in ("targetId", "url", "title")}
+                shorten(status["tab"])
                 status["dialog"] = self._dialogs.get(tab["targetId"])
         except BrowserError as error:
             status["problem"] = str(error)

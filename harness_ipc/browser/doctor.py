@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import harness_ipc
-from harness_ipc import HarnessIPCError, UnsafeDirectory
+from harness_ipc import HarnessIPCError, UnsafeDirectory, escape_control
 
 from . import APP_VERSION, WEBSOCKET, daemon_name, is_ours, not_ours
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Seconds for the daemon to answer.
 _TIMEOUT = 5.0
+# Characters of a page's title, address or dialog that are told.
+_LONG = 200
 # Round trips of which the median is told.
 _ROUND_TRIPS = 21
 
@@ -50,8 +52,7 @@ def run(*, as_json: bool = False) -> int:
     else:
         for finding in findings:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            line = f"{finding.level.upper():<9}{finding.topic}: {finding.text}{remedy}"
-            print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+            print(escape_control(f"{finding.level.upper():<9}{finding.topic}: {finding.text}{remedy}"))
     return 0 if ok else 1
 
 
@@ -215,14 +216,21 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
     elif status["dialog"]:
         kind, message = status["dialog"].get("type"), status["dialog"].get("message")
         yield Finding(
-            "warning", "page", f"{tab['url']}: a dialog holds it ({kind}: {message!r}); answer it with handle_dialog()"
+            "warning",
+            "page",
+            f"{_start(tab['url'])}: a dialog holds it ({kind}: {_start(str(message))!r}); answer it with handle_dialog()",
         )
     else:
-        yield Finding("ok", "page", f"{tab['title'] or 'no title'}, {tab['url'] or 'no address'}")
+        yield Finding("ok", "page", f"{_start(tab['title']) or 'no title'}, {_start(tab['url']) or 'no address'}")
 
 
 def _reload(name: str) -> str:
     return f"harness-browser --name={name} --reload"
+
+
+def _start(text: str) -> str:
+    """Return as much of a page's text as a line has room for."""
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 def _because(problem: str | None) -> str:

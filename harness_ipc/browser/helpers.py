@@ -7,16 +7,17 @@ or `DaemonTimeout`, both `TimeoutError`.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import os
 import sys
 import threading
 import time
 
-from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, connect_daemon
+from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, connect_daemon, escape_control
 
-from . import INTERNAL, LONGEST, MAX_MESSAGE, check_extra, daemon_name, is_ours, not_ours
+from . import INTERNAL, LONGEST, MAX_MESSAGE, MAX_TEXT, check_extra, daemon_name, is_ours, not_ours
+from ._files import replace_file
 from .errors import (
     SERVER_ERROR,
     BrowserError,
@@ -296,7 +297,8 @@ def _evaluate(expression: str, session: str | None, timeout: float) -> Any:
             raise BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended") from None
         raise
     if (details := result.get("exceptionDetails")) is not None:
-        raise JavaScriptError(_thrown(details), line=details.get("lineNumber"), column=details.get("columnNumber"))
+        text = escape_control(_thrown(details), allow="\n\t")
+        raise JavaScriptError(text, line=details.get("lineNumber"), column=details.get("columnNumber"))
     value = result["result"]
     return _unserializable(value["unserializableValue"]) if "unserializableValue" in value else value.get("value")
 
@@ -419,10 +421,12 @@ def _may_open_dialog() -> Iterator[None]:
 def handle_dialog(accept: bool = True, text: str | None = None, *, timeout: float = TIMEOUT) -> None:
     """Answer the dialog that holds the page: accept or dismiss it. A prompt is answered with `text`, else with its default.
 
-    Raises `CDPError` if there is none.
+    Raises `CDPError` if there is none, and `ValueError` if the default has more than 16,384 characters: give `text` then.
     """
     if accept and text is None:
         text = (_send({"meta": "pending_dialog"}, timeout=timeout)["dialog"] or {}).get("defaultPrompt")
+        if text is not None and len(text) > MAX_TEXT:
+            raise ValueError(f"only {MAX_TEXT} characters of the prompt's default are kept: answer it with text=")
     params: dict[str, Any] = {"accept": accept}
     if text is not None:
         params["promptText"] = text
@@ -435,27 +439,19 @@ def handle_dialog(accept: bool = True, text: str | None = None, *, timeout: floa
 def capture_screenshot(path: str | os.PathLike[str] | None = None, full: bool = False, *, timeout: float = TIMEOUT) -> Any:
     """Take a PNG of the viewport, or of the `full` page. Return its bytes, or the `path` it was written to.
 
-    Raises `OSError` if the file can't be written; what was there before is then still there.
+    The file is written beside it under a name that nobody can guess, private until it is complete, and renamed. It keeps the
+    mode of the file of yours that it replaces; a new one gets what the umask leaves of 0666. A symbolic link is replaced, not
+    followed. Raises `OSError` if the file can't be written; what was there before is then still there.
     """
     params: dict[str, Any] = {"format": "png"}
     if full:
         size = cdp("Page.getLayoutMetrics", timeout=timeout)["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         params |= {"captureBeyondViewport": True, "clip": clip}
-    data = base64.b64decode(cdp("Page.captureScreenshot", timeout=timeout, **params)["data"])
+    data = binascii.a2b_base64(cdp("Page.captureScreenshot", timeout=timeout, **params)["data"])
     if path is None:
         return data
-    draft = os.path.join(os.path.dirname(path), f".harness-browser-{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-        os.replace(draft, path)
-    except BaseException as error:
-        if os.path.exists(draft):
-            os.unlink(draft)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
+    replace_file(path, data)
     return path
 
 
@@ -553,7 +549,11 @@ def _target_id(target: str | dict[str, str]) -> str:
 
 
 def drain_events(*, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
-    """Return the events of this process's tab since the last call, at most the last 500: method, params, session_id."""
+    """Return the events of this process's tab since the last call: method, params, session_id.
+
+    At most the last 500 are kept, and at most 16 MiB of JSON. Texts of a page above 16,384 characters are cut, with the number
+    of those left out behind them; the params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``.
+    """
     connect()
     if _session is None:
         # To be in a tab: without one, the events of all tabs are meant.

@@ -1,0 +1,60 @@
+"""Files that a program asks for by a path of its own, perhaps in a directory that others can write to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to a new file and rename it to `path`: at any time, `path` is what it was before, or complete.
+
+    A symbolic link at `path` is replaced, not followed. The mode is that of the file that is replaced, if it is a regular file
+    of this user, else what the umask leaves of 0666; until all is written, it is 0600. On Windows, the directory's access list
+    decides. Raises `OSError`, which names `path`; then nothing else is left behind.
+    """
+    draft = _new_name(path)
+    try:
+        mode = _final_mode(path)
+        with open(draft, "xb", opener=_open_private) as file:
+            file.write(data)
+            file.flush()
+            # Only if it differs: a file system without modes may refuse to change them.
+            if sys.platform != "win32" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                os.fchmod(file.fileno(), mode)
+        os.replace(draft, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+def _new_name(path: str | os.PathLike[str]) -> str:
+    """Return a name beside `path` that nobody can guess."""
+    return os.path.join(os.path.dirname(path), f".harness-browser-{os.urandom(16).hex()}.tmp")
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _final_mode(path: str | os.PathLike[str]) -> int:
+    """Return the permission bits that a file at `path` gets; on Windows, they mean nothing."""
+    if sys.platform == "win32":
+        return 0
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return stat.S_IMODE(found.st_mode) & 0o777
+    # Reading the umask means changing it, which other threads would notice. A default access list counts, too (acl(5)).
+    probe = _new_name(path)
+    try:
+        with open(probe, "xb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(probe)
