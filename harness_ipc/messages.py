@@ -90,11 +90,5 @@ def escape_control(text: str, allow: str = "") -> str:
     return "".join(c if c.isprintable() or c in allow else ascii(c)[1:-1] for c in text)
 
 
-def to_json(value: object) -> str:
-    """Return `value` as JSON for a person or a program: ASCII without control characters, which any console can show."""
-    # DEL is the one control character that JSON leaves as it is.
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
