@@ -484,7 +484,8 @@ def _split_app(specification: str) -> tuple[str, str]:
 
 
 def _print_json(value: object) -> None:
-    print(messages.to_json(value), flush=True)
+    # ASCII: it passes any console's encoding, and has neither lone surrogates nor control characters.
+    print(json.dumps(value), flush=True)
 
 
 def _print_error(text: str) -> None:

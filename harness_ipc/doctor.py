@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -51,7 +52,7 @@ def run(*, as_json: bool = False) -> int:
     findings = examine()
     ok = all(finding.level != "failure" for finding in findings)
     if as_json:
-        print(messages.to_json({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
+        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
     else:
         for finding in findings:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""

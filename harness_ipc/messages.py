@@ -90,12 +90,6 @@ def escape_control(text: str, allow: str = "") -> str:
     return "".join(c if c.isprintable() or c in allow else ascii(c)[1:-1] for c in text)
 
 
-def to_json(value: object) -> str:
-    """Return `value` as JSON for a person or a program: ASCII without control characters, which any console can show."""
-    # DEL is the one control character that JSON leaves as it is.
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
 def busy_reply(reason: str) -> Message:
     """Return the reply that refuses a request, which did not run, for `reason`."""
     return {**error_reply(Busy(reason)), "meta": BUSY}
