@@ -346,6 +346,8 @@ class BrowserApp:
 
     def _on_event(self, method: str, params: Message, session: str | None, frame: str | bytes) -> None:
         state = self._sessions.get(session) if session is not None else None
+        # First: it cuts long texts, of a dialog as well.
+        self._events.add(None if state is None else session, method, params, session, frame)
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
         elif method == "Target.detachedFromTarget":
@@ -362,7 +364,6 @@ class BrowserApp:
         elif method == "Inspector.targetReloadedAfterCrash" and state is not None:
             self._crashed.discard(state.target)
         elif method == "Page.javascriptDialogOpening" and state is not None:
-            shorten(params)
             # The page's session tells it for its iframes, too: one of another site is a target, with the id of its frame.
             for target in {state.target, params.get("frameId", "")}:
                 self._dialogs[target] = params
@@ -370,7 +371,6 @@ class BrowserApp:
             self._end_closing(state.target)
         elif method == "Page.javascriptDialogClosed" and state is not None:
             self._forget_dialog(state.target)
-        self._events.add(None if state is None else session, method, params, session, frame)
 
     def _end_calls_of(self, target: str, error: BrowserError) -> None:
         for session in self._sessions_of(target):
