@@ -352,6 +352,8 @@ class BrowserApp:
         if session is not None and state is None:
             # Of a session that has ended. Each is announced by its parent before it has events.
             return
+        # First: it cuts long texts, of a dialog as well.
+        self._events.add(session, method, params, session, frame)
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
         elif method == "Target.detachedFromTarget":
@@ -368,7 +370,6 @@ class BrowserApp:
         elif method == "Inspector.targetReloadedAfterCrash" and state is not None:
             self._crashed.discard(state.target)
         elif method == "Page.javascriptDialogOpening" and state is not None:
-            shorten(params)
             # The page's session tells it for its iframes, too: one of another site is a target, with the id of its frame.
             for target in {state.target, params.get("frameId", "")}:
                 self._dialogs[target] = params
@@ -376,7 +377,6 @@ class BrowserApp:
             self._end_closing(state.target)
         elif method == "Page.javascriptDialogClosed" and state is not None:
             self._forget_dialog(state.target)
-        self._events.add(None if state is None else session, method, params, session, frame)
 
     def _end_calls_of(self, target: str, error: BrowserError) -> None:
         for session in self._sessions_of(target):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -612,6 +613,58 @@ def test_a_path_that_is_no_text(warm: Path, tmp_path: Path) -> None:
     run = harness_browser(str(tmp_path / "\udce9.py"))
     assert (run.returncode, run.stdout) == (1, "'\\udce9.py'\n")
     assert '\\udce9.py", line 2, in <module>\n    1 / 0\n' in run.stderr
+
+
+# What a page may make of its texts: it fills the clipboard, clears the screen, colors it and reorders it.
+STEERING = "\x1b]52;c;eA==\x07\x1b[2J\x9b31m\u202e\u2066\ud800"
+OF_THE_PAGE = f"text = js({json.dumps(STEERING)!r})\n"
+IN_THREAD = """
+import threading
+def f(): raise ValueError(text)
+thread = threading.Thread({})
+thread.start()
+thread.join()
+1 / 0
+"""
+
+QUOTES_A_PAGE = {
+    "of ours": f"js({f'throw new Error({json.dumps(STEERING)})'!r})",
+    "of the program": "raise ValueError(text)",
+    "cause": "try:\n    raise ValueError(text)\nexcept ValueError as error:\n    raise TypeError from error",
+    "context": "try:\n    raise ValueError(text)\nexcept ValueError:\n    1 / 0",
+    "group": "raise ExceptionGroup('all', [TypeError(), ExceptionGroup(text, [ValueError(text)])])",
+    "note": "error = ValueError()\nerror.add_note(text)\nraise error",
+    "class": "raise type(text[:-1], (Exception,), {})",
+    "file": "raise OSError(2, text, text)",
+    "syntax": "raise SyntaxError(text, (text, 1, 1, text, 1, 2))",
+    "no exception": "class Mine(BaseException): pass\nraise Mine(text)",
+    "thread": IN_THREAD.format("target=f"),
+    "thread's name": IN_THREAD.format("target=lambda: 1 / 0, name=text"),
+    "destructor": "class Mine:\n    def __del__(self): raise ValueError(text)\nMine()\n1 / 0",
+    "at exit": "import atexit\ndef f(): raise ValueError(text)\natexit.register(f)\n1 / 0",
+}
+
+
+@pytest.mark.parametrize("way", ["-c", "file"])
+@pytest.mark.parametrize("quotes", QUOTES_A_PAGE)
+def test_a_traceback_that_quotes_a_page_does_not_control_the_terminal(
+    warm: Path, tmp_path: Path, quotes: str, way: str
+) -> None:
+    program = OF_THE_PAGE + QUOTES_A_PAGE[quotes]
+    run = harness_browser(*(["-c", program] if way == "-c" else [file_of(tmp_path, program)]))
+    assert (run.returncode, run.stdout) == (1, "")
+    assert all(c.isprintable() or c in "\n\t" for c in run.stderr), ascii(run.stderr)
+    escaped = ascii(STEERING)[1:-1]
+    assert (escaped.removesuffix("\\ud800") if quotes == "class" else escaped) in run.stderr
+
+
+def test_what_the_program_itself_prints_is_its_own(warm: Path) -> None:
+    prints = "import sys\nprint(text[:-1])\nprint(text[:-1], file=sys.stderr)\n"
+    run = harness_browser("-c", OF_THE_PAGE + prints)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{STEERING[:-1]}\n", f"{STEERING[:-1]}\n")
+    hook = "sys.excepthook = lambda kind, error, trace: sys.stderr.write('\\x1b[31mred')\n1 / 0"
+    run = harness_browser("-c", f"import sys\n{hook}")
+    assert (run.returncode, run.stderr) == (1, "\x1b[31mred")
 
 
 # Names.

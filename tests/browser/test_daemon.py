@@ -415,6 +415,51 @@ def test_the_last_500_events_are_kept(client: Client) -> None:
     assert_serves(client)
 
 
+def bind(daemon: Client, session: str) -> None:
+    """Have the page's `tell(text)` send an event that is kept whole."""
+    ask(daemon, "Runtime.addBinding", session, name="tell")
+
+
+def told(reply: Reply) -> list[str]:
+    """Return the beginning of what was told."""
+    return [event["params"]["payload"][:3] for event in reply["events"] if event["method"] == "Runtime.bindingCalled"]
+
+
+def test_the_last_16_mebibytes_of_events_are_kept(client: Client) -> None:
+    one = client.request({"meta": "session"})["session_id"]
+    _, two = new_tab(client)
+    for session, sign in (one, "a"), (two, "b"):
+        bind(client, session)
+        value(evaluate(client, f"for (let i = 10; i < 17; i++) tell('{sign}' + i + 'x'.repeat(3e6))", session))
+    # Both together are more than one reply brings: a drain loses none that it leaves out.
+    drained = [told(client.request({"meta": "drain_events"})) for _ in range(3)]
+    assert drained == [[f"a{number}" for number in range(12, 17)], [f"b{number}" for number in range(12, 17)], []]
+    value(evaluate(client, "for (let i = 10; i < 17; i++) tell('c' + i + 'x'.repeat(3e6))", one))
+    assert told(client.request({"meta": "drain_events", "session_id": one})) == [f"c{number}" for number in range(12, 17)]
+    assert_serves(client)
+
+
+def test_a_page_that_logs_much_costs_little_memory(own: Client) -> None:
+    loud = own.request({"meta": "session"})["session_id"]
+    _, other = new_tab(own)
+    daemon = psutil.Process(own.pid)
+    before = daemon.memory_info().rss
+    lines, length = 40, 2_000_000
+    line = f"console.log('x'.repeat({length}) + i); await new Promise(done => setTimeout(done))"
+    with in_flight(loud, expression=f"(async () => {{ for (let i = 10; i < {lines + 10}; i++) {{ {line} }} }})()") as job:
+        answers = 0
+        while not job.done():
+            # Others are served meanwhile.
+            assert value(evaluate(own, "6 * 7", other)) == 42
+            answers += 1
+        assert "result" in job.result()
+    assert answers > 0
+    assert daemon.memory_info().rss - before < lines * length / 2
+    events = logged(own.request({"meta": "drain_events", "session_id": loud}))
+    assert events == [f"{'x' * 16_384}… ({length + 2 - 16_384} more characters were left out)"] * lines
+    assert_serves(own)
+
+
 def test_events_of_the_browser_belong_to_no_session(client: Client) -> None:
     client.request({"meta": "drain_events"})
     target, _ = new_tab(client)

@@ -526,6 +526,16 @@ def test_what_a_page_calls_itself_reaches_no_terminal_raw(page: str, monkeypatch
     assert seen.stdout.replace("\n", "").isprintable()
 
 
+def test_of_what_is_long_the_doctor_tells_the_beginning(page: str) -> None:
+    helpers.js("document.title = 't'.repeat(2000); location.hash = 'h'.repeat(1000)")
+    assert found("page").text == f"{'t' * 200}…, about:blank#{'h' * 188}…"
+    with contextlib.suppress(helpers.DialogOpen):
+        helpers.js("confirm('c'.repeat(1000))")
+    (trouble,) = troubles()
+    assert f"(confirm: '{'c' * 200}…')" in trouble.text
+    helpers.handle_dialog()
+
+
 # The install.
 
 

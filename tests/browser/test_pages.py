@@ -41,7 +41,7 @@ from harness_ipc.browser.helpers import (
     wait_for_load,
 )
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium, needs_posix
+from tests.marks import needs_chromium, needs_posix, needs_root
 from tests.processes import PATIENCE, run_python, wait_until
 
 pytestmark = needs_chromium
@@ -132,6 +132,23 @@ def test_a_dialog_that_comes_before_the_click(page: str, site: Site) -> None:
     assert caught.value.details["ran"] is False
     handle_dialog()
     assert js("clicks") == []
+
+
+def test_a_prompt_of_any_length(page: str) -> None:
+    for length in 16_384, 16_385, 1_000_000:
+        with pytest.raises(DialogOpen, match="prompt: 'Who") as caught:
+            js(f"window.said = prompt('Who?', 'x'.repeat({length}))")
+        default = caught.value.dialog["defaultPrompt"]
+        assert default[:16_384] == "x" * 16_384
+        if length > 16_384:
+            # An answer that is not all of the default would be another one.
+            assert default[16_384:] == f"… ({length - 16_384} more characters were left out)"
+            with pytest.raises(ValueError, match="16384 characters"):
+                handle_dialog()
+            handle_dialog(text="x" * length)
+        else:
+            handle_dialog()
+        assert js("said.length") == length
 
 
 def test_leaving_a_page_that_asks_first(page: str, site: Site) -> None:
@@ -260,6 +277,26 @@ def test_a_screenshot_to_a_file_with_a_long_name(page: str, tmp_path: Path) -> N
     path = tmp_path / ("x" * 251 + ".png")
     capture_screenshot(path)
     assert os.listdir(tmp_path) == [path.name]
+
+
+@needs_root
+def test_a_screenshot_in_a_directory_that_others_write_to(page: str, tmp_path: Path) -> None:
+    stranger = 12345
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    # Names that another user may guess, and the picture's own.
+    names = [f".harness-browser-{os.getpid()}.tmp", "shot.png", "shot.png.tmp", ".shot.png.tmp"]
+    for name in names:
+        (shared / name).symlink_to(victim)
+        os.chown(shared / name, stranger, stranger, follow_symlinks=False)
+    capture_screenshot(shared / "shot.png")
+    assert victim.read_text() == "precious"
+    assert not (shared / "shot.png").is_symlink()
+    assert (shared / "shot.png").stat().st_uid == os.geteuid()
+    assert sorted(os.listdir(shared)) == sorted(names)
 
 
 @pytest.mark.parametrize("place", ["taken", "nowhere/shot.png"])
