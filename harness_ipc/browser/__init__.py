@@ -3,7 +3,7 @@
     from harness_ipc.browser.helpers import *
 
 `helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `chrome` finds it, `launcher` starts one
-(`program` in a `profile`), `cdp` speaks to it (by a WebSocket or a `pipe`), `errors` has what can go wrong, `cli` is the command
+(`program` in a `profile`), `cdp` speaks to it (by WebSocket or `pipe`), `errors` has what can go wrong, `cli` is the command
 `harness-browser`, and `doctor` says what is wrong. It is an application of the public API of `harness_ipc`, as anybody could
 write one.
 """
