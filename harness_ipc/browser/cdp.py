@@ -264,8 +264,8 @@ class Connection:
             session = None
         if "id" not in message:
             # Without a method: the answer to something that was no message, such as half of one.
-            if "method" in message and self._on_event is not None:
-                self._on_event(message["method"], message.get("params") or {}, session, frame)
+            if "method" in message:
+                self._receive_event(message["method"], message.get("params") or {}, session, frame)
             return
         call = self._calls.get(message["id"])
         if call is None or call.reply.done() or session not in (None, call.session):
@@ -278,6 +278,12 @@ class Connection:
         if data := error.get("data"):
             text += f" ({data})"
         call.reply.set_exception(CDPError(text, code=error.get("code")))
+
+    def _receive_event(self, method: Any, params: Any, session: Any, frame: str | bytes) -> None:
+        if not isinstance(method, str) or not isinstance(params, dict) or not isinstance(session, str | None):
+            raise TypeError("an event of another shape")
+        if self._on_event is not None:
+            self._on_event(method, params, session, frame)
 
 
 class _ConnectWithoutRedirect(connect):

@@ -157,7 +157,7 @@ class ManagedBrowser:
         except (BrowserLost, CDPError, ConnectionFailed, TimeoutError) as error:
             logger.info("the browser of pid %d can't be adopted: %s", pid, str(error) or "it does not answer")
             return None
-        logger.info("adopted the browser of an earlier daemon: pid %d", pid)
+        logger.info("the browser of an earlier daemon is still there: pid %d", pid)
         return connection
 
     async def _start(self, on_event: OnEvent) -> Connection:
@@ -279,7 +279,8 @@ class ManagedBrowser:
         if self._child is not None:
             self._child.wait()
             self._child = None
-        self._profile.forget()
+        if not self._profile.is_used_by_another():
+            self._profile.forget()
         return pid is not None
 
 

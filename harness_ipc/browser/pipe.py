@@ -177,7 +177,7 @@ if sys.platform != "win32":
             except BlockingIOError:
                 pass
             except OSError as error:
-                self._close(f"its pipe can't be written: {error.strerror}")
+                self._lose(f"its pipe can't be written: {error.strerror}")
                 return
             if self._unsent:
                 self._loop.add_writer(self._writer, self._write)
@@ -186,19 +186,20 @@ if sys.platform != "win32":
                 self._sent.set()
 
         def _watch(self, pid: int) -> int | None:
-            """Have `_process_ended` called: also where something else that the browser started still holds the pipe."""
+            """Notice the end of the process also where something else that it started still holds the pipe."""
             if sys.platform == "linux":
                 # A kernel before 5.3, or a sandbox, does not have it.
                 with contextlib.suppress(OSError):
                     process = os.pidfd_open(pid)
-                    self._loop.add_reader(process, self._process_ended)
+                    self._loop.add_reader(process, self._lose, "its process ended")
                     return process
             return None
 
-        def _process_ended(self) -> None:
+        def _lose(self, reason: str) -> None:
+            """Close it after what the browser has written before its end."""
             while self._closed is None and self._read():
                 pass
-            self._close("its process ended")
+            self._close(reason)
 
         def _close(self, reason: str) -> None:
             if self._closed is not None:

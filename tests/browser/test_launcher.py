@@ -1,0 +1,484 @@
+"""A managed browser of our own: no port, adopted in the middle of a message, private in its files, and refused to root."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness_ipc import ConnectionLost, daemon_status, process_identity, stop_daemon
+from harness_ipc.browser import helpers
+from harness_ipc.browser.errors import BrowserError
+from harness_ipc.browser.launcher import ManagedBrowser
+from harness_ipc.browser.program import browser_environment
+from tests.browser.conftest import harness_browser, kill, processes_of, suspended
+from tests.browser.site import Site
+from tests.managed import in_thread, spawn_bystander
+from tests.marks import needs_chromium, needs_linux, needs_posix, needs_root
+from tests.processes import PATIENCE, lives, wait_until
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
+pytestmark = [needs_chromium, needs_posix, pytest.mark.usefixtures("fresh")]
+
+STRANGER = 12345
+# Bytes: more than a pipe takes at once.
+LARGE = 20 * 1024 * 1024
+
+
+@pytest.fixture
+def profile(fresh: Path) -> Path:
+    return fresh / "profile"
+
+
+def browser_pid() -> int:
+    pid = helpers.connect().request({"meta": "connection_status"})["pid"]
+    assert isinstance(pid, int)
+    return pid
+
+
+def kill_daemon() -> None:
+    """Kill the daemon of this process, and wait until that is known."""
+    kill(helpers.connect().pid)
+    helpers.disconnect()
+    wait_until(lambda: daemon_status("browser").state == "stale")
+
+
+def waiting_bytes(fifo: Path) -> int:
+    """Return how many bytes wait in a FIFO."""
+    descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+    finally:
+        os.close(descriptor)
+
+
+# No port.
+
+
+def test_no_process_of_the_browser_listens(fresh: Path, profile: Path) -> None:
+    assert helpers.js("6 * 7") == 42
+    family = processes_of(fresh)
+    assert len(family) > 3
+    listeners = [
+        (process.pid, connection.laddr)
+        for process in family
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listeners == []
+    assert not (profile / "DevToolsActivePort").exists()
+    modes = {name: (profile / f"harness-browser.{name}").lstat().st_mode for name in ("in", "out", "json", "lock", "stderr")}
+    assert {name: stat.S_IMODE(mode) for name, mode in modes.items()} == dict.fromkeys(modes, 0o600)
+    assert [name for name, mode in modes.items() if stat.S_ISFIFO(mode)] == ["in", "out"]
+    assert stat.S_IMODE(profile.stat().st_mode) == 0o700
+
+
+def test_all_that_the_browser_writes_is_private_whatever_the_umask(profile: Path) -> None:
+    previous = os.umask(0)
+    try:
+        helpers.connect()
+    finally:
+        os.umask(previous)
+    helpers.goto_url("data:text/html,<title>x</title>")
+    wait_until(lambda: (profile / "Local State").exists())
+    found = {path: path.lstat().st_mode for path in profile.rglob("*") if not path.is_symlink()}
+    assert len(found) > 5
+    assert [(path, oct(mode)) for path, mode in found.items() if mode & 0o077] == []
+
+
+def test_large_messages_go_both_ways() -> None:
+    assert helpers.js(f"'{'x' * LARGE}'.length", timeout=PATIENCE) == LARGE
+    assert helpers.js(f"'y'.repeat({LARGE})", timeout=PATIENCE) == "y" * LARGE
+    pid = browser_pid()
+    # One that ends the browser is refused.
+    with pytest.raises(BrowserError, match="too large: the browser takes"):
+        helpers.js(f"'{'x' * 100 * 1024 * 1024}'.length", timeout=PATIENCE)
+    assert (helpers.js("6 * 7"), browser_pid()) == (42, pid)
+
+
+# Adoption.
+
+
+def test_a_daemon_that_is_killed_while_it_writes_leaves_a_browser_that_can_be_used(profile: Path) -> None:
+    helpers.js("window.kept = 42")
+    pid, daemon = browser_pid(), helpers.connect().pid
+    with suspended(pid), in_thread(helpers.js, f"window.half = '{'x' * LARGE}'.length", timeout=PATIENCE) as job:
+        # The pipe is full, and nobody reads it.
+        wait_until(lambda: waiting_bytes(profile / "harness-browser.in") >= 64 * 1024)
+        kill(daemon)
+        assert isinstance(job.exception(PATIENCE), ConnectionLost)
+    helpers.disconnect()
+    assert helpers.js("[window.kept, window.half]") == [42, None]
+    assert browser_pid() == pid
+
+
+# Each has a number; long enough that a pipe that is full ends within one.
+FLOOD = "window.kept = 42; var n = 0, flood = setInterval(() => console.log(n++, 'x'.repeat(99991)), 1)"
+
+
+def test_a_daemon_that_is_killed_while_it_reads_leaves_a_browser_that_can_be_used(profile: Path) -> None:
+    helpers.js(FLOOD)
+    pid, daemon = browser_pid(), helpers.connect().pid
+    before = len(psutil.Process(daemon).net_connections("inet"))
+    with suspended(daemon):
+        # No write of Chrome's fits in the rest.
+        wait_until(lambda: waiting_bytes(profile / "harness-browser.out") > 2 * 64 * 1024 and is_full(profile))
+        kill(daemon)
+    helpers.disconnect()
+    assert helpers.js("clearInterval(flood), window.kept") == 42
+    assert (browser_pid(), before) == (pid, 0)
+    # Of each event, one: the sessions of the dead daemon have ended.
+    helpers.drain_events()
+    helpers.js("console.log('the last')")
+    wait_until(lambda: "the last" in json.dumps(events := helpers.drain_events()) and count_logs(events) == 1)
+
+
+def is_full(profile: Path) -> bool:
+    """Return whether the number of bytes that wait does not change any more."""
+    before = waiting_bytes(profile / "harness-browser.out")
+    time.sleep(0.2)
+    return waiting_bytes(profile / "harness-browser.out") == before
+
+
+def count_logs(events: list[dict[str, Any]]) -> int:
+    return sum(event["method"] == "Runtime.consoleAPICalled" for event in events)
+
+
+def test_what_a_killed_daemon_intercepted_goes_on(site: Site) -> None:
+    helpers.goto_url(f"{site.url}/")
+    helpers.cdp("Fetch.enable")
+    helpers.js("window.fetched = 'not yet'; fetch('/form').then(reply => window.fetched = reply.status); 0")
+    wait_until(lambda: any(event["method"] == "Fetch.requestPaused" for event in helpers.drain_events()))
+    pid = browser_pid()
+    kill_daemon()
+    wait_until(lambda: helpers.js("window.fetched") == 200)
+    assert browser_pid() == pid
+
+
+def test_many_daemons_that_are_killed_leave_one_root_session(profile: Path) -> None:
+    sessions = set()
+    for _ in range(3):
+        helpers.connect()
+        sessions.add(json.loads((profile / "harness-browser.json").read_text())["session"])
+        kill_daemon()
+    assert len(sessions) == 3
+    helpers.connect()
+    targets = helpers.cdp("Target.getTargets", filter=[{"type": "browser"}, {"type": "page"}])["targetInfos"]
+    assert [target["type"] for target in targets if target["attached"]].count("browser") <= 1
+    assert [target["attached"] for target in targets if target["type"] == "page"] == [True]
+
+
+def test_a_browser_with_a_port_is_driven_and_adopted_as_well(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr("harness_ipc.browser.program.USES_PIPE", False)
+
+    async def main() -> None:
+        browser = ManagedBrowser("browser")
+        connection = await browser.connect(lambda *_: None)
+        pid = browser.pid()
+        await connection.close()
+        connection = await browser.connect(lambda *_: None)
+        assert browser.pid() == pid
+        assert "product" in await connection.call("Browser.getVersion")
+        await browser.close(connection)
+        await connection.close()
+        assert browser.pid() is None
+
+    asyncio.run(main())
+    assert not (profile / "DevToolsActivePort").exists()
+
+
+# Root.
+
+
+@needs_root
+def test_roots_browser_is_refused_unless_it_is_accepted(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, "", "0", "yes"):
+        if value is None:
+            monkeypatch.delenv("HARNESS_CHROME_ROOT")
+        else:
+            monkeypatch.setenv("HARNESS_CHROME_ROOT", value)
+        run = harness_browser("-c", "print(page_info())")
+        assert (run.returncode, run.stdout) == (6, "")
+        assert "no browser is started as root, since its sandbox does not work for root" in run.stderr
+        assert "set HARNESS_CHROME_ROOT=1 to accept that" in run.stderr
+        assert not profile.exists()
+    doctor = harness_browser("--doctor")
+    assert doctor.returncode == 1
+    assert [line[:23] for line in doctor.stdout.splitlines() if "HARNESS_CHROME_ROOT=1" in line] == [
+        "WARNING  own browser: /",
+        "FAILURE  browser: no br",
+    ]
+    monkeypatch.setenv("HARNESS_CHROME_ROOT", "1")
+    # One that was accepted can be ended without it.
+    pid = browser_pid()
+    kill_daemon()
+    monkeypatch.delenv("HARNESS_CHROME_ROOT")
+    assert harness_browser("-c", "1").returncode == 6
+    assert lives(pid)
+    assert harness_browser("--reload").returncode == 0
+    assert processes_of(fresh) == []
+
+
+# The environment.
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ({"PATH": "1", "HOME": "2", "LC_ALL": "3", "XDG_RUNTIME_DIR": "4", "FONTCONFIG_FILE": "5"}, None),
+        ({"DISPLAY": ":1", "WAYLAND_DISPLAY": "w", "XAUTHORITY": "x", "DBUS_SESSION_BUS_ADDRESS": "d", "TZ": "UTC"}, None),
+        ({"https_proxy": "p", "NO_PROXY": "n"}, None),
+        ({"ANTHROPIC_API_KEY": "k", "AWS_SECRET_ACCESS_KEY": "k", "GITHUB_TOKEN": "t", "LD_PRELOAD": "l"}, []),
+        ({"BU_CDP_WS": "secret", "HARNESS_IPC_START": "5", "HARNESS_CHROME_ROOT": "1", "PATHS": "1", "MY_PATH": "1"}, []),
+        ({"HARNESS_CHROME_ENV": "A", "A": "1", "AB": "2"}, ["A"]),
+        ({"HARNESS_CHROME_ENV": " A , B_*,", "A": "1", "B_1": "2", "B_2": "3", "B": "4"}, ["A", "B_1", "B_2"]),
+        ({"HARNESS_CHROME_ENV": "*", "A": "1"}, ["HARNESS_CHROME_ENV", "A"]),
+    ],
+)
+def test_a_browser_gets_what_it_needs(environment: dict[str, str], names: list[str] | None) -> None:
+    expected = environment if names is None else {name: environment[name] for name in names}
+    assert browser_environment(environment) == expected
+
+
+@needs_linux
+def test_no_process_of_the_browser_has_the_agents_keys(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "sk-hush")
+    monkeypatch.setenv("WANTED", "one=two=\u00e4")
+    monkeypatch.setenv("HARNESS_CHROME_ENV", "WANTED,MISSING")
+    pid = browser_pid()
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    assert len(family) > 3
+    for process in family:
+        assert "sk-hush" not in "".join(process.environ().values())
+        assert "sk-hush" not in "".join(process.cmdline())
+    assert family[0].environ()["WANTED"] == "one=two=\u00e4"
+    assert "TMPDIR" in family[0].environ()
+    # The daemon itself has what its starter had.
+    assert psutil.Process(helpers.connect().pid).environ()["SOME_API_KEY"] == "sk-hush"
+
+
+# Downloads.
+
+DOWNLOAD = """
+const link = document.createElement("a");
+link.href = "data:application/octet-stream,hello";
+link.download = "NAME";
+document.body.append(link);
+link.click();
+"""
+
+
+def download(name: str) -> None:
+    helpers.cdp("Runtime.evaluate", expression=DOWNLOAD.replace("NAME", name), userGesture=True)
+
+
+def end_of_download(name: str) -> str:
+    """Download a file of this name, and return how that ends."""
+    # A page that has downloaded once is asked about the next one.
+    helpers.new_tab()
+    download(name)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for event in helpers.drain_events():
+            if event["method"] == "Page.downloadProgress" and event["params"]["state"] != "inProgress":
+                return str(event["params"]["state"])
+    raise AssertionError("the download has not ended")
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Return the text of each whole file in a folder that may not be there."""
+    found = {}
+    if folder.exists():
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = path.read_text()
+    return {name: text for name, text in found.items() if text == "hello"}
+
+
+def test_downloads_are_denied_unless_a_folder_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = fresh / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert end_of_download("denied") == "canceled"
+    kill_daemon()
+    # One that was adopted.
+    assert end_of_download("denied") == "canceled"
+    assert [path for path in home.rglob("*") if "denied" in path.name] == []
+
+
+def test_downloads_go_to_the_folder_that_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fresh / "files" / "from the browser"
+    monkeypatch.setenv("HARNESS_CHROME_DOWNLOADS", str(folder))
+    helpers.connect()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    download("one")
+    wait_until(lambda: files(folder) == {"one": "hello"})
+    assert stat.S_IMODE((folder / "one").stat().st_mode) == 0o600
+    context = helpers.cdp("Target.createBrowserContext")["browserContextId"]
+    helpers.switch_tab(helpers.cdp("Target.createTarget", url="about:blank", browserContextId=context)["targetId"])
+    download("two")
+    wait_until(lambda: files(folder) == {"one": "hello", "two": "hello"})
+    # While no daemon is there, too.
+    helpers.cdp("Runtime.evaluate", expression=f"setInterval(() => {{ {DOWNLOAD.replace('NAME', 'three')} }}, 2000)")
+    kill_daemon()
+    wait_until(lambda: "three" in files(folder))
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file"])
+def test_a_folder_for_downloads_that_can_not_be_had_is_named(kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").touch()
+    folder = fresh / "file" if kind == "file" else fresh / "file" / "folder"
+    monkeypatch.setenv("HARNESS_CHROME_DOWNLOADS", str(folder))
+    run = harness_browser("-c", "1")
+    assert run.returncode == 6
+    assert f"HARNESS_CHROME_DOWNLOADS='{folder}' can't be used: " in run.stderr
+    assert processes_of(fresh) == []
+
+
+# The profile.
+
+
+@pytest.mark.parametrize("kind", ["open", "link", pytest.param("foreign", marks=needs_root)])
+@pytest.mark.parametrize("way", ["named", "default"])
+def test_a_profile_that_is_not_private_is_refused(
+    kind: str, way: str, fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "default":
+        monkeypatch.delenv("HARNESS_CHROME_PROFILE")
+        monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
+        profile = Path(ManagedBrowser("browser").profile)
+    profile.parent.mkdir(parents=True, exist_ok=True)
+    match kind:
+        case "open":
+            profile.mkdir()
+            profile.chmod(0o755)
+            remedy = f"chmod 700 {profile}"
+        case "link":
+            (fresh / "elsewhere").mkdir(mode=0o700)
+            profile.symlink_to(fresh / "elsewhere")
+            remedy = f"rm {profile}"
+        case _:
+            profile.mkdir(mode=0o700)
+            os.chown(profile, STRANGER, -1)
+            remedy = f"sudo rm -r {profile}"
+    run = harness_browser("-c", "1")
+    assert run.returncode == 6
+    assert f"so it is not private to you: run `{remedy}`, or set HARNESS_CHROME_PROFILE to another directory" in run.stderr
+    assert os.listdir(profile) == []
+    doctor = harness_browser("--doctor", "--json")
+    (failure,) = (finding for finding in json.loads(doctor.stdout)["findings"] if finding["level"] == "failure")
+    assert (failure["topic"], failure["remedy"]) == ("browser", remedy)
+    assert harness_browser("--reload").returncode == 5
+    # It is what helps.
+    subprocess.run(remedy.replace("sudo ", ""), shell=True, check=True)
+    assert harness_browser("-c", "print(6 * 7)").stdout == "42\n"
+
+
+OURS = [f"harness-browser.{name}" for name in ("json", "tmp", "lock", "stderr", "in", "out")]
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "FIFO", pytest.param("foreign file", marks=needs_root)])
+def test_what_was_planted_in_the_profile_harms_nothing(kind: str, fresh: Path, profile: Path) -> None:
+    victims = {name: fresh / f"victim of {name}" for name in [*OURS, "DevToolsActivePort"]}
+    profile.mkdir(mode=0o700)
+    for name, victim in victims.items():
+        place = profile / name
+        victim.write_text("precious")
+        victim.chmod(0o600)
+        match kind:
+            case "symbolic link":
+                place.symlink_to(victim)
+            case "hard link":
+                os.link(victim, place)
+            case "FIFO":
+                os.mkfifo(place, 0o666)
+            case _:
+                place.write_text("planted")
+                os.chown(place, STRANGER, STRANGER)
+    assert helpers.js("6 * 7") == 42
+    for name in ("json", "lock", "stderr", "in", "out"):
+        info = (profile / f"harness-browser.{name}").lstat()
+        assert (info.st_uid, info.st_nlink, stat.S_IMODE(info.st_mode)) == (os.geteuid(), 1, 0o600)
+        assert stat.S_ISFIFO(info.st_mode) == (name in ("in", "out"))
+    helpers.disconnect()
+    stop_daemon("browser")
+    assert {name: victim.read_text() for name, victim in victims.items()} == dict.fromkeys(victims, "precious")
+    assert {stat.S_IMODE(victim.stat().st_mode) for victim in victims.values()} == {0o600}
+
+
+@pytest.mark.parametrize(
+    "kind", ["a link", "a hard link", "readable", "large", pytest.param("another user's", marks=needs_root), "of another shape"]
+)
+def test_a_planted_note_has_nobody_signalled(kind: str, fresh: Path, profile: Path) -> None:
+    profile.mkdir(mode=0o700)
+    note = profile / "harness-browser.json"
+    with spawn_bystander() as stranger:
+        identity: Any = process_identity(stranger.pid)
+        dead = {**identity, "pid": 2**22 + 1}
+        text = json.dumps({"browser": identity, "daemon": dead, "session": None})
+        place = fresh / "planted" if "link" in kind else note
+        place.write_text(text)
+        place.chmod(0o600)
+        match kind:
+            case "a link":
+                note.symlink_to(place)
+            case "a hard link":
+                os.link(place, note)
+            case "readable":
+                note.chmod(0o644)
+            case "large":
+                note.write_text(text + " " * 2**20)
+            case "another user's":
+                os.chown(note, STRANGER, STRANGER)
+            case _:
+                note.write_text(json.dumps({"browser": stranger.pid, "daemon": [stranger.pid]}))
+        browser = ManagedBrowser("browser")
+        assert (browser.pid(), browser.taken(), browser.end()) == (None, None, False)
+        if not note.exists() and "link" not in kind:
+            place.write_text(text)
+        assert helpers.js("6 * 7") == 42
+        helpers.disconnect()
+        stop_daemon("browser")
+        assert stranger.process.poll() is None
+
+
+def test_a_note_of_ours_is_believed(profile: Path) -> None:
+    """So that the rows above fail for their reason."""
+    profile.mkdir(mode=0o700)
+    note = profile / "harness-browser.json"
+    with spawn_bystander() as stranger:
+        identity: Any = process_identity(stranger.pid)
+        note.write_text(json.dumps({"browser": identity, "daemon": {**identity, "pid": 2**22 + 1}, "session": None}))
+        note.chmod(0o600)
+        browser = ManagedBrowser("browser")
+        assert browser.pid() == stranger.pid
+        assert browser.end()
+        wait_until(lambda: not lives(stranger.pid))
+
+
+def test_a_browser_that_is_not_ours_in_the_profile_is_told_by_its_socket(fresh: Path, profile: Path) -> None:
+    """Chrome's sign of a living browser; its process may have any name, and a dead one's socket refuses."""
+    profile.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(fresh / "socket"))
+        (profile / "SingletonSocket").symlink_to(fresh / "socket")
+        server.listen()
+        run = harness_browser("-c", "1")
+        assert run.returncode == 6
+        assert f"the profile {profile} is in use by a browser that is not ours" in run.stderr
+    assert harness_browser("-c", "print(6 * 7)").stdout == "42\n"
