@@ -231,9 +231,8 @@ class Connection:
         reason = "the connection was given up"
         try:
             while True:
-                frame = await self._transport.receive()
-                if (message := self._parse(frame)) is not None:
-                    self._receive(message, frame)
+                if (received := await self._next_message()) is not None:
+                    self._receive(*received)
         except TransportClosed as error:
             reason = str(error)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -245,9 +244,11 @@ class Connection:
                 if not call.reply.done():
                     call.reply.set_exception(BrowserLost(str(self._lost)))
 
-    def _parse(self, frame: str | bytes) -> dict[str, Any] | None:
+    async def _next_message(self) -> tuple[dict[str, Any], str | bytes] | None:
+        """Return the next message, and its JSON as it came."""
         at_start, self._at_start = self._at_start, False
         try:
+            frame = await self._transport.receive()
             message = json.loads(frame)
         except (ValueError, RecursionError):
             # The rest of a message that the earlier connection has not read to its end. A part of a JSON object is none.
@@ -256,7 +257,7 @@ class Connection:
             raise
         if not isinstance(message, dict):
             raise TypeError(f"a JSON {type(message).__name__}")
-        return message
+        return message, frame
 
     def _receive(self, message: dict[str, Any], frame: str | bytes) -> None:
         session = message.get("sessionId")
