@@ -228,6 +228,9 @@ class Client:
                         self._check()
                     connection.deadline = deadline
                     auth.challenge_daemon(connection, keys)
+                    # A client that was closed meanwhile sends nothing more.
+                    with self._guard:
+                        self._check()
                 except BaseException:
                     self._drop()
                     raise

@@ -600,8 +600,7 @@ class DaemonServer:
         try:
             self._stop_accepting()
             with self._changed:
-                for session in self._unproved:
-                    session.connection.abort()
+                self._cut_unproved()
                 for session in self._sessions:
                     session.connection.finish_receiving()
                 left = None if deadline == inf else max(0.0, deadline - time.monotonic())
@@ -624,12 +623,19 @@ class DaemonServer:
         with self._changed:
             while self._accepting:
                 self._listener.wake()
-                # One of them may be answered with the spare descriptor by the thread that accepts.
-                for session in self._unproved:
-                    session.connection.abort()
+                # The thread that accepts may wait for the client that it answers with the spare descriptor.
+                self._cut_unproved()
                 # Again after a moment: on some systems a wake-up is a connection, which needs a free descriptor.
                 self._changed.wait(_EXHAUSTED_PAUSE)
         self._listener.close()
+
+    def _cut_unproved(self) -> None:
+        """Cut the clients that have not proved themselves. Those that have, and are turned away, still get their answer."""
+        for session in self._unproved:
+            if session.full is None:
+                session.connection.abort()
+            else:
+                session.connection.finish_receiving()
 
     def _break_off(self) -> None:
         """Cancel the handlers that are still running and cut the connections whose peers don't read."""

@@ -354,32 +354,23 @@ def test_a_daemon_that_hangs_up_instead_of_a_reply_is_an_error_and_not_an_empty_
 # Whether the request may have run.
 
 
-def refuse_proof(connection: Served, keys: auth.Keys) -> None:
-    answer_challenge(connection, keys.daemon)
-    connection.send_bytes(b"#CHALLENGE#{sha256}" + bytes(32))
-    connection.recv_bytes()
-    connection.send_bytes(b"#FAILURE#")
+def hang_up_in_request(connection: Served) -> None:
+    assert connection.poll(PATIENCE)
 
 
-def hang_up(connection: Served, keys: auth.Keys) -> None:
+def hang_up_after_request(connection: Served) -> None:
     connection.recv_bytes()
 
 
-def prove_and_hang_up(connection: Served, keys: auth.Keys) -> None:
-    prove(connection, keys)
+def read_nothing(connection: Served) -> None:
+    assert given_up.wait(PATIENCE)
 
 
-def read_nothing(connection: Served, keys: auth.Keys) -> None:
-    prove(connection, keys)
-    connection.poll(PATIENCE)
-    given_up.wait(PATIENCE)
-
-
-def replying(reply: bytes) -> Callable[[Served, auth.Keys], None]:
-    def serve(connection: Served, keys: auth.Keys) -> None:
-        prove(connection, keys)
+def replying(reply: bytes) -> Callable[[Served], None]:
+    def serve(connection: Served) -> None:
         connection.recv_bytes()
         connection.send_bytes(reply)
+        given_up.wait(PATIENCE)
 
     return serve
 
@@ -393,11 +384,9 @@ LARGE = {"text": "x" * 40_000_000}
 @pytest.mark.parametrize(
     ("serve", "params", "kind", "maybe_executed"),
     [
-        (hang_up, SMALL, ConnectionLost, False),
-        (refuse_proof, SMALL, AuthenticationFailed, False),
-        (prove_and_hang_up, SMALL, ConnectionLost, True),
+        (hang_up_after_request, SMALL, ConnectionLost, True),
         # Its last byte was never taken.
-        pytest.param(prove_and_hang_up, LARGE, ConnectionLost, False, marks=needs_posix),
+        pytest.param(hang_up_in_request, LARGE, ConnectionLost, False, marks=needs_posix),
         pytest.param(read_nothing, LARGE, DaemonTimeout, False, marks=needs_posix),
         (read_nothing, SMALL, DaemonTimeout, True),
         (replying(b"{"), SMALL, ProtocolError, True),
@@ -405,44 +394,53 @@ LARGE = {"text": "x" * 40_000_000}
         (replying(b'{"result": "' + b"x" * 2000 + b'"}'), SMALL, MessageTooLarge, True),
         (replying(b'{"error": {"type": "KeyError", "message": "text"}}'), SMALL, RemoteError, True),
         (replying(b'{"meta": "busy", "error": {"type": "Busy", "message": "full"}}'), SMALL, Busy, False),
-        (answer_all, {"text": {1}}, ProtocolError, False),
-        (answer_all, {"text": "x" * 2**26}, MessageTooLarge, False),
+        (read_nothing, {"text": {1}}, ProtocolError, False),
+        (read_nothing, {"text": "x" * 2**26}, MessageTooLarge, False),
     ],
 )
 @pytest.mark.parametrize("kept", [False, True])
 def test_an_error_says_whether_the_request_may_have_run(
-    serve: Callable[[Served, auth.Keys], None],
-    params: dict[str, Any],
-    kind: type[HarnessIPCError],
-    maybe_executed: bool,
-    kept: bool,
+    serve: Callable[[Served], None], params: dict[str, Any], kind: type[HarnessIPCError], maybe_executed: bool, kept: bool
 ) -> None:
-    first = threading.Event()
-
-    def serve_later(connection: Served, keys: auth.Keys) -> None:
-        # A client that keeps its connection has used it before.
-        if kept and not first.is_set():
-            first.set()
-            prove(connection, keys)
+    def prove_and_serve(connection: Served, keys: auth.Keys) -> None:
+        prove(connection, keys)
+        if kept:
             connection.recv_bytes()
             connection.send_bytes(b'{"result": 1}')
-        else:
-            serve(connection, keys)
+        serve(connection)
 
     given_up.clear()
     timeout = 1.0 if kind is DaemonTimeout else PATIENCE
     limit = 1000 if kind is MessageTooLarge and params is SMALL else 2**27
-    with scripted_daemon(serve_later):
+    with scripted_daemon(prove_and_serve):
         client = Client("test", timeout=PATIENCE, request_timeout=timeout, max_message=limit)
         try:
             if kept:
-                assert client.call("first") == 1
+                assert client.call("first", timeout=PATIENCE) == 1
             with pytest.raises(kind) as caught:
                 client.call("call", **params)
         finally:
             given_up.set()
             client.close()
     assert caught.value.maybe_executed is maybe_executed
+
+
+def refuse_proof(connection: Served, keys: auth.Keys) -> None:
+    answer_challenge(connection, keys.daemon)
+    connection.send_bytes(b"#CHALLENGE#{sha256}" + bytes(32))
+    connection.recv_bytes()
+    connection.send_bytes(b"#FAILURE#")
+
+
+def hang_up_before_proof(connection: Served, keys: auth.Keys) -> None:
+    connection.recv_bytes()
+
+
+@pytest.mark.parametrize(("serve", "kind"), [(refuse_proof, AuthenticationFailed), (hang_up_before_proof, ConnectionLost)])
+def test_a_request_without_a_proof_has_not_run(serve: Callable[[Served, auth.Keys], None], kind: type[HarnessIPCError]) -> None:
+    with scripted_daemon(serve), pytest.raises(kind) as caught:
+        request("test", {}, timeout=PATIENCE)
+    assert not caught.value.maybe_executed
 
 
 def test_a_request_that_finds_no_daemon_has_not_run() -> None:
