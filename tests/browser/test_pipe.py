@@ -205,7 +205,7 @@ def test_a_browser_that_reads_no_longer_is_lost(private_directories: Path) -> No
 
 
 @needs_posix
-def test_a_message_that_ends_the_browser_is_not_sent(private_directories: Path) -> None:
+def test_a_message_that_the_browser_can_not_take_is_not_sent(private_directories: Path) -> None:
     async def test(peer: Peer) -> None:
         with pytest.raises(CDPError, match="too large"):
             await peer.transport.send("x" * MAX_SENT)
