@@ -6,6 +6,7 @@ then the missing need is a failure, so that nothing passes by being skipped wher
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -33,11 +34,9 @@ needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
 
 
 def _has_browser() -> bool:
-    try:
-        from harness_ipc.browser.program import find_binary
-    except ImportError:
-        return False
-    return find_binary() is not None
+    from harness_ipc.browser.program import find_binary
+
+    return importlib.util.find_spec("websockets") is not None and find_binary() is not None
 
 
 # A real browser, and the extra that drives it.
