@@ -6,6 +6,7 @@ then the missing need is a failure, so that nothing passes by being skipped wher
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -41,11 +42,9 @@ needs_address_limit = _need(
 
 
 def _has_browser() -> bool:
-    try:
-        from harness_ipc.browser.program import find_binary
-    except ImportError:
-        return False
-    return find_binary() is not None
+    from harness_ipc.browser.program import find_binary
+
+    return importlib.util.find_spec("websockets") is not None and find_binary() is not None
 
 
 # A real browser, and the extra that drives it.

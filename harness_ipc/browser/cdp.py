@@ -235,7 +235,7 @@ class Connection:
                     self._receive(*received)
         except TransportClosed as error:
             reason = str(error)
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"it sent what is no message: {_reason(error)}"
             await self._transport.close()
         finally:

@@ -22,8 +22,9 @@ from .errors import CDPError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Bytes. The browser ends when a longer message comes (kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
-MAX_SENT = 100 * 1024 * 1024 - 1
+# Bytes, with the NUL. After a longer message the browser reads nothing more (tried on Chromium 156; it is
+# kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
+MAX_SENT = 100 * 1024 * 1024
 # Bytes of a pipe, if the system grants it: what an unprivileged user may ask for (pipe(7), /proc/sys/fs/pipe-max-size).
 _CAPACITY = 1024 * 1024
 # Bytes of one read. Chrome writes as much at a time (kWritePacketSize).
@@ -188,8 +189,8 @@ if sys.platform != "win32":
         def _watch(self, pid: int) -> int | None:
             """Notice the end of the process also where something else that it started still holds the pipe."""
             if sys.platform == "linux":
-                # A kernel before 5.3, or a sandbox, does not have it.
-                with contextlib.suppress(OSError):
+                # A kernel before 5.3, a sandbox, or an interpreter that was built for such a kernel does not have it.
+                with contextlib.suppress(OSError, AttributeError):
                     process = os.pidfd_open(pid)
                     self._loop.add_reader(process, self._lose, "its process ended")
                     return process

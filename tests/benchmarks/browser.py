@@ -1,6 +1,6 @@
-"""What the browser harness costs: a helper against the same CDP call in the daemon, a command against a bare interpreter.
+"""What the browser harness costs: a helper against the CDP call alone, a pipe against a WebSocket, a command against Python.
 
-``python -m tests.benchmarks.browser`` starts a browser of its own, and ends it. The contestants take turns in one run.
+``python -m tests.benchmarks.browser`` starts two browsers of its own, and ends them. The contestants take turns in one run.
 """
 
 from __future__ import annotations
@@ -17,42 +17,78 @@ from typing import Any
 
 from harness_ipc import stop_daemon
 from harness_ipc.browser import cdp, helpers
+from harness_ipc.browser.launcher import ManagedBrowser
+from harness_ipc.browser.profile import read_active_port
 
 CALLS = 2000
 # A contestant's calls in one turn.
 TURN = 50
 PROCESSES = 25
+# Bytes, and rounds in which each transport carries them once each way.
+LARGE = 20 * 1024 * 1024
+TRANSPORT_TURNS = 10
 
 
-async def call_directly(url: str, session_of: str, count: int, times: list[float]) -> None:
-    """Time the call as the daemon makes it: over a WebSocket of its own, in a loop."""
-    connection = await cdp.Connection.open(url, lambda *_: None)
-    try:
-        attached = await connection.call("Target.attachToTarget", {"targetId": session_of, "flatten": True})
+class Direct:
+    """A browser of this process, driven as the daemon drives its own; and over a WebSocket too, by a port that it opens."""
+
+    def __init__(self) -> None:
+        self.browser = ManagedBrowser("direct")
+        self.connections: dict[str, tuple[cdp.Connection, str]] = {}
+
+    async def start(self) -> None:
+        pipe = await self.browser.connect(lambda *_: None)
+        while (active := read_active_port(self.browser.profile)) is None:
+            await asyncio.sleep(0.01)
+        websocket = await cdp.Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", lambda *_: None)
+        for name, connection in (("pipe", pipe), ("WebSocket", websocket)):
+            target = (await connection.call("Target.createTarget", {"url": "about:blank"}))["targetId"]
+            attached = await connection.call("Target.attachToTarget", {"targetId": target, "flatten": True})
+            self.connections[name] = connection, attached["sessionId"]
+
+    async def stop(self) -> None:
+        for name, (connection, _) in reversed(self.connections.items()):
+            if name == "pipe":
+                await self.browser.close(connection)
+            await connection.close()
+
+    async def evaluate(self, name: str, expression: str, count: int, times: list[float]) -> None:
+        """Time so many calls over one connection."""
+        connection, session = self.connections[name]
+        params = {"expression": expression, "returnByValue": True}
         for _ in range(count):
             begun = time.perf_counter()
-            await connection.call("Runtime.evaluate", {"expression": "1", "returnByValue": True}, session=attached["sessionId"])
+            await connection.call("Runtime.evaluate", params, session=session)
             times.append(time.perf_counter() - begun)
-    finally:
-        await connection.close()
 
 
-def compare_calls(base: Path) -> None:
-    helpers.page_info()
-    port, path = (base / "profile" / "DevToolsActivePort").read_text().split()
-    tab = helpers.current_tab()["targetId"]
+def show(times: dict[str, list[float]]) -> None:
+    for what, seconds in times.items():
+        ordered = sorted(seconds)
+        print(f"{what:40} p50 {median(ordered) * 1000:.3f} ms   p99 {ordered[int(len(ordered) * 0.99)] * 1000:.3f} ms")
+
+
+def compare_calls(runner: asyncio.Runner, direct: Direct) -> None:
     times: dict[str, list[float]] = {"the CDP call in a daemon": [], "the same by helpers._send": []}
-    direct, sent = times.values()
+    called, sent = times.values()
     for _ in range(CALLS // TURN):
-        asyncio.run(call_directly(f"ws://127.0.0.1:{port}{path}", tab, TURN, direct))
+        runner.run(direct.evaluate("pipe", "1", TURN, called))
         for _ in range(TURN):
             begun = time.perf_counter()
             helpers._send({"method": "Runtime.evaluate", "params": {"expression": "1", "returnByValue": True}})
             sent.append(time.perf_counter() - begun)
-    for what, seconds in times.items():
-        ordered = sorted(seconds)
-        print(f"{what:40} p50 {median(ordered) * 1000:.3f} ms   p99 {ordered[int(len(ordered) * 0.99)] * 1000:.3f} ms")
-    print(f"{'_send adds':40} p50 {(median(sent) - median(direct)) * 1000:.3f} ms")
+    show(times)
+    print(f"{'_send adds':40} p50 {(median(sent) - median(called)) * 1000:.3f} ms")
+
+
+def compare_transports(runner: asyncio.Runner, direct: Direct) -> None:
+    calls = {"1": ("1", TURN), "20 MiB sent": (f"'{'x' * LARGE}'.length", 1), "20 MiB received": (f"'x'.repeat({LARGE})", 1)}
+    times: dict[str, list[float]] = {f"{call}, {name}": [] for call in calls for name in direct.connections}
+    for _ in range(TRANSPORT_TURNS):
+        for call, (expression, count) in calls.items():
+            for name in direct.connections:
+                runner.run(direct.evaluate(name, expression, count, times[f"{call}, {name}"]))
+    show(times)
 
 
 def compare_processes() -> None:
@@ -83,9 +119,20 @@ def main() -> None:
         base = Path(directory)
         settings: dict[str, Any] = {"HARNESS_IPC_RUNTIME_DIR": base / "run", "HARNESS_IPC_LOG_DIR": base / "log"}
         settings |= {"HARNESS_CHROME_PROFILE": base / "profile", "HARNESS_CHROME_OWN": "1", "BU_NAME": "browser"}
+        # Its sandbox is off, and all that it visits is blank.
+        settings |= {"HARNESS_CHROME_ROOT": "1"}
         os.environ.update({name: str(value) for name, value in settings.items()})
         try:
-            compare_calls(base)
+            helpers.page_info()
+            os.environ |= {"HARNESS_CHROME_PROFILE": str(base / "direct"), "HARNESS_CHROME_ARGS": "--remote-debugging-port=0"}
+            direct = Direct()
+            with asyncio.Runner() as runner:
+                runner.run(direct.start())
+                try:
+                    compare_calls(runner, direct)
+                    compare_transports(runner, direct)
+                finally:
+                    runner.run(direct.stop())
             compare_processes()
         finally:
             helpers.disconnect()

@@ -21,7 +21,15 @@ from tests.browser.site import Site
 from tests.processes import PATIENCE, lives, wait_until
 
 # Without the extra, what these import can't be imported.
-NEED_EXTRA = ["test_chrome.py", "test_cli.py", "test_daemon.py", "test_doctor.py", "test_local.py"]
+NEED_EXTRA = [
+    "test_chrome.py",
+    "test_cli.py",
+    "test_daemon.py",
+    "test_doctor.py",
+    "test_launcher.py",
+    "test_local.py",
+    "test_pipe.py",
+]
 collect_ignore = [] if importlib.util.find_spec("websockets") else NEED_EXTRA
 
 VARIABLES = (

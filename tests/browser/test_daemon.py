@@ -24,6 +24,7 @@ from harness_ipc import (
     __version__,
     connect_daemon,
     daemon_status,
+    process_identity,
     request,
     stop_daemon,
 )
@@ -914,21 +915,27 @@ def test_a_note_that_is_not_of_our_browser_harms_nobody(kind: str, fresh: Path) 
     profile.mkdir(mode=0o700)
     stranger = psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
+        identity: Any = process_identity(stranger.pid)
         match kind:
             case "another time":
-                here = [stranger.pid, stranger.create_time() - 60]
-                note = json.dumps({"browser": here, "daemon": here})
+                earlier = {**identity, "create_time": identity["create_time"] - 60}
+                if "start_ticks" in identity:
+                    earlier["start_ticks"] -= 1
+                note = json.dumps({"browser": earlier, "daemon": earlier})
             case "no time":
-                note = json.dumps({"browser": [stranger.pid], "daemon": [stranger.pid]})
+                note = json.dumps({"browser": {"pid": stranger.pid}, "daemon": {"pid": stranger.pid}})
             case "torn":
-                note = f'{{"browser": [{stranger.pid}, {stranger.create_time()}'
+                note = json.dumps({"browser": identity, "daemon": identity})[:-1]
             case "another shape":
-                note = json.dumps([stranger.pid, stranger.create_time()])
+                note = json.dumps([identity, identity])
             case "a dead one":
-                note = json.dumps({"browser": [2**22 + 1, 1.0], "daemon": [2**22 + 2, 1.0]})
+                dead = {**identity, "pid": 2**22 + 1}
+                note = json.dumps({"browser": dead, "daemon": dead})
             case _:
                 note = ""
-        (profile / "harness-browser.json").write_text(note)
+        place = profile / "harness-browser.json"
+        place.write_text(note)
+        place.chmod(0o600)
         assert ManagedBrowser("browser").pid() is None
         helpers.connect()
         with connected() as daemon:

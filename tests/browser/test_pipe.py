@@ -205,7 +205,7 @@ def test_a_browser_that_reads_no_longer_is_lost(private_directories: Path) -> No
 
 
 @needs_posix
-def test_a_message_that_ends_the_browser_is_not_sent(private_directories: Path) -> None:
+def test_a_message_that_the_browser_can_not_take_is_not_sent(private_directories: Path) -> None:
     async def test(peer: Peer) -> None:
         with pytest.raises(CDPError, match="too large"):
             await peer.transport.send("x" * MAX_SENT)
@@ -362,14 +362,21 @@ def test_adoption_skips_the_rest_of_one_message(first: str | bytes) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("text", ['lue": 1}}', "", b"\xff", "1", "[]", '{"id": []}', '{"method": 1, "params": 2}'])
+@pytest.mark.parametrize(
+    "text", ['lue": 1}}', "", b"\xff", "1", "[]", '{"id": []}', '{"id": ID, "error": 1}', '{"method": 1, "params": 2}']
+)
 @pytest.mark.parametrize("adopted", [True, False])
 def test_what_is_no_message_is_the_end_of_the_connection(text: str | bytes, adopted: bool) -> None:
     async def main() -> None:
-        transport = Script(*['rest"}', text] if adopted else [text])
+        transport = Script()
+        messages: list[str | bytes] = ['rest"}', text] if adopted else [text]
         connection = Connection(transport, lambda *_: None, adopted=adopted)
+        call = asyncio.create_task(connection.call("Browser.getVersion"))
+        number = json.loads(await transport.sent.get())["id"]
+        for message in messages:
+            transport.messages.put_nowait(message.replace("ID", str(number)) if isinstance(message, str) else message)
         with pytest.raises(BrowserLost, match="it sent what is no message"):
-            await connection.call("Browser.getVersion")
+            await call
         with pytest.raises(BrowserLost, match="it sent what is no message"):
             await connection.call("Browser.getVersion")
         await connection.close()
