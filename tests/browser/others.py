@@ -65,8 +65,11 @@ class OtherBrowser:
 
 
 @contextlib.contextmanager
-def other_browser(base: Path, *, port: int = 0, profile: str = "theirs") -> Iterator[OtherBrowser]:
-    """Start a browser as somebody does who wants others to attach to it; at the end it is killed, if it still runs."""
+def other_browser(base: Path, *, port: int = 0, profile: str = "theirs", **options: Any) -> Iterator[OtherBrowser]:
+    """Start a browser as a user does who wants others to attach to it; at the end it is killed, if it still runs.
+
+    `options` are those of `subprocess.Popen`.
+    """
     binary = find_binary()
     assert binary is not None
     folder = base / profile
@@ -75,7 +78,7 @@ def other_browser(base: Path, *, port: int = 0, profile: str = "theirs") -> Iter
     arguments[1:1] = [] if has_display() else ["--headless=new"]
     arguments[1:1] = ["--no-sandbox"] if is_root() else []
     null = subprocess.DEVNULL
-    process = psutil.Popen(arguments, stdin=null, stdout=null, stderr=null)
+    process = psutil.Popen(arguments, stdin=null, stdout=null, stderr=null, **options)
     try:
         yield OtherBrowser(process, folder, port)
     finally:

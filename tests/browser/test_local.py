@@ -7,16 +7,13 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from harness_ipc.browser.own import command_line, find_binary
 
 from harness_ipc import stop_daemon
 from harness_ipc.browser import chrome, helpers, local, version
@@ -152,21 +149,15 @@ def test_a_user_finds_a_port_of_its_own_or_of_root(uid: int, home: Path, theirs:
 @needs_root
 @needs_chromium
 def test_a_user_finds_its_browser_beside_a_squatter_on_ipv6(fresh: Path, home: Path) -> None:
-    binary, profile = find_binary(), fresh / "victims profile"
-    assert binary is not None
+    profile = fresh / "victims profile"
     profile.mkdir(mode=0o700)
     os.chown(profile, VICTIM, VICTIM)
     places = {"HOME": str(profile), "TMPDIR": str(profile)}
     user: dict[str, Any] = {"user": VICTIM, "group": VICTIM, "extra_groups": [], "env": os.environ | places}
-    null = subprocess.DEVNULL
-    process = psutil.Popen(command_line(binary, str(profile)), stdin=null, stdout=null, stderr=null, **user)
-    try:
-        browser = OtherBrowser(process, profile, 0)
+    with other_browser(fresh, profile=profile.name, **user) as browser:
         with squatting("::", browser.port, ipv6_only=True):
             found = find_as_victim(home, browser.port)
         assert found["how"] == f"port {browser.port}", found
-    finally:
-        kill_browser(process)
 
 
 @needs_linux
