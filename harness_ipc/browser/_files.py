@@ -29,7 +29,8 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = os.fspath(path), None
+            # With the path that was given, not the draft's.
+            raise OSError(error.errno, error.strerror, os.fspath(path), getattr(error, "winerror", None)) from None
         raise
 
 
