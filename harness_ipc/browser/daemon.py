@@ -45,7 +45,7 @@ _REMEMBERED = 1000
 # Seconds for each domain of a new session. A page that a dialog already holds does not answer.
 _PREPARE_TIMEOUT = 3.0
 # Seconds for a page to say where it is, before the browser is asked instead.
-_WHERE_TIMEOUT = 1.0
+_WHERE_TIMEOUT = 3.0
 # Seconds for a tab that closes, beyond the browser's word that it will.
 _CLOSE_TIMEOUT = 5.0
 # Seconds that the browser has to say that it is well: a status waits two.
