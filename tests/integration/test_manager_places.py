@@ -218,7 +218,7 @@ def watch(other: DaemonProcess, rounds: int) -> int:
             assert time.monotonic() - begin < 5.0
             answered += 1
     for outcomes in told.result():
-        assert outcomes == ["forbidden", False, False, *["UnsafeDirectory"] * 8]
+        assert outcomes == ["forbidden", False, *["UnsafeDirectory"] * 9]
     return answered
 
 
