@@ -17,10 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import psutil
 import pytest
 
-from harness_ipc import __version__, auth, doctor, endpoint, manager, runtime_dir, runtime_path, transport
+from harness_ipc import (
+    __version__,
+    auth,
+    doctor,
+    endpoint,
+    manager,
+    process_identity,
+    runtime_dir,
+    runtime_path,
+    transport,
+)
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
 from tests.marks import needs_posix, needs_root
@@ -283,10 +292,9 @@ def test_a_draft_beside_a_living_daemon_is_removed_without_stopping_it() -> None
 
 @needs_posix
 def test_what_a_living_process_drafted_is_no_leftover(run: Path) -> None:
-    process = psutil.Process()
     socket = run / f"{'0a' * 8}.sock"
     socket.touch()
-    path = draft(run, {"pid": process.pid, "create_time": process.create_time(), "address": str(socket)})
+    path = draft(run, {**(process_identity(os.getpid()) or {}), "address": str(socket)})
     assert troubles() == []
     path.unlink()
     assert [trouble.remedy for trouble in troubles()] == [f"rm {socket}"]
