@@ -46,24 +46,18 @@ def process_identity(pid: int) -> Identity | None:
 
     The identity is a JSON object: it can be written to a file and compared by another process of the same machine.
     """
-    if pid == os.getpid() and sys.platform == "linux":
-        pid_in_proc = "self"
-    elif _why_proc_is_unusable() is None:
-        pid_in_proc = str(pid)
-    else:
-        return None
-    try:
-        if sys.platform == "linux":
-            return _linux_identity(pid_in_proc, pid)
-        import psutil
+    if sys.platform == "linux":
+        if pid != os.getpid() and why_identity_is_unavailable() is not None:
+            return None
+        try:
+            return _linux_identity("self" if pid == os.getpid() else str(pid), pid)
+        except (OSError, ValueError, IndexError):
+            return None
+    import psutil
 
+    try:
         return {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-    except (OSError, ValueError, IndexError):
-        return None
-    except Exception as error:
-        # psutil's errors have no builtin class, and importing it for nothing is slow.
-        if type(error).__module__.partition(".")[0] != "psutil":
-            raise
+    except (psutil.Error, ValueError, OverflowError):
         return None
 
 
@@ -97,7 +91,7 @@ def why_unknown(identity: Identity) -> str | None:
     """
     if sys.platform != "linux":
         return None
-    if (why := _why_proc_is_unusable()) is not None:
+    if (why := why_identity_is_unavailable()) is not None:
         return why
     if "start_ticks" not in identity:
         return "it does not say when its process started"
@@ -107,11 +101,6 @@ def why_unknown(identity: Identity) -> str | None:
     return None
 
 
-def why_identity_is_unavailable() -> str | None:
-    """Return why this system can't tell processes apart, or None if it can: Linux without a usable ``/proc``."""
-    return _why_proc_is_unusable()
-
-
 def _is_same(identity: Identity, found: Identity) -> bool:
     if "start_ticks" in found:
         return all(identity.get(key) == found.get(key) for key in _EXACT)
@@ -119,7 +108,8 @@ def _is_same(identity: Identity, found: Identity) -> bool:
     return type(created) in (int, float) and abs(created - found["create_time"]) < _CLOCK_SLACK
 
 
-def _why_proc_is_unusable() -> str | None:
+def why_identity_is_unavailable() -> str | None:
+    """Return why this system can't tell processes apart, or None if it can: Linux without a usable ``/proc``."""
     if sys.platform != "linux":
         return None
     try:

@@ -311,7 +311,7 @@ def test_half_a_pair_of_surrogates(page: str) -> None:
         ("Promise.reject('a text')", "a text"),
         ("await Promise.reject(new RangeError('too far'))", "RangeError: too far"),
         ("const a = 1; return a + missing", "ReferenceError: missing is not defined"),
-        # What controls a terminal is escaped, for whoever prints the error.
+        # Control characters are escaped: the error may be printed on a terminal.
         (
             r"throw '\u001b]52;c;eA==\u0007\u001b[2J\u009b31m\u202e\u2066\ud800\t日'",
             "\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b31m\\u202e\\u2066\\ud800\t日",
