@@ -35,30 +35,23 @@ from .transport import PeerCredentials
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._registry.processes import is_same_process, process_identity
+    from ._status import DaemonStatus, daemon_alive, daemon_status, list_daemons
     from .bridge import current_peer
     from .daemon import App, run_daemon
-    from .manager import (
-        DaemonStatus,
-        daemon_alive,
-        daemon_status,
-        ensure_daemon,
-        list_daemons,
-        restart_daemon,
-        spawn_kwargs,
-        stop_daemon,
-    )
+    from .manager import ensure_daemon, restart_daemon, stop_daemon
     from .server import DaemonServer, start_daemon_server
+    from .startup import spawn_kwargs
 
 _LOADED_WHEN_NAMED = {
     "App": "daemon",
     "DaemonServer": "server",
-    "DaemonStatus": "manager",
+    "DaemonStatus": "_status",
     "current_peer": "bridge",
-    "daemon_alive": "manager",
-    "daemon_status": "manager",
+    "daemon_alive": "_status",
+    "daemon_status": "_status",
     "ensure_daemon": "manager",
     "is_same_process": "_registry.processes",
-    "list_daemons": "manager",
+    "list_daemons": "_status",
     "process_identity": "_registry.processes",
     "restart_daemon": "manager",
     "run_daemon": "daemon",

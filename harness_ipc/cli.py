@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any, NoReturn
 
-    from .manager import DaemonStatus
+    from ._status import DaemonStatus
 
 _EXIT_STATUS: list[tuple[type[HarnessIPCError], int]] = [
     (InvalidName, 2),
@@ -276,7 +276,7 @@ def _ping(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from .manager import daemon_status
+    from ._status import daemon_status
 
     status = daemon_status(options.name, timeout=options.timeout)
     if options.json:
@@ -310,7 +310,7 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from .manager import list_daemons
+    from ._status import list_daemons
 
     found = list_daemons()
     if options.json:

@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, auth, endpoint, manager, messages, paths, transport
+from . import __version__, _status, auth, endpoint, messages, paths, transport
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _daemons() -> Iterator[Finding]:
     try:
         # Before the daemons are asked: what one of them removes meanwhile was no leftover.
         entries = sorted(os.listdir(directory)) if paths.check_private_dir(directory) else []
-        daemons = manager.list_daemons()
+        daemons = _status.list_daemons()
     except UnsafeDirectory:
         # The check of the directory has said so.
         return
@@ -281,7 +281,7 @@ def _daemons() -> Iterator[Finding]:
     yield from leftovers or [Finding("ok", "leftovers", "none")]
 
 
-def _daemon(status: manager.DaemonStatus) -> Finding:
+def _daemon(status: _status.DaemonStatus) -> Finding:
     topic = f"daemon {status.name}"
     text = status.state if status.pid is None else f"{status.state}, pid {status.pid}"
     if status.problem:

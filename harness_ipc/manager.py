@@ -1,7 +1,7 @@
-"""Start once, stop surely, see everything: what programs and people do with daemons that they did not start themselves.
+"""Start a daemon once, stop it, restart it.
 
-It acts on one generation, never on a name alone: a process is signalled only if it is the very one that the record names, by
-pid and time of creation. What an established daemon says of itself comes by the way that every request takes.
+Each of these acts on one generation, never on a name alone: a process is signalled only if it is the one that the record
+names, by pid and start.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ import os
 import shlex
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import client, endpoint, messages, paths, startup
 from ._registry import processes
+from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
-    ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
     ResourceExhausted,
     StartFailed,
-    UnsafeDirectory,
 )
-from .startup import spawn_kwargs
 from .transport import deadline_after, remaining
 
 if TYPE_CHECKING:
@@ -39,105 +34,19 @@ if TYPE_CHECKING:
 
     import psutil
 
-__all__ = [
-    "DaemonStatus",
-    "daemon_alive",
-    "daemon_status",
-    "ensure_daemon",
-    "list_daemons",
-    "restart_daemon",
-    "spawn_kwargs",
-    "stop_daemon",
-]
-
 # Seconds for a start: an app may load a model or wait for a browser.
 START_TIMEOUT = 60.0
 # Seconds for a drain: the daemon's own grace period, and what its app needs to let go.
 STOP_TIMEOUT = 10.0
-# Seconds for a daemon to say how it is: its loop gets a quarter of one.
-STATUS_TIMEOUT = 2.0
 # Seconds for a process that was told to terminate, and for the system to end one that was killed.
 _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
-# Seconds between two looks at what nothing announces: the end of a process that is not our child, a lock that somebody holds.
-_POLL = 0.01
 # Starts that may find that somebody has just taken the name by hand: once is bad luck, more are another directory's daemon.
 _TRIES = 3
-# Daemons that are asked at once.
-_AT_ONCE = 8
 # Seconds for a child that has said why it fails to print its traceback and end.
 _EXIT_PERIOD = 2.0
 # Bytes.
 _LOG_TAIL = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonStatus:
-    """What is known of the daemon `name`. Times are seconds, `since` and `uptime`'s start seconds since 1970.
-
-    `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
-    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use).
-    """
-
-    name: str
-    state: str
-    log_path: str
-    pid: int | None = None
-    since: float | None = None
-    generation: str | None = None
-    version: str | None = None
-    app_version: str | None = None
-    python: str | None = None
-    uptime: float | None = None
-    connections: int | None = None
-    requests: int | None = None
-    errors: int | None = None
-    loop_lag: float | None = None
-    idle: float | None = None
-    detached: str | None = None
-    health: dict[str, Any] | None = None
-    problem: str | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the daemon's process is there and has published itself."""
-        return self.state in ("running", "unresponsive")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields, in their order: the documented shape."""
-        return asdict(self)
-
-
-def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT) -> DaemonStatus:
-    """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
-
-    Creates and changes nothing. Raises `InvalidName`, and `ResourceExhausted` if this process has no free descriptor.
-    """
-    return _look(name, timeout, health=True)[0]
-
-
-def daemon_alive(name: str) -> bool:
-    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName` or `ResourceExhausted`."""
-    return _look(name, STATUS_TIMEOUT, health=False)[0].alive
-
-
-def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
-    """Return the states of all daemons of this user that run, start or left a record, by name. Creates nothing.
-
-    Raises `UnsafeDirectory` or `ResourceExhausted`.
-    """
-    directory = paths.runtime_location()[0]
-    names = set()
-    if paths.check_private_dir(directory):
-        for entry in os.listdir(directory):
-            stem, _, ext = entry.partition(".")
-            if ext in ("json", *endpoint.PHASES):
-                with contextlib.suppress(ValueError):
-                    names.add(paths.check_name(stem))
-    # At once: one that does not answer takes its timeout.
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        states = list(pool.map(partial(daemon_status, timeout=timeout), sorted(names)))
-    return [status for status in states if status.state != "absent" or status.pid is not None]
 
 
 def ensure_daemon(
@@ -174,7 +83,7 @@ def ensure_daemon(
     # Held by the one process that starts; it is no daemon's lock, so `mode` and place are all that it shares with that.
     lock = filelock.FileLock(os.path.join(directory, f"{name}.start"), mode=0o600, thread_local=False)
     try:
-        lock.acquire(timeout=remaining(deadline), poll_interval=_POLL)
+        lock.acquire(timeout=remaining(deadline), poll_interval=POLL_INTERVAL)
     except filelock.Timeout:
         raise _still_starting(name) from None
     except OSError as error:
@@ -193,7 +102,7 @@ def ensure_daemon(
                         f"{name!r} is not running in {directory}, but its command line says that it is, somewhere: give it the "
                         "same HARNESS_IPC_RUNTIME_DIR"
                     )
-            elif not _pause(deadline):
+            elif not sleep_until_retry(deadline):
                 raise _still_starting(name)
         return status
     finally:
@@ -225,7 +134,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT) -> bool:
         _end(name, process, timeout if asked else 0.0)
     deadline = deadline_after(timeout + _KILL_PERIOD)
     while not endpoint.cleanup_endpoint(name) and not _is_taken_over(name, generation):
-        if not _pause(deadline):
+        if not sleep_until_retry(deadline):
             raise DaemonTimeout(f"the daemon {name!r} does not end: a process that no record names still holds its lock")
     return asked or process is not None
 
@@ -243,82 +152,9 @@ def restart_daemon(name: str, *, timeout: float = START_TIMEOUT, stop_timeout: f
     return ensure_daemon(name, argv, timeout=timeout, cwd=cwd)
 
 
-# Looking.
-
-
-def _look(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
-    """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
-    log = str(paths.log_path(name))
-    deadline = deadline_after(timeout)
-    while True:
-        try:
-            record = endpoint.load(name, again=True)
-        except DaemonNotRunning as error:
-            return _without_daemon(name, log, error), None
-        except IncompatibleDaemon as error:
-            return DaemonStatus(name, "incompatible", log, problem=str(error)), error
-        except (UnsafeDirectory, ConnectionLost) as error:
-            return DaemonStatus(name, "forbidden", log, problem=str(error)), error
-        public = record.public()
-        known = {key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")}
-        began = public["started_at"]
-        try:
-            pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
-        except AuthenticationFailed as error:
-            return DaemonStatus(name, "forbidden", log, problem=str(error), **known), error
-        except ResourceExhausted:
-            # Of this process: it says nothing of the daemon.
-            raise
-        except HarnessIPCError as error:
-            if _published(name) != record.generation:
-                continue
-            if processes.find_process(record.public()) is None:
-                return _without_daemon(name, log, error), None
-            # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
-            if not isinstance(error, DaemonTimeout) and _pause(deadline):
-                continue
-            problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
-            return DaemonStatus(name, "unresponsive", log, problem=problem, **known), None
-        if pong.get("generation") == record.generation:
-            break
-    known.update({key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")})
-    known["uptime"] = max(0.0, time.time() - began)
-    if not pong.get("responsive"):
-        lag = float(pong.get("loop_lag") or 0.0)
-        problem = f"its event loop has been blocked for {lag:.1f} s: wait, or stop it"
-        return DaemonStatus(name, "unresponsive", log, since=time.time() - lag, problem=problem, **known), None
-    if isinstance(limit := pong.get("full"), str):
-        known["problem"] = f"new requests are refused (Busy): {limit}"
-    return DaemonStatus(name, "running", log, since=began, health=_health(name, timeout) if health else None, **known), None
-
-
-def _without_daemon(name: str, log: str, error: HarnessIPCError) -> DaemonStatus:
-    """Return the state where no living process has a record: there may be one that is starting, or that drains."""
-    if (noted := endpoint.find_unrecorded(name)) is not None:
-        process, since, phase = noted
-        if phase == "starting":
-            problem = "it is starting: wait, or see its log"
-            return DaemonStatus(name, "starting", log, pid=process.pid, since=since, problem=problem)
-        problem = f"pid {process.pid} is finishing what is in flight: wait, or stop it"
-        return DaemonStatus(name, "absent", log, pid=process.pid, problem=problem)
-    left = os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json"))
-    return DaemonStatus(name, "stale" if left else "absent", log, problem=str(error))
-
-
-def _health(name: str, timeout: float) -> dict[str, Any] | None:
-    try:
-        reply = client.request(name, {"meta": messages.HEALTH}, timeout=timeout)
-    except HarnessIPCError as error:
-        return messages.error_reply(error)
-    if "error" in reply:
-        return {"error": reply["error"]}
-    health = reply.get("health")
-    return health if isinstance(health, dict) else None
-
-
 def _usable(name: str, version: str | None, on_mismatch: str, deadline: float) -> DaemonStatus | None:
     """Return the state of a daemon that is there and may be used, or None if one has to be started."""
-    status, error = _look(name, min(STATUS_TIMEOUT, remaining(deadline)), health=False)
+    status, error = probe(name, min(STATUS_TIMEOUT, remaining(deadline)), health=False)
     if error is not None:
         raise error
     if not status.alive:
@@ -361,9 +197,9 @@ def _start(name: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: s
     if word is None:
         # Most likely it ends. If not, it closed what it had inherited.
         while child.process.poll() is None:
-            if _look(name, STATUS_TIMEOUT, health=False)[0].alive:
+            if probe(name, STATUS_TIMEOUT, health=False)[0].alive:
                 return True
-            if not _pause(deadline):
+            if not sleep_until_retry(deadline):
                 raise _still_starting(name)
         raise _start_failed(
             name, f"it ended with status {child.process.returncode} before it was ready", log, start, quote=True
@@ -400,12 +236,6 @@ def _still_starting(name: str) -> DaemonTimeout:
     return DaemonTimeout(
         f"the daemon {name!r} is not ready: {since}; allow a longer timeout, or see its log {paths.log_path(name)}"
     )
-
-
-def _pause(deadline: float) -> bool:
-    """Wait a moment for what nothing announces. Return whether there was time left."""
-    time.sleep(_POLL)
-    return time.monotonic() < deadline
 
 
 # Stopping.
@@ -453,20 +283,12 @@ def _has_ended(process: psutil.Process, period: float) -> bool:
             return True
         if time.monotonic() >= deadline:
             return False
-        time.sleep(_POLL)
-
-
-def _published(name: str) -> str | None:
-    """Return the generation that the record of `name` names now, if there is one."""
-    try:
-        return endpoint.load(name, again=True).generation
-    except HarnessIPCError:
-        return None
+        time.sleep(POLL_INTERVAL)
 
 
 def _is_taken_over(name: str, generation: str | None) -> bool:
     """Return whether a later generation than that one has the name, or is about to."""
-    published = _published(name)
+    published = published_generation(name)
     if published is None:
         return endpoint.load_phase(name, "starting") is not None
     return published != generation

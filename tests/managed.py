@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from harness_ipc import (
+    DaemonStatus,
     endpoint,
     ensure_daemon,
     identify,
@@ -22,7 +23,6 @@ from harness_ipc import (
     request,
     stop_daemon,
 )
-from harness_ipc.manager import DaemonStatus
 from tests.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
 
 # Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.

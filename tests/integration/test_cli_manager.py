@@ -19,6 +19,7 @@ import pytest
 
 from harness_ipc import (
     StartFailed,
+    _status,
     cli,
     daemon_alive,
     daemon_status,
@@ -318,7 +319,7 @@ def test_a_record_of_a_later_version_is_incompatible() -> None:
 
 def test_the_defaults_in_the_help_are_the_managers_own() -> None:
     assert (cli._START_TIMEOUT, cli._STOP_TIMEOUT) == (manager.START_TIMEOUT, manager.STOP_TIMEOUT)
-    assert cli._STATUS_TIMEOUT == manager.STATUS_TIMEOUT
+    assert cli._STATUS_TIMEOUT == _status.STATUS_TIMEOUT
 
 
 # list

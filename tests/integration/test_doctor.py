@@ -22,10 +22,10 @@ import pytest
 
 from harness_ipc import (
     __version__,
+    _status,
     auth,
     doctor,
     endpoint,
-    manager,
     process_identity,
     runtime_dir,
     runtime_path,
@@ -535,7 +535,7 @@ def test_a_check_that_fails_is_a_failure_among_the_others(
     def fail() -> NoReturn:
         raise RuntimeError("one\ntwo\x1b[2J\u2028\ud800")
 
-    monkeypatch.setattr(manager, "list_daemons", fail)
+    monkeypatch.setattr(_status, "list_daemons", fail)
     monkeypatch.setattr(endpoint, "new_generation_id", fail)
     assert doctor.run() == 1
     lines = capsys.readouterr().out.splitlines()

@@ -18,6 +18,7 @@ import pytest
 from harness_ipc import (
     ConnectionLost,
     DaemonNotRunning,
+    DaemonStatus,
     DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
@@ -36,7 +37,6 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from harness_ipc.manager import DaemonStatus
 from tests.managed import (
     assert_none_left,
     assert_one_daemon,

@@ -1,0 +1,185 @@
+"""The state of a daemon, from its record, its process and its answers. Creates, changes and signals nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from . import client, endpoint, messages, paths
+from ._registry import processes
+from .errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    DaemonNotRunning,
+    DaemonTimeout,
+    HarnessIPCError,
+    IncompatibleDaemon,
+    ResourceExhausted,
+    UnsafeDirectory,
+)
+from .transport import deadline_after
+
+# Seconds for a daemon to report its state: its loop gets a quarter of one.
+STATUS_TIMEOUT = 2.0
+# Seconds between two polls of a state that nothing announces: the end of a process that is not our child, a held lock.
+POLL_INTERVAL = 0.01
+# Daemons that are asked at once.
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """What is known of the daemon `name`. Times are seconds, `since` and `uptime`'s start seconds since 1970.
+
+    `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
+    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use).
+    """
+
+    name: str
+    state: str
+    log_path: str
+    pid: int | None = None
+    since: float | None = None
+    generation: str | None = None
+    version: str | None = None
+    app_version: str | None = None
+    python: str | None = None
+    uptime: float | None = None
+    connections: int | None = None
+    requests: int | None = None
+    errors: int | None = None
+    loop_lag: float | None = None
+    idle: float | None = None
+    detached: str | None = None
+    health: dict[str, Any] | None = None
+    problem: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon's process is there and has published itself."""
+        return self.state in ("running", "unresponsive")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, in their order: the documented shape."""
+        return asdict(self)
+
+
+def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT) -> DaemonStatus:
+    """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
+
+    Creates and changes nothing. Raises `InvalidName`, and `ResourceExhausted` if this process has no free descriptor.
+    """
+    return probe(name, timeout, health=True)[0]
+
+
+def daemon_alive(name: str) -> bool:
+    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName` or `ResourceExhausted`."""
+    return probe(name, STATUS_TIMEOUT, health=False)[0].alive
+
+
+def list_daemons(*, timeout: float = STATUS_TIMEOUT) -> list[DaemonStatus]:
+    """Return the states of all daemons of this user that run, start or left a record, by name. Creates nothing.
+
+    Raises `UnsafeDirectory` or `ResourceExhausted`.
+    """
+    directory = paths.runtime_location()[0]
+    names = set()
+    if paths.check_private_dir(directory):
+        for entry in os.listdir(directory):
+            stem, _, ext = entry.partition(".")
+            if ext in ("json", *endpoint.PHASES):
+                with contextlib.suppress(ValueError):
+                    names.add(paths.check_name(stem))
+    # At once: one that does not answer takes its timeout.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        states = list(pool.map(partial(daemon_status, timeout=timeout), sorted(names)))
+    return [status for status in states if status.state != "absent" or status.pid is not None]
+
+
+def probe(name: str, timeout: float, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
+    """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
+    log = str(paths.log_path(name))
+    deadline = deadline_after(timeout)
+    while True:
+        try:
+            record = endpoint.load(name, again=True)
+        except DaemonNotRunning as error:
+            return _without_daemon(name, log, error), None
+        except IncompatibleDaemon as error:
+            return DaemonStatus(name, "incompatible", log, problem=str(error)), error
+        except (UnsafeDirectory, ConnectionLost) as error:
+            return DaemonStatus(name, "forbidden", log, problem=str(error)), error
+        public = record.public()
+        known = {key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")}
+        began = public["started_at"]
+        try:
+            pong = client.request(name, {"meta": messages.PING}, timeout=timeout)
+        except AuthenticationFailed as error:
+            return DaemonStatus(name, "forbidden", log, problem=str(error), **known), error
+        except ResourceExhausted:
+            # Of this process: it says nothing of the daemon.
+            raise
+        except HarnessIPCError as error:
+            if published_generation(name) != record.generation:
+                continue
+            if processes.find_process(record.public()) is None:
+                return _without_daemon(name, log, error), None
+            # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
+            if not isinstance(error, DaemonTimeout) and sleep_until_retry(deadline):
+                continue
+            problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
+            return DaemonStatus(name, "unresponsive", log, problem=problem, **known), None
+        if pong.get("generation") == record.generation:
+            break
+    known.update({key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")})
+    known["uptime"] = max(0.0, time.time() - began)
+    if not pong.get("responsive"):
+        lag = float(pong.get("loop_lag") or 0.0)
+        problem = f"its event loop has been blocked for {lag:.1f} s: wait, or stop it"
+        return DaemonStatus(name, "unresponsive", log, since=time.time() - lag, problem=problem, **known), None
+    if isinstance(limit := pong.get("full"), str):
+        known["problem"] = f"new requests are refused (Busy): {limit}"
+    return DaemonStatus(name, "running", log, since=began, health=_health(name, timeout) if health else None, **known), None
+
+
+def _without_daemon(name: str, log: str, error: HarnessIPCError) -> DaemonStatus:
+    """Return the state where no living process has a record: there may be one that is starting, or that drains."""
+    if (noted := endpoint.find_unrecorded(name)) is not None:
+        process, since, phase = noted
+        if phase == "starting":
+            problem = "it is starting: wait, or see its log"
+            return DaemonStatus(name, "starting", log, pid=process.pid, since=since, problem=problem)
+        problem = f"pid {process.pid} is finishing what is in flight: wait, or stop it"
+        return DaemonStatus(name, "absent", log, pid=process.pid, problem=problem)
+    left = os.path.lexists(os.path.join(paths.runtime_location()[0], f"{name}.json"))
+    return DaemonStatus(name, "stale" if left else "absent", log, problem=str(error))
+
+
+def _health(name: str, timeout: float) -> dict[str, Any] | None:
+    try:
+        reply = client.request(name, {"meta": messages.HEALTH}, timeout=timeout)
+    except HarnessIPCError as error:
+        return messages.error_reply(error)
+    if "error" in reply:
+        return {"error": reply["error"]}
+    health = reply.get("health")
+    return health if isinstance(health, dict) else None
+
+
+def published_generation(name: str) -> str | None:
+    """Return the generation that the record of `name` names now, if there is one."""
+    try:
+        return endpoint.load(name, again=True).generation
+    except HarnessIPCError:
+        return None
+
+
+def sleep_until_retry(deadline: float) -> bool:
+    """Wait a moment for what nothing announces. Return whether there was time left."""
+    time.sleep(POLL_INTERVAL)
+    return time.monotonic() < deadline
