@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import auth, messages
+from ._protocol.handshake import ServerHandshake
 from ._rate_limit import RateLimitedLogger
 from .errors import ConnectionLost, ProtocolError
 
@@ -52,8 +53,8 @@ class Session:
         "accepted_at",
         "connection",
         "counts",
-        "examination",
         "full",
+        "handshake",
         "in_loop",
         "message",
         "parked",
@@ -68,7 +69,7 @@ class Session:
         self.connection = connection
         self.accepted_at = time.monotonic()
         # Until the client has proved itself and been admitted.
-        self.examination: auth.Examination | None = auth.Examination(connection, keys)
+        self.handshake: ServerHandshake | None = ServerHandshake(keys)
         # Which limit is reached, if that is why the client is not admitted.
         self.full: str | None = None
         self.message: Message = {}
@@ -272,7 +273,7 @@ class LoopBridge:
         connection = session.connection
         frame = None
         try:
-            if session.examination is None or self._examine(session, session.examination):
+            if session.handshake is None or self._receive_handshake(session, session.handshake):
                 frame = connection.receive_now(self._max_message)
         except Exception as error:
             self._let_go(session, error)
@@ -298,15 +299,10 @@ class LoopBridge:
             # already: so each has a turn of the loop of its own.
             self._loop.call_soon(self._start_task, session)
 
-    def _examine(self, session: Session, examination: auth.Examination) -> bool:
-        """Take what the client has sent to prove itself. Return whether it may go on."""
+    def _receive_handshake(self, session: Session, handshake: ServerHandshake) -> bool:
+        """Process what the client has sent to prove itself. Return whether its requests are read now."""
         connection = session.connection
-        while not examination.passed:
-            frame = connection.receive_now(auth.MAX_FRAME)
-            if frame is None:
-                return False
-            examination.take(frame)
-        if not self._admit(session):
+        if not auth.receive_now(connection, handshake) or not self._admit(session):
             return False
         # Our verdict goes out with the reply to a request that came with the proof: it would wake the client for nothing.
         if not connection.has_unread:

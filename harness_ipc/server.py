@@ -324,7 +324,7 @@ class DaemonServer:
 
     def _work(self, session: Session | None) -> None:
         try:
-            if session is None or self._attend(session, self._welcome if session.examination else self._serve):
+            if session is None or self._attend(session, self._welcome if session.handshake else self._serve):
                 # A thread that waits in accept keeps none.
                 session = None
                 while self._accept_one():
@@ -443,8 +443,8 @@ class DaemonServer:
                 return self._pause(error)
             self._add_unproved(session, _UNPROVED_GUARANTEE)
         try:
-            assert session.examination is not None
-            session.examination.finish()
+            assert session.handshake is not None
+            auth.finish(session.connection, session.handshake)
             session.connection.deadline = transport.deadline_after(_SPARE_PATIENCE)
             session.full = full
             self._serve_one(session, self._turn_away)
@@ -501,8 +501,8 @@ class DaemonServer:
 
     def _welcome(self, session: Session) -> bool:
         """Have the client prove itself, and serve it. Return whether the loop has taken the session over."""
-        assert session.examination is not None
-        session.examination.finish()
+        assert session.handshake is not None
+        auth.finish(session.connection, session.handshake)
         if not self._admit(session):
             session.full = f"all {self._max_connections} connections are taken (max_connections)"
             return self._serve_one(session, self._turn_away)
@@ -516,7 +516,7 @@ class DaemonServer:
                 return False
             del self._unproved[session]
             self._sessions.add(session)
-        session.examination = None
+        session.handshake = None
         session.connection.deadline = inf
         return True
 
