@@ -110,7 +110,7 @@ def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dic
         "one_shot": _percentiles([latency for result in results for latency in result["one_shot"]]),
         "wrong_replies": sum(result["wrong"] for result in results),
         "transport": ready["family"],
-        "authentication": f"mutual challenge, HMAC-{'MD5' if sys.version_info < (3, 12) else 'SHA256'} under role keys",
+        "authentication": "mutual challenge, HMAC-SHA256 under role keys",
         "intruder": refused,
         "silent": dropped,
         "exit_status": daemon.returncode,

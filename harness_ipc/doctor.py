@@ -5,7 +5,6 @@ Its one trial, a connection to itself, is made in a private temporary directory 
 
 from __future__ import annotations
 
-import hmac
 import importlib
 import importlib.metadata
 import json
@@ -64,7 +63,7 @@ def run(*, as_json: bool = False) -> int:
 def examine() -> list[Finding]:
     """Make every check and return what it found. A check that fails itself is a failure among the others; nothing is raised."""
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _dependencies, _runtime_directory, _log_directory]
-    checks += [_socket_path, _digest, _round_trip, _daemons]
+    checks += [_socket_path, _round_trip, _daemons]
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -193,22 +192,6 @@ else:
 
 
 # The channel.
-
-
-def _digest() -> Iterator[Finding]:
-    only_md5 = sys.version_info < (3, 12)
-    try:
-        hmac.new(b"k", b"m", "md5").digest()
-    except ValueError as error:
-        refused = f"this Python's OpenSSL refuses HMAC-MD5 ({error}; FIPS?)"
-        if only_md5:
-            text = f"{refused}, the only digest of CPython 3.11: use 3.12 or later on both sides"
-            yield Finding("failure", "digest", text)
-        else:
-            yield Finding("warning", "digest", f"HMAC-SHA256; {refused}, the only one of processes on CPython 3.11")
-        return
-    text = "HMAC-MD5, the only one of CPython 3.11" if only_md5 else "HMAC-SHA256, and HMAC-MD5 with processes on CPython 3.11"
-    yield Finding("ok", "digest", text)
 
 
 def _round_trip() -> Iterator[Finding]:

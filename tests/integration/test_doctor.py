@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import importlib.metadata
 import json
 import os
@@ -122,7 +121,7 @@ def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monk
     topics = [line[9:].partition(":")[0] for line in lines]
     expected = ["python", "harness_ipc", "platformdirs", "filelock", "psutil", "runtime directory", "log directory"]
     expected += ["socket path"] if transport.FAMILY == "AF_UNIX" else []
-    assert topics == [*expected, "digest", "round trip", "daemons", "leftovers"]
+    assert topics == [*expected, "round trip", "daemons", "leftovers"]
     assert f"OK       harness_ipc: {__version__}, " in seen.stdout
     run = private_directories / "run"
     assert f"runtime directory: {run} (HARNESS_IPC_RUNTIME_DIR is set), will be made at the first start" in seen.stdout
@@ -472,26 +471,6 @@ def test_a_dependency_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_interpreter_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.python_implementation", lambda: "PyPy")
     assert found("python").level == "warning"
-
-
-def test_md5_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    new = hmac.new
-
-    def refusing(key: bytes, msg: Any = None, digestmod: Any = "") -> Any:
-        if digestmod == "md5":
-            raise ValueError("unsupported hash type md5")
-        return new(key, msg, digestmod)
-
-    monkeypatch.setattr(hmac, "new", refusing)
-    digest, *others = troubles()
-    assert digest.topic == "digest"
-    assert "(unsupported hash type md5; FIPS?)" in digest.text
-    if sys.version_info < (3, 12):
-        assert digest.level == "failure"
-        assert [other.topic for other in others] == ["round trip"]
-        assert "use 3.12 or later on both sides" in others[0].text
-    else:
-        assert (digest.level, others) == ("warning", [])
 
 
 def test_no_socket_can_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
