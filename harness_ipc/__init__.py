@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
 from .client import AsyncClient, Client, aconnect_daemon, connect_daemon, identify, ping, request
 from .endpoint import cleanup_endpoint
 from .errors import (
@@ -29,7 +30,7 @@ from .errors import (
     UnsafeDirectory,
 )
 from .messages import escape_control
-from .paths import check_private_dir, create_private_dir, log_path, runtime_dir, runtime_path
+from .paths import check_private_dir, create_private_dir
 from .transport import PeerCredentials
 
 TYPE_CHECKING = False
@@ -77,6 +78,7 @@ __all__ = [
     "IncompatibleDaemon",
     "InvalidName",
     "MessageTooLarge",
+    "Namespace",
     "PeerCredentials",
     "ProtocolError",
     "RemoteError",

@@ -16,6 +16,7 @@ import threading
 import time
 
 from . import __version__, client, messages, paths
+from ._registry.namespace import DEFAULT_APP, Namespace, log_path
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # As stderr is from the start: a character that the console does not have must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        options.namespace = Namespace(DEFAULT_APP if options.application is None else options.application)
         status = options.run(options)
         sys.stdout.flush()
     except HarnessIPCError as error:
@@ -111,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         "5 refused; 6 could not start",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--app", dest="application", metavar="NAME", help=f"the application whose daemons are meant (default: {DEFAULT_APP})"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the tour: a real daemon, real client processes, an intruder refused")
@@ -152,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print the status as JSON")
     status.set_defaults(run=_status)
 
-    everyone = commands.add_parser("list", help="show all daemons of this user")
+    everyone = commands.add_parser("list", help="show the application's daemons")
+    everyone.add_argument("--all", action="store_true", help="show the daemons of all applications")
     everyone.add_argument("--json", action="store_true", help="print a list of statuses as JSON")
     everyone.set_defaults(run=_list)
 
@@ -226,7 +232,9 @@ def _serve(options: argparse.Namespace) -> int:
             print(f"{record.name}: pid {record.pid} serves at {record.address}", flush=True)
 
     # First of all: what is loaded may take long, and is not needed if another daemon has the name.
-    with claim_name(options.name) as claim:
+    # Without --app it is its starter's, if it has one.
+    namespace = options.namespace if options.application else None
+    with claim_name(options.name, namespace=namespace) as claim:
         app = _load_app(options.app)
         if in_foreground:
             logging.getLogger().addHandler(console)
@@ -242,11 +250,12 @@ def _start(options: argparse.Namespace) -> int:
 
     _split_app(options.app)
     # -P: `python -m` would import our own modules from the current directory first.
-    argv = [sys.executable, "-P", "-m", "harness_ipc", "serve", options.app, f"--name={options.name}"]
+    application = [f"--app={options.application}"] if options.application else []
+    argv = [sys.executable, "-P", "-m", "harness_ipc", *application, "serve", options.app, f"--name={options.name}"]
     if options.idle_timeout is not None:
         argv += ["--idle-timeout", str(options.idle_timeout)]
-    with _progress("starting", options.name):
-        status = ensure_daemon(options.name, argv, timeout=options.timeout)
+    with _progress("starting", options):
+        status = ensure_daemon(options.name, argv, timeout=options.timeout, namespace=options.namespace)
     return _print_running(status, as_json=options.json)
 
 
@@ -256,14 +265,14 @@ def _call(options: argparse.Namespace) -> int:
     except ProtocolError as error:
         _print_error(f"the message is not usable: {error}")
         return 2
-    reply = client.request(options.name, message, timeout=options.timeout)
+    reply = client.request(options.name, message, timeout=options.timeout, namespace=options.namespace)
     _print_json(reply)
     return 1 if "error" in reply else 0
 
 
 def _ping(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    reply = client.request(options.name, {"meta": messages.PING}, timeout=options.timeout)
+    reply = client.request(options.name, {"meta": messages.PING}, timeout=options.timeout, namespace=options.namespace)
     milliseconds = (time.perf_counter() - start) * 1000
     if options.json:
         _print_json({"name": options.name, **reply, "round_trip_ms": round(milliseconds, 3)})
@@ -278,7 +287,7 @@ def _ping(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from ._status import daemon_status
 
-    status = daemon_status(options.name, timeout=options.timeout)
+    status = daemon_status(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
         _print_json(status.to_json())
     else:
@@ -310,29 +319,33 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from ._registry.namespace import all_namespaces
     from ._status import list_daemons
 
-    found = list_daemons()
+    namespaces = all_namespaces() if options.all else [options.namespace]
+    found = [status for namespace in namespaces for status in list_daemons(namespace=namespace)]
     if options.json:
         _print_json([status.to_json() for status in found])
     elif found:
-        _print_table(found)
+        _print_table(found, with_apps=options.all)
     else:
         _print_error("no daemon is running")
     return 0
 
 
-def _print_table(found: list[DaemonStatus]) -> None:
+def _print_table(found: list[DaemonStatus], *, with_apps: bool) -> None:
     """Print a line for each daemon, cut to the terminal's width if there is one."""
     import shutil
 
     heads = ("NAME", "STATE", "PID", "UPTIME", "REQUESTS", "ERRORS", "VERSION", "APP", "HEALTH OR PROBLEM")
     rows = [heads, *map(_row, found)]
+    if with_apps:
+        rows = [(app, *row) for app, row in zip(["OF", *(status.app for status in found)], rows, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for row in rows:
         cells = (
-            text.rjust(width) if 2 <= i <= 5 else text.ljust(width)
+            text.rjust(width) if 2 <= i - with_apps <= 5 else text.ljust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join(cells).rstrip()[:limit])
@@ -356,8 +369,8 @@ def _row(status: DaemonStatus) -> tuple[str, ...]:
 def _stop(options: argparse.Namespace) -> int:
     from .manager import stop_daemon
 
-    with _progress("stopping", options.name):
-        stopped = stop_daemon(options.name, timeout=options.timeout)
+    with _progress("stopping", options):
+        stopped = stop_daemon(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
         _print_json({"name": options.name, "stopped": stopped})
     else:
@@ -368,8 +381,8 @@ def _stop(options: argparse.Namespace) -> int:
 def _restart(options: argparse.Namespace) -> int:
     from .manager import restart_daemon
 
-    with _progress("restarting", options.name):
-        status = restart_daemon(options.name, timeout=options.timeout)
+    with _progress("restarting", options):
+        status = restart_daemon(options.name, timeout=options.timeout, namespace=options.namespace)
     return _print_running(status, as_json=options.json)
 
 
@@ -384,7 +397,7 @@ def _print_running(status: DaemonStatus, *, as_json: bool) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    log = _Log(str(paths.log_path(options.name)))
+    log = _Log(str(log_path(options.name, namespace=options.namespace)))
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     try:
         data = log.tail(options.lines)
@@ -449,7 +462,7 @@ def _identity(file: Any) -> tuple[int, int]:
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    return doctor.run(as_json=options.json)
+    return doctor.run(as_json=options.json, namespace=options.namespace)
 
 
 def _load_app(specification: str) -> Any:
@@ -508,11 +521,11 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress(doing: str, name: str) -> Iterator[None]:
+def _progress(doing: str, options: argparse.Namespace) -> Iterator[None]:
     """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end."""
     over = threading.Event()
     begun = time.monotonic()
-    log = paths.log_path(name)
+    name, log = options.name, log_path(options.name, namespace=options.namespace)
 
     def show() -> None:
         width = 0

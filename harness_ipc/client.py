@@ -12,6 +12,7 @@ from functools import partial
 from math import inf
 
 from . import auth, endpoint, messages, transport
+from ._registry.namespace import Namespace
 from .errors import (
     AuthenticationFailed,
     Busy,
@@ -51,6 +52,7 @@ def connect_daemon(
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
+    namespace: Namespace | None = None,
 ) -> Client:
     """Connect to the running daemon `name` and return the authenticated connection.
 
@@ -60,12 +62,13 @@ def connect_daemon(
     ```
 
     `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own
-    (`float("inf")` waits for ever); `max_message` is the limit of a message in either direction, in bytes.
+    (`float("inf")` waits for ever); `max_message` is the limit of a message in either direction, in bytes; `namespace` is that
+    of the daemon's application, and None the default one.
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
     `UnsafeDirectory`, `InvalidName`, or `ResourceExhausted` if this process has no free descriptor.
     """
-    client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message)
+    client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
     client._connect(transport.deadline_after(timeout))
     return client
 
@@ -77,8 +80,11 @@ class Client:
     request was sent, nothing is repeated: its failure is raised, and the next request opens a new connection.
     """
 
-    def __init__(self, name: str, *, timeout: float, request_timeout: float, max_message: int) -> None:
+    def __init__(
+        self, name: str, *, timeout: float, request_timeout: float, max_message: int, namespace: Namespace | None = None
+    ) -> None:
         self.name = name
+        self._namespace = namespace or Namespace()
         self._connect_timeout = timeout
         self._request_timeout = request_timeout
         self._max_message = max_message
@@ -216,7 +222,7 @@ class Client:
         The daemon has proved itself then, and our own proof is held, to go out with what is sent next. Its verdict is left to
         `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two turns.
         """
-        record = endpoint.load(self.name)
+        record = endpoint.load(self.name, namespace=self._namespace)
         while True:
             # Before the daemon is woken, which then waits for what they are for.
             keys = auth.Keys(record.authkey, record.address)
@@ -237,7 +243,7 @@ class Client:
                 return connection
             except (DaemonNotRunning, ConnectionLost):
                 self._check()
-                successor = endpoint.load(self.name, again=True)
+                successor = endpoint.load(self.name, again=True, namespace=self._namespace)
                 if successor.generation == record.generation:
                     raise
                 record = successor
@@ -275,14 +281,19 @@ class _Call:
 
 
 def request(
-    name: str, message: Message, *, timeout: float = CONNECT_TIMEOUT, max_message: int = messages.DEFAULT_MAX_MESSAGE
+    name: str,
+    message: Message,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+    max_message: int = messages.DEFAULT_MAX_MESSAGE,
+    namespace: Namespace | None = None,
 ) -> Message:
     """Connect to the daemon `name`, send `message`, return the raw reply and close. One `timeout`, in seconds, for it all.
 
     Raises what `connect_daemon` and `Client.request` raise.
     """
     deadline = transport.deadline_after(timeout)
-    client = Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message)
+    client = Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message, namespace=namespace)
     try:
         return client._request(message, deadline, last=True)
     finally:
@@ -290,17 +301,17 @@ def request(
         client._drop()
 
 
-def ping(name: str, timeout: float = CONNECT_TIMEOUT) -> bool:
+def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:
     """Return whether the daemon `name` answers within `timeout` seconds, by the way that every request takes.
 
     True also while its loop is blocked: then it lives, but is unresponsive. False if nobody answers, as `identify` says.
 
     Raises what `identify` does.
     """
-    return identify(name, timeout) is not None
+    return identify(name, timeout, namespace=namespace) is not None
 
 
-def identify(name: str, timeout: float = CONNECT_TIMEOUT) -> int | None:
+def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> int | None:
     """Return the process id that the authenticated daemon `name` gives for itself, or None if nobody answers.
 
     Nobody answers if there is no daemon, if it takes too long, goes away or answers nonsense, and also if what listens there
@@ -311,7 +322,7 @@ def identify(name: str, timeout: float = CONNECT_TIMEOUT) -> int | None:
     free descriptor, which says nothing about the daemon).
     """
     try:
-        pid = request(name, {"meta": messages.PING}, timeout=timeout).get("pid")
+        pid = request(name, {"meta": messages.PING}, timeout=timeout, namespace=namespace).get("pid")
     except (InvalidName, UnsafeDirectory, IncompatibleDaemon, ResourceExhausted):
         raise
     except HarnessIPCError:
@@ -344,10 +355,13 @@ async def aconnect_daemon(
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
+    namespace: Namespace | None = None,
 ) -> AsyncClient:
     """Connect as `connect_daemon` does, without blocking the event loop."""
     deadline = transport.deadline_after(timeout)
-    client = AsyncClient(Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message))
+    client = AsyncClient(
+        Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
+    )
     try:
         await client._run(deadline, client._client._connect)
     except BaseException:

@@ -13,6 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from . import __version__, endpoint, messages, paths, startup
+from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
 from .transport import deadline_after
@@ -62,12 +63,14 @@ def run_daemon(
     grace_period: float = GRACE_PERIOD,
     on_ready: Callable[[DaemonServer], None] | None = None,
     claim: Claim | None = None,
+    namespace: Namespace | None = None,
 ) -> None:
     """Be the daemon `name` until SIGTERM, SIGINT, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
     `app` is an async function from a message to a reply, or an `App`. The log is the file `log_path`; `on_ready` is called
     in the loop once clients can connect. `claim` is what `claim_name` gave, for a program that has to do slow things before it
-    has an app. The other arguments are those of `start_daemon_server`.
+    has an app. `namespace` is where the daemon is: by default where the `ensure_daemon` that started it looks for it. The
+    other arguments are those of `start_daemon_server`.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none; a
     clean end returns.
@@ -89,10 +92,11 @@ def run_daemon(
             on_shutdown=stop.set,
             lock=claimed.lock,
             detached=claimed.report.detached,
+            namespace=claimed.namespace,
         )
         async with server:
             logger.info("ready at %s", address)
-            claimed.report.send(state="ready", name=name, directory=paths.runtime_location()[0])
+            claimed.report.send(state="ready", name=name, directory=claimed.namespace.runtime_dir)
             claimed.report.close()
             if on_ready is not None:
                 on_ready(server)
@@ -112,7 +116,7 @@ def run_daemon(
                     logger.exception("the app's stop failed")
 
     with contextlib.ExitStack() as stack:
-        claimed = stack.enter_context(claim_name(name)) if claim is None else claim
+        claimed = stack.enter_context(claim_name(name, namespace=namespace)) if claim is None else claim
         _run(main())
         logger.info("stopped %s", name)
 
@@ -122,24 +126,26 @@ class Claim(NamedTuple):
 
     lock: BaseFileLock
     report: startup.Report
+    namespace: Namespace
 
 
 @contextlib.contextmanager
-def claim_name(name: str) -> Iterator[Claim]:
+def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Claim]:
     """Take the lifetime lock of `name`, send the log to its file, and say that this process is starting.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
     """
     with startup.reporting() as report:
-        lock = endpoint.lock_lifetime(name)
+        namespace = namespace or Namespace(**report.places)
+        lock = endpoint.lock_lifetime(name, namespace=namespace)
         try:
-            with _logging_to(name):
+            with _logging_to(name, namespace):
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
-                endpoint.note_start(name)
-                yield Claim(lock, report)
+                endpoint.note_start(name, namespace)
+                yield Claim(lock, report, namespace)
         finally:
-            endpoint.forget_start(name)
+            endpoint.forget_start(name, namespace)
             lock.release()
 
 
@@ -279,9 +285,10 @@ class EntryFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _logging_to(name: str) -> Any:
+def _logging_to(name: str, namespace: Namespace) -> Any:
     """Send the root logger, warnings and uncaught exceptions to the log of the daemon `name`."""
-    handler = _PrivateRotatingFileHandler(str(paths.log_path(name)), maxBytes=_LOG_BYTES, backupCount=_LOG_BACKUPS)
+    path = str(log_path(name, namespace=namespace))
+    handler = _PrivateRotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_BACKUPS)
     handler.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from . import __version__, _status, auth, endpoint, messages, paths, transport
+from ._registry.namespace import DEFAULT_APP, Namespace
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class Finding:
     remedy: str | None = None
 
 
-def run(*, as_json: bool = False) -> int:
+def run(*, as_json: bool = False, namespace: Namespace | None = None) -> int:
     """Print the findings, one a line, or as one JSON object, and return the exit status: 1 if there is a failure, else 0."""
-    findings = examine()
+    findings = examine(namespace)
     ok = all(finding.level != "failure" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
@@ -60,14 +61,15 @@ def run(*, as_json: bool = False) -> int:
     return 0 if ok else 1
 
 
-def examine() -> list[Finding]:
+def examine(namespace: Namespace | None = None) -> list[Finding]:
     """Make every check and return what it found. A check that fails itself is a failure among the others; nothing is raised."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _dependencies, _runtime_directory, _log_directory]
+    checks: list[Callable[[Namespace], Iterator[Finding]]] = [_python, _dependencies, _runtime_directory, _log_directory]
     checks += [_socket_path, _round_trip, _daemons]
+    namespace = namespace or Namespace()
     findings: list[Finding] = []
     for check in checks:
         try:
-            for finding in check():
+            for finding in check(namespace):
                 findings.append(finding)  # noqa: PERF402 - what was found before a check failed is kept
         except Exception as error:
             topic = check.__name__.strip("_").replace("_", " ")
@@ -76,7 +78,7 @@ def examine() -> list[Finding]:
     return findings
 
 
-def _python() -> Iterator[Finding]:
+def _python(_: Namespace) -> Iterator[Finding]:
     implementation = platform.python_implementation()
     text = f"{implementation} {platform.python_version()}, {sys.executable or 'its path is unknown'}"
     supported = implementation == "CPython"
@@ -84,7 +86,7 @@ def _python() -> Iterator[Finding]:
     yield Finding("ok", "harness_ipc", f"{__version__}, {os.path.dirname(__file__)}")
 
 
-def _dependencies() -> Iterator[Finding]:
+def _dependencies(_: Namespace) -> Iterator[Finding]:
     for name in _DEPENDENCIES:
         try:
             importlib.import_module(name)
@@ -99,16 +101,16 @@ def _dependencies() -> Iterator[Finding]:
 # Directories.
 
 
-def _runtime_directory() -> Iterator[Finding]:
-    path, why = paths.runtime_location()
-    yield _directory("runtime directory", path, why, "HARNESS_IPC_RUNTIME_DIR", 0o077)
+def _runtime_directory(namespace: Namespace) -> Iterator[Finding]:
+    why = paths.runtime_location()[1]
+    yield _directory("runtime directory", namespace.runtime_dir, why, "HARNESS_IPC_RUNTIME_DIR", 0o077)
 
 
-def _log_directory() -> Iterator[Finding]:
+def _log_directory(namespace: Namespace) -> Iterator[Finding]:
     variable = "HARNESS_IPC_LOG_DIR"
     why = f"{variable} is set" if os.environ.get(variable) else "the platform's directory for logs"
     # Others may read where it is, but not write: as `paths.open_private_log` has it.
-    yield _directory("log directory", str(paths.log_path("x").parent), why, variable, 0o022)
+    yield _directory("log directory", namespace.log_dir, why, variable, 0o022)
 
 
 def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -> Finding:
@@ -158,7 +160,7 @@ def _file_system(path: str) -> str | None:
 
 if sys.platform == "win32":
 
-    def _socket_path() -> Iterator[Finding]:
+    def _socket_path(_: Namespace) -> Iterator[Finding]:
         # A pipe has no path in the file system.
         return iter(())
 
@@ -168,9 +170,9 @@ if sys.platform == "win32":
 else:
     from ._posix import MAX_ADDRESS
 
-    def _socket_path() -> Iterator[Finding]:
+    def _socket_path(namespace: Namespace) -> Iterator[Finding]:
         topic = "socket path"
-        length = _socket_length(paths.runtime_location()[0])
+        length = _socket_length(namespace.runtime_dir)
         if length <= MAX_ADDRESS:
             yield Finding("ok", topic, f"{length} bytes, the operating system allows {MAX_ADDRESS}")
             return
@@ -194,7 +196,7 @@ else:
 # The channel.
 
 
-def _round_trip() -> Iterator[Finding]:
+def _round_trip(_: Namespace) -> Iterator[Finding]:
     errors: list[Exception] = []
     with tempfile.TemporaryDirectory(prefix="hi-", dir=_trial_parent(), ignore_cleanup_errors=True) as directory:
         try:
@@ -245,26 +247,26 @@ def _echo(listener: transport.Listener, keys: auth.Keys, deadline: float, errors
 # Daemons and what dead ones left.
 
 
-def _daemons() -> Iterator[Finding]:
-    directory = paths.runtime_location()[0]
+def _daemons(namespace: Namespace) -> Iterator[Finding]:
+    directory = namespace.runtime_dir
     try:
         # Before the daemons are asked: what one of them removes meanwhile was no leftover.
         entries = sorted(os.listdir(directory)) if paths.check_private_dir(directory) else []
-        daemons = _status.list_daemons()
+        daemons = _status.list_daemons(namespace=namespace)
     except UnsafeDirectory:
         # The check of the directory has said so.
         return
     for status in daemons:
-        yield _daemon(status)
+        yield _daemon(status, namespace)
     if not daemons:
         yield Finding("ok", "daemons", "none runs")
     # A name whose record is not that of a dead process may have a living one.
     living = {status.name for status in daemons if status.state != "stale"}
-    leftovers = list(_leftovers(directory, entries, living))
+    leftovers = list(_leftovers(namespace, entries, living))
     yield from leftovers or [Finding("ok", "leftovers", "none")]
 
 
-def _daemon(status: _status.DaemonStatus) -> Finding:
+def _daemon(status: _status.DaemonStatus, namespace: Namespace) -> Finding:
     topic = f"daemon {status.name}"
     text = status.state if status.pid is None else f"{status.state}, pid {status.pid}"
     if status.problem:
@@ -281,17 +283,18 @@ def _daemon(status: _status.DaemonStatus) -> Finding:
         case "starting" | "absent":
             return Finding("ok", topic, text + log)
         case "stale":
-            return Finding("warning", topic, text + log, _stop(status.name))
+            return Finding("warning", topic, text + log, _stop(status.name, namespace))
         case "forbidden":
             try:
-                endpoint.load(status.name)
+                endpoint.load(status.name, namespace=namespace)
             except UnsafeDirectory as error:
                 return Finding("failure", topic, f"{status.state}: {_without_remedy(error)}", error.remedy)
     return Finding("failure", topic, text + log)
 
 
-def _leftovers(directory: str, entries: list[str], living: set[str]) -> Iterator[Finding]:
+def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> Iterator[Finding]:
     """Find what no living process has among the `entries` that are still there; `living` are the names of daemons."""
+    directory = namespace.runtime_dir
     used: set[str] = set()
     left: dict[str, tuple[str, str]] = {}
     for entry in entries:
@@ -299,14 +302,14 @@ def _leftovers(directory: str, entries: list[str], living: set[str]) -> Iterator
             continue
         name, kind = match.groups()
         # What clears a name's leavings would stop its daemon, too.
-        remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name)
+        remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name, namespace)
         if kind == "json":
             try:
-                lives, address = name in living, endpoint.load(name).address
+                lives, address = name in living, endpoint.load(name, namespace=namespace).address
             except HarnessIPCError:
                 continue
         elif kind in endpoint.PHASES:
-            lives, address = endpoint.load_phase(name, kind) is not None, ""
+            lives, address = endpoint.load_phase(name, kind, namespace) is not None, ""
         else:
             note, process = endpoint.read_note(os.path.join(directory, entry))
             lives, address = process is not None, str(note.get("address", ""))
@@ -348,9 +351,10 @@ def _without_remedy(error: UnsafeDirectory) -> str:
     return str(error).removesuffix(f": run `{error.remedy}`")
 
 
-def _stop(name: str) -> str:
+def _stop(name: str, namespace: Namespace) -> str:
+    app = "" if namespace.app == DEFAULT_APP else f" --app={namespace.app}"
     # A name may begin with what argparse takes for an option.
-    return f"harness-ipc stop --name{'=' if name.startswith('-') else ' '}{name}"
+    return f"harness-ipc{app} stop --name{'=' if name.startswith('-') else ' '}{name}"
 
 
 def _set(variable: str, value: str) -> str:

@@ -14,6 +14,7 @@ import time
 
 from . import paths
 from ._registry import processes
+from ._registry.namespace import Namespace, private_path
 from .errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
 
 TYPE_CHECKING = False
@@ -138,13 +139,13 @@ class Record:
 _read_last: dict[str, tuple[tuple[int, ...], Record]] = {}
 
 
-def load(name: str, *, again: bool = False) -> Record:
+def load(name: str, *, again: bool = False, namespace: Namespace | None = None) -> Record:
     """Return the published record of the daemon `name`. Creates nothing. `again` reads it even if it seems unchanged.
 
     Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` if a later version wrote it, and
     `UnsafeDirectory` if it could have been planted or read by somebody else.
     """
-    path = _path(name, "json")
+    path = private_path(name, "json", namespace)
     try:
         # Taken before the content is read: a record that is replaced in between is read again next time.
         stamp = paths.private_file_stamp(path)
@@ -200,6 +201,7 @@ class Generation:
         app_version: str | None,
         max_message: int,
         detached: str | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
         """Write down the generation under a temporary name, so that a crash before `publish` can be cleaned up too."""
         fields: dict[str, Any] = {
@@ -221,9 +223,10 @@ class Generation:
             "state": "ready",
         }
         self.record = Record({key: value for key, value in fields.items() if value is not None})
-        self._path = _path(name, "json")
-        self._draft = _path(name, f"{generation}.tmp")
-        self._draining = _path(name, "draining")
+        self._namespace = namespace or Namespace()
+        self._path = private_path(name, "json", self._namespace)
+        self._draft = private_path(name, f"{generation}.tmp", self._namespace)
+        self._draining = private_path(name, "draining", self._namespace)
         try:
             paths.write_private_file(self._draft, self.record.to_json())
         except OSError as error:
@@ -239,12 +242,12 @@ class Generation:
             self._forget_draft()
             raise StartFailed(f"the record {self._path} can't be published: {error.strerror}; remove it by hand, then "
                               "start again") from error  # fmt: skip
-        forget_start(self.record.name)
+        forget_start(self.record.name, self._namespace)
 
     def is_published(self) -> bool:
         """Whether clients still find this generation."""
         try:
-            found = load(self.record.name).generation == self.record.generation
+            found = load(self.record.name, namespace=self._namespace).generation == self.record.generation
         except DaemonNotRunning:
             return False
         except (HarnessIPCError, OSError):
@@ -278,22 +281,23 @@ class Generation:
             paths.retry_sharing(os.unlink, self._draft)
 
 
-def lock_lifetime(name: str) -> BaseFileLock:
+def lock_lifetime(name: str, *, namespace: Namespace | None = None) -> BaseFileLock:
     """Take the lifetime lock of the daemon `name`, creating the runtime directory if need be. Waits for no daemon.
 
     It ends with `release()` or with the process, however that ends. Raises `AlreadyRunning`, naming the pid that holds it.
     """
     import filelock
 
-    directory = paths.runtime_location()[0]
+    namespace = namespace or Namespace()
+    directory = namespace.runtime_dir
     path = os.path.join(directory, f"{paths.check_name(name)}.lock")
     paths.create_private_dir(directory)
     # thread_local=False: it is taken in one thread and released in another.
     lock = filelock.FileLock(path, mode=0o600, thread_local=False)
     try:
         # Somebody may hold it for a moment only, to clean up: see `cleanup_endpoint`. Who serves does not let go.
-        if not _acquire(lock, 0.0) and (_living_pid(name) or not _acquire(lock, _LOCK_PATIENCE)):
-            pid = _living_pid(name)
+        if not _acquire(lock, 0.0) and (_living_pid(name, namespace) or not _acquire(lock, _LOCK_PATIENCE)):
+            pid = _living_pid(name, namespace)
             who = f"pid {pid}" if pid else "a process that has not published its record, or has withdrawn it"
             raise AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid)
     except OSError as error:
@@ -313,29 +317,31 @@ def _acquire(lock: BaseFileLock, timeout: float) -> bool:
     return True
 
 
-def cleanup_endpoint(name: str) -> bool:
+def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
     """Remove what a dead generation of the daemon `name` left behind, and nothing of a living one.
 
     Returns whether the name is free now: False means that a daemon is running, and that nothing was touched. The lock file
     stays, since removing it would let two daemons hold "the" lock.
     """
-    if not paths.check_private_dir(os.path.dirname(_path(name, "json"))):
+    namespace = namespace or Namespace()
+    paths.check_name(name)
+    if not paths.check_private_dir(namespace.runtime_dir):
         return True
     try:
-        lock = lock_lifetime(name)
+        lock = lock_lifetime(name, namespace=namespace)
     except AlreadyRunning:
         return False
     try:
-        remove_leavings(name)
-        forget_start(name)
+        remove_leavings(name, namespace)
+        forget_start(name, namespace)
     finally:
         lock.release()
     return True
 
 
-def remove_leavings(name: str) -> None:
+def remove_leavings(name: str, namespace: Namespace) -> None:
     """Remove the records, drafts and sockets of dead generations. The caller holds the lifetime lock."""
-    directory = os.path.dirname(_path(name, "json"))
+    directory = os.path.dirname(private_path(name, "json", namespace))
     for entry in os.listdir(directory):
         if entry in (f"{name}.json", f"{name}.draining") or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
             path = os.path.join(directory, entry)
@@ -343,32 +349,23 @@ def remove_leavings(name: str) -> None:
                 record = _parse(paths.read_private_file(path, _MAX_RECORD))
                 # A copy of another daemon's record names a socket that is in use.
                 if record.name == name:
-                    _remove_socket(record)
+                    _remove_socket(record, directory)
             with contextlib.suppress(OSError):
                 paths.retry_sharing(os.unlink, path)
 
 
-def _remove_socket(record: Record) -> None:
+def _remove_socket(record: Record, runtime_dir: str) -> None:
     # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked.
     directory, name = os.path.split(record.address)
     if name == f"{record.generation[:16]}.sock":
         with contextlib.suppress(OSError):
-            if any(
-                os.path.samefile(directory, place) for place in (paths.runtime_location()[0], paths.private_temporary_dir())
-            ):
+            if any(os.path.samefile(directory, place) for place in (runtime_dir, paths.private_temporary_dir())):
                 os.unlink(record.address)
 
 
-def _path(name: str, ext: str) -> str:
-    paths.check_name(name)
-    directory = paths.runtime_location()[0]
-    paths.check_private_dir(directory)
-    return f"{directory}{os.sep}{name}.{ext}"
-
-
-def note_start(name: str) -> None:
+def note_start(name: str, namespace: Namespace) -> None:
     """Write down that this process, which holds the lifetime lock of `name`, is starting. Raises `StartFailed`."""
-    path, draft = _path(name, "starting"), _path(name, f"{new_generation_id()}.tmp")
+    path, draft = (private_path(name, ext, namespace) for ext in ("starting", f"{new_generation_id()}.tmp"))
     try:
         paths.write_private_file(draft, json.dumps({**_own_identity(), "started_at": time.time()}).encode())
         paths.retry_sharing(os.replace, draft, path)
@@ -377,10 +374,10 @@ def note_start(name: str) -> None:
                           "another directory") from error  # fmt: skip
 
 
-def forget_start(name: str) -> None:
+def forget_start(name: str, namespace: Namespace) -> None:
     """Remove the note. The caller holds the lifetime lock."""
     with contextlib.suppress(OSError):
-        paths.retry_sharing(os.unlink, _path(name, "starting"))
+        paths.retry_sharing(os.unlink, private_path(name, "starting", namespace))
 
 
 def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
@@ -393,29 +390,29 @@ def read_note(path: str) -> tuple[dict[str, Any], psutil.Process | None]:
     return {}, None
 
 
-def load_phase(name: str, phase: str) -> tuple[psutil.Process, float] | None:
+def load_phase(name: str, phase: str, namespace: Namespace) -> tuple[psutil.Process, float] | None:
     """Return the process that is "starting" or "draining" as the daemon `name`, and when it started in seconds since 1970."""
     with contextlib.suppress(OSError, KeyError):
-        note, process = read_note(_path(name, phase))
+        note, process = read_note(private_path(name, phase, namespace))
         if process is not None:
             return process, float(note["started_at"])
     return None
 
 
-def find_unrecorded(name: str) -> tuple[psutil.Process, float, str] | None:
+def find_unrecorded(name: str, namespace: Namespace) -> tuple[psutil.Process, float, str] | None:
     """Return what `load_phase` does, and which phase it is, for the one process that is in either."""
     for phase in PHASES:
-        if (noted := load_phase(name, phase)) is not None:
+        if (noted := load_phase(name, phase, namespace)) is not None:
             return *noted, phase
     return None
 
 
-def _living_pid(name: str) -> int | None:
+def _living_pid(name: str, namespace: Namespace) -> int | None:
     with contextlib.suppress(HarnessIPCError, OSError):
-        record = load(name)
+        record = load(name, namespace=namespace)
         if processes.find_process(record.public()) is not None:
             return record.pid
-    noted = find_unrecorded(name)
+    noted = find_unrecorded(name, namespace)
     return noted[0].pid if noted is not None else None
 
 

@@ -19,7 +19,6 @@ from .errors import ConnectionLost, HarnessIPCError, InvalidName, ResourceExhaus
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from typing import BinaryIO, TypeVar
 
     T = TypeVar("T")
@@ -40,46 +39,22 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFELY
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it may name a daemon, else raise `InvalidName`."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+def is_name(name: object) -> bool:
+    """Return whether `name` may name a daemon or an application."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str, what: str = "a daemon name") -> str:
+    """Return `name` if it may name a daemon or an application, else raise `InvalidName`."""
+    if not is_name(name):
         shown = ascii(name)
         shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
-        raise InvalidName(f"{shown} is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -")
+        raise InvalidName(f"{shown} is not {what}: use 1 to 64 of A-Z a-z 0-9 _ -")
     return name
 
 
-def runtime_dir() -> Path:
-    """Return the directory of the endpoint records and sockets of this user. It need not exist yet.
-
-    ``HARNESS_IPC_RUNTIME_DIR`` overrides it. Raises `UnsafeDirectory` if it exists and is not private to this user.
-    """
-    from pathlib import Path
-
-    directory = runtime_location()[0]
-    check_private_dir(directory)
-    return Path(directory)
-
-
-def runtime_path(name: str, ext: str) -> Path:
-    """Return the path of the file ``<name>.<ext>`` in `runtime_dir`. Raises `InvalidName` and `UnsafeDirectory`."""
-    return runtime_dir() / f"{check_name(name)}.{ext}"
-
-
-def log_path(name: str) -> Path:
-    """Return the path of the log of the daemon `name`. ``HARNESS_IPC_LOG_DIR`` overrides its directory."""
-    from pathlib import Path
-
-    directory = os.environ.get("HARNESS_IPC_LOG_DIR")
-    if not directory:
-        import platformdirs
-
-        directory = platformdirs.user_log_dir(_APP, appauthor=False)
-    return Path(os.path.abspath(directory), f"{check_name(name)}.log")
-
-
 def runtime_location() -> tuple[str, str]:
-    """Return the runtime directory and, for people, why it is this one. Checks and creates nothing."""
+    """Return the root of the runtime directories and, for people, why it is this one. Checks and creates nothing."""
     override = os.environ.get("HARNESS_IPC_RUNTIME_DIR")
     if override:
         return override if os.path.isabs(override) else os.path.abspath(override), "HARNESS_IPC_RUNTIME_DIR is set"
@@ -189,14 +164,20 @@ def create_private_dir(path: str, *, forbidden: int = 0o077) -> None:
     if check_private_dir(path, forbidden=forbidden):
         return
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-            # The umask may have taken away even the owner's rights.
-            os.chmod(path, 0o700)
+        _make_dir(path)
     except OSError as error:
         raise StartFailed(f"{path} can't be created: {error.strerror}; {_SET_DIRECTORIES}") from error
     check_private_dir(path, forbidden=forbidden)
+
+
+def _make_dir(path: str) -> None:
+    parent = os.path.dirname(path)
+    if not os.path.lexists(parent):
+        _make_dir(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+        # The umask may have taken away even the owner's rights.
+        os.chmod(path, 0o700)
 
 
 def private_file_stamp(path: str) -> tuple[int, ...]:

@@ -18,8 +18,9 @@ import time
 from math import inf
 from typing import TYPE_CHECKING, Self
 
-from . import __version__, auth, endpoint, messages, paths, transport
+from . import __version__, auth, endpoint, messages, transport
 from ._rate_limit import RateLimitedLogger
+from ._registry.namespace import Namespace
 from .bridge import LoopBridge, Session
 from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError, StartFailed
 
@@ -67,6 +68,7 @@ async def start_daemon_server(
     on_shutdown: Callable[[], None] | None = None,
     lock: BaseFileLock | None = None,
     detached: str | None = None,
+    namespace: Namespace | None = None,
 ) -> tuple[DaemonServer, str]:
     """Serve `handler` as the daemon `name` on the running loop, and return the server and its address.
 
@@ -86,11 +88,12 @@ async def start_daemon_server(
     """
     for seconds in (handshake_timeout, grace_period):
         transport.deadline_after(seconds)
-    own_lock = endpoint.lock_lifetime(name) if lock is None else None
+    namespace = namespace or Namespace()
+    own_lock = endpoint.lock_lifetime(name, namespace=namespace) if lock is None else None
     try:
-        endpoint.remove_leavings(name)
+        endpoint.remove_leavings(name, namespace)
         generation_id = endpoint.new_generation_id()
-        address = transport.new_address(paths.runtime_location()[0], generation_id)
+        address = transport.new_address(namespace.runtime_dir, generation_id)
         generation = endpoint.Generation(
             name,
             family=transport.FAMILY,
@@ -99,6 +102,7 @@ async def start_daemon_server(
             app_version=app_version,
             max_message=max_message,
             detached=detached,
+            namespace=namespace,
         )
         try:
             listener = transport.Listener(address)

@@ -35,7 +35,9 @@ if sys.platform == "win32":
         """
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
 
-    def _popen(argv: Sequence[str], writer: int, environment: Mapping[str, str], options: dict[str, Any]) -> Any:
+    def _popen(
+        argv: Sequence[str], writer: int, start: dict[str, Any], environment: Mapping[str, str], options: dict[str, Any]
+    ) -> Any:
         os.set_inheritable(writer, True)
         handle = msvcrt.get_osfhandle(writer)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
@@ -43,7 +45,7 @@ if sys.platform == "win32":
         for how, flag in (("breakaway", subprocess.CREATE_BREAKAWAY_FROM_JOB), ("job", 0)):
             detached = spawn_kwargs()
             detached["creationflags"] |= flag
-            env = {**environment, VARIABLE: f"{handle}:{how}"}
+            env = {**environment, VARIABLE: json.dumps({"fd": handle, "detached": how, **start})}
             try:
                 return subprocess.Popen(argv, env=env, startupinfo=startup, close_fds=True, **detached, **options)
             except PermissionError:
@@ -60,8 +62,10 @@ else:
         """Return the arguments of `subprocess.Popen` that detach a child from our session, so that it outlives us."""
         return {"start_new_session": True}
 
-    def _popen(argv: Sequence[str], writer: int, environment: Mapping[str, str], options: dict[str, Any]) -> Any:
-        env = {**environment, VARIABLE: f"{writer}:session"}
+    def _popen(
+        argv: Sequence[str], writer: int, start: dict[str, Any], environment: Mapping[str, str], options: dict[str, Any]
+    ) -> Any:
+        env = {**environment, VARIABLE: json.dumps({"fd": writer, "detached": "session", **start})}
         return subprocess.Popen(argv, env=env, pass_fds=(writer,), **spawn_kwargs(), **options)
 
     def _inherited(descriptor: int) -> int:
@@ -72,12 +76,20 @@ else:
 class Child:
     """A detached child, and what it says. Its standard input and output are the null device."""
 
-    def __init__(self, argv: Sequence[str], *, environment: Mapping[str, str], cwd: str | None, stderr: int) -> None:
-        """Start it. Raises `OSError`."""
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        places: dict[str, str],
+        environment: Mapping[str, str],
+        cwd: str | None,
+        stderr: int,
+    ) -> None:
+        """Start it, and tell it its "runtime_dir" and "log_dir". Raises `OSError`."""
         reader, writer = os.pipe()
         try:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr, "cwd": cwd}
-            self.process: subprocess.Popen[bytes] = _popen(argv, writer, environment, options)
+            self.process: subprocess.Popen[bytes] = _popen(argv, writer, places, environment, options)
         except BaseException:
             os.close(reader)
             raise
@@ -106,9 +118,10 @@ class Child:
 class Report:
     """The child's end. It says nothing if nobody listens."""
 
-    def __init__(self, descriptor: int | None, detached: str | None) -> None:
+    def __init__(self, descriptor: int | None, start: dict[str, Any]) -> None:
         self._descriptor = descriptor
-        self.detached = detached
+        self.detached: str | None = start.get("detached")
+        self.places = {key: start[key] for key in ("runtime_dir", "log_dir") if key in start}
 
     def send(self, **word: Any) -> None:
         """Say one word. A starter that has gone meanwhile does not matter."""
@@ -129,10 +142,10 @@ def reporting() -> Iterator[Report]:
     """Give the report to this process' starter, and tell it the error that ends the block, if one does."""
     # Taken out: what this process starts is not what was started.
     text = os.environ.pop(VARIABLE, "")
-    number, _, detached = text.partition(":")
-    report = Report(None, None)
-    with contextlib.suppress(ValueError, OSError):
-        report = Report(_inherited(int(number)), detached)
+    report = Report(None, {})
+    with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+        start = json.loads(text)
+        report = Report(_inherited(start["fd"]), start)
         if isinstance(sys.stderr, io.TextIOWrapper):
             # It goes into the log, which is in UTF-8 whatever the system's code page is.
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -19,7 +19,19 @@ from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import auth, cli, client, daemon_status, endpoint, log_path, messages, paths, runtime_path, transport
+from harness_ipc import (
+    Namespace,
+    auth,
+    cli,
+    client,
+    daemon_status,
+    endpoint,
+    log_path,
+    messages,
+    paths,
+    runtime_path,
+    transport,
+)
 from harness_ipc._registry import processes
 from harness_ipc.errors import (
     ConnectionLost,
@@ -218,7 +230,7 @@ def message(data: bytes) -> None:
 
 @contextlib.contextmanager
 def private_file(ext: str, content: bytes) -> Iterator[None]:
-    paths.create_private_dir(paths.runtime_location()[0])
+    paths.create_private_dir(Namespace().runtime_dir)
     path = runtime_path(NAME, ext)
     paths.write_private_file(str(path), content)
     try:
@@ -286,7 +298,7 @@ def note(data: bytes) -> None:
     good = {**processes.own_identity(), "started_at": 1.5}
     for phase in endpoint.PHASES:
         with private_file(phase, changed(good, data[:MOST])):
-            found = endpoint.find_unrecorded(NAME)
+            found = endpoint.find_unrecorded(NAME, Namespace())
             assert found is None or found[2] == phase
             check_status()
 
@@ -308,7 +320,7 @@ def name(data: bytes) -> None:
             check_text(error)
     else:
         assert good
-        assert path == Path(paths.runtime_location()[0]) / f"{text}.json"
+        assert path == Path(Namespace().runtime_dir) / f"{text}.json"
         assert log.parent == Path(os.environ["HARNESS_IPC_LOG_DIR"])
 
 

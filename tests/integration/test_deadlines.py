@@ -19,6 +19,7 @@ from harness_ipc import (
     ConnectionLost,
     DaemonTimeout,
     HarnessIPCError,
+    Namespace,
     aconnect_daemon,
     auth,
     connect_daemon,
@@ -250,7 +251,7 @@ class FakeDaemon:
         self.behave = behave
         self.behaved = threading.Event()
         self.over = threading.Event()
-        directory = paths.runtime_location()[0]
+        directory = Namespace().runtime_dir
         paths.create_private_dir(directory)
         generation = endpoint.new_generation_id()
         address = transport.new_address(directory, generation)

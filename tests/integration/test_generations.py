@@ -80,8 +80,8 @@ def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
 
 DIES_BEFORE_IT_PUBLISHES = """
 import os, sys
-from harness_ipc import endpoint, paths, transport
-directory = paths.runtime_location()[0]
+from harness_ipc import Namespace, endpoint, paths, transport
+directory = Namespace().runtime_dir
 paths.create_private_dir(directory)
 generation = endpoint.new_generation_id()
 address = transport.new_address(directory, generation)

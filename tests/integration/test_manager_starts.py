@@ -16,6 +16,7 @@ import pytest
 
 from harness_ipc import (
     DaemonTimeout,
+    Namespace,
     StartFailed,
     daemon_status,
     ensure_daemon,
@@ -279,19 +280,27 @@ def test_a_client_is_of_no_use_after_a_fork_and_does_its_parents_no_harm() -> No
         assert serves()
 
 
-def test_a_daemon_in_another_runtime_directory_is_not_taken_for_this_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = {"HARNESS_IPC_RUNTIME_DIR": str(base / "elsewhere")}
+def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Namespace(runtime_dir=base / "elsewhere")
+    program = command(
+        first="from harness_ipc import Namespace", options=f"namespace=Namespace(runtime_dir={elsewhere.runtime_dir!r})"
+    )
     with pytest.raises(StartFailed, match=r"starts the daemon 'test' in .*elsewhere"):
-        ensure_daemon("test", command(), env=elsewhere)
+        ensure_daemon("test", program)
+    # The one that was started by mistake has been told to end; on Windows it has left its record.
+    wait_until(
+        lambda: (
+            daemon_status("test", namespace=elsewhere).state in ("absent", "stale")
+            and stop_daemon("test", namespace=elsewhere) is False
+        )
+    )
     with contextlib.ExitStack() as stack:
         with monkeypatch.context() as patched:
-            patched.setenv("HARNESS_IPC_RUNTIME_DIR", elsewhere["HARNESS_IPC_RUNTIME_DIR"])
-            # The one that was started by mistake has been told to end; on Windows it has left its record.
-            wait_until(lambda: daemon_status("test").state in ("absent", "stale") and stop_daemon("test") is False)
+            patched.setenv("HARNESS_IPC_RUNTIME_DIR", elsewhere.runtime_dir)
             other = stack.enter_context(spawn_daemon("test"))
         before = len(started(base))
-        with pytest.raises(StartFailed, match="give it the same HARNESS_IPC_RUNTIME_DIR"):
-            ensure_daemon("test", command(), env=elsewhere)
+        with pytest.raises(StartFailed, match="must call run_daemon without `namespace`"):
+            ensure_daemon("test", program)
         assert len(started(base)) - before == 3
         assert other.process.poll() is None
     assert ensure_daemon("test", command()).pid == identify("test")

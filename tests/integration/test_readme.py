@@ -52,8 +52,8 @@ def _run(script: Path) -> str:
 def test_every_python_block_is_a_file_that_a_test_runs() -> None:
     assert _README.count("```python") == len(_FILES)
     # visit.py is run where there is a browser, in tests/browser.
-    programs = ["ask.py", "careful.py", "embedded.py", "ensure.py", "index.py", "service.py", "visit.py", "wire.py"]
-    assert sorted(_FILES) == programs
+    programs = ["ask", "careful", "embedded", "ensure", "index", "namespaces", "service", "visit", "wire"]
+    assert sorted(_FILES) == [f"{program}.py" for program in programs]
     assert sorted(_COMMANDS) == ["demo", "tests"]
     assert _README.count("```sh") == len(_COMMANDS)
 
@@ -99,6 +99,10 @@ def test_making_sure_that_a_daemon_runs(snippets: Path) -> None:
         assert identify("words") is None
     finally:
         stop_daemon("words")
+
+
+def test_a_daemon_in_a_namespace(snippets: Path) -> None:
+    assert _run(snippets / "namespaces.py") == "{'result': 4}\n"
 
 
 def _json_of(*arguments: str) -> Any:

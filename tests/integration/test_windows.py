@@ -28,6 +28,7 @@ from harness_ipc import (
     AuthenticationFailed,
     DaemonNotRunning,
     DaemonTimeout,
+    Namespace,
     RemoteError,
     StartFailed,
     UnsafeDirectory,
@@ -245,7 +246,7 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
 
 def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
-    paths.create_private_dir(paths.runtime_location()[0])
+    paths.create_private_dir(Namespace().runtime_dir)
     listener = transport.Listener(transport.new_address("", endpoint.new_generation_id()))
     make, second_began = _winapi.CreateNamedPipe, threading.Event()
     calls: list[int] = []
@@ -448,7 +449,7 @@ def let_go_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[lis
 
 
 def new_generation() -> endpoint.Generation:
-    directory = paths.runtime_location()[0]
+    directory = Namespace().runtime_dir
     paths.create_private_dir(directory)
     identity = endpoint.new_generation_id()
     return endpoint.Generation(
@@ -559,13 +560,13 @@ def test_a_record_that_cannot_be_opened_at_all_is_a_typed_error() -> None:
 
 
 def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths.create_private_dir(paths.runtime_location()[0])
+    paths.create_private_dir(Namespace().runtime_dir)
     path = runtime_path("test", "lock")
     path.touch()
     close = holds(path)
     with monkeypatch.context() as patched:
         # It is asked who has the lock after the first try.
-        patched.setattr(endpoint, "_living_pid", lambda name: close())
+        patched.setattr(endpoint, "_living_pid", lambda name, namespace: close())
         endpoint.lock_lifetime("test").release()
     path.touch()
     close = holds(path)

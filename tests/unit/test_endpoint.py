@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import endpoint, paths, transport
+from harness_ipc import Namespace, endpoint, paths, transport
 from harness_ipc.errors import (
     AlreadyRunning,
     DaemonNotRunning,
@@ -42,7 +42,7 @@ def new_generation(name: str = "d", *, address: str | None = None) -> endpoint.G
     return endpoint.Generation(
         name,
         family=transport.FAMILY,
-        address=address or transport.new_address(paths.runtime_location()[0], identity),
+        address=address or transport.new_address(Namespace().runtime_dir, identity),
         generation=identity,
         app_version="1.0",
         max_message=1000,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import harness_ipc
-from harness_ipc import auth, endpoint, messages, paths, transport
+from harness_ipc import Namespace, auth, endpoint, messages, paths, transport
 
 ROOT = Path(harness_ipc.__file__).parents[1]
 # What a client has no use for: each costs milliseconds of every short-lived process.
@@ -92,7 +92,7 @@ def test_looking_for_a_daemon_that_is_not_there_leaves_no_trace(tmp_path: Path, 
 
 
 def test_finding_connecting_and_asking_import_nothing_heavy(tmp_path: Path) -> None:
-    directory = paths.runtime_location()[0]
+    directory = Namespace().runtime_dir
     paths.create_private_dir(directory)
     identity = endpoint.new_generation_id()
     address = transport.new_address(directory, identity)

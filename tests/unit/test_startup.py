@@ -15,7 +15,7 @@ from tests.marks import needs_posix
 from tests.processes import PATIENCE
 
 
-@pytest.mark.parametrize("value", ["", ":", "x:session", "-1:session", "99999:session", "session"])
+@pytest.mark.parametrize("value", ["", "{", "7", "[]", "{}", '{"fd": "x"}', '{"fd": -1}', '{"fd": 99999}'])
 def test_without_a_starter_nothing_is_said_and_nothing_fails(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(startup.VARIABLE, value)
     with startup.reporting() as report:
@@ -29,7 +29,9 @@ def test_without_a_starter_nothing_is_said_and_nothing_fails(value: str, monkeyp
 @needs_posix
 def test_what_ends_the_block_is_told_and_the_pipe_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
-    monkeypatch.setenv(startup.VARIABLE, f"{writer}:session")
+    monkeypatch.setenv(
+        startup.VARIABLE, json.dumps({"fd": writer, "detached": "session", "runtime_dir": "/run", "log_dir": "/log"})
+    )
 
     def start() -> None:
         with startup.reporting() as report:
@@ -48,15 +50,18 @@ def test_what_ends_the_block_is_told_and_the_pipe_is_closed(monkeypatch: pytest.
 def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setenv(startup.VARIABLE, f"{writer}:session")
+    monkeypatch.setenv(
+        startup.VARIABLE, json.dumps({"fd": writer, "detached": "session", "runtime_dir": "/run", "log_dir": "/log"})
+    )
     with startup.reporting() as report:
         report.send(state="ready")
         assert report.detached == "session"
+        assert report.places == {"runtime_dir": "/run", "log_dir": "/log"}
 
 
 def child(code: str, log: Path) -> startup.Child:
     with open(log, "ab") as file:
-        return startup.Child([sys.executable, "-c", code], environment=os.environ, cwd=None, stderr=file.fileno())
+        return startup.Child([sys.executable, "-c", code], places={}, environment=os.environ, cwd=None, stderr=file.fileno())
 
 
 def test_a_childs_words_arrive_and_its_end_is_no_zombie(tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_what_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -> None:
     before = os.dup(0)
     os.close(before)
     with pytest.raises(OSError), open(tmp_path / "log", "ab") as log:  # noqa: PT011 - it depends on the system which
-        startup.Child([str(tmp_path / "nothing")], environment=os.environ, cwd=None, stderr=log.fileno())
+        startup.Child([str(tmp_path / "nothing")], places={}, environment=os.environ, cwd=None, stderr=log.fileno())
     after = os.dup(0)
     os.close(after)
     assert after == before

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-from harness_ipc import endpoint, paths, transport
+from harness_ipc import Namespace, endpoint, paths, transport
 from harness_ipc.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -43,7 +43,7 @@ SIZES = [0, 1, 4091, 4092, 4093, 4095, 4096, 4097, 16383, 16384, 16385, 65535, 6
 
 @contextlib.contextmanager
 def listening() -> Iterator[transport.Listener]:
-    directory = paths.runtime_location()[0]
+    directory = Namespace().runtime_dir
     paths.create_private_dir(directory)
     listener = transport.Listener(transport.new_address(directory, endpoint.new_generation_id()))
     try:
