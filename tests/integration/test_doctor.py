@@ -511,7 +511,7 @@ def test_a_round_trip_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_that_fails_is_a_failure_among_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> NoReturn:
+    def fail(**_: object) -> NoReturn:
         raise RuntimeError("one\ntwo\x1b[2J\u2028\ud800")
 
     monkeypatch.setattr(_status, "list_daemons", fail)
