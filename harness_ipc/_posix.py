@@ -13,7 +13,6 @@ from math import ceil, inf
 
 from . import paths
 from ._base import EXHAUSTED, PeerCredentials, check_size, remaining
-from ._stock import connection
 from .errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -38,18 +37,27 @@ _MOST_AT_ONCE = 64 * 1024
 # The framing of multiprocessing.connection: a length, or -1 and a long one.
 _HEADER = struct.Struct("!i")
 _LONG_HEADER = struct.Struct("!Q")
+_MOST_SHORT = 2**31 - 1
 # A program that restored SIGPIPE's default must not be killed by a daemon's end: a flag of each send, or on macOS an option of
 # the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _SO_NOSIGPIPE = 0x1022
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
 if sys.platform != "win32":
 
-    class Connection(connection.Connection):
-        """A `multiprocessing.connection.Connection` that keeps a deadline.
+    def _header(size: int) -> bytes:
+        return _HEADER.pack(size) if size <= _MOST_SHORT else _HEADER.pack(-1) + _LONG_HEADER.pack(size)
 
-        `deadline` is the monotonic time at which a blocked send or receive raises `DaemonTimeout`; infinity by default.
-        `peer` is who the kernel says is at the other end. One thread may send while another receives, never two of a kind.
+    class Connection:
+        """A socket with the frames of `multiprocessing.connection.Connection`, and a deadline.
+
+        It is not one of those: to import them takes a client a third of its time. `deadline` is the monotonic time at which a
+        blocked send or receive raises `DaemonTimeout`; infinity by default. `peer` is the process at the other end, by the
+        kernel. One thread may send while another receives, never two of a kind.
         """
 
         def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
@@ -63,7 +71,20 @@ if sys.platform != "win32":
             self._held = b""
             self._receivable = select.poll()
             self._receivable.register(sock, select.POLLIN)
-            super().__init__(sock.fileno())
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+        def close(self) -> None:
+            """Close the socket. Closing twice is no error."""
+            self._socket.close()
+
+        def fileno(self) -> int:
+            """Return the socket's descriptor."""
+            return self._socket.fileno()
 
         def readable_now(self) -> bool:
             """Whether a receive would not block: there is a frame, or the peer has gone."""
@@ -114,7 +135,7 @@ if sys.platform != "win32":
 
         def hold(self, frame: bytes) -> None:
             """Send a short frame together with the next one, or before the next receive that has to wait."""
-            self._held += _HEADER.pack(len(frame)) + frame
+            self._held += _header(len(frame)) + frame
 
         def try_send(self, frame: bytes) -> bool:
             """Send a frame as far as that goes without waiting; `flush` sends the rest. False: too long, nothing was done."""
@@ -135,7 +156,7 @@ if sys.platform != "win32":
         def flush(self) -> None:
             """Send what is held."""
             while self._held:
-                self._held = self._held[self._write(0, self._held) :]
+                self._held = self._held[self._write(self._held) :]
 
         def finish_sending(self) -> None:
             """Tell the peer that nothing more will be sent: it need not wait for the end."""
@@ -153,16 +174,22 @@ if sys.platform != "win32":
             with contextlib.suppress(OSError):
                 self._socket.shutdown(how)
 
-        def send_bytes(self, buf: bytes) -> None:  # type: ignore[override]
-            """Send a frame; the base class's method, but that a short one goes out together with what is held."""
-            if len(buf) > _LEAST_READ:
-                super().send_bytes(buf)
-            else:
-                self.hold(buf)
+        def send_bytes(self, frame: bytes) -> None:
+            """Send a frame, after what is held."""
+            if len(frame) <= _MOST_AT_ONCE:
+                self.hold(frame)
                 self.flush()
+                return
+            self._held += _header(len(frame))
+            self.flush()
+            # Not appended to what is held: that would copy it.
+            with memoryview(frame) as rest:
+                sent = 0
+                while sent < len(frame):
+                    sent += self._write(rest[sent:])
 
         def recv_bytes(self, maxlength: int | None = None) -> bytes:
-            """Return the next frame; the base class's method, with a deadline and with as few reads as possible."""
+            """Return the next frame, with as few reads as possible. Raises `EOFError` at the end of the stream."""
             if not self._buffered:
                 self._buffered = self._read(_LEAST_READ)
             frame = self._next(sys.maxsize if maxlength is None else maxlength)
@@ -205,16 +232,7 @@ if sys.platform != "win32":
                 except BlockingIOError:
                     self._wait(self._receivable)
 
-        # The seams of multiprocessing.connection.Connection (unchanged from 3.3 to 3.14).
-
-        def _close(self) -> None:
-            self._socket.close()
-
-        def _send(self, buf: bytes | memoryview, write: object = None) -> None:
-            self.flush()
-            super()._send(buf, self._write)  # type: ignore[misc]
-
-        def _write(self, handle: int, buf: bytes | memoryview) -> int:
+        def _write(self, buf: bytes | memoryview) -> int:
             while True:
                 try:
                     return self._socket.send(buf, _NO_SIGNAL)
@@ -233,6 +251,8 @@ if sys.platform != "win32":
 
         def __init__(self, address: str) -> None:
             """Bind `address`. Raises `StartFailed`."""
+            from ._stock import connection
+
             try:
                 self._listener = connection.Listener(address, FAMILY, backlog=_BACKLOG)
                 self._socket: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
