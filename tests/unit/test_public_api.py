@@ -65,7 +65,7 @@ def test_the_standard_librarys_tempfile_is_imported_when_it_is_used_and_is_itsel
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 {"import tempfile" if before else ""}
-import harness_ipc
+import harness_ipc._stock
 from multiprocessing import connection
 assert ("tempfile" in sys.modules) == {before}
 assert connection.arbitrary_address({transport.FAMILY!r})
