@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -285,21 +286,37 @@ class ManagedBrowser:
 
 
 def _end_family(process: psutil.Process, patience: float) -> None:
-    """End the process and its children, if they have not ended by themselves after `patience` seconds."""
-    family = [process]
-    with contextlib.suppress(psutil.Error):
-        family += process.children(recursive=True)
-    steps = (None, patience), (psutil.Process.terminate, _TERMINATE_PERIOD), (psutil.Process.kill, _KILL_PERIOD)
-    for signal, period in steps:
-        if signal is not None:
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    signal(member)
+    """End the process and its descendants, if they have not ended by themselves after `patience` seconds."""
+    family = _with_descendants([process])
+    steps = (None, patience), ("SIGTERM", _TERMINATE_PERIOD), ("SIGKILL", _KILL_PERIOD)
+    for name, period in steps:
+        if name is not None:
+            family = _with_descendants(family)
+            _signal(process, family, name)
         deadline = time.monotonic() + period
         while (family := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
             time.sleep(_POLL)
         if not family:
             break
+
+
+def _with_descendants(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = dict.fromkeys(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.update(dict.fromkeys(process.children(recursive=True)))
+    return list(found)
+
+
+def _signal(leader: psutil.Process, family: list[psutil.Process], name: str) -> None:
+    # The whole process group first: a child that is forked at this moment is in no list, but in the group.
+    if sys.platform != "win32" and _is_alive(leader):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(leader.pid) == leader.pid:
+                os.killpg(leader.pid, getattr(signal, name))
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate() if name == "SIGTERM" else member.kill()
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -483,10 +483,17 @@ def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: 
 
 
 @needs_posix
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("sleep 3600", id="one process"),
+        pytest.param("for i in $(seq 500); do sleep 3600 & done; wait", id="while it forks"),
+    ],
+)
 def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
-    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", "sleep 3600"))
+    monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", text))
     with in_thread(helpers.connect) as starting:
         wait_until((profile / "harness-browser.json").exists)
         assert stop_daemon("browser")
