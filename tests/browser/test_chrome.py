@@ -486,8 +486,8 @@ def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: 
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("sleep 3600", id="one process"),
-        pytest.param("for i in $(seq 500); do sleep 3600 & done; wait", id="while it forks"),
+        pytest.param(": > $0.started; sleep 3600", id="one process"),
+        pytest.param(": > $0.started; for i in $(seq 500); do sleep 3600 & done; wait", id="while it forks"),
     ],
 )
 def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
@@ -495,7 +495,7 @@ def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
 ) -> None:
     monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", text))
     with in_thread(helpers.connect) as starting:
-        wait_until((profile / "harness-browser.json").exists)
+        wait_until((fresh / "program.started").exists)
         assert stop_daemon("browser")
         assert isinstance(starting.exception(), StartFailed)
     assert processes_of(fresh) == []
