@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import os
+import stat
+import sys
 
-from .. import paths
+from ..errors import InvalidName, StartFailed, UnsafeDirectory
+from . import trust
+from .files import check_private_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
 DEFAULT_APP = "harness-ipc"
+_RUNTIME_VARIABLE, _LOG_VARIABLE = "HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR"
+_MAX_NAME = 64
+_NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
+
+
+def is_name(name: object) -> bool:
+    """Return whether `name` may name a daemon or an application."""
+    return isinstance(name, str) and 0 < len(name) <= _MAX_NAME and not name.strip(_NAME_CHARACTERS)
+
+
+def check_name(name: str, what: str = "a daemon name") -> str:
+    """Return `name` if it may name a daemon or an application, else raise `InvalidName`."""
+    if not is_name(name):
+        shown = ascii(name)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise InvalidName(f"{shown} is not {what}: use 1 to {_MAX_NAME} of A-Z a-z 0-9 _ -")
+    return name
 
 
 class Namespace:
@@ -21,7 +42,8 @@ class Namespace:
     which win over the platform's directories. An argument is used as it is; below the variables' directories, and below the
     platform's runtime directory, each `app` but the default one has a directory of its own.
 
-    Raises `InvalidName` if `app` is not 1 to 64 of ``A-Z a-z 0-9 _ -``.
+    Raises `InvalidName` if `app` is not 1 to 64 of ``A-Z a-z 0-9 _ -``, and `UnsafeDirectory` if a directory is relative and
+    the current one was removed.
     """
 
     __slots__ = ("_app", "_log_dir", "_runtime_dir")
@@ -33,13 +55,13 @@ class Namespace:
         runtime_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._app = paths.check_name(app, "an application's name")
+        self._app = check_name(app, "an application's name")
         if runtime_dir is None:
-            runtime_dir = self._below(paths.runtime_location()[0])
-        if log_dir is None and (override := os.environ.get("HARNESS_IPC_LOG_DIR")):
+            runtime_dir = self._below(runtime_root()[0])
+        if log_dir is None and (override := os.environ.get(_LOG_VARIABLE)):
             log_dir = self._below(override)
-        self._runtime_dir = _absolute(os.fspath(runtime_dir))
-        self._log_dir = None if log_dir is None else _absolute(os.fspath(log_dir))
+        self._runtime_dir = _absolute(os.fspath(runtime_dir), _RUNTIME_VARIABLE)
+        self._log_dir = None if log_dir is None else _absolute(os.fspath(log_dir), _LOG_VARIABLE)
 
     @property
     def app(self) -> str:
@@ -55,9 +77,7 @@ class Namespace:
         """The directory of logs. It need not exist yet."""
         if self._log_dir is None:
             # Only when it is asked for: a client needs no log.
-            import platformdirs
-
-            self._log_dir = os.path.abspath(platformdirs.user_log_dir(self._app, appauthor=False))
+            self._log_dir = _platform_log_dir(self._app) or os.path.join(self._runtime_dir, ".log")
         return self._log_dir
 
     def _below(self, directory: str) -> str:
@@ -83,9 +103,9 @@ def all_namespaces() -> list[Namespace]:
     """
     default = Namespace()
     apps = set()
-    if paths.check_private_dir(default.runtime_dir):
+    if check_private_dir(default.runtime_dir):
         for entry in os.scandir(default.runtime_dir):
-            if entry.is_dir(follow_symlinks=False) and paths.is_name(entry.name):
+            if entry.is_dir(follow_symlinks=False) and is_name(entry.name):
                 apps.add(entry.name)
     return [default, *map(Namespace, sorted(apps - {DEFAULT_APP}))]
 
@@ -98,30 +118,136 @@ def runtime_dir(*, namespace: Namespace | None = None) -> Path:
     from pathlib import Path
 
     directory = (namespace or Namespace()).runtime_dir
-    paths.check_private_dir(directory)
+    check_private_dir(directory)
     return Path(directory)
 
 
 def runtime_path(name: str, ext: str, *, namespace: Namespace | None = None) -> Path:
     """Return the path of the file ``<name>.<ext>`` in `runtime_dir`. Raises `InvalidName` and `UnsafeDirectory`."""
-    paths.check_name(name)
+    check_name(name)
     return runtime_dir(namespace=namespace) / f"{name}.{ext}"
 
 
 def log_path(name: str, *, namespace: Namespace | None = None) -> Path:
-    """Return the path of the log of the daemon `name`. Raises `InvalidName`."""
+    """Return the path of the log of the daemon `name`. Raises `InvalidName`, and `UnsafeDirectory` as `Namespace` does."""
     from pathlib import Path
 
-    return Path((namespace or Namespace()).log_dir, f"{paths.check_name(name)}.log")
+    return Path((namespace or Namespace()).log_dir, f"{check_name(name)}.log")
 
 
 def private_path(name: str, ext: str, namespace: Namespace | None = None) -> str:
     """Return what `runtime_path` does, as a string, which costs less."""
-    paths.check_name(name)
+    check_name(name)
     directory = (namespace or Namespace()).runtime_dir
-    paths.check_private_dir(directory)
+    check_private_dir(directory)
     return f"{directory}{os.sep}{name}.{ext}"
 
 
-def _absolute(path: str) -> str:
-    return path if os.path.isabs(path) else os.path.abspath(path)
+def runtime_root() -> tuple[str, str]:
+    """Return the runtime directory of the default application and, for people, why it is this one.
+
+    Raises `UnsafeDirectory` if no place can be told, with the variable to set.
+    """
+    if override := os.environ.get(_RUNTIME_VARIABLE):
+        return override, f"{_RUNTIME_VARIABLE} is set"
+    return _default_root()
+
+
+def private_temporary_dir() -> str:
+    """Return the short directory for a socket whose path would be too long in the runtime directory. Raises `StartFailed`."""
+    import tempfile
+
+    try:
+        return os.path.join(tempfile.gettempdir(), f"{DEFAULT_APP}-{_user_id()}")
+    except FileNotFoundError as error:
+        raise StartFailed("no temporary directory can be written: set TMPDIR to one that can") from error
+
+
+def _absolute(path: str, variable: str) -> str:
+    if os.path.isabs(path):
+        return path
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise UnsafeDirectory(
+            f"{path} is relative to a current directory that was removed: set {variable} to an absolute path",
+            path=path,
+            remedy="cd /",
+        ) from None
+
+
+def _platform_log_dir(app: str) -> str | None:
+    """Return the platform's directory of logs, or None where there is no home for it."""
+    if sys.platform != "win32" and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
+        # platformdirs would take the passwd entry's or, without one, a directory called "~".
+        home = os.environ.get("HOME", "")
+        if not os.path.isabs(home) or not home.strip("/"):
+            return None
+    import platformdirs
+
+    try:
+        return os.path.abspath(platformdirs.user_log_dir(app, appauthor=False))
+    except (RuntimeError, OSError):
+        return None
+
+
+if sys.platform == "win32":
+
+    def _user_id() -> str:
+        return os.environ.get("USERNAME", "user")
+
+    def _default_root() -> tuple[str, str]:
+        # Not in AppData: Python from the Store is shown a copy of that, and other programs would not find its daemons.
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):
+            raise UnsafeDirectory(
+                f"there is no home directory for the records: set USERPROFILE or {_RUNTIME_VARIABLE}",
+                path=home,
+                remedy=trust.elsewhere(),
+            )
+        # What an elevated process makes belongs to the administrators: other processes of the user can't even read it.
+        kind, why = ("run-elevated", "the directory of elevated processes") if _is_elevated() else ("run", "in your profile")
+        return os.path.join(home, ".harness-ipc", kind), why
+
+    def _is_elevated() -> bool:
+        import ctypes
+
+        return bool(ctypes.windll.shell32.IsUserAnAdmin())
+
+else:
+
+    def _user_id() -> str:
+        return str(os.geteuid())
+
+    def _default_root() -> tuple[str, str]:
+        # XDG_RUNTIME_DIR, TMPDIR and HOME differ between a login, cron, ssh, sudo and a sandbox of one user, and two
+        # directories would be two daemons: what exists decides. A directory stays in use once it is there, so that a later
+        # login, which creates /run/user/<uid>, does not hide the daemons that were started before it.
+        temporary = f"/tmp/{DEFAULT_APP}-runtime-{os.geteuid()}"  # noqa: S108 - its owner is checked at each use
+        if _is_own_dir(temporary):
+            return temporary, "it exists already, from before this user's login directory did"
+        home = trust.home()
+        if home is not None and sys.platform == "darwin":
+            return f"{home}/Library/Caches/TemporaryItems/{DEFAULT_APP}", "the platform's directory for the user"
+        fallback = None if home is None else f"{home}/.local/state/{DEFAULT_APP}/run"
+        if fallback is not None and _is_own_dir(fallback):
+            return fallback, f"it exists already, from when another user had {temporary}"
+        login = f"/run/user/{os.geteuid()}"
+        if _is_own_dir(login):
+            return f"{login}/{DEFAULT_APP}", "the user's login directory exists"
+        if fallback is not None and _is_anothers(temporary):
+            return fallback, f"another user has {temporary}"
+        return temporary, f"{login} does not exist"
+
+    def _is_own_dir(path: str) -> bool:
+        try:
+            info = os.lstat(path)
+        except OSError:
+            return False
+        return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+
+    def _is_anothers(path: str) -> bool:
+        try:
+            return os.lstat(path).st_uid != os.geteuid()
+        except OSError:
+            return False

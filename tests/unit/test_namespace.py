@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness_ipc import InvalidName, Namespace, log_path, runtime_dir, runtime_path
-from harness_ipc._registry.namespace import all_namespaces
+from harness_ipc import (
+    DaemonNotRunning,
+    InvalidName,
+    Namespace,
+    UnsafeDirectory,
+    daemon_status,
+    endpoint,
+    log_path,
+    runtime_dir,
+    runtime_path,
+)
+from harness_ipc._registry import trust
+from harness_ipc._registry.namespace import all_namespaces, private_temporary_dir, runtime_root
+from tests.marks import needs_linux, needs_posix, needs_root
+
+STRANGER = 12345
+FALLBACK = "/home/ada/.local/state/harness-ipc/run"
 
 
 def test_the_default_application_has_the_root_itself(private_directories: Path) -> None:
@@ -78,3 +95,189 @@ def test_all_namespaces_are_those_with_a_directory(private_directories: Path) ->
     (run / "file").touch()
     (run / "link").symlink_to(run / "a")
     assert all_namespaces() == [Namespace(), Namespace("a"), Namespace("b")]
+
+
+# Names.
+
+
+@pytest.mark.parametrize("name", ["a", "Z9_-", "-", "x" * 64])
+def test_a_name_becomes_a_file_name(name: str, private_directories: Path) -> None:
+    assert runtime_path(name, "json") == private_directories / "run" / f"{name}.json"
+    assert log_path(name) == private_directories / "log" / f"{name}.log"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "x" * 65,
+        "a\n",
+        "\na",
+        "a b",
+        ".",
+        "..",
+        "../a",
+        "a/b",
+        "a\\b",
+        "C:a",
+        "a.b",
+        "a\0",
+        "é",
+        "\uff41",
+        "²",
+        "\ud800",
+        b"a",
+        None,
+        1,
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda name: runtime_path(name, "json"),
+        log_path,
+        endpoint.load,
+        endpoint.lock_lifetime,
+        endpoint.cleanup_endpoint,
+    ],
+    ids=["runtime_path", "log_path", "load", "lock_lifetime", "cleanup_endpoint"],
+)
+def test_any_other_name_is_refused_before_anything_is_done(
+    use: Callable[[Any], object], name: Any, private_directories: Path
+) -> None:
+    with pytest.raises(InvalidName):
+        use(name)
+    assert list(private_directories.iterdir()) == []
+
+
+# Where things are.
+
+
+def test_looking_creates_nothing(private_directories: Path) -> None:
+    assert runtime_dir() == private_directories / "run"
+    runtime_path("d", "json")
+    log_path("d")
+    private_temporary_dir()
+    with pytest.raises(DaemonNotRunning):
+        endpoint.load("d")
+    assert endpoint.cleanup_endpoint("d") is True
+    assert list(private_directories.iterdir()) == []
+
+
+def test_a_relative_override_means_the_same_after_a_chdir(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", "relative")
+    monkeypatch.setenv("HARNESS_IPC_LOG_DIR", "relative")
+    monkeypatch.chdir(private_directories)
+    assert runtime_dir() == Path.cwd() / "relative"
+    assert log_path("d") == Path.cwd() / "relative" / "d.log"
+
+
+@pytest.fixture
+def places(private_directories: Path) -> Iterator[Path]:
+    """Let the namespace look for its usual places below a directory of the test: ``/tmp``, ``/run/user`` and a home."""
+    real = os.lstat
+
+    def lstat(path: str) -> os.stat_result:
+        return real(f"{private_directories}{path}" if path.startswith(("/tmp/h", "/run/user/", "/home/")) else path)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("HARNESS_IPC_RUNTIME_DIR")
+        patched.setattr(trust, "home", lambda: "/home/ada")
+        patched.setattr(os, "lstat", lstat)
+        yield private_directories
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ([], "/tmp/harness-ipc-runtime-UID"),
+        (["/run/user/UID"], "/run/user/UID/harness-ipc"),
+        (["/run/user/UID", FALLBACK], FALLBACK),
+        (["/run/user/UID", FALLBACK, "/tmp/harness-ipc-runtime-UID"], "/tmp/harness-ipc-runtime-UID"),
+    ],
+    ids=["nothing", "login", "fallback", "own"],
+)
+def test_what_exists_decides_where_the_records_are(there: list[str], chosen: str, places: Path) -> None:
+    uid = str(os.geteuid())
+    for path in there:
+        os.makedirs(f"{places}{path.replace('UID', uid)}", 0o700)
+    assert Namespace().runtime_dir == chosen.replace("UID", uid)
+    assert Namespace("my-tool").runtime_dir == f"{chosen.replace('UID', uid)}/my-tool"
+
+
+@needs_root
+@needs_linux
+@pytest.mark.parametrize("login", [False, True])
+def test_where_another_user_has_the_temporary_name_the_fallback_is_used_and_kept(login: bool, places: Path) -> None:
+    squatted = places / "tmp" / f"harness-ipc-runtime-{os.geteuid()}"
+    squatted.mkdir(parents=True)
+    os.chown(squatted, STRANGER, STRANGER)
+    login_dir = places / "run" / "user" / str(os.geteuid())
+    if login:
+        login_dir.mkdir(parents=True)
+        assert Namespace().runtime_dir == f"/run/user/{os.geteuid()}/harness-ipc"
+        return
+    assert Namespace().runtime_dir == FALLBACK
+    os.makedirs(f"{places}{FALLBACK}", 0o700)
+    squatted.rmdir()
+    login_dir.mkdir(parents=True)
+    assert Namespace().runtime_dir == FALLBACK
+
+
+@needs_posix
+@pytest.mark.parametrize("home", [None, "", "/", "~", "relative"])
+def test_without_a_home_the_logs_are_in_the_runtime_directory(
+    home: str | None, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HARNESS_IPC_LOG_DIR")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert log_path("d") == private_directories / "run" / ".log" / "d.log"
+    assert log_path("d", namespace=Namespace("my-tool")) == private_directories / "run" / "my-tool" / ".log" / "d.log"
+
+
+@needs_linux
+@pytest.mark.parametrize("variable", ["HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR"])
+def test_a_relative_directory_where_the_current_one_was_removed_is_a_typed_error(
+    variable: str, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = private_directories / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv(variable, "relative")
+    with pytest.raises(UnsafeDirectory, match=variable):
+        daemon_status("d")
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    "uid", [None, pytest.param(STRANGER, marks=needs_root)], ids=["this user", "a user without directories"]
+)
+def test_the_default_is_one_place_whatever_the_session_says(
+    uid: int | None, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HARNESS_IPC_RUNTIME_DIR")
+    if uid is not None:
+        os.chown(private_directories, uid, -1)
+        os.seteuid(uid)
+    try:
+        seen = set()
+        for session in [{}, dict.fromkeys(("XDG_RUNTIME_DIR", "TMPDIR", "HOME"), str(private_directories))]:
+            for variable in ("XDG_RUNTIME_DIR", "TMPDIR"):
+                monkeypatch.delenv(variable, raising=False)
+            for variable, value in session.items():
+                monkeypatch.setenv(variable, value)
+            monkeypatch.setattr(tempfile, "tempdir", None)
+            # Any warning is an error here.
+            seen.add(runtime_dir())
+            assert runtime_root()[1]
+        assert str(os.geteuid()) in str(*seen)
+        assert list(private_directories.iterdir()) == []
+    finally:
+        if uid is not None:
+            os.seteuid(0)

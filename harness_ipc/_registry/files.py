@@ -1,0 +1,237 @@
+"""Private directories and files: made, tightened by those that write, and refused with a command that fixes them.
+
+Owner, mode and links are checked at each use. No file is opened through a link, and no mode is changed by path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import time
+
+from .._base import EXHAUSTED
+from ..errors import ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
+from .trust import after_denial, check_ancestors, elsewhere, find_problem, is_own_group, is_shared, make_readable, refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import BinaryIO, TypeVar
+
+    T = TypeVar("T")
+
+# Mode bits that a private directory or file, and the directory of logs, must not have.
+_PRIVATE = 0o077
+LOG_DIRECTORY = 0o022
+
+# On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
+_SHARING_RETRY = 1.0
+_SHARING_STEP = 0.01
+
+# O_NONBLOCK: a FIFO in a file's place must not hang the open.
+NOFOLLOW_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = os.O_RDONLY | NOFOLLOW_FLAGS
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW_FLAGS
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW_FLAGS
+_DIRECTORY = os.O_RDONLY | NOFOLLOW_FLAGS | getattr(os, "O_DIRECTORY", 0)
+
+# Device and inode of the directories whose ancestors were checked, by path. While the same directory is at the path, nobody has
+# replaced an ancestor, or he could not have moved this user's directory there.
+_checked: dict[str, tuple[int, int]] = {}
+
+
+def check_private_dir(path: str, *, forbidden: int = _PRIVATE) -> bool:
+    """Return whether the directory `path` exists; raise `UnsafeDirectory` if it is there and not private.
+
+    `forbidden` are the mode bits that it must not have.
+    """
+    try:
+        info = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise refusal(path, f"can't be examined ({error.strerror})", after_denial(path, elsewhere())) from error
+    _refuse(path, info, stat.S_IFDIR, forbidden)
+    if _checked.get(path) != (identity := (info.st_dev, info.st_ino)):
+        check_ancestors(path)
+        _checked[path] = identity
+    return True
+
+
+def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
+    """Create the directory `path`, and the parents that are missing, with mode 0700; then check it as `check_private_dir` does.
+
+    A directory of this user that others can only read is tightened first, with a warning in the log.
+    """
+    _tighten_dir(path, forbidden)
+    if check_private_dir(path, forbidden=forbidden):
+        return
+    check_ancestors(path)
+    try:
+        _make_dir(path)
+    except OSError as error:
+        raise StartFailed(
+            f"{path} can't be created: {error.strerror}; run `{after_denial(path, elsewhere())}`, or set "
+            "HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
+        ) from error
+    check_private_dir(path, forbidden=forbidden)
+
+
+def _make_dir(path: str) -> None:
+    parent = os.path.dirname(path)
+    if parent != path and not os.path.isdir(parent):
+        _make_dir(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+        if sys.platform != "win32" and stat.S_IMODE(os.lstat(path).st_mode) & 0o700 != 0o700:
+            # The umask has taken away even the owner's rights, to open it too.
+            os.chmod(path, 0o700, follow_symlinks=False)
+
+
+def _tighten_dir(path: str, forbidden: int) -> None:
+    with contextlib.suppress(OSError):  # the check that follows says what is the matter
+        if os.lstat(path).st_mode & forbidden and not is_shared(path):
+            descriptor = os.open(path, _DIRECTORY)
+            try:
+                _tighten(path, descriptor, forbidden)
+            finally:
+                os.close(descriptor)
+
+
+def _tighten(path: str, descriptor: int, forbidden: int) -> None:
+    """Take the mode bits `forbidden` from a file or directory of this user in which nobody else could write."""
+    info = os.fstat(descriptor)
+    if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden:
+        return
+    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_own_group(info.st_gid)):
+        return
+    import logging
+
+    mode = stat.S_IMODE(info.st_mode)
+    os.fchmod(descriptor, mode & ~forbidden)
+    logging.getLogger(__name__).warning("%s was open to others: its mode was %04o, now %04o", path, mode, mode & ~forbidden)
+
+
+def file_fingerprint(path: str) -> tuple[int, ...]:
+    """Return what tells this content of the file `path` from any other. Raises as `read_private_file` does."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConnectionLost(f"{path} can't be examined: {error.strerror}") from error
+    _refuse(path, info, stat.S_IFREG, _PRIVATE)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def read_private_file(path: str, limit: int) -> bytes:
+    """Return up to `limit` + 1 bytes of a file that only this user can write and read.
+
+    Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
+    `ResourceExhausted` if this process has no free descriptor or memory.
+    """
+    descriptor = open_private_file(path)
+    try:
+        # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
+        return os.read(descriptor, min(limit, os.fstat(descriptor).st_size) + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_private_file(path: str) -> int:
+    """Open the file `path` for reading and return the descriptor. Raises as `read_private_file` does."""
+    try:
+        descriptor = retry_on_sharing_violation(os.open, path, _READ)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno not in EXHAUSTED:
+            # A link or another user's file: say so, not that it can't be opened.
+            _refuse(path, os.lstat(path), stat.S_IFREG, _PRIVATE)
+        raise _unreadable(path, error) from error
+    try:
+        _refuse(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unreadable(path: str, error: OSError) -> HarnessIPCError:
+    if error.errno in EXHAUSTED:
+        return ResourceExhausted(
+            f"{path} can't be read: {error.strerror}; close files or connections that are not used, or raise the limit"
+        )
+    if isinstance(error, PermissionError):
+        return refusal(path, f"can't be read ({error.strerror})", make_readable(path))
+    return ConnectionLost(f"{path} can't be read: {error.strerror}")
+
+
+def write_private_file(path: str, data: bytes) -> None:
+    """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
+    with open(os.open(path, _CREATE, 0o600), "wb") as file:
+        _set_mode(file.fileno())
+        file.write(data)
+
+
+def open_private_log(path: str, *_: object) -> int:
+    """Open the log `path` for appending, mode 0600, never through a link; in the form of `open`'s opener.
+
+    Its directory is made if it is missing; others may read that, but not write. A log that others can only read is tightened.
+    """
+    create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
+    try:
+        descriptor = os.open(path, _APPEND, 0o600)
+    except OSError as error:
+        if os.path.lexists(path):
+            # A link or another user's file: say so, not that it can't be opened.
+            _refuse(path, os.lstat(path), stat.S_IFREG, _PRIVATE)
+        raise StartFailed(
+            f"the log {path} can't be opened: {error.strerror}; set HARNESS_IPC_LOG_DIR to a directory that you can write"
+        ) from error
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            _tighten(path, descriptor, _PRIVATE)
+        _refuse(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
+        _set_mode(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_log_for_reading(path: str) -> BinaryIO:
+    """Open the log `path` as a private file is read: no link is followed, and only a regular file of this user is opened.
+
+    Raises as `read_private_file` does.
+    """
+    check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
+    return open(open_private_file(path), "rb")
+
+
+def retry_on_sharing_violation(action: Callable[..., T], *arguments: object) -> T:
+    """Return ``action(*arguments)``, repeated briefly while Windows says that somebody else has the file open."""
+    deadline = time.monotonic() + _SHARING_RETRY
+    while True:
+        try:
+            return action(*arguments)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() >= deadline:
+                raise
+            time.sleep(_SHARING_STEP)
+
+
+def _set_mode(descriptor: int) -> None:
+    # The umask may have taken away even the owner's rights.
+    if sys.platform != "win32":
+        os.fchmod(descriptor, 0o600)
+
+
+def _refuse(path: str, info: os.stat_result, kind: int, forbidden: int) -> None:
+    problem = find_problem(path, info, kind, forbidden)
+    if problem:
+        raise refusal(path, *problem)

@@ -1,0 +1,199 @@
+"""Which other users could replace or read a path, and the shell command that fixes it. POSIX; it changes nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+from ..errors import UnsafeDirectory
+
+if sys.platform != "win32":
+    # As many as Linux follows (path_resolution(7)).
+    _MAX_LINKS = 40
+    _SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
+
+    _homes: dict[int, str | None] = {}
+
+    def home() -> str | None:
+        """Return the home directory of this user's passwd entry, which is the same for all processes, or None without one."""
+        uid = os.geteuid()
+        if uid not in _homes:
+            import pwd
+
+            try:
+                found = pwd.getpwuid(uid).pw_dir
+            except KeyError:
+                found = ""
+            _homes[uid] = found if os.path.isabs(found) and found.strip("/") else None
+        return _homes[uid]
+
+    def check_ancestors(path: str) -> None:
+        """Raise `UnsafeDirectory` if another user could replace `path` by replacing one of the directories that lead to it.
+
+        They must belong to root, to the owner of ``/`` or to this user, and others may write in none that is not sticky. Links
+        are checked as what they are, and then where they lead. What does not exist yet is no fault.
+        """
+        trusted = {0, os.geteuid(), os.lstat("/").st_uid}
+        here, links = "/", 0
+        pending = os.path.dirname(path).split("/")[::-1]
+        try:
+            _check_ancestor(path, here, os.lstat(here), trusted)
+            while pending:
+                part = pending.pop()
+                if part in ("", "."):
+                    continue
+                entry = os.path.dirname(here) if part == ".." else os.path.join(here, part)
+                info = os.lstat(entry)
+                _check_ancestor(path, entry, info, trusted)
+                if not stat.S_ISLNK(info.st_mode):
+                    here = entry
+                    continue
+                links += 1
+                if links > _MAX_LINKS:
+                    raise refusal(path, f"is behind too many links ({entry})", elsewhere())
+                target = os.readlink(entry)
+                here = "/" if target.startswith("/") else here
+                pending += target.split("/")[::-1]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except UnsafeDirectory:
+            raise
+        except OSError as error:
+            raise refusal(path, f"can't be examined ({error.strerror})", after_denial(path, elsewhere())) from error
+
+    def _check_ancestor(path: str, entry: str, info: os.stat_result, trusted: set[int]) -> None:
+        if info.st_uid not in trusted:
+            remedy = _sudo_with_home(info.st_uid) or elsewhere()
+            raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
+        if stat.S_ISLNK(info.st_mode) or info.st_mode & stat.S_ISVTX:
+            return
+        if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_own_group(info.st_gid)):
+            remedy = f"chmod go-w {_quote(entry)}" if info.st_uid == os.geteuid() and not is_shared(entry) else elsewhere()
+            raise refusal(path, f"is in {entry}, where others can write (mode {stat.S_IMODE(info.st_mode):04o})", remedy)
+
+    def is_own_group(gid: int) -> bool:
+        """Return whether the group is this user's own and has no other member, as where the umask is 002."""
+        import grp
+        import pwd
+
+        try:
+            me, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid).gr_mem
+        except KeyError:
+            return False
+        others = (user for user in pwd.getpwall() if user.pw_gid == gid and user.pw_uid != me.pw_uid)
+        return me.pw_gid == gid and set(members) <= {me.pw_name} and not any(others)
+
+    def is_shared(path: str) -> bool:
+        """Return whether programs other than ours need the directory `path` as it is: a system's directory, or a home."""
+        real = os.path.realpath(path)
+        own = home()
+        return (
+            os.path.dirname(real) in ("/", "/var", "/private", "/private/var", "/home", "/Users")
+            or f"{real}/".startswith(_SHARED_TREES)
+            or (own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/"))
+        )
+
+    def find_problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
+        """Return why `path` is not a private file or directory (`kind`) without the mode bits `forbidden`, and the remedy."""
+        uid = os.geteuid()
+        if info.st_mode & (0o170000 | forbidden) == kind and info.st_uid == uid:
+            return None
+        quoted = _quote(path)
+        if stat.S_ISLNK(info.st_mode):
+            return "is a symbolic link", f"rm {quoted}" if info.st_uid == uid else f"sudo rm {quoted}"
+        if info.st_uid != uid:
+            return f"belongs to uid {info.st_uid}, not to {uid}", _of_another(path, info)
+        if stat.S_IFMT(info.st_mode) != kind:
+            return "is not a directory" if kind == stat.S_IFDIR else "is not a regular file", f"mv {quoted} {quoted}.old"
+        remedy = f"chmod {700 if kind == stat.S_IFDIR else 600} {quoted}"
+        return f"has mode {stat.S_IMODE(info.st_mode):04o}", elsewhere() if is_shared(path) else remedy
+
+    def _of_another(path: str, info: os.stat_result) -> str:
+        if remedy := _sudo_with_home(info.st_uid):
+            return remedy
+        if info.st_uid == 0 and not is_shared(path):
+            return after_denial(path, f"sudo chown -R {os.geteuid()} {_quote(path)}")
+        if not stat.S_ISDIR(info.st_mode):
+            return f"sudo rm {_quote(path)}"
+        # In /tmp it is in our way. Anywhere else it may be what somebody needs.
+        squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
+        return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
+
+    def make_readable(path: str) -> str:
+        """Return the remedy for a file of this user that he can't read."""
+        return f"chmod 600 {_quote(path)}"
+
+    def after_denial(path: str, default: str) -> str:
+        """Return the remedy where the system denies this user `path`: `default`, unless a parent was made with sudo."""
+        made_by_root = None
+        while (parent := os.path.dirname(path)) != path:
+            try:
+                if os.lstat(path).st_uid == 0 and os.lstat(parent).st_uid == os.geteuid() != 0:
+                    made_by_root = path
+            except OSError:  # it can't be seen, but one above it can
+                pass
+            path = parent
+        return default if made_by_root is None else f"sudo chown -R {os.geteuid()} {_quote(made_by_root)}"
+
+    def _sudo_with_home(owner: int) -> str | None:
+        """Return the remedy for root with the `HOME` of the user `owner`, whose files root must not use as its own."""
+        if os.geteuid() == 0 and owner != 0:
+            try:
+                return "sudo -H -s" if os.stat(os.environ.get("HOME", "/")).st_uid == owner else None
+            except OSError:
+                pass
+        return None
+
+    def elsewhere() -> str:
+        """Return the command that moves both directories to another place."""
+        own = home()
+        if own is None or not os.access(own, os.W_OK | os.X_OK):
+            own = "$(mktemp -d)"
+            return f"d={own} && export HARNESS_IPC_RUNTIME_DIR=$d/run HARNESS_IPC_LOG_DIR=$d/log"
+        return (
+            f"export HARNESS_IPC_RUNTIME_DIR={_quote(own)}/.harness-ipc/run HARNESS_IPC_LOG_DIR={_quote(own)}/.harness-ipc/log"
+        )
+
+    def _quote(path: str) -> str:
+        import shlex
+
+        return shlex.quote(path)
+
+else:
+
+    def check_ancestors(path: str) -> None:
+        """Nothing to check: the access list of the user's profile protects what is in it."""
+
+    def is_own_group(gid: int) -> bool:
+        """Return False: modes don't say who may write."""
+        return False
+
+    def is_shared(path: str) -> bool:
+        """Return False: no mode is changed."""
+        return False
+
+    def find_problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
+        """Return why `path` is not a file or directory (`kind`) of its own, and the remedy."""
+        if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
+            return "is a link", f'rmdir "{path}"'
+        if stat.S_IFMT(info.st_mode) != kind:
+            return "is not what belongs there", f'move "{path}" "{path}.old"'
+        return None
+
+    def make_readable(path: str) -> str:
+        """Return the remedy for a file of this user that he can't read."""
+        return f'icacls "{path}" /reset'
+
+    def after_denial(path: str, default: str) -> str:
+        """Return `default`, the remedy where the system denies this user `path`."""
+        return default
+
+    def elsewhere() -> str:
+        """Return the command that moves the records to another place."""
+        return r"set HARNESS_IPC_RUNTIME_DIR=%USERPROFILE%\.harness-ipc\run"
+
+
+def refusal(path: str, problem: str, remedy: str) -> UnsafeDirectory:
+    """Return the error for `path`, which has the `problem`."""
+    return UnsafeDirectory(f"{path} {problem}, so it is not private to you: run `{remedy}`", path=path, remedy=remedy)
