@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     app.add_argument("app", metavar="MODULE:APP", help="an async function, or an object or class with start, handle and stop")
     app.add_argument("--idle-timeout", type=_seconds, metavar="S", help="end after S seconds without a request")
 
-    serve = commands.add_parser("serve", parents=[app, named], help="be a daemon in the foreground")
+    serve = commands.add_parser("serve", parents=[app, named], help="run a daemon in the foreground")
     serve.add_argument("--json", action="store_true", help="print the endpoint as JSON when ready")
     serve.set_defaults(run=_serve)
 
@@ -469,6 +469,8 @@ def _load_app(specification: str) -> Any:
     import importlib
     import logging
 
+    from .daemon import check_app
+
     module_name, path = _split_app(specification)
     # What this process imports later: some of it tries modules of other systems, which the current directory might have.
     for late in ("filelock", "multiprocessing.connection", "pathlib", "platformdirs", "psutil", "shlex", "tempfile"):
@@ -480,7 +482,9 @@ def _load_app(specification: str) -> Any:
         app: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
             app = getattr(app, attribute)
-        return app() if isinstance(app, type) else app
+        app = app() if isinstance(app, type) else app
+        check_app(app)
+        return app
     except Exception as error:
         logging.getLogger(__name__).exception("%s can't be loaded", specification)
         # An installed module of that name comes before one in the current directory.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import logging.handlers
 import os
 import signal
 import sys
+import threading
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,19 +38,22 @@ _LOG_BACKUPS = 1
 # that the loop turns.
 _LOOK_INTERVAL = 2.0
 
+# `has_claim`: whether this thread is in a `claim_name` block.
+_thread = threading.local()
+
 
 @runtime_checkable
 class App(Protocol):
     """A daemon's application. It may also have ``async health() -> dict``: whether what it depends on answers."""
 
     async def start(self) -> None:
-        """Make ready: called once, before the daemon can be found."""
+        """Acquire resources: called once, before the daemon can be found."""
 
     async def handle(self, message: Message) -> Message:
         """Answer one request."""
 
     async def stop(self) -> None:
-        """Let go: called once after the last request, also if `start` failed."""
+        """Release resources: called once after the last request, also if `start` failed."""
 
 
 def run_daemon(
@@ -65,17 +70,19 @@ def run_daemon(
     claim: Claim | None = None,
     namespace: Namespace | None = None,
 ) -> None:
-    """Be the daemon `name` until SIGTERM, SIGINT, a ``shutdown`` request or `idle_timeout` seconds without a request.
+    """Run the daemon `name` until SIGTERM, SIGINT, SIGHUP, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
-    `app` is an async function from a message to a reply, or an `App`. The log is the file `log_path`; `on_ready` is called
-    in the loop once clients can connect. `claim` is what `claim_name` gave, for a program that has to do slow things before it
-    has an app. `namespace` is where the daemon is: by default where the `ensure_daemon` that started it looks for it. The
-    other arguments are those of `start_daemon_server`.
+    `app` is an async function from a message to a reply, or an `App`, of which `start` and `stop` are optional. The log is
+    the file `log_path`; `on_ready` is called in the loop once clients can connect. `claim` is what `claim_name` gave, for a
+    program that has to do slow things before it has an app. `namespace` is where the daemon is: by default where the
+    `ensure_daemon` that started it looks for it. The other arguments are those of `start_daemon_server`.
 
-    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none; a
-    clean end returns.
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
+    `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
+    imports. A clean end returns.
     """
-    application = _as_app(app)
+    application = check_app(app)
+    _check_context(claim)
     if idle_timeout is not None:
         deadline_after(idle_timeout)
 
@@ -88,7 +95,7 @@ def run_daemon(
             max_message=max_message,
             handshake_timeout=handshake_timeout,
             grace_period=grace_period,
-            health=getattr(application, "health", None),
+            health=application.health,
             on_shutdown=stop.set,
             lock=claimed.lock,
             detached=claimed.report.detached,
@@ -135,7 +142,7 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
     """
-    with startup.reporting() as report:
+    with startup.reporting() as report, _claiming():
         namespace = namespace or Namespace(**report.places)
         lock = endpoint.lock_lifetime(name, namespace=namespace)
         try:
@@ -147,6 +154,15 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
         finally:
             endpoint.forget_start(name, namespace)
             lock.release()
+
+
+@contextlib.contextmanager
+def _claiming() -> Iterator[None]:
+    _thread.has_claim = True
+    try:
+        yield
+    finally:
+        _thread.has_claim = False
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -168,32 +184,51 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
             loop.close()
 
 
-def _as_app(app: App | Handler) -> App:
-    if isinstance(app, App):
-        return app
-    if callable(app):
-        return _FunctionApp(app)
-    raise StartFailed(f"{type(app).__name__} is no app: give an async function, or an object with start, handle and stop")
+class _Functions(NamedTuple):
+    """The coroutine functions of an app."""
+
+    handle: Handler
+    start: Callable[[], Coroutine[Any, Any, None]]
+    stop: Callable[[], Coroutine[Any, Any, None]]
+    health: Callable[[], Coroutine[Any, Any, Message]] | None
 
 
-class _FunctionApp:
-    """The app of a handler that needs neither start nor stop."""
-
-    def __init__(self, handler: Handler) -> None:
-        self._handler = handler
-
-    async def handle(self, message: Message) -> Message:
-        """Hand over to the handler."""
-        return await self._handler(message)
-
-    async def start(self) -> None:
-        """Nothing to prepare."""
-
-    async def stop(self) -> None:
-        """Nothing to let go."""
+async def _do_nothing() -> None:
+    """Take the place of a missing start or stop."""
 
 
-async def _start(app: App, stop: asyncio.Event) -> bool:
+def check_app(app: App | Handler) -> _Functions:
+    """Return the functions of `app`. Raises `TypeError` if it is no app, in words that say what to write."""
+    if isinstance(app, type):
+        raise TypeError(f"{app.__name__} is a class: write run_daemon({app.__name__}())")
+    functions: dict[str, Any] = {"handle": app}
+    if hasattr(app, "handle"):
+        functions = {key: value for key in _Functions._fields if (value := getattr(app, key, None)) is not None}
+    elif not callable(app):
+        raise TypeError(f"app must be an async function or an object with an async handle(), not {type(app).__name__}")
+    for key, function in functions.items():
+        # An object may be called like a function.
+        if not any(map(inspect.iscoroutinefunction, (function, getattr(type(function), "__call__", None)))):  # noqa: B004
+            name = getattr(function, "__qualname__", key)
+            raise TypeError(f"{name} is not async: write `async def {name.rpartition('.')[2].strip('<>')}(...)`")
+    return _Functions(**{"start": _do_nothing, "stop": _do_nothing, "health": None, **functions})
+
+
+def _check_context(claim: Claim | None) -> None:
+    """Raise `RuntimeError` where no daemon can run."""
+    if claim is None and getattr(_thread, "has_claim", False):
+        raise RuntimeError(
+            "run_daemon was called while `harness-ipc serve` imports this module: "
+            'write it below `if __name__ == "__main__":`, or start the program without `serve`'
+        )
+    if asyncio._get_running_loop() is not None:
+        raise RuntimeError(
+            "run_daemon runs an event loop of its own: call it outside of coroutines, or write "
+            "`await start_daemon_server(...)` here"
+        )
+
+
+async def _start(app: _Functions, stop: asyncio.Event) -> bool:
     """Wait for the app's start. Return False if `stop` was set before it was done."""
     starting = asyncio.ensure_future(app.start())
     stopping = asyncio.ensure_future(stop.wait())
@@ -232,20 +267,27 @@ async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout:
 
 @contextlib.contextmanager
 def _stopping_signals(stop: asyncio.Event) -> Any:
-    """Set `stop` on SIGTERM and SIGINT (and Ctrl-Break on Windows). A second one has its default effect: an end at once."""
+    """Set `stop` on SIGTERM, SIGINT and SIGHUP (Windows: SIGINT and Ctrl-Break).
+
+    A second SIGTERM or SIGINT ends the process at once. A second SIGHUP does not: a terminal that closes sends two. SIGHUP
+    stays ignored if it is (nohup).
+    """
     loop = asyncio.get_running_loop()
     previous: dict[int, Any] = {}
 
     def on_signal(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-        logger.info("received %s", signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if name != "SIGHUP":
+            signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
+        loop.call_soon_threadsafe(logger.info, "received %s", name)
         loop.call_soon_threadsafe(stop.set)
 
     try:
-        for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+        for signal_name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, signal_name, None)
-            if number is not None:
-                previous[number] = signal.signal(number, on_signal)
+            if number is None or (signal_name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
+            previous[number] = signal.signal(number, on_signal)
     except ValueError:
         logger.info("not in the main thread: signals are left alone")
     try:

@@ -540,12 +540,13 @@ from harness_ipc import *
 from harness_ipc import auth, endpoint
 record = endpoint.load(sys.argv[1])
 real = endpoint.Record
+async def handle(message): return message
 failures = [
     lambda: connect_daemon(sys.argv[1]).call("raise"),
     lambda: connect_daemon(sys.argv[1]).call("block", seconds=0.2, timeout=0.01),
     lambda: connect_daemon(sys.argv[1], timeout=0.0),
     lambda: connect_daemon("nobody"),
-    lambda: run_daemon(lambda message: message, sys.argv[1]),
+    lambda: run_daemon(handle, sys.argv[1]),
     lambda: request(sys.argv[1], {"a": float("nan")}),
     lambda: real({**record.public(), "authkey": record.authkey.hex()[1:]}),
     lambda: real({**record.public(), "authkey": record.authkey.hex(), "pid": "x"}),

@@ -116,7 +116,7 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
         (["ping"], 3, "no daemon 'default' is running"),
         (["serve", "nosuchmodule:app"], 6, "nosuchmodule"),
         (["serve", "os:nosuchapp"], 6, "nosuchapp"),
-        (["serve", "os:sep"], 6, "str is no app"),
+        (["serve", "os:sep"], 6, "app must be an async function or an object with an async handle(), not str"),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
@@ -126,6 +126,25 @@ def test_what_goes_wrong_is_one_line_and_a_status(arguments: list[str], status: 
     assert "Traceback" not in result.stderr
     if not result.stderr.startswith("usage:"):
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def app(message): return message", "app is not async: write `async def app(...)`"),
+        ("import harness_ipc\nharness_ipc.run_daemon(print, 'x')\napp = 1", "print is not async"),
+        (
+            "import harness_ipc\nasync def app(message): return {}\nharness_ipc.run_daemon(app, 'x')",
+            "RuntimeError: run_daemon was called while `harness-ipc serve` imports this module: write it below `if __name__ ==",
+        ),
+    ],
+)
+def test_serve_says_what_to_write_in_the_module(private_directories: Path, text: str, words: str) -> None:
+    (private_directories / "svc.py").write_text(text)
+    result = _run("serve", "svc:app", cwd=private_directories)
+    assert (result.returncode, result.stdout) == (6, "")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @needs_posix

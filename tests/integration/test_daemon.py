@@ -122,7 +122,8 @@ def mode(path: Path) -> int:
 
 # Its end.
 
-ENDS = ["shutdown", pytest.param("SIGTERM", marks=needs_posix), pytest.param("SIGINT", marks=needs_posix)]
+SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP"]
+ENDS = ["shutdown", *(pytest.param(name, marks=needs_posix) for name in SIGNALS)]
 
 
 @pytest.mark.parametrize("way", ENDS)
@@ -178,6 +179,54 @@ def test_a_second_signal_ends_a_long_drain_at_once(number: str) -> None:
         assert isinstance(job.exception(PATIENCE), (RemoteError, ConnectionLost))
     with spawn_daemon("test"):
         assert serves()
+
+
+@needs_posix
+def test_second_hangup_does_not_cut_the_drain_short() -> None:
+    with spawn_daemon("test", grace_period=NEVER) as daemon, in_flight(seconds=1.0, tag="slept") as job:
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: "received SIGHUP" in the_log())
+        daemon.signal(signal.SIGHUP)
+        assert job.result(PATIENCE) == "slept"
+        assert daemon.wait() == 0
+        assert daemon.read_line() == "stopped"
+    assert_clean()
+
+
+@needs_posix
+def test_hangup_that_was_ignored_at_the_start_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with spawn_daemon("test") as daemon:
+            daemon.signal(signal.SIGHUP)
+            assert serves()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert "SIGHUP" not in the_log()
+
+
+@needs_posix
+def test_closing_the_terminal_of_serve_runs_stop(private_directories: Path) -> None:
+    import pty
+
+    (private_directories / "svc.py").write_text(
+        "import os\n"
+        "class App:\n"
+        "    async def start(self): print('starting')\n"
+        "    async def handle(self, message): return {'result': message.get('params')}\n"
+        f"    async def stop(self): open({str(private_directories / 'stopped')!r}, 'w').close()\n"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(private_directories)
+        os.execv(sys.executable, [sys.executable, "-m", "harness_ipc", "serve", "svc:App", "--name", "test"])
+    wait_until(lambda: ping("test"))
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert (private_directories / "stopped").exists()
+    assert_clean()
 
 
 def test_a_stop_that_fails_is_logged_and_leaves_nothing() -> None:
@@ -238,7 +287,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
 
 
 @needs_posix
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_start_that_takes_long(number: str) -> None:
     with spawn_app("StartsForEver", until="starting") as daemon:
         assert runtime_files() == ["test.starting"]
@@ -248,12 +297,60 @@ def test_a_signal_ends_a_start_that_takes_long(number: str) -> None:
     assert_clean()
 
 
-@pytest.mark.parametrize("app", [object(), 1, None, type("Half", (), {"handle": function})()])
-def test_what_is_no_app_is_refused_before_anything_is_done(app: Any) -> None:
-    with pytest.raises(StartFailed, match=type(app).__name__):
+class SyncStart:
+    def start(self) -> None: ...
+
+    async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        return message
+
+
+def sync_handler(message: dict[str, Any]) -> dict[str, Any]:
+    return message
+
+
+@pytest.mark.parametrize(
+    ("app", "text"),
+    [
+        (object(), r"app must be an async function or an object with an async handle\(\), not object"),
+        (None, "not NoneType"),
+        (App, r"App is a class: write run_daemon\(App\(\)\)"),
+        (sync_handler, r"sync_handler is not async: write `async def sync_handler\("),
+        (lambda message: message, r"write `async def lambda\("),
+        (SyncStart(), r"SyncStart.start is not async: write `async def start\("),
+    ],
+)
+def test_unusable_app_is_refused_before_anything_is_done(app: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
         run_daemon(app, "test")
     with pytest.raises(FileNotFoundError):
         runtime_files()
+
+
+def test_run_daemon_inside_a_running_loop_is_refused() -> None:
+    async def main() -> None:
+        run_daemon(function, "test")
+
+    with pytest.raises(RuntimeError, match="await start_daemon_server"):
+        asyncio.run(main())
+
+
+class OnlyHandle:
+    async def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"result": message.get("params")}
+
+
+class Callable:
+    async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"result": message.get("params")}
+
+
+@pytest.mark.parametrize("app", ["OnlyHandle", "Callable"])
+def test_app_needs_no_more_than_an_async_handler(app: str) -> None:
+    with spawn_app(app) as daemon:
+        assert serves()
+        request("test", {"meta": "shutdown"})
+        assert daemon.wait() == 0
+    assert_clean()
 
 
 def test_it_runs_in_a_thread_that_may_not_handle_signals() -> None:
