@@ -52,6 +52,24 @@ if sys.platform != "win32":
     def _header(size: int) -> bytes:
         return _HEADER.pack(size) if size <= _MOST_SHORT else _HEADER.pack(-1) + _LONG_HEADER.pack(size)
 
+    def _poll(sock: socket.socket, event: int) -> select.poll | _Select:
+        if not hasattr(select, "poll"):
+            return _Select(sock, event)
+        poll = select.poll()
+        poll.register(sock, event)
+        return poll
+
+    class _Select:
+        """`select.poll` for one socket and one event where eventlet has removed that."""
+
+        def __init__(self, sock: socket.socket, event: int) -> None:
+            self._sets = ([sock], []) if event == select.POLLIN else ([], [sock])
+
+        def poll(self, timeout: float | None) -> list[socket.socket]:
+            """Wait for at most `timeout` milliseconds."""
+            readable, writable, _ = select.select(*self._sets, [], None if timeout is None else timeout / 1000)
+            return [*readable, *writable]
+
     class Connection:
         """A socket with the frames of `multiprocessing.connection.Connection`, and a deadline.
 
@@ -69,8 +87,7 @@ if sys.platform != "win32":
             self.deadline = inf
             self._buffered = b""
             self._held = b""
-            self._receivable = select.poll()
-            self._receivable.register(sock, select.POLLIN)
+            self._receivable = _poll(sock, select.POLLIN)
 
         def __enter__(self) -> Self:
             return self
@@ -237,11 +254,9 @@ if sys.platform != "win32":
                 try:
                     return self._socket.send(buf, _NO_SIGNAL)
                 except BlockingIOError:
-                    sendable = select.poll()
-                    sendable.register(self._socket, select.POLLOUT)
-                    self._wait(sendable)
+                    self._wait(_poll(self._socket, select.POLLOUT))
 
-        def _wait(self, poll: select.poll) -> None:
+        def _wait(self, poll: select.poll | _Select) -> None:
             # Rounded up: a poll that ends before the deadline would only be repeated.
             while not poll.poll(None if self.deadline == inf else ceil(remaining(self.deadline) * 1000)):
                 pass

@@ -98,7 +98,7 @@ def run_daemon(
             health=application.health,
             on_shutdown=stop.set,
             lock=claimed.lock,
-            detached=claimed.report.detached,
+            detached=claimed.report.start.get("detached"),
             namespace=claimed.namespace,
         )
         async with server:
@@ -132,7 +132,7 @@ class Claim(NamedTuple):
     """This process is the daemon of a name: no other can be, and its starter waits for its word."""
 
     lock: BaseFileLock
-    report: startup.Report
+    report: startup.ReadyPipe
     namespace: Namespace
 
 

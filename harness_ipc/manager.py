@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
-import subprocess
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,10 @@ _TRIES = 3
 _EXIT_PERIOD = 2.0
 # Bytes.
 _LOG_TAIL = 4096
+# Seconds between two looks for the record of a child that says nothing.
+_LOOK_INTERVAL = 0.05
+# The line before each start, and entries of the log that tell of no fault.
+_OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
 def ensure_daemon(
@@ -200,42 +205,83 @@ def _start(
     descriptor = paths.open_private_log(log)
     try:
         banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(argv))[1:-1]}\n"
-        start = os.fstat(descriptor).st_size
+        offset = os.fstat(descriptor).st_size
+        places = {"runtime_dir": namespace.runtime_dir, "log_dir": namespace.log_dir}
+        start = {**places, "argv": argv, "cwd": _absolute(cwd), "env": sorted(env or {})}
         try:
             os.write(descriptor, banner.encode())
-            environment = {**os.environ, **(env or {})}
-            places = {"runtime_dir": namespace.runtime_dir, "log_dir": namespace.log_dir}
-            child = startup.Child(argv, places=places, environment=environment, cwd=cwd, stderr=descriptor)
+            child = startup.Child(argv, start=start, environment={**os.environ, **(env or {})}, cwd=cwd, stderr=descriptor)
         except (OSError, ValueError) as error:
-            text = error.strerror if isinstance(error, OSError) else error
-            raise StartFailed(f"{argv[0]!a} can't be started: {text}; check the command and the directory {cwd}") from error
+            raise _not_executable(argv[0], cwd, error) from error
     finally:
         os.close(descriptor)
     try:
-        word = child.next_word(remaining(deadline))
-    except TimeoutError:
-        raise _still_starting(name, namespace) from None
-    if word is None:
-        # Most likely it ends. If not, it closed what it had inherited.
-        while child.process.poll() is None:
-            if probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
-                return True
-            if not sleep_until_retry(deadline):
-                raise _still_starting(name, namespace)
-        raise _start_failed(
-            name, f"it ended with status {child.process.returncode} before it was ready", log, start, quote=True
-        )
-    if word.get("state") == "failed":
-        if word.get("type") == AlreadyRunning.__name__:
-            return False
-        # It has yet to print its traceback.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.process.wait(_EXIT_PERIOD)
-        raise _start_failed(name, str(word.get("message")), log, start)
-    if (place := (word.get("name"), word.get("directory"))) != (name, namespace.runtime_dir):
-        child.process.terminate()
-        raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, start)
-    return True
+        message = _next_message(name, child, deadline, namespace)
+        state = message.get("state")
+        if state == "published" or message.get("type") == AlreadyRunning.__name__:
+            return state == "published"
+        if state == "refused":
+            raise _not_executable(argv[0], cwd, OSError(message["errno"], os.strerror(message["errno"])))
+        if state == "ended":
+            raise _start_failed(name, f"it {_ending(message['status'])} before it was ready", log, offset, quote=True)
+        if state == "failed":
+            # It has yet to print its traceback.
+            _wait_for_exit(child)
+            raise _start_failed(name, str(message.get("message")), log, offset)
+        if (place := (message.get("name"), message.get("directory"))) != (name, namespace.runtime_dir):
+            child.process.terminate()
+            _wait_for_exit(child)
+            raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, offset)
+        return True
+    finally:
+        child.close()
+
+
+def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
+    """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
+
+    Raises `DaemonTimeout`.
+    """
+    while True:
+        ended = child.process.poll() is not None
+        if (message := child.next_message(min(_LOOK_INTERVAL, remaining(deadline)))) is not None:
+            return message
+        # A program that closed what it inherited, or whose wrapper did.
+        if published_generation(name, namespace) and probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
+            return {"state": "published"}
+        # One that made itself a daemon has ended well, and has left the process that will be it.
+        if ended and not (child.process.returncode == 0 and child.has_descendants()):
+            return {"state": "ended", "status": child.process.returncode}
+        if not sleep_until_retry(deadline):
+            raise _still_starting(name, namespace)
+
+
+def _wait_for_exit(child: startup.Child) -> None:
+    deadline = deadline_after(_EXIT_PERIOD)
+    while child.process.poll() is None and sleep_until_retry(deadline):
+        pass
+
+
+def _ending(status: int) -> str:
+    """Return how a process ended that has this `returncode`."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+def _absolute(cwd: str | None) -> str | None:
+    """Return the directory that a child is started in, or None where it was removed."""
+    with contextlib.suppress(OSError):
+        return os.path.abspath(cwd or os.getcwd())
+    return None
+
+
+def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFailed:
+    text = error.strerror if isinstance(error, OSError) else error
+    return StartFailed(f"{program!a} can't be started: {text}; check the command and the directory {cwd}")
 
 
 def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:
@@ -245,9 +291,10 @@ def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = Fa
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _LOG_TAIL, start if start < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")
-    last = tail.rstrip().rpartition("\n")[2]
-    if quote and not last.startswith("---"):
-        why = f"{why} ({ascii(last)[1:-1]})"
+    # What it printed last, not what we logged.
+    lines = [line for line in tail.splitlines() if line.strip() and not _OWN_LINE.match(line)]
+    if quote and lines:
+        why = f"{why} ({ascii(lines[-1])[1:-1]})"
     return StartFailed(f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}", log_tail=tail)
 
 
@@ -277,10 +324,10 @@ def _ask_to_stop(name: str, generation: str, timeout: float, namespace: Namespac
 def _end(name: str, process: psutil.Process, timeout: float) -> None:
     import psutil
 
-    for signal, period in ((None, timeout), (process.terminate, _TERMINATE_PERIOD), (process.kill, _KILL_PERIOD)):
+    for send_signal, period in ((None, timeout), (process.terminate, _TERMINATE_PERIOD), (process.kill, _KILL_PERIOD)):
         try:
-            if signal is not None:
-                signal()
+            if send_signal is not None:
+                send_signal()
         except psutil.NoSuchProcess:
             return
         except psutil.AccessDenied as error:

@@ -1,7 +1,8 @@
-"""What a daemon that starts says to whoever started it: both ends of the pipe between them. It knows neither names nor records.
+"""What a starting daemon says to its starter: both ends of the pipe between them. It knows neither names nor records.
 
-The starter passes the pipe's writing end and how it has detached the child on in an environment variable; `run_daemon` takes it
-and says "ready", or why not. If the child dies first, the pipe's end says so: nobody has to guess or to poll.
+The starter passes the pipe's writing end in an environment variable, with what the daemon must know of its start; `run_daemon`
+takes it and says "ready", or why not. Nothing here depends on that: programs close what they inherit, so the starter looks for
+the daemon's record too.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import contextlib
 import io
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
-    Word = dict[str, Any]
+    StartMessage = dict[str, Any]
 
 VARIABLE = "HARNESS_IPC_START"
+# Seconds for our launcher to end after it was told to. It has nothing left to do.
+_RELEASE_PERIOD = 2.0
 
 if sys.platform == "win32":
     import msvcrt
@@ -36,8 +38,8 @@ if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
 
     def _popen(
-        argv: Sequence[str], writer: int, start: dict[str, Any], environment: Mapping[str, str], options: dict[str, Any]
-    ) -> Any:
+        argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
+    ) -> subprocess.Popen[bytes]:
         os.set_inheritable(writer, True)
         handle = msvcrt.get_osfhandle(writer)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
@@ -45,114 +47,198 @@ if sys.platform == "win32":
         for how, flag in (("breakaway", subprocess.CREATE_BREAKAWAY_FROM_JOB), ("job", 0)):
             detached = spawn_kwargs()
             detached["creationflags"] |= flag
-            env = {**environment, VARIABLE: json.dumps({"fd": handle, "detached": how, **start})}
+            text = json.dumps({"handle": handle, "starter": os.getpid(), "detached": how, **start})
+            options |= {"env": {**env, VARIABLE: text}, "stdin": subprocess.DEVNULL}
             try:
-                return subprocess.Popen(argv, env=env, startupinfo=startup, close_fds=True, **detached, **options)
+                return subprocess.Popen(argv, startupinfo=startup, close_fds=True, **detached, **options)
             except PermissionError:
                 if not flag:
                     raise
         raise AssertionError("the second try returns or raises")
 
-    def _inherited(handle: int) -> int:
-        return msvcrt.open_osfhandle(handle, os.O_WRONLY)
+    def _read(reader: int, timeout: float) -> bytes | None:
+        """Return what is there within `timeout` seconds, b"" at the end, or None."""
+        import _winapi
+
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if _winapi.PeekNamedPipe(msvcrt.get_osfhandle(reader), 0)[0]:
+                    return os.read(reader, 65536)
+            except BrokenPipeError:
+                return b""
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.005)
+
+    def _inherited(start: dict[str, Any]) -> int | None:
+        handle = start["handle"]
+        return msvcrt.open_osfhandle(handle, os.O_WRONLY) if _serves(handle, start["starter"]) else None
+
+    def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
+        try:
+            return _serves(msvcrt.get_osfhandle(descriptor), start["starter"])
+        except OSError:
+            return False
+
+    def _serves(handle: int, starter: int) -> bool:
+        """Return whether `handle` is of a pipe that the process `starter` made."""
+        import ctypes
+
+        pid = ctypes.c_ulong()
+        get_pid = ctypes.WinDLL("kernel32").GetNamedPipeServerProcessId
+        return bool(get_pid(ctypes.c_void_p(handle), ctypes.byref(pid))) and pid.value == starter
 
 else:
+    import stat
 
     def spawn_kwargs() -> dict[str, Any]:
         """Return the arguments of `subprocess.Popen` that detach a child from our session, so that it outlives us."""
         return {"start_new_session": True}
 
     def _popen(
-        argv: Sequence[str], writer: int, start: dict[str, Any], environment: Mapping[str, str], options: dict[str, Any]
-    ) -> Any:
-        env = {**environment, VARIABLE: json.dumps({"fd": writer, "detached": "session", **start})}
-        return subprocess.Popen(argv, env=env, pass_fds=(writer,), **spawn_kwargs(), **options)
+        argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
+    ) -> subprocess.Popen[bytes]:
+        # A frozen application's executable is itself: no interpreter that runs our launcher.
+        if sys.executable and not getattr(sys, "frozen", False):
+            launcher = os.path.join(os.path.dirname(__file__), "_launcher.py")
+            argv = [sys.executable, "-I", "-S", launcher, str(writer), *argv]
+            options["stdin"] = leash
+        text = json.dumps({"fd": writer, "inode": os.fstat(writer).st_ino, "detached": "session", **start})
+        return subprocess.Popen(argv, env={**env, VARIABLE: text}, pass_fds=(writer,), **spawn_kwargs(), **options)
 
-    def _inherited(descriptor: int) -> int:
+    def _read(reader: int, timeout: float) -> bytes | None:
+        """Return what is there within `timeout` seconds, b"" at the end, or None."""
+        import selectors
+
+        # Not select.poll: eventlet removes it.
+        with selectors.DefaultSelector() as selector:
+            selector.register(reader, selectors.EVENT_READ)
+            return os.read(reader, 65536) if selector.select(timeout) else None
+
+    def _inherited(start: dict[str, Any]) -> int | None:
+        descriptor: int = start["fd"]
+        if not _is_ours(descriptor, start):
+            return None
         os.set_inheritable(descriptor, False)
         return descriptor
 
+    def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
+        try:
+            found = os.fstat(descriptor)
+        except (OSError, OverflowError):
+            return False
+        return stat.S_ISFIFO(found.st_mode) and found.st_ino == start["inode"]
+
 
 class Child:
-    """A detached child, and what it says. Its standard input and output are the null device."""
+    """A detached child, and its messages. On POSIX `process` is our launcher, which ends as the child does."""
 
     def __init__(
         self,
         argv: Sequence[str],
         *,
-        places: dict[str, str],
+        start: dict[str, Any],
         environment: Mapping[str, str],
         cwd: str | None,
         stderr: int,
     ) -> None:
-        """Start it, and tell it its "runtime_dir" and "log_dir". Raises `OSError`."""
-        reader, writer = os.pipe()
+        """Start it, and tell it `start`: what `ReadyPipe.start` says. Raises `OSError`."""
+        self._id = os.urandom(8).hex()
+        self._lines: list[bytes] = []
+        self._rest = b""
+        self._reader, writer = os.pipe()
+        leash, self._leash = os.pipe()
         try:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr, "cwd": cwd}
-            self.process: subprocess.Popen[bytes] = _popen(argv, writer, places, environment, options)
+            self.process = _popen(argv, writer, leash, {**start, "id": self._id}, environment, options)
         except BaseException:
-            os.close(reader)
+            os.close(self._reader)
+            os.close(self._leash)
             raise
         finally:
             os.close(writer)
-        self._words: queue.SimpleQueue[Word | None] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, args=(reader,), name="harness-ipc-starter", daemon=True).start()
+            os.close(leash)
 
-    def next_word(self, timeout: float) -> Word | None:
-        """Return what the child says next, or None when it will say nothing more. Raises `TimeoutError` after seconds."""
-        try:
-            return self._words.get(timeout=min(timeout, threading.TIMEOUT_MAX))
-        except queue.Empty:
-            raise TimeoutError from None
+    def next_message(self, timeout: float) -> StartMessage | None:
+        """Return the next message if there is one within `timeout` seconds; after the last, None at once."""
+        deadline = time.monotonic() + timeout
+        while True:
+            while self._lines:
+                with contextlib.suppress(ValueError, TypeError):
+                    return dict(json.loads(self._lines.pop(0)))
+            data = _read(self._reader, max(0.0, deadline - time.monotonic()))
+            if not data:
+                return None
+            *self._lines, self._rest = (self._rest + data).split(b"\n")
 
-    def _listen(self, reader: int) -> None:
-        with open(reader, "rb") as pipe:
-            for line in pipe:
-                with contextlib.suppress(ValueError):
-                    self._words.put(json.loads(line))
-        self._words.put(None)
-        # A child that ends while we live on must not stay behind as a zombie.
-        self.process.wait()
+    def has_descendants(self) -> bool:
+        """Return whether a process that the child started runs, seen by its environment."""
+        import psutil
 
-
-class Report:
-    """The child's end. It says nothing if nobody listens."""
-
-    def __init__(self, descriptor: int | None, start: dict[str, Any]) -> None:
-        self._descriptor = descriptor
-        self.detached: str | None = start.get("detached")
-        self.places = {key: start[key] for key in ("runtime_dir", "log_dir") if key in start}
-
-    def send(self, **word: Any) -> None:
-        """Say one word. A starter that has gone meanwhile does not matter."""
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.write(self._descriptor, json.dumps(word).encode() + b"\n")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if self._id in process.environ().get(VARIABLE, ""):
+                    return True
+        return False
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Let the child go. Waits for our launcher, which leaves no zombie, and not for the child."""
+        os.close(self._reader)
+        os.close(self._leash)
+        deadline = time.monotonic() + (_RELEASE_PERIOD if os.name == "posix" else 0.0)
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        # It goes on by itself: no ResourceWarning.
+        self.process.returncode = self.process.returncode or 0
+
+
+class ReadyPipe:
+    """The child's end. Writes nothing where nobody listens. `start` is what the starter said, or empty.
+
+    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon; "env", the names of the variables that the
+    starter added; and "detached".
+    """
+
+    def __init__(self, text: str) -> None:
+        self.start: dict[str, Any] = {}
+        self._descriptor: int | None = None
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+            self.start = dict(json.loads(text))
+            self._descriptor = _inherited(self.start)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The arguments of `Namespace`."""
+        return {key: self.start[key] for key in ("runtime_dir", "log_dir") if key in self.start}
+
+    def send(self, **message: Any) -> None:
+        """Send one message. A starter that has gone meanwhile does not matter."""
+        if self._descriptor is not None and _is_ours(self._descriptor, self.start):
+            with contextlib.suppress(OSError):
+                os.write(self._descriptor, json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        """Send nothing more."""
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
+        # The program may have closed what it did not open, and have opened another file meanwhile.
+        if descriptor is not None and _is_ours(descriptor, self.start):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Report]:
-    """Give the report to this process' starter, and tell it the error that ends the block, if one does."""
-    # Taken out: what this process starts is not what was started.
-    text = os.environ.pop(VARIABLE, "")
-    report = Report(None, {})
-    with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-        start = json.loads(text)
-        report = Report(_inherited(start["fd"]), start)
-        if isinstance(sys.stderr, io.TextIOWrapper):
-            # It goes into the log, which is in UTF-8 whatever the system's code page is.
-            sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+def reporting() -> Iterator[ReadyPipe]:
+    """Give the pipe to this process' starter, and tell it the error that ends the block, if one does."""
+    # Removed: the children of this process were not started by our starter.
+    pipe = ReadyPipe(os.environ.pop(VARIABLE, ""))
+    if pipe.start and isinstance(sys.stderr, io.TextIOWrapper):
+        # It goes into the log, which is in UTF-8 whatever the system's code page is.
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        yield report
+        yield pipe
     except Exception as error:
-        report.send(state="failed", type=type(error).__name__, message=str(error))
+        pipe.send(state="failed", type=type(error).__name__, message=str(error))
         raise
     finally:
-        report.close()
+        pipe.close()

@@ -1,117 +1,208 @@
-"""The pipe between a starter and its child: what is said arrives, and nobody is disturbed when nobody listens."""
+"""The pipe between a starter and its child: messages arrive, and nothing is written where nobody listens."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness_ipc import startup
 from harness_ipc.errors import AlreadyRunning
 from tests.marks import needs_posix
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, wait_until
 
 
-@pytest.mark.parametrize("value", ["", "{", "7", "[]", "{}", '{"fd": "x"}', '{"fd": -1}', '{"fd": 99999}'])
+@pytest.mark.parametrize("value", ["", "{", "7", "[]", "{}", '{"fd": "x"}', '{"fd": -1, "inode": 1}', '{"fd": 99999}'])
 def test_without_a_starter_nothing_is_said_and_nothing_fails(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(startup.VARIABLE, value)
-    with startup.reporting() as report:
-        report.send(state="ready")
-        report.close()
-        report.send(state="later")
+    with startup.reporting() as pipe:
+        pipe.send(state="ready")
+        pipe.close()
+        pipe.send(state="later")
     assert startup.VARIABLE not in os.environ
-    assert report.detached is None
+    assert pipe.places == {}
+
+
+def set_start(monkeypatch: pytest.MonkeyPatch, descriptor: int, **more: Any) -> None:
+    start = {"fd": descriptor, "inode": os.fstat(descriptor).st_ino, **more}
+    monkeypatch.setenv(startup.VARIABLE, json.dumps(start))
 
 
 @needs_posix
-def test_what_ends_the_block_is_told_and_the_pipe_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_ends_the_block_is_sent_and_the_pipe_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
-    monkeypatch.setenv(
-        startup.VARIABLE, json.dumps({"fd": writer, "detached": "session", "runtime_dir": "/run", "log_dir": "/log"})
-    )
+    set_start(monkeypatch, writer)
 
     def start() -> None:
-        with startup.reporting() as report:
+        with startup.reporting() as pipe:
             assert not os.get_inheritable(writer)
-            report.send(state="starting")
+            pipe.send(state="starting")
             raise AlreadyRunning("by another")
 
     with pytest.raises(AlreadyRunning):
         start()
-    with open(reader, "rb") as pipe:
-        words = [json.loads(line) for line in pipe]
-    assert words == [{"state": "starting"}, {"state": "failed", "type": "AlreadyRunning", "message": "by another"}]
+    with open(reader, "rb") as file:
+        messages = [json.loads(line) for line in file]
+    assert messages == [{"state": "starting"}, {"state": "failed", "type": "AlreadyRunning", "message": "by another"}]
 
 
 @needs_posix
 def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setenv(
-        startup.VARIABLE, json.dumps({"fd": writer, "detached": "session", "runtime_dir": "/run", "log_dir": "/log"})
-    )
-    with startup.reporting() as report:
-        report.send(state="ready")
-        assert report.detached == "session"
-        assert report.places == {"runtime_dir": "/run", "log_dir": "/log"}
+    set_start(monkeypatch, writer, detached="session", runtime_dir="/run", log_dir="/log")
+    with startup.reporting() as pipe:
+        pipe.send(state="ready")
+        assert pipe.start["detached"] == "session"
+        assert pipe.places == {"runtime_dir": "/run", "log_dir": "/log"}
 
 
-def child(code: str, log: Path) -> startup.Child:
+@needs_posix
+@pytest.mark.parametrize("kind", ["file", "another pipe"])
+def test_nothing_is_written_to_and_nothing_closes_a_descriptor_that_is_not_the_pipe(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The starter's pipe was closed, and its number is another file's.
+    reader, writer = os.pipe()
+    set_start(monkeypatch, writer, runtime_dir="/run", log_dir="/log")
+    other = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT) if kind == "file" else os.pipe()[1]
+    os.dup2(other, writer)
+    with startup.reporting() as pipe:
+        pipe.send(state="ready")
+        pipe.close()
+        # A wrapper's doing: the start itself is known.
+        assert pipe.places == {"runtime_dir": "/run", "log_dir": "/log"}
+    assert os.path.sameopenfile(writer, other)
+    assert os.read(reader, 100) == b""
+    assert kind != "file" or (tmp_path / "data").read_bytes() == b""
+    for descriptor in (reader, writer, other):
+        os.close(descriptor)
+
+
+@needs_posix
+def test_a_pipe_that_is_closed_while_the_app_starts_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    set_start(monkeypatch, writer)
+    with startup.reporting() as pipe:
+        os.close(writer)
+        assert os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT) == writer
+        pipe.send(state="ready")
+        pipe.close()
+        pipe.send(state="later")
+    os.fstat(writer)
+    assert (tmp_path / "data").read_bytes() == b""
+    os.close(writer)
+    os.close(reader)
+
+
+@contextlib.contextmanager
+def child(code: str, log: Path) -> Iterator[startup.Child]:
     with open(log, "ab") as file:
-        return startup.Child([sys.executable, "-c", code], places={}, environment=os.environ, cwd=None, stderr=file.fileno())
+        argv = [sys.executable, "-c", code]
+        started = startup.Child(argv, start={}, environment=os.environ, cwd=None, stderr=file.fileno())
+    try:
+        yield started
+    finally:
+        started.close()
 
 
-def test_a_childs_words_arrive_and_its_end_is_no_zombie(tmp_path: Path) -> None:
+def exit_status(started: startup.Child) -> int | None:
+    wait_until(lambda: started.process.poll() is not None)
+    return started.process.returncode
+
+
+def test_a_childs_messages_arrive(tmp_path: Path) -> None:
     code = (
         "from harness_ipc import startup\n"
-        "with startup.reporting() as report:\n"
-        "    report.send(state='ready', how=report.detached)\n"
-        "    report.close()\n"
+        "with startup.reporting() as pipe:\n"
+        "    pipe.send(state='ready', how=pipe.start['detached'])\n"
+        "    pipe.send(state='large', text='x' * 200_000)\n"
+        "    pipe.close()\n"
         "    import sys; print('told', file=sys.stderr); print(repr(sys.stdin.read()), file=sys.stderr); print('nowhere')\n"
     )
-    started = child(code, tmp_path / "log")
-    word = started.next_word(PATIENCE)
-    assert word is not None
-    assert word["state"] == "ready"
-    assert word["how"] in (("session",) if os.name == "posix" else ("breakaway", "job"))
-    assert started.next_word(PATIENCE) is None
-    assert started.process.wait(PATIENCE) == 0
+    with child(code, tmp_path / "log") as started:
+        message = started.next_message(PATIENCE)
+        assert message is not None
+        assert message["state"] == "ready"
+        assert message["how"] in (("session",) if os.name == "posix" else ("breakaway", "job"))
+        assert started.next_message(PATIENCE) == {"state": "large", "text": "x" * 200_000}
+        assert started.next_message(PATIENCE) is None
+        assert exit_status(started) == 0
     assert (tmp_path / "log").read_text().split() == ["told", "''"]
 
 
-def test_a_child_that_dies_says_nothing_more(tmp_path: Path) -> None:
-    started = child("raise SystemExit(3)", tmp_path / "log")
-    assert started.next_word(PATIENCE) is None
-    assert started.process.wait(PATIENCE) == 3
+ENDINGS = {"raise SystemExit(3)": 3, "import os; os._exit(200)": 200}
+if os.name == "posix":
+    ENDINGS |= {f"import os; os.kill(os.getpid(), {number})": -number for number in (9, 15)}
 
 
-def test_waiting_for_a_word_ends_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ENDINGS)
+def test_the_exit_status_or_signal_of_a_child_is_passed_on(code: str, tmp_path: Path) -> None:
+    with child(code, tmp_path / "log") as started:
+        assert started.next_message(PATIENCE) is None
+        assert exit_status(started) == ENDINGS[code]
+
+
+def test_waiting_for_a_message_ends_in_time(tmp_path: Path) -> None:
     code = (
         "import threading\n"
         "from harness_ipc import startup\n"
-        "with startup.reporting() as report:\n"
-        "    report.send(state='here')\n"
+        "with startup.reporting() as pipe:\n"
+        "    pipe.send(state='here')\n"
         "    threading.Event().wait()\n"
     )
-    started = child(code, tmp_path / "log")
-    try:
+    with child(code, tmp_path / "log") as started:
         # Not before: Wine does not close the pipe of a process that is killed while it comes into being.
-        assert started.next_word(PATIENCE) == {"state": "here"}
-        with pytest.raises(TimeoutError):
-            started.next_word(0.05)
-    finally:
-        started.process.kill()
-    assert started.next_word(PATIENCE) is None
+        assert started.next_message(PATIENCE) == {"state": "here"}
+        begin = time.monotonic()
+        assert started.next_message(0.05) is None
+        assert 0.04 < time.monotonic() - begin < PATIENCE / 2
+        # On POSIX it is the launcher, which passes it on.
+        started.process.terminate()
+        assert started.next_message(PATIENCE) is None
+        assert exit_status(started) != 0
 
 
-def test_what_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -> None:
+@needs_posix
+def test_a_closed_child_goes_on_without_the_launcher_and_without_a_zombie(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from harness_ipc import startup\n"
+        "with startup.reporting() as pipe:\n"
+        "    launcher = os.getppid()\n"
+        "    pipe.send(pid=os.getpid())\n"
+        "    while os.getppid() == launcher: time.sleep(0.01)\n"
+        "    print('alone', flush=True, file=__import__('sys').stderr)\n"
+    )
+    with child(code, tmp_path / "log") as started:
+        message = started.next_message(PATIENCE)
+        assert message is not None
+        assert message["pid"] != started.process.pid
+    with pytest.raises(ChildProcessError):
+        os.waitpid(started.process.pid, os.WNOHANG)
+    wait_until(lambda: (tmp_path / "log").read_text() == "alone\n")
+
+
+def test_a_program_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -> None:
     before = os.dup(0)
     os.close(before)
     with pytest.raises(OSError), open(tmp_path / "log", "ab") as log:  # noqa: PT011 - it depends on the system which
-        startup.Child([str(tmp_path / "nothing")], places={}, environment=os.environ, cwd=None, stderr=log.fileno())
+        startup.Child(["program"], start={}, environment=os.environ, cwd=str(tmp_path / "nothing"), stderr=log.fileno())
     after = os.dup(0)
     os.close(after)
     assert after == before
+
+
+@needs_posix
+def test_a_program_that_cannot_be_executed_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "ab") as log:
+        started = startup.Child([str(tmp_path / "nothing")], start={}, environment={}, cwd=None, stderr=log.fileno())
+    assert started.next_message(PATIENCE) == {"state": "refused", "errno": 2}
+    started.close()

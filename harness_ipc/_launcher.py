@@ -1,0 +1,87 @@
+"""The process between a starter and its daemon: gives the daemon a clean slate, and passes its exit status on.
+
+Run by its path, ``python -I -S _launcher.py FD PROGRAM [ARGUMENT ...]``, as the leader of a new session. It imports nothing of
+the package, to start in a few milliseconds. FD is the ready pipe. It ends when its standard input does: the starter needs it no
+more. So the daemon is never the leader of its session, who acquires the first terminal that it opens.
+"""
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+    from typing import Any
+
+if sys.platform != "win32":
+    import _thread
+    import os
+
+    if not TYPE_CHECKING:
+        import _signal as signal  # without the enums that `signal` makes, which take longer than all the rest
+
+    def main(pipe: int, argv: list[str]) -> None:
+        """Run `argv`, and end as it ends, or when the starter needs this process no more."""
+        # Signals wait until there is a child to pass them on to.
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        clean_slate()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                os.execvp(argv[0], argv)  # noqa: S606
+            except OSError as error:
+                os.write(pipe, b'{"state": "refused", "errno": %d}\n' % (error.errno or 0))
+            finally:
+                os._exit(127)
+        # Now it ends with the program's copies.
+        os.close(pipe)
+        os.chdir("/")
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        # It inherits the mask, so that signals interrupt the wait below.
+        _thread.start_new_thread(wait_for_starter, ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            end_by_signal(os.WTERMSIG(status))
+        os._exit(os.waitstatus_to_exitcode(status))
+
+    def clean_slate() -> None:
+        """Replace what a process inherits and the starter may have changed for itself."""
+        import resource
+
+        for number in signal.valid_signals():
+            attempt(signal.signal, number, signal.SIG_DFL)
+        os.umask(os.umask(0o077) | 0o022)
+        attempt(os.setpriority, os.PRIO_PROCESS, 0, 0)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        # macOS refuses more than OPEN_MAX, which is 10240 (setrlimit(2)).
+        if not attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard)):
+            attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (10240, hard))
+
+    def attempt(function: "Callable[..., Any]", *arguments: object) -> bool:
+        """Return whether the system allowed it."""
+        try:
+            function(*arguments)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def wait_for_starter() -> None:
+        """End this process with the starter's end of the pipe."""
+        os.read(0, 1)
+        os._exit(0)
+
+    def end_by_signal(number: int) -> None:
+        """End this process as the program was ended."""
+        import resource
+
+        # A core is the program's, not ours.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        attempt(signal.signal, number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if __name__ == "__main__":
+        main(int(sys.argv[1]), sys.argv[2:])
