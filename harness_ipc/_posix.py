@@ -175,10 +175,6 @@ if sys.platform != "win32":
             while self._held:
                 self._held = self._held[self._write(self._held) :]
 
-        def finish_sending(self) -> None:
-            """Tell the peer that nothing more will be sent: it need not wait for the end."""
-            self._shutdown(socket.SHUT_WR)
-
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""
             self._shutdown(socket.SHUT_RD)

@@ -103,9 +103,6 @@ if sys.platform == "win32":
             if error:
                 raise ConnectionLost("the connection was ended in the middle of a message")
 
-        def finish_sending(self) -> None:
-            """Do nothing: a pipe has no half that could be closed."""
-
         def finish_receiving(self) -> None:
             """Let receives return what has already arrived and then report the end; from any thread."""
             self._finishing = True

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from functools import partial
-from math import inf
+
+# weakref's own; a module that threading has loaded.
+from _weakrefset import WeakSet
 
 from . import auth, endpoint, messages, transport
 from ._registry.namespace import Namespace
@@ -19,7 +19,6 @@ from .errors import (
     ClientClosed,
     ConnectionLost,
     DaemonNotRunning,
-    DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
@@ -31,17 +30,15 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
     from types import TracebackType
-    from typing import Any, Self, TypeVar
+    from typing import Any, Self
 
     from .messages import Message
 
-    T = TypeVar("T")
-
 # Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
 CONNECT_TIMEOUT = 5.0
+# Idle connections of a client; more calls at once open more, and close them again.
+_MAX_IDLE = 8
 # A request may load a page or compile a project.
 REQUEST_TIMEOUT = 60.0
 
@@ -74,10 +71,11 @@ def connect_daemon(
 
 
 class Client:
-    """One kept connection to a daemon. Threads may share it: their requests go one after the other.
+    """A daemon's client, for any number of threads at once: each call has a connection of its own while it runs.
 
-    A connection that is found dead before a request was sent on it (the daemon was restarted) is opened again. Once a
-    request was sent, nothing is repeated: its failure is raised, and the next request opens a new connection.
+    At most 8 connections are kept for later calls. One that is found dead before a request was sent on it (the daemon was
+    restarted) is replaced. Once a request was sent, nothing is repeated: its failure is raised. After a fork the child opens
+    connections of its own.
     """
 
     def __init__(
@@ -88,15 +86,9 @@ class Client:
         self._connect_timeout = timeout
         self._request_timeout = request_timeout
         self._max_message = max_message
+        # Of the generation that was connected last.
         self._record: endpoint.Record
-        self._process = os.getpid()
-        # Held by the one call that uses the connection.
-        self._turn = threading.Lock()
-        # Guards what others have to see of that call to end it.
-        self._guard = threading.Lock()
-        self._call: _Call | None = None
-        self._connection: transport.Connection | None = None
-        self._closed = False
+        self._state = _State()
 
     @property
     def pid(self) -> int:
@@ -133,10 +125,17 @@ class Client:
         return result_of(self.request({"method": method, "params": params}, timeout=timeout))
 
     def close(self) -> None:
-        """Close the connection; a request in another thread ends with `ClientClosed`. Closing twice is no error."""
-        self._end()
-        with self._turn:
-            self._drop()
+        """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.
+
+        It may be called at any time, also in a signal handler and in a forked child. Closing twice is no error.
+        """
+        state = self._own_state()
+        state.closed = True
+        with state.guard:
+            for connection in list(state.open):
+                connection.abort()
+            while state.idle:
+                self._drop(state, state.idle.pop())
 
     def __enter__(self) -> Self:
         return self
@@ -145,82 +144,91 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.name!r} {'closed' if self._closed else 'open'}>"
+        return f"<Client {self.name!r} {'closed' if self._state.closed else 'open'}>"
 
     def _deadline(self, timeout: float | None) -> float:
         return transport.deadline_after(self._request_timeout if timeout is None else timeout)
 
+    def _own_state(self) -> _State:
+        """Return the state of this process."""
+        if self._state.pid != os.getpid():
+            inherited, self._state = self._state, _State()
+            self._state.closed = inherited.closed
+            inherited.close_descriptors()
+        return self._state
+
     def _connect(self, deadline: float, call: _Call | None = None) -> None:
-        self._in_turn(call, deadline, partial(self._open_and_confirm, deadline))
-
-    def _request(self, message: Message, deadline: float, call: _Call | None = None, *, last: bool = False) -> Message:
-        return self._in_turn(call, deadline, partial(self._exchange, message, deadline, last))
-
-    def _in_turn(self, call: _Call | None, deadline: float, use: Callable[[], T]) -> T:
-        """Use the connection as the only one."""
-        if not self._turn.acquire(timeout=-1 if deadline == inf else transport.remaining(deadline)):
-            raise DaemonTimeout("another thread's request on this client took until the deadline: use a client for each thread")
-        try:
-            with self._guard:
-                self._call = call
-                self._check()
-            return use()
-        except ConnectionLost as error:
-            # Say so if it was us.
-            self._check(error.maybe_executed)
-            raise
-        finally:
-            self._turn.release()
-
-    def _open_and_confirm(self, deadline: float) -> None:
-        connection = self._open(deadline)
+        state = self._own_state()
+        connection = self._open(state, deadline, call)
+        keep = False
         try:
             auth.confirm(connection)
-        except BaseException:
-            self._drop()
+            keep = True
+        except ConnectionLost:
+            self._check(state, call)
             raise
+        finally:
+            self._check_in(state, connection, call, keep)
 
-    def _exchange(self, message: Message, deadline: float, last: bool) -> Message:
+    def _request(self, message: Message, deadline: float, call: _Call | None = None, *, keep: bool = True) -> Message:
+        state = self._own_state()
         # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
         frame = messages.encode(message)
-        connection = self._connection
-        # A living daemon has nothing to say before it is asked: something to read is the end.
-        fresh = connection is None or connection.readable_now()
-        if connection is None or fresh:
-            self._drop()
-            connection = self._open(min(deadline, transport.deadline_after(self._connect_timeout)))
-        used = fresh
+        transport.remaining(deadline)
+        connection = self._take_idle(state, call)
+        fresh = connection is None
+        if connection is None:
+            connection = self._open(state, min(deadline, transport.deadline_after(self._connect_timeout)), call)
+        reusable = not fresh
         sent = False
         try:
             # Not earlier: what the daemon's limit is was not known before.
-            messages.check_size(len(frame), min(self._max_message, self._record.max_message))
-            used = True
+            messages.check_size(len(frame), min(self._max_message, state.open[connection].max_message))
+            reusable = False
             connection.deadline = deadline
             sent = connection.FAILED_SEND_MAY_ARRIVE
             transport.send(connection, frame)
             sent = True
-            if last:
-                connection.finish_sending()
             if fresh:
                 auth.confirm(connection)
             reply = messages.decode(transport.receive(connection, self._max_message))
             if reply.get("meta") == messages.BUSY:
                 raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
-        except BaseException as error:
+            reusable = True
+        except HarnessIPCError as error:
             # A refused proof, or a refused request, has not run.
-            if isinstance(error, HarnessIPCError) and not isinstance(error, (AuthenticationFailed, Busy)):
-                error.maybe_executed = sent
-            # The verdict or the reply may still come: it must not be taken for the next request's.
-            if used:
-                self._drop()
+            maybe_executed = sent and not isinstance(error, (AuthenticationFailed, Busy))
+            if isinstance(error, ConnectionLost):
+                # Say so if it was us.
+                self._check(state, call, maybe_executed)
+            error.maybe_executed = maybe_executed
             raise
+        finally:
+            # Otherwise the verdict or the reply may still come: it must not be taken for the next request's.
+            self._check_in(state, connection, call, reusable and keep)
         return reply
 
-    def _open(self, deadline: float) -> transport.Connection:
+    def _take_idle(self, state: _State, call: _Call | None) -> transport.Connection | None:
+        """Return a kept connection for `call`, or None. Raises `ClientClosed`."""
+        while True:
+            with state.guard:
+                self._check(state, call)
+                if not state.idle:
+                    return None
+                connection = state.idle.pop()
+                if call is not None:
+                    call.connection = connection
+            # The daemon never sends unsolicited data: a readable idle connection is at EOF.
+            if not connection.readable_now():
+                return connection
+            self._drop(state, connection)
+
+    def _open(self, state: _State, deadline: float, call: _Call | None) -> transport.Connection:
         """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
 
-        The daemon has proved itself then, and our own proof is held, to go out with what is sent next. Its verdict is left to
-        `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two turns.
+        The daemon has proved itself then, and our own proof is held, to be sent together with the next frame. Its verdict is
+        left to `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two context
+        switches.
         """
         record = endpoint.load(self.name, namespace=self._namespace)
         while True:
@@ -229,55 +237,101 @@ class Client:
             try:
                 connection = transport.dial(record.address, deadline)
                 try:
-                    with self._guard:
-                        self._connection, self._record = connection, record
-                        self._check()
+                    with state.guard:
+                        state.open[connection] = self._record = record
+                        self._check(state, call)
+                        if call is not None:
+                            call.connection = connection
                     connection.deadline = deadline
                     auth.challenge_daemon(connection, keys)
                     # A client that was closed meanwhile sends nothing more.
-                    with self._guard:
-                        self._check()
+                    self._check(state, call)
                 except BaseException:
-                    self._drop()
+                    self._drop(state, connection)
                     raise
                 return connection
             except (DaemonNotRunning, ConnectionLost):
-                self._check()
+                self._check(state, call)
                 successor = endpoint.load(self.name, again=True, namespace=self._namespace)
                 if successor.generation == record.generation:
                     raise
                 record = successor
 
-    def _drop(self) -> None:
-        with self._guard:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.close()
+    def _check_in(self, state: _State, connection: transport.Connection, call: _Call | None, keep: bool) -> None:
+        """Keep the connection of a call that has ended, or close it."""
+        with state.guard:
+            if call is not None:
+                call.connection = None
+                keep = keep and not call.ended
+            if keep and not state.closed and len(state.idle) < _MAX_IDLE:
+                state.idle.append(connection)
+            else:
+                self._drop(state, connection)
 
-    def _check(self, maybe_executed: bool = False) -> None:
-        """Raise `ClientClosed` if the connection can't be used; `maybe_executed` is for a request that it ends."""
-        if self._process != os.getpid():
-            raise ClientClosed("this client belongs to the process before the fork: connect again in this one")
-        if self._closed:
+    @staticmethod
+    def _drop(state: _State, connection: transport.Connection) -> None:
+        # Under the guard, so that nobody aborts a descriptor that has become another file's.
+        with state.guard:
+            state.open.pop(connection, None)
+            connection.close()
+
+    @staticmethod
+    def _check(state: _State, call: _Call | None, maybe_executed: bool = False) -> None:
+        """Raise `ClientClosed` if the client is closed or the call cancelled; `maybe_executed` is the request's."""
+        if state.closed:
             raise ClientClosed("this client is closed: connect again", maybe_executed=maybe_executed)
-        if self._call is not None and self._call.ended:
+        if call is not None and call.ended:
             raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
 
-    def _end(self, call: _Call | None = None) -> None:
-        """End `call`, or all of them now and in future, from any thread. What was sent may still run in the daemon."""
-        with self._guard:
-            if call is None:
-                self._closed = True
-            else:
-                call.ended = True
-            if self._connection is not None and (self._closed or self._call is call) and self._process == os.getpid():
-                self._connection.abort()
+    def _cancel(self, call: _Call) -> None:
+        """End `call` at once, from any thread. What was sent may still run in the daemon."""
+        with self._state.guard:
+            call.ended = True
+            if call.connection is not None:
+                call.connection.abort()
+
+
+class _State:
+    """What belongs to one process: a forked child has another one, with no connection and no lock of its parent's.
+
+    `guard` is held for a few instructions, never across a wait. It is re-entrant, because a signal handler may call or close
+    the client between any two of them.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.closed = False
+        self.guard = threading.RLock()
+        # All connections, each with the record of its generation; and those that no call uses, the last one used at the end.
+        self.open: dict[transport.Connection, endpoint.Record] = {}
+        self.idle: list[transport.Connection] = []
+        _states.add(self)
+
+    def close_descriptors(self) -> None:
+        """Close this process's copies of its parent's connections, which go on there."""
+        for connection in list(self.open):
+            connection.close()
+        self.open.clear()
+        self.idle.clear()
+
+
+_states: WeakSet[_State] = WeakSet()
+
+
+def _close_inherited() -> None:
+    for state in list(_states):
+        state.close_descriptors()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 class _Call:
-    """One call of a client that somebody may want to end before its time."""
+    """One call of a client that may be cancelled, and the connection that it uses."""
 
     ended = False
+    connection: transport.Connection | None = None
 
 
 def request(
@@ -294,11 +348,7 @@ def request(
     """
     deadline = transport.deadline_after(timeout)
     client = Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message, namespace=namespace)
-    try:
-        return client._request(message, deadline, last=True)
-    finally:
-        # Not close(): there is no other thread's request to be ended.
-        client._drop()
+    return client._request(message, deadline, keep=False)
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:
@@ -347,122 +397,3 @@ def _remote_error(reply: Message) -> RemoteError:
     if isinstance(error, dict):
         return RemoteError(str(error.get("message", error)), type=str(error.get("type", "")))
     return RemoteError(str(error))
-
-
-async def aconnect_daemon(
-    name: str,
-    *,
-    timeout: float = CONNECT_TIMEOUT,
-    request_timeout: float = REQUEST_TIMEOUT,
-    max_message: int = messages.DEFAULT_MAX_MESSAGE,
-    namespace: Namespace | None = None,
-) -> AsyncClient:
-    """Connect as `connect_daemon` does, without blocking the event loop."""
-    deadline = transport.deadline_after(timeout)
-    client = AsyncClient(
-        Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
-    )
-    try:
-        await client._run(deadline, client._client._connect)
-    except BaseException:
-        # Not waited for: whoever cancels this wants it to end.
-        client._begin_close()
-        raise
-    return client
-
-
-class AsyncClient:
-    """A `Client` for coroutines, made by `aconnect_daemon`. It blocks in a thread of its own, never in the loop's executor.
-
-    Requests go one after the other. A cancelled one ends the connection, which the next one opens again.
-    """
-
-    def __init__(self, client: Client) -> None:
-        import asyncio
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._client = client
-        self._turn = asyncio.Lock()
-        # One thread, but for a moment after a cancelled request that was still connecting.
-        self._executor = ThreadPoolExecutor(thread_name_prefix="harness-ipc-client")
-
-    @property
-    def pid(self) -> int:
-        """See `Client.pid`."""
-        return self._client.pid
-
-    @property
-    def generation(self) -> str:
-        """See `Client.generation`."""
-        return self._client.generation
-
-    @property
-    def app_version(self) -> str | None:
-        """See `Client.app_version`."""
-        return self._client.app_version
-
-    async def request(self, message: Message, *, timeout: float | None = None) -> Message:
-        """See `Client.request`; the timeout also counts the wait for other requests of this client."""
-        return await self._run(self._client._deadline(timeout), partial(self._client._request, message))
-
-    async def call(self, method: str, *, timeout: float | None = None, **params: Any) -> Any:
-        """See `Client.call`."""
-        return result_of(await self.request({"method": method, "params": params}, timeout=timeout))
-
-    async def close(self) -> None:
-        """See `Client.close`. It returns when the connection is closed and the thread has ended."""
-        import asyncio
-
-        if (closing := self._begin_close()) is not None:
-            await asyncio.shield(asyncio.wrap_future(closing))
-            self._executor.shutdown()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def _begin_close(self) -> Future[None] | None:
-        try:
-            closing = self._executor.submit(self._client.close)
-        except RuntimeError:
-            if not self._client._closed:
-                # No thread can be started for it.
-                self._executor.shutdown(wait=False)
-                self._client.close()
-            return None
-        # What runs now ends at once, and nothing more can be submitted.
-        self._client._end()
-        self._executor.shutdown(wait=False)
-        return closing
-
-    async def _run(self, deadline: float, action: Callable[[float, _Call], T]) -> T:
-        import asyncio
-
-        try:
-            async with asyncio.timeout(None if deadline == inf else max(0.0, deadline - time.monotonic())):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise DaemonTimeout("another request on this client took until the deadline: use a client for each task") from None
-        try:
-            call = _Call()
-            try:
-                job = self._executor.submit(action, deadline, call)
-            except RuntimeError as error:
-                # It is queued all the same if no thread could be started, and must not run later.
-                call.ended = True
-                if self._client._closed:
-                    raise ClientClosed("this client is closed: connect again") from None
-                raise ResourceExhausted(
-                    f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
-                ) from error
-            try:
-                return await asyncio.wrap_future(job)
-            except asyncio.CancelledError:
-                self._client._end(call)
-                raise
-        finally:
-            self._turn.release()

@@ -11,7 +11,7 @@ HarnessIPCError
 ├── Busy                   RuntimeError            the daemon takes no request now: it is full, or stopping
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
 ├── ConnectionLost         ConnectionError         the peer went away in the middle
-├── ClientClosed           RuntimeError            this client was closed, or belongs to the process before a fork
+├── ClientClosed           RuntimeError            this client was closed
 ├── ResourceExhausted      OSError                 this process is out of descriptors, memory or threads
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
 ├── ProtocolError          ValueError              something that is not a message: not JSON, not an object
@@ -96,7 +96,7 @@ class ConnectionLost(HarnessIPCError, ConnectionError):
 
 
 class ClientClosed(HarnessIPCError, RuntimeError):
-    """This client was closed, perhaps during the request, or was opened by the process before a fork: connect again."""
+    """This client was closed, perhaps during the request: connect again."""
 
 
 class ResourceExhausted(HarnessIPCError, OSError):

@@ -44,7 +44,7 @@ class App:
         self.started = False
         self.sick = False
         self.log: list[Any] = []
-        self.meeting = asyncio.Barrier(2)
+        self.meetings: dict[int, asyncio.Barrier] = {}
 
     async def start(self) -> None:
         self.started = True
@@ -69,8 +69,9 @@ class App:
                 return {"result": params.get("tag")}
             case "log":
                 return {"result": self.log}
-            case "meet":  # another request that runs at the same time
-                await self.meeting.wait()
+            case "meet":  # other requests that run at the same time: `of` in all
+                size = params.get("of", 2)
+                await self.meetings.setdefault(size, asyncio.Barrier(size)).wait()
                 return {"result": params.get("tag")}
             case "block":  # the loop itself
                 import time

@@ -148,35 +148,6 @@ def test_a_clients_first_request_may_come_long_after_it_connected(daemon: Daemon
         assert client.call("echo", n=1) == {"n": 1}
 
 
-def test_a_client_that_threads_share_is_a_timeout_for_the_one_that_waits(daemon: DaemonProcess) -> None:
-    with connect_daemon("late") as client:
-        thread = threading.Thread(target=lambda: client.call("sleep", seconds=3 * TIMEOUT, tag="long"))
-        thread.start()
-        wait_until(lambda: request("late", {"method": "log"})["result"] == [["begin", "long"]])
-        with times_out():
-            client.call("echo", timeout=TIMEOUT)
-        thread.join(PATIENCE)
-        assert client.call("log") == [["begin", "long"], ["end", "long"]]
-
-
-def test_an_async_client_that_tasks_share_is_a_timeout_for_the_one_that_waits(daemon: DaemonProcess) -> None:
-    async def main() -> None:
-        async with await aconnect_daemon("late") as client:
-            task = asyncio.create_task(client.call("sleep", seconds=TIMEOUT + 2 * MARGIN, tag="long"))
-            while request("late", {"method": "log"})["result"] != [["begin", "long"]]:
-                await asyncio.sleep(0.01)
-            try:
-                with times_out():
-                    await client.call("echo", timeout=TIMEOUT)
-            finally:
-                task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert await client.call("echo", n=1) == {"n": 1}
-
-    asyncio.run(main())
-
-
 def fill_queue(address: str) -> list[socket.socket]:
     """Connect until nobody else can."""
     connected: list[socket.socket] = []
