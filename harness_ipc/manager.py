@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import client, endpoint, messages, paths, startup
-from ._registry import processes
+from ._registry import files, processes
 from ._registry.namespace import Namespace, log_path
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from .errors import (
@@ -83,6 +83,7 @@ def ensure_daemon(
     """
     deadline = deadline_after(timeout)
     namespace = namespace or Namespace()
+    files.tighten_dir(namespace.runtime_dir)
     if (status := _usable(name, version, on_mismatch, deadline, namespace)) is not None:
         return status
     import filelock

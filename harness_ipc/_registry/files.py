@@ -65,7 +65,7 @@ def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
 
     A directory of this user that others can only read is tightened first, with a warning in the log.
     """
-    _tighten_dir(path, forbidden)
+    tighten_dir(path, forbidden=forbidden)
     if check_private_dir(path, forbidden=forbidden):
         return
     check_ancestors(path)
@@ -90,7 +90,8 @@ def _make_dir(path: str) -> None:
             os.chmod(path, 0o700, follow_symlinks=False)
 
 
-def _tighten_dir(path: str, forbidden: int) -> None:
+def tighten_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
+    """Take the mode bits `forbidden` from the directory `path`, with a warning, if it is this user's and only too open."""
     with contextlib.suppress(OSError):  # the check that follows says what is the matter
         if os.lstat(path).st_mode & forbidden and not is_shared(path):
             descriptor = os.open(path, _DIRECTORY)
