@@ -19,8 +19,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, _status, auth, endpoint, messages, paths, transport
-from ._registry.namespace import DEFAULT_APP, Namespace
+from . import __version__, _status, auth, endpoint, messages, transport
+from ._registry import files, trust
+from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -102,20 +103,31 @@ def _dependencies(_: Namespace) -> Iterator[Finding]:
 
 
 def _runtime_directory(namespace: Namespace) -> Iterator[Finding]:
-    why = paths.runtime_location()[1]
+    why = runtime_root()[1]
     yield _directory("runtime directory", namespace.runtime_dir, why, "HARNESS_IPC_RUNTIME_DIR", 0o077)
 
 
 def _log_directory(namespace: Namespace) -> Iterator[Finding]:
     variable = "HARNESS_IPC_LOG_DIR"
     why = f"{variable} is set" if os.environ.get(variable) else "the platform's directory for logs"
-    # Others may read where it is, but not write: as `paths.open_private_log` has it.
-    yield _directory("log directory", namespace.log_dir, why, variable, 0o022)
+    if namespace.log_dir.startswith(namespace.runtime_dir):
+        why = "in the runtime directory, since HOME names no directory"
+    # Others may read where it is, but not write: as `open_private_log` has it.
+    finding = _directory("log directory", namespace.log_dir, why, variable, files.LOG_DIRECTORY)
+    if finding.level == "ok" and sys.platform == "win32" and _is_of_store() and "\\appdata\\" in namespace.log_dir.lower():
+        text = f"{finding.text}; Python from the Store sees a copy of AppData, where other programs don't find the logs"
+        finding = Finding("warning", "log directory", text, _set(variable, r"%USERPROFILE%\.harness-ipc\log"))
+    yield finding
+
+
+def _is_of_store() -> bool:
+    return "\\windowsapps\\" in f"{sys.base_prefix}\\".lower()
 
 
 def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -> Finding:
     try:
-        exists = paths.check_private_dir(path, forbidden=forbidden)
+        exists = files.check_private_dir(path, forbidden=forbidden)
+        trust.check_ancestors(path)
     except UnsafeDirectory as error:
         return Finding("failure", topic, f"{_without_remedy(error)} ({why})", error.remedy)
     elsewhere = _set(variable, "<a directory of your own on a local disk>")
@@ -134,7 +146,7 @@ def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -
     if not os.path.isdir(place):
         return Finding("failure", topic, f"{text}, but {place} is no directory", elsewhere)
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        return Finding("failure", topic, f"{text}, but {place} can't be written", elsewhere)
+        return Finding("failure", topic, f"{text}, but {place} can't be written", trust.after_denial(path, elsewhere))
     kind = _file_system(place)
     if kind is not None:
         text += f", on {kind}"
@@ -176,7 +188,7 @@ else:
         if length <= MAX_ADDRESS:
             yield Finding("ok", topic, f"{length} bytes, the operating system allows {MAX_ADDRESS}")
             return
-        short = paths.private_temporary_dir()
+        short = private_temporary_dir()
         text = f"{length} bytes in the runtime directory, the operating system allows {MAX_ADDRESS}"
         remedy = _set("HARNESS_IPC_RUNTIME_DIR", "<a directory with a shorter path>")
         if _socket_length(short) > MAX_ADDRESS:
@@ -251,7 +263,7 @@ def _daemons(namespace: Namespace) -> Iterator[Finding]:
     directory = namespace.runtime_dir
     try:
         # Before the daemons are asked: what one of them removes meanwhile was no leftover.
-        entries = sorted(os.listdir(directory)) if paths.check_private_dir(directory) else []
+        entries = sorted(os.listdir(directory)) if files.check_private_dir(directory) else []
         daemons = _status.list_daemons(namespace=namespace)
     except UnsafeDirectory:
         # The check of the directory has said so.

@@ -124,8 +124,9 @@ def runtime_dir(*, namespace: Namespace | None = None) -> Path:
 
 def runtime_path(name: str, ext: str, *, namespace: Namespace | None = None) -> Path:
     """Return the path of the file ``<name>.<ext>`` in `runtime_dir`. Raises `InvalidName` and `UnsafeDirectory`."""
-    check_name(name)
-    return runtime_dir(namespace=namespace) / f"{name}.{ext}"
+    from pathlib import Path
+
+    return Path(private_path(name, ext, namespace))
 
 
 def log_path(name: str, *, namespace: Namespace | None = None) -> Path:
@@ -167,28 +168,31 @@ def _absolute(path: str, variable: str) -> str:
     if os.path.isabs(path):
         return path
     try:
-        return os.path.abspath(path)
+        # No shell has expanded a "~" in a container's or a unit's environment.
+        if not (found := os.path.abspath(os.path.expanduser(path))).startswith(os.path.abspath("~")):
+            return found
+        why = "there is no HOME"
     except FileNotFoundError:
-        raise UnsafeDirectory(
-            f"{path} is relative to a current directory that was removed: set {variable} to an absolute path",
-            path=path,
-            remedy="cd /",
-        ) from None
+        why = "the current directory was removed"
+    text = f"{path} can't be found, since {why}: set {variable} to an absolute path"
+    raise UnsafeDirectory(text, path=path, remedy=trust.elsewhere()) from None
 
 
 def _platform_log_dir(app: str) -> str | None:
     """Return the platform's directory of logs, or None where there is no home for it."""
+    import platformdirs
+
     if sys.platform != "win32" and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
-        # platformdirs would take the passwd entry's or, without one, a directory called "~".
+        # Not the passwd entry's: another HOME means other logs. "/" is the HOME of users that have none.
         home = os.environ.get("HOME", "")
         if not os.path.isabs(home) or not home.strip("/"):
             return None
-    import platformdirs
-
     try:
-        return os.path.abspath(platformdirs.user_log_dir(app, appauthor=False))
+        path = platformdirs.user_log_dir(app, appauthor=False)
     except (RuntimeError, OSError):
         return None
+    # A "~" that nobody has expanded must not become a directory.
+    return path if os.path.isabs(path) else None
 
 
 if sys.platform == "win32":

@@ -32,7 +32,7 @@ from harness_ipc import (
 )
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
-from tests.marks import needs_posix, needs_root
+from tests.marks import needs_posix, needs_root, needs_windows
 from tests.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
 
 STRANGER = 12345
@@ -394,6 +394,47 @@ def test_a_directory_that_can_not_be_made(private_directories: Path, monkeypatch
     assert finding.level == "failure"
     assert f"but {private_directories} can't be written" in finding.text
     assert finding.remedy == "export HARNESS_IPC_RUNTIME_DIR=<a directory of your own on a local disk>"
+
+
+@needs_root
+@needs_posix
+def test_a_parent_that_root_made(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "local" / "run"))
+    (private_directories / "local").mkdir(0o755)
+    os.chown(private_directories, STRANGER, STRANGER)
+    os.seteuid(STRANGER)
+    try:
+        finding = found("runtime directory")
+    finally:
+        os.seteuid(0)
+    assert (finding.level, finding.remedy) == ("failure", f"sudo chown -R {STRANGER} {private_directories / 'local'}")
+
+
+@needs_posix
+def test_a_parent_where_others_can_write(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = private_directories / "parent"
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(parent / "run"))
+    parent.mkdir()
+    parent.chmod(0o777)
+    finding = found("runtime directory")
+    assert (finding.level, finding.remedy) == ("failure", f"chmod go-w {parent}")
+
+
+@needs_posix
+def test_logs_without_a_home(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HARNESS_IPC_LOG_DIR", "HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    finding = found("log directory")
+    assert finding.level == "ok"
+    assert f"{private_directories / 'run' / '.log'} (in the runtime directory, since HOME" in finding.text
+
+
+@needs_windows
+def test_python_from_the_store_sees_other_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARNESS_IPC_LOG_DIR")
+    monkeypatch.setattr(sys, "base_prefix", r"C:\Program Files\WindowsApps\PythonSoftwareFoundation.Python.3.12")
+    finding = found("log directory")
+    assert (finding.level, finding.remedy) == ("warning", r"set HARNESS_IPC_LOG_DIR=%USERPROFILE%\.harness-ipc\log")
 
 
 def test_a_file_in_the_way(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:

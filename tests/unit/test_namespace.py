@@ -24,7 +24,7 @@ from harness_ipc import (
 )
 from harness_ipc._registry import trust
 from harness_ipc._registry.namespace import all_namespaces, private_temporary_dir, runtime_root
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.marks import needs_linux, needs_posix, needs_root, needs_windows
 
 STRANGER = 12345
 FALLBACK = "/home/ada/.local/state/harness-ipc/run"
@@ -226,6 +226,27 @@ def test_where_another_user_has_the_temporary_name_the_fallback_is_used_and_kept
     assert Namespace().runtime_dir == FALLBACK
 
 
+@needs_windows
+@pytest.mark.parametrize(("elevated", "kind"), [(False, "run"), (True, "run-elevated")])
+def test_elevated_processes_have_their_own_records(
+    elevated: bool, kind: str, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctypes
+
+    monkeypatch.delenv("HARNESS_IPC_RUNTIME_DIR")
+    monkeypatch.setenv("USERPROFILE", str(private_directories))
+    monkeypatch.setattr(vars(ctypes)["windll"].shell32, "IsUserAnAdmin", lambda: elevated)
+    assert Path(Namespace().runtime_dir) == private_directories / ".harness-ipc" / kind
+
+
+@needs_windows
+def test_without_a_profile_the_error_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HARNESS_IPC_RUNTIME_DIR", "USERPROFILE", "HOMEPATH", "HOMEDRIVE"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UnsafeDirectory, match="USERPROFILE"):
+        daemon_status("d")
+
+
 @needs_posix
 @pytest.mark.parametrize("home", [None, "", "/", "~", "relative"])
 def test_without_a_home_the_logs_are_in_the_runtime_directory(
@@ -238,6 +259,41 @@ def test_without_a_home_the_logs_are_in_the_runtime_directory(
         monkeypatch.setenv("HOME", home)
     assert log_path("d") == private_directories / "run" / ".log" / "d.log"
     assert log_path("d", namespace=Namespace("my-tool")) == private_directories / "run" / "my-tool" / ".log" / "d.log"
+
+
+@needs_linux
+@pytest.mark.parametrize("state", ["~", "~/state", "state", ""])
+def test_a_state_directory_that_is_not_absolute_is_ignored(
+    state: str, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HARNESS_IPC_LOG_DIR")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", state)
+    assert log_path("d") == private_directories / "run" / ".log" / "d.log"
+    monkeypatch.setenv("XDG_STATE_HOME", str(private_directories))
+    assert log_path("d") == private_directories / "harness-ipc" / "log" / "d.log"
+
+
+@needs_posix
+def test_a_tilde_that_no_shell_has_expanded_is_the_home(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(private_directories))
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", "~/r")
+    assert Namespace("my-tool", log_dir="~/l").runtime_dir == str(private_directories / "r" / "my-tool")
+    assert Namespace(log_dir="~/l").log_dir == str(private_directories / "l")
+
+
+@needs_posix
+@needs_root
+def test_a_tilde_without_a_home_is_a_typed_error(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", "~/r")
+    monkeypatch.chdir("/")
+    os.setresuid(STRANGER, STRANGER, 0)
+    try:
+        with pytest.raises(UnsafeDirectory, match="HARNESS_IPC_RUNTIME_DIR"):
+            runtime_dir()
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 @needs_linux
