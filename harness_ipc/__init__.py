@@ -10,7 +10,6 @@ __version__ = "0.1.0"
 
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
 from .client import Client, connect_daemon, identify, ping, request
-from .endpoint import cleanup_endpoint
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
@@ -36,6 +35,7 @@ from .transport import PeerCredentials
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._aclient import AsyncClient, aconnect_daemon
+    from ._registry.lifetime import cleanup_endpoint
     from ._registry.processes import is_same_process, process_identity
     from ._status import DaemonStatus, daemon_alive, daemon_status, list_daemons
     from .bridge import current_peer
@@ -50,6 +50,7 @@ _LOADED_WHEN_NAMED = {
     "DaemonServer": "server",
     "DaemonStatus": "_status",
     "aconnect_daemon": "_aclient",
+    "cleanup_endpoint": "_registry.lifetime",
     "current_peer": "bridge",
     "daemon_alive": "_status",
     "daemon_status": "_status",

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import client, endpoint, messages, paths
-from ._registry import processes
+from . import client, messages, paths
+from ._registry import processes, records
 from ._registry.namespace import DEFAULT_APP, Namespace, log_path
 from .errors import (
     AuthenticationFailed,
@@ -33,6 +33,8 @@ STATUS_TIMEOUT = 2.0
 POLL_INTERVAL = 0.01
 # Daemons that are asked at once.
 _AT_ONCE = 8
+# What a status takes from the record.
+_KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class DaemonStatus:
     """What is known of the daemon `name`. Times are seconds, `since` and `uptime`'s start seconds since 1970.
 
     `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
-    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use).
+    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use). `argv` and
+    `cwd` are those of the start, `environment` the names of the variables that the starter added.
     """
 
     name: str
@@ -61,6 +64,9 @@ class DaemonStatus:
     detached: str | None = None
     health: dict[str, Any] | None = None
     problem: str | None = None
+    argv: list[str] | None = None
+    cwd: str | None = None
+    environment: list[str] | None = None
     app: str = DEFAULT_APP
 
     @property
@@ -96,7 +102,7 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None
     if paths.check_private_dir(namespace.runtime_dir):
         for entry in os.listdir(namespace.runtime_dir):
             stem, _, ext = entry.partition(".")
-            if ext in ("json", *endpoint.PHASES) and paths.is_name(stem):
+            if ext == "json" and paths.is_name(stem):
                 names.add(stem)
     # At once: one that does not answer takes its timeout.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -112,16 +118,15 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
     deadline = deadline_after(timeout)
     while True:
         try:
-            record = endpoint.load(name, again=True, namespace=namespace)
+            record = records.read(name, again=True, namespace=namespace)
         except DaemonNotRunning as error:
-            return _without_daemon(status, name, namespace, error), None
+            left = os.path.lexists(os.path.join(namespace.runtime_dir, f"{name}.json"))
+            return status(state="stale" if left else "absent", problem=str(error)), None
         except IncompatibleDaemon as error:
             return status(state="incompatible", problem=str(error)), error
         except (UnsafeDirectory, ConnectionLost) as error:
             return status(state="forbidden", problem=str(error)), error
-        public = record.public()
-        known = {key: public.get(key) for key in ("pid", "generation", "version", "app_version", "python", "detached")}
-        began = public["started_at"]
+        known = {key: value for key, value in record.public().items() if key in _KNOWN}
         try:
             pong = client.request(name, {"meta": messages.PING}, timeout=timeout, namespace=namespace)
         except AuthenticationFailed as error:
@@ -132,39 +137,54 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
         except HarnessIPCError as error:
             if published_generation(name, namespace) != record.generation:
                 continue
-            if processes.find_process(record.public()) is None:
-                return _without_daemon(status, name, namespace, error), None
+            found = _without_answer(record, error)
+            answer = status(**found, **({} if found["state"] == "stale" else known))
             # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
-            if not isinstance(error, DaemonTimeout) and sleep_until_retry(deadline):
+            if answer.alive and not isinstance(error, DaemonTimeout) and sleep_until_retry(deadline):
                 continue
-            problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
-            return status(state="unresponsive", problem=problem, **known), None
-        if pong.get("generation") == record.generation:
+            if record.schema == records.SCHEMA or not answer.alive:
+                return answer, None
             break
-    known.update({key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")})
-    known["uptime"] = max(0.0, time.time() - began)
+        # It may have become ready, or been replaced, since the record was read.
+        if pong.get("generation") == record.generation and record.state == records.READY:
+            break
+    if record.schema != records.SCHEMA:
+        incompatible = records.incompatible(record.schema)
+        return status(state="incompatible", problem=str(incompatible), **known), incompatible
+    found = _with_answer(record, pong)
+    if health and found["state"] == "running":
+        found["health"] = _health(name, timeout, namespace)
+    return status(**known, **found), None
+
+
+def _with_answer(record: records.Record, pong: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a daemon that has answered `pong`."""
+    found = {key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")}
+    since = record.public()["started_at"]
+    found["uptime"] = max(0.0, time.time() - since)
     if not pong.get("responsive"):
         lag = float(pong.get("loop_lag") or 0.0)
         problem = f"its event loop has been blocked for {lag:.1f} s: wait, or stop it"
-        return status(state="unresponsive", since=time.time() - lag, problem=problem, **known), None
+        return {**found, "state": "unresponsive", "since": time.time() - lag, "problem": problem}
     if isinstance(limit := pong.get("full"), str):
-        known["problem"] = f"new requests are refused (Busy): {limit}"
-    return status(state="running", since=began, health=_health(name, timeout, namespace) if health else None, **known), None
+        found["problem"] = f"new requests are refused (Busy): {limit}"
+    return {**found, "state": "running", "since": since}
 
 
-def _without_daemon(
-    status: Callable[..., DaemonStatus], name: str, namespace: Namespace, error: HarnessIPCError
-) -> DaemonStatus:
-    """Return the state where no living process has a record: there may be one that is starting, or that drains."""
-    if (noted := endpoint.find_unrecorded(name, namespace)) is not None:
-        process, since, phase = noted
-        if phase == "starting":
-            problem = "it is starting: wait, or see its log"
-            return status(state="starting", pid=process.pid, since=since, problem=problem)
-        problem = f"pid {process.pid} is finishing what is in flight: wait, or stop it"
-        return status(state="absent", pid=process.pid, problem=problem)
-    left = os.path.lexists(os.path.join(namespace.runtime_dir, f"{name}.json"))
-    return status(state="stale" if left else "absent", problem=str(error))
+def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str, Any]:
+    """Return what is known of a daemon that does not answer: it is dead, starting, draining, or hangs."""
+    public = record.public()
+    unknown = processes.why_unknown(public)
+    if processes.find_process(public) is None and not (unknown and isinstance(error, DaemonTimeout)):
+        return {"state": "stale", "problem": f"{error} ({unknown})" if unknown else str(error)}
+    if record.state == records.STARTING:
+        return {"state": "starting", "since": public.get("started_at"), "problem": "it is starting: wait, or see its log"}
+    if record.state == records.DRAINING:
+        return {"state": "absent", "problem": f"pid {record.pid} is finishing what is in flight: wait, or stop it"}
+    problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
+    if unknown:
+        problem = f"it does not answer ({error}), and can't be signalled from here: {unknown}"
+    return {"state": "unresponsive", "problem": problem}
 
 
 def _health(name: str, timeout: float, namespace: Namespace) -> dict[str, Any] | None:
@@ -181,7 +201,7 @@ def _health(name: str, timeout: float, namespace: Namespace) -> dict[str, Any] |
 def published_generation(name: str, namespace: Namespace) -> str | None:
     """Return the generation that the record of `name` names now, if there is one."""
     try:
-        return endpoint.load(name, again=True, namespace=namespace).generation
+        return records.read(name, again=True, namespace=namespace).generation
     except HarnessIPCError:
         return None
 

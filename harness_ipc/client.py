@@ -11,7 +11,8 @@ import threading
 # weakref's own; a module that threading has loaded.
 from _weakrefset import WeakSet
 
-from . import auth, endpoint, messages, transport
+from . import auth, messages, transport
+from ._registry import records
 from ._registry.namespace import Namespace
 from .errors import (
     AuthenticationFailed,
@@ -79,15 +80,23 @@ class Client:
     """
 
     def __init__(
-        self, name: str, *, timeout: float, request_timeout: float, max_message: int, namespace: Namespace | None = None
+        self,
+        name: str,
+        *,
+        timeout: float,
+        request_timeout: float,
+        max_message: int,
+        namespace: Namespace | None = None,
+        any_schema: bool = False,
     ) -> None:
         self.name = name
         self._namespace = namespace or Namespace()
+        self._any_schema = any_schema
         self._connect_timeout = timeout
         self._request_timeout = request_timeout
         self._max_message = max_message
         # Of the generation that was connected last.
-        self._record: endpoint.Record
+        self._record: records.Record
         self._state = _State()
 
     @property
@@ -230,7 +239,7 @@ class Client:
         left to `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two context
         switches.
         """
-        record = endpoint.load(self.name, namespace=self._namespace)
+        record = records.load(self.name, any_schema=self._any_schema, namespace=self._namespace)
         while True:
             # Before the daemon is woken, which then waits for what they are for.
             keys = auth.Keys(record.authkey, record.address)
@@ -252,7 +261,7 @@ class Client:
                 return connection
             except (DaemonNotRunning, ConnectionLost):
                 self._check(state, call)
-                successor = endpoint.load(self.name, again=True, namespace=self._namespace)
+                successor = records.load(self.name, again=True, any_schema=self._any_schema, namespace=self._namespace)
                 if successor.generation == record.generation:
                     raise
                 record = successor
@@ -303,7 +312,7 @@ class _State:
         self.closed = False
         self.guard = threading.RLock()
         # All connections, each with the record of its generation; and those that no call uses, the last one used at the end.
-        self.open: dict[transport.Connection, endpoint.Record] = {}
+        self.open: dict[transport.Connection, records.Record] = {}
         self.idle: list[transport.Connection] = []
         _states.add(self)
 
@@ -327,6 +336,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
 
 
+def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
+    """Ask that generation of the daemon `name`, and no other, to shut down. Return whether it said that it will.
+
+    Raises what `connect_daemon` and `Client.request` do, but for a daemon of another schema.
+    """
+    limit = messages.DEFAULT_MAX_MESSAGE
+    with Client(
+        name, timeout=timeout, request_timeout=timeout, max_message=limit, namespace=namespace, any_schema=True
+    ) as client:
+        client._connect(transport.deadline_after(timeout))
+        return client.generation == generation and "shutdown" in client.request({"meta": messages.SHUTDOWN})
+
+
 class _Call:
     """One call of a client that may be cancelled, and the connection that it uses."""
 
@@ -347,7 +369,16 @@ def request(
     Raises what `connect_daemon` and `Client.request` raise.
     """
     deadline = transport.deadline_after(timeout)
-    client = Client(name, timeout=timeout, request_timeout=timeout, max_message=max_message, namespace=namespace)
+    # Every version answers these.
+    any_schema = isinstance(message, dict) and message.get("meta") in (messages.PING, messages.SHUTDOWN)
+    client = Client(
+        name,
+        timeout=timeout,
+        request_timeout=timeout,
+        max_message=max_message,
+        namespace=namespace,
+        any_schema=any_schema,
+    )
     return client._request(message, deadline, keep=False)
 
 

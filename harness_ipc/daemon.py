@@ -1,4 +1,4 @@
-"""The main of a daemon process: lifetime lock, log, signals, start, serve, drain, stop. Everything once, in that order."""
+"""The main of a daemon process: name, log, signals, start, serve, drain, stop. Everything once, in that order."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import threading
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from . import __version__, endpoint, messages, paths, startup
+from . import __version__, messages, paths, startup
 from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
-from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, start_daemon_server
+from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
 from .transport import deadline_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from filelock import BaseFileLock
-
+    from ._registry.lifetime import Registration
     from .bridge import Handler
     from .messages import Message
     from .server import DaemonServer
@@ -97,8 +96,7 @@ def run_daemon(
             grace_period=grace_period,
             health=application.health,
             on_shutdown=stop.set,
-            lock=claimed.lock,
-            detached=claimed.report.start.get("detached"),
+            registration=claimed.registration,
             namespace=claimed.namespace,
         )
         async with server:
@@ -131,29 +129,29 @@ def run_daemon(
 class Claim(NamedTuple):
     """This process is the daemon of a name: no other can be, and its starter waits for its word."""
 
-    lock: BaseFileLock
+    registration: Registration
     report: startup.ReadyPipe
     namespace: Namespace
 
 
 @contextlib.contextmanager
 def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Claim]:
-    """Take the lifetime lock of `name`, send the log to its file, and say that this process is starting.
+    """Acquire `name`, record that this process is starting, and send the log to its file.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
     """
     with startup.reporting() as report, _claiming():
         namespace = namespace or Namespace(**report.places)
-        lock = endpoint.lock_lifetime(name, namespace=namespace)
+        start = {key: report.start.get(key) for key in ("argv", "cwd", "detached")}
+        start["environment"] = {key: os.environ[key] for key in report.start.get("env", ()) if key in os.environ}
+        registration = acquire_name(name, namespace=namespace, **start)
         try:
             with _logging_to(name, namespace):
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
-                endpoint.note_start(name, namespace)
-                yield Claim(lock, report, namespace)
+                yield Claim(registration, report, namespace)
         finally:
-            endpoint.forget_start(name, namespace)
-            lock.release()
+            registration.release()
 
 
 @contextlib.contextmanager
@@ -260,8 +258,8 @@ async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), min(left, _LOOK_INTERVAL))
         if not stop.is_set() and not server.is_reachable():
-            # To serve on would be to be an orphan beside the next daemon of the name.
-            logger.error("nobody can reach this daemon: its record or its socket was removed from the runtime directory")
+            # Exit rather than keep running unreachable.
+            logger.error("nobody can reach this daemon: another one has its name, or its socket was removed")
             return
 
 

@@ -18,7 +18,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge
 from typing import TYPE_CHECKING, Any
 
-from . import auth, client, endpoint, messages, transport
+from . import auth, client, messages, transport
+from ._registry import records
 from .errors import HarnessIPCError, StartFailed
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _play_client() -> dict[str, Any]:
 
 def _play_intruder() -> dict[str, Any]:
     """Ignore that the daemon proves itself, and answer its challenge with another key."""
-    record = endpoint.load(_NAME)
+    record = records.load(_NAME)
     with transport.dial(record.address, transport.deadline_after(_PATIENCE)) as connection:
         connection.deadline = transport.deadline_after(_PATIENCE)
         connection.send_bytes(b"#CHALLENGE#" + os.urandom(20))
@@ -241,7 +242,7 @@ def _play_intruder() -> dict[str, Any]:
 
 def _play_silent() -> dict[str, Any]:
     start = time.monotonic()
-    record = endpoint.load(_NAME)
+    record = records.load(_NAME)
     with transport.dial(record.address, transport.deadline_after(_PATIENCE)) as connection:
         connection.deadline = transport.deadline_after(_PATIENCE)
         try:

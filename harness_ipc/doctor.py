@@ -5,6 +5,7 @@ Its one trial, a connection to itself, is made in a private temporary directory 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -19,8 +20,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, _status, auth, endpoint, messages, transport
-from ._registry import files, trust
+from . import __version__, _status, auth, messages, transport
+from ._registry import files, lifetime, processes, records, trust
 from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
@@ -34,7 +35,7 @@ _ROUND_TRIP = 5.0
 _FRAME = b"are you there?"
 # Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
 _NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
-_OF_A_NAME = re.compile(rf"([A-Za-z0-9_-]{{1,64}})\.(json|{'|'.join(endpoint.PHASES)}|[0-9a-f]{{32}}\.tmp)")
+_OF_A_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.(json|[0-9a-f]{32}\.tmp)")
 _SOCKET = re.compile(r"[0-9a-f]{16}\.sock")
 
 
@@ -64,8 +65,8 @@ def run(*, as_json: bool = False, namespace: Namespace | None = None) -> int:
 
 def examine(namespace: Namespace | None = None) -> list[Finding]:
     """Make every check and return what it found. A check that fails itself is a failure among the others; nothing is raised."""
-    checks: list[Callable[[Namespace], Iterator[Finding]]] = [_python, _dependencies, _runtime_directory, _log_directory]
-    checks += [_socket_path, _round_trip, _daemons]
+    checks: list[Callable[[Namespace], Iterator[Finding]]] = [_python, _dependencies, _processes]
+    checks += [_runtime_directory, _log_directory, _socket_path, _round_trip, _daemons]
     namespace = namespace or Namespace()
     findings: list[Finding] = []
     for check in checks:
@@ -97,6 +98,13 @@ def _dependencies(_: Namespace) -> Iterator[Finding]:
         except ImportError as error:
             remedy = f"{_quote(sys.executable)} -m pip install --force-reinstall {name}"
             yield Finding("failure", name, f"it can't be imported: {_describe(error)}", remedy)
+
+
+def _processes(_: Namespace) -> Iterator[Finding]:
+    if why := processes.why_identity_is_unavailable():
+        yield Finding("failure", "processes", f"{why}: no daemon can start, or be signalled", "mount -t proc proc /proc")
+    else:
+        yield Finding("ok", "processes", "they can be told apart")
 
 
 # Directories.
@@ -223,7 +231,7 @@ def _round_trip(_: Namespace) -> Iterator[Finding]:
 
 
 def _timed_round_trip(directory: str, errors: list[Exception]) -> float:
-    address = transport.new_address(directory, endpoint.new_generation_id())
+    address = transport.new_address(directory, records.new_generation_id())
     keys = auth.Keys(os.urandom(32), address)
     deadline = transport.deadline_after(_ROUND_TRIP)
     listener = transport.Listener(address)
@@ -298,7 +306,7 @@ def _daemon(status: _status.DaemonStatus, namespace: Namespace) -> Finding:
             return Finding("warning", topic, text + log, _stop(status.name, namespace))
         case "forbidden":
             try:
-                endpoint.load(status.name, namespace=namespace)
+                records.read(status.name, namespace=namespace)
             except UnsafeDirectory as error:
                 return Finding("failure", topic, f"{status.state}: {_without_remedy(error)}", error.remedy)
     return Finding("failure", topic, text + log)
@@ -313,18 +321,15 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
         if not (match := _OF_A_NAME.fullmatch(entry)):
             continue
         name, kind = match.groups()
-        # What clears a name's leavings would stop its daemon, too.
+        # `stop` clears stale files away, and would stop a living daemon too.
         remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name, namespace)
-        if kind == "json":
-            try:
-                lives, address = name in living, endpoint.load(name, namespace=namespace).address
-            except HarnessIPCError:
-                continue
-        elif kind in endpoint.PHASES:
-            lives, address = endpoint.load_phase(name, kind, namespace) is not None, ""
-        else:
-            note, process = endpoint.read_note(os.path.join(directory, entry))
-            lives, address = process is not None, str(note.get("address", ""))
+        lives, address = False, ""
+        with contextlib.suppress(HarnessIPCError, OSError, ValueError):
+            record = records.read_file(os.path.join(directory, entry))
+            lives = name in living if kind == "json" else lifetime.is_living(record)
+            address = record.address
+        if kind == "json" and not address:
+            continue
         if lives:
             used.add(address)
         else:

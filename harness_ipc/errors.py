@@ -4,9 +4,9 @@ HarnessIPCError
 ├── InvalidName            ValueError              a daemon name that no path may be built from
 ├── UnsafeDirectory        PermissionError         a directory or file that others could read, replace or plant
 ├── DaemonNotRunning       ConnectionRefusedError  no record, or nobody behind it
-├── AlreadyRunning         RuntimeError            another process holds this name's lifetime lock
+├── AlreadyRunning         RuntimeError            another process has this name
 ├── StartFailed            RuntimeError            a daemon could not start
-├── IncompatibleDaemon     RuntimeError            a record of a schema that this version does not know
+├── IncompatibleDaemon     RuntimeError            a daemon whose record has another schema
 ├── AuthenticationFailed   PermissionError         the peer has another key, or is another user
 ├── Busy                   RuntimeError            the daemon takes no request now: it is full, or stopping
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
@@ -76,7 +76,7 @@ class StartFailed(HarnessIPCError, RuntimeError):
 
 
 class IncompatibleDaemon(HarnessIPCError, RuntimeError):
-    """The record was written by a version of this package that this one does not understand."""
+    """The daemon is of a version with another record: it can be pinged and stopped, and takes no request from this version."""
 
 
 class AuthenticationFailed(HarnessIPCError, PermissionError):

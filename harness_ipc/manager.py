@@ -14,8 +14,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from . import client, endpoint, messages, paths, startup
-from ._registry import files, processes
+from . import client, paths, startup
+from ._registry import files, lifetime, processes, records
 from ._registry.namespace import Namespace, log_path
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from .errors import (
@@ -104,8 +104,8 @@ def ensure_daemon(
     try:
         tries = _TRIES
         while (status := _usable(name, version, on_mismatch, deadline, namespace)) is None:
-            # Whoever holds the lifetime lock is starting, or still draining.
-            if endpoint.cleanup_endpoint(name, namespace=namespace):
+            # A process that has the name is starting, or still draining.
+            if lifetime.cleanup_endpoint(name, namespace=namespace):
                 tries -= not _start(name, argv, env, cwd, deadline, namespace)
                 if not tries:
                     raise StartFailed(
@@ -129,25 +129,32 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     `UnsafeDirectory` or `InvalidName`.
     """
     namespace = namespace or Namespace()
-    generation = None
-    try:
-        record = endpoint.load(name, again=True, namespace=namespace)
-        generation = record.generation
+    record: records.Record | None = None
+    process, asked = None, False
+    with contextlib.suppress(DaemonNotRunning):
+        record = records.read(name, again=True, namespace=namespace)
+    if record is not None:
         process = processes.find_process(record.public())
-    except DaemonNotRunning:
-        noted = endpoint.find_unrecorded(name, namespace)
-        process = noted[0] if noted is not None else None
-        asked = noted is not None and noted[2] == "draining"
-    else:
-        # Also if its process is not found: a clock that was set since makes it look like another. The key proves it.
-        asked = _ask_to_stop(name, generation, min(timeout, STATUS_TIMEOUT), namespace)
+        # Also if its process is not found: the key proves that the daemon is the record's.
+        asked = record.state == records.DRAINING or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
     if process is not None:
         _end(name, process, timeout if asked else 0.0)
     deadline = deadline_after(timeout + _KILL_PERIOD)
-    while not endpoint.cleanup_endpoint(name, namespace=namespace) and not _is_taken_over(name, generation, namespace):
+    while not lifetime.cleanup_endpoint(name, namespace=namespace):
+        found = published_generation(name, namespace)
+        if record is None and found is not None:
+            # Its record had been removed, and it has made it again.
+            return stop_daemon(name, timeout=timeout, namespace=namespace)
+        if record is not None and found is not None and found != record.generation:
+            break
         if not sleep_until_retry(deadline):
-            raise DaemonTimeout(f"the daemon {name!r} does not end: a process that no record names still holds its lock")
+            raise DaemonTimeout(f"the daemon {name!r} does not end: {_why_not_signalled(record)}")
     return asked or process is not None
+
+
+def _why_not_signalled(record: records.Record | None) -> str:
+    why = "no record says which process has its lock" if record is None else processes.why_unknown(record.public())
+    return f"{why}; nothing was signalled" if why else "another process than the record's has its lock"
 
 
 def restart_daemon(
@@ -157,17 +164,17 @@ def restart_daemon(
     stop_timeout: float = STOP_TIMEOUT,
     namespace: Namespace | None = None,
 ) -> DaemonStatus:
-    """Stop the daemon `name` and start it again with the command line and the directory of its record.
+    """Stop the daemon `name` and start it again with the command line, the directory and the added environment of its record.
 
     Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
     """
     namespace = namespace or Namespace()
-    record = endpoint.load(name, again=True, namespace=namespace).public()
-    argv, cwd = record["argv"], record.get("cwd")
-    if not (argv and all(isinstance(word, str) for word in argv) and isinstance(cwd, str | None)):
+    record = records.read(name, again=True, namespace=namespace)
+    argv, cwd = record.public().get("argv"), record.public().get("cwd")
+    if not argv:
         raise DaemonNotRunning(f"the record of {name!r} has no command line to start it with: start it yourself")
     stop_daemon(name, timeout=stop_timeout, namespace=namespace)
-    return ensure_daemon(name, argv, timeout=timeout, cwd=cwd, namespace=namespace)
+    return ensure_daemon(name, argv, timeout=timeout, cwd=cwd, env=record.environment, namespace=namespace)
 
 
 def _usable(name: str, version: str | None, on_mismatch: str, deadline: float, namespace: Namespace) -> DaemonStatus | None:
@@ -300,8 +307,11 @@ def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = Fa
 
 
 def _still_starting(name: str, namespace: Namespace) -> DaemonTimeout:
-    start = endpoint.load_phase(name, "starting", namespace)
-    since = f"it has been starting for {time.time() - start[1]:.1f} s" if start else "somebody is still starting or ending it"
+    since = "another process is still starting or ending it"
+    with contextlib.suppress(HarnessIPCError):
+        record = records.read(name, again=True, namespace=namespace)
+        if record.state == records.STARTING:
+            since = f"it has been starting for {time.time() - record.public()['started_at']:.1f} s"
     log = log_path(name, namespace=namespace)
     return DaemonTimeout(f"the daemon {name!r} is not ready: {since}; allow a longer timeout, or see its log {log}")
 
@@ -309,13 +319,12 @@ def _still_starting(name: str, namespace: Namespace) -> DaemonTimeout:
 # Stopping.
 
 
-def _ask_to_stop(name: str, generation: str, timeout: float, namespace: Namespace) -> bool:
+def _ask_to_stop(record: records.Record, timeout: float, namespace: Namespace) -> bool:
     """Ask that generation to shut down, and no other. Return whether it said that it will."""
+    if record.state != records.READY:
+        return False
     try:
-        with client.connect_daemon(name, timeout=timeout, namespace=namespace) as daemon:
-            if daemon.generation != generation:
-                return False
-            return "shutdown" in daemon.request({"meta": messages.SHUTDOWN}, timeout=timeout)
+        return client.shut_down(record.name, record.generation, timeout=timeout, namespace=namespace)
     except (AuthenticationFailed, ResourceExhausted):
         raise
     except HarnessIPCError:
@@ -352,11 +361,3 @@ def _has_ended(process: psutil.Process, period: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(POLL_INTERVAL)
-
-
-def _is_taken_over(name: str, generation: str | None, namespace: Namespace) -> bool:
-    """Return whether a later generation than that one has the name, or is about to."""
-    published = published_generation(name, namespace)
-    if published is None:
-        return endpoint.load_phase(name, "starting", namespace) is not None
-    return published != generation

@@ -16,18 +16,18 @@ import logging
 import threading
 import time
 from math import inf
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from . import __version__, auth, endpoint, messages, transport
+from . import __version__, auth, messages, transport
 from ._rate_limit import RateLimitedLogger
+from ._registry import records
+from ._registry.lifetime import Registration
 from ._registry.namespace import Namespace
 from .bridge import LoopBridge, Session
 from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError, StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from filelock import BaseFileLock
 
     from .bridge import Handler
     from .messages import Message
@@ -66,8 +66,7 @@ async def start_daemon_server(
     grace_period: float = GRACE_PERIOD,
     health: Callable[[], Awaitable[Message]] | None = None,
     on_shutdown: Callable[[], None] | None = None,
-    lock: BaseFileLock | None = None,
-    detached: str | None = None,
+    registration: Registration | None = None,
     namespace: Namespace | None = None,
 ) -> tuple[DaemonServer, str]:
     """Serve `handler` as the daemon `name` on the running loop, and return the server and its address.
@@ -80,58 +79,53 @@ async def start_daemon_server(
 
     `handler` is an async function from a message to a reply, both JSON objects. `max_message` is the limit of either in
     bytes, `handshake_timeout` and `grace_period` are seconds. `health` answers the reserved request of that name;
-    `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `lock` is the lifetime lock
-    if the caller holds it already; otherwise it is taken here and released when the server has closed. `detached` is how the
-    process was detached from its starter, for the record.
+    `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `registration` is what
+    `acquire_name` returned, if the caller has the name already, and is released by the caller; otherwise the name is acquired
+    here, and released when the server has closed.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for a time that is none.
     """
     for seconds in (handshake_timeout, grace_period):
         transport.deadline_after(seconds)
-    namespace = namespace or Namespace()
-    own_lock = endpoint.lock_lifetime(name, namespace=namespace) if lock is None else None
+    release = registration is None
+    registration = registration or acquire_name(name, namespace=namespace)
     try:
-        endpoint.remove_leavings(name, namespace)
-        generation_id = endpoint.new_generation_id()
-        address = transport.new_address(namespace.runtime_dir, generation_id)
-        generation = endpoint.Generation(
-            name,
-            family=transport.FAMILY,
-            address=address,
-            generation=generation_id,
-            app_version=app_version,
-            max_message=max_message,
-            detached=detached,
-            namespace=namespace,
-        )
+        listener = transport.Listener(registration.record.address)
         try:
-            listener = transport.Listener(address)
-            try:
-                server = DaemonServer(
-                    handler,
-                    generation,
-                    listener,
-                    max_connections=max_connections,
-                    max_message=max_message,
-                    handshake_timeout=handshake_timeout,
-                    grace_period=grace_period,
-                    health=health,
-                    on_shutdown=on_shutdown,
-                    own_lock=own_lock,
-                )
-                generation.publish()
-                server._start()
-            except BaseException:
-                listener.close()
-                raise
+            server = DaemonServer(
+                handler,
+                registration,
+                listener,
+                max_connections=max_connections,
+                max_message=max_message,
+                handshake_timeout=handshake_timeout,
+                grace_period=grace_period,
+                health=health,
+                on_shutdown=on_shutdown,
+                release=release,
+            )
+            registration.publish(app_version=app_version, max_message=max_message)
+            server._start()
         except BaseException:
-            generation.discard()
+            listener.close()
             raise
     except BaseException:
-        if own_lock is not None:
-            own_lock.release()
+        if release:
+            registration.release()
         raise
-    return server, address
+    return server, registration.record.address
+
+
+def acquire_name(name: str, *, namespace: Namespace | None = None, **optional: Any) -> Registration:
+    """Claim the daemon's `name` for this process, with a new address. `optional` are further fields of the record.
+
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
+    """
+    namespace = namespace or Namespace()
+    generation = records.new_generation_id()
+    address = transport.new_address(namespace.runtime_dir, generation)
+    place = {"generation": generation, "address": address, "family": transport.FAMILY}
+    return Registration(name, namespace=namespace, **place, **optional)
 
 
 class DaemonServer:
@@ -140,7 +134,7 @@ class DaemonServer:
     def __init__(
         self,
         handler: Handler,
-        generation: endpoint.Generation,
+        registration: Registration,
         listener: transport.Listener,
         *,
         max_connections: int,
@@ -149,7 +143,7 @@ class DaemonServer:
         grace_period: float,
         health: Callable[[], Awaitable[Message]] | None,
         on_shutdown: Callable[[], None] | None,
-        own_lock: BaseFileLock | None,
+        release: bool,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._bridge = LoopBridge(
@@ -162,15 +156,15 @@ class DaemonServer:
             end=self._end_by,
         )
         self._log = RateLimitedLogger(logger)
-        self._keys = auth.Keys(generation.record.authkey, generation.record.address)
+        self._keys = auth.Keys(registration.record.authkey, registration.record.address)
         self._on_shutdown = on_shutdown or self.close
-        self._generation = generation
+        self._registration = registration
         self._listener = listener
         self._max_connections = max_connections
         self._max_message = max_message
         self._handshake_timeout = handshake_timeout
         self._grace_period = grace_period
-        self._own_lock = own_lock
+        self._release = release
 
         # Guards all below that is touched by several threads, and announces that a connection or a thread ended.
         self._changed = threading.Condition()
@@ -195,9 +189,9 @@ class DaemonServer:
         self._closer = threading.Thread(target=self._shut_down, name="harness-ipc-closer", daemon=True)
 
     @property
-    def record(self) -> endpoint.Record:
+    def record(self) -> records.Record:
         """The published record of this generation."""
-        return self._generation.record
+        return self._registration.record
 
     @property
     def idle_seconds(self) -> float:
@@ -210,7 +204,7 @@ class DaemonServer:
 
     def is_reachable(self) -> bool:
         """Whether the record and the socket, by which clients find this server, are still there and still its own."""
-        return self._generation.is_published()
+        return self._registration.look()
 
     def is_serving(self) -> bool:
         """Whether the server accepts connections."""
@@ -226,7 +220,7 @@ class DaemonServer:
         if self._loop_accepts:
             with contextlib.suppress(RuntimeError):  # a loop that was closed before watches nothing
                 self._loop.remove_reader(self._listener.fileno())
-        self._generation.withdraw()
+        self._registration.drain()
         self._withdrawn.set()
 
     async def wait_closed(self) -> None:
@@ -616,9 +610,8 @@ class DaemonServer:
         except Exception:
             logger.exception("closing the server failed")
         finally:
-            self._generation.discard()
-            if self._own_lock is not None:
-                self._own_lock.release()
+            if self._release:
+                self._registration.release()
             # A loop that was closed meanwhile has nobody waiting for the news.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._report_closed)

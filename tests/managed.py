@@ -16,13 +16,13 @@ import psutil
 
 from harness_ipc import (
     DaemonStatus,
-    endpoint,
     ensure_daemon,
     identify,
     log_path,
     request,
     stop_daemon,
 )
+from harness_ipc._registry import records
 from tests.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
 
 # Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
@@ -35,7 +35,8 @@ PROGRAM = """
 import asyncio, os, sys, time
 from pathlib import Path
 import filelock
-from harness_ipc import endpoint, run_daemon
+from harness_ipc import run_daemon
+from harness_ipc._registry import records
 
 name = sys.argv[1]
 folder = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
@@ -122,7 +123,7 @@ def live_processes() -> list[psutil.Process]:
 def assert_one_daemon(name: str = "test") -> None:
     """One process, one record, one socket, nothing else, and it serves."""
     assert serves(name)
-    assert [process.pid for process in live_processes()] == [identify(name)] == [endpoint.load(name).pid]
+    assert [process.pid for process in live_processes()] == [identify(name)] == [records.load(name).pid]
     files = [file for file in runtime_files() if not file.endswith(".start")]
     sockets = [file for file in files if file.endswith(".sock")]
     assert len(sockets) == SOCKETS

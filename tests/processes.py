@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 
-from harness_ipc import auth, current_peer, endpoint, run_daemon, runtime_dir, transport
+from harness_ipc import auth, current_peer, run_daemon, runtime_dir, transport
+from harness_ipc._registry import records
 
 # Far above what a start or an end takes on a loaded machine.
 PATIENCE = 60.0
@@ -140,7 +141,7 @@ def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
         assert line == "ready", f"the daemon said {line!r}"
         if sys.platform == "win32":
             # A venv's python.exe starts the real one, and waits for it.
-            daemon.pid = endpoint.load(name).pid
+            daemon.pid = records.load(name).pid
         yield daemon
 
 
@@ -206,7 +207,7 @@ def stopped(daemon: DaemonProcess) -> Iterator[None]:
 
 def dial_daemon(name: str) -> transport.Connection:
     """Return a bare connection on which both sides have proved themselves: for frames that no `Client` would send."""
-    record = endpoint.load(name)
+    record = records.load(name)
     connection = transport.dial(record.address, transport.deadline_after(PATIENCE))
     connection.deadline = transport.deadline_after(PATIENCE)
     auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))

@@ -19,20 +19,8 @@ from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import (
-    Namespace,
-    auth,
-    cli,
-    client,
-    daemon_status,
-    endpoint,
-    log_path,
-    messages,
-    paths,
-    runtime_path,
-    transport,
-)
-from harness_ipc._registry import processes
+from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, messages, paths, runtime_path, transport
+from harness_ipc._registry import records
 from harness_ipc.errors import (
     ConnectionLost,
     DaemonNotRunning,
@@ -260,7 +248,7 @@ def record(data: bytes) -> None:
     data = data[:MOST]
     nowhere = str(runtime_path(NAME, "sock"))
     good = {
-        "schema": 1,
+        "schema": 2,
         "name": NAME,
         "generation": "0" * 32,
         "family": transport.FAMILY,
@@ -273,33 +261,27 @@ def record(data: bytes) -> None:
         "python": "3.11.0",
         "started_at": 1.5,
         "argv": ["python"],
+        "environment": {"COLOUR": "red"},
         "max_message": 1000,
         "state": "ready",
     }
     with private_file("json", changed(good, data)):
         try:
-            found = endpoint.load(NAME, again=True)
+            found = records.load(NAME, again=True)
         except (DaemonNotRunning, IncompatibleDaemon) as error:
             check_text(error)
-            # Not with an address that somebody else may have.
+            with contextlib.suppress(DaemonNotRunning, IncompatibleDaemon):
+                if records.read(NAME).address != nowhere:
+                    # Somebody else may have it.
+                    return
             check_status()
             return
         assert (found.name, len(found.authkey)) == (NAME, 32)
         assert found.pid > 0
         assert found.max_message > 0
         assert found.authkey.hex() not in f"{found!r}{found}{found.public()!r}"
-        assert endpoint.load(NAME) is found
+        assert records.load(NAME) is found
         if found.address == nowhere and found.pid == good["pid"]:
-            check_status()
-
-
-def note(data: bytes) -> None:
-    """Look at a daemon with a note of its start, of just these bytes, or a good one with the fields of this JSON object."""
-    good = {**processes.own_identity(), "started_at": 1.5}
-    for phase in endpoint.PHASES:
-        with private_file(phase, changed(good, data[:MOST])):
-            found = endpoint.find_unrecorded(NAME, Namespace())
-            assert found is None or found[2] == phase
             check_status()
 
 
@@ -381,7 +363,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "challenge": challenge,
     "message": message,
     "record": record,
-    "note": note,
     "name": name,
     "command": command,
 }

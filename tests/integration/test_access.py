@@ -20,7 +20,6 @@ from harness_ipc import (
     auth,
     cleanup_endpoint,
     connect_daemon,
-    endpoint,
     identify,
     log_path,
     ping,
@@ -30,6 +29,7 @@ from harness_ipc import (
     runtime_path,
     transport,
 )
+from harness_ipc._registry import records
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
 
@@ -62,7 +62,7 @@ def try_with_the_key(address: str, authkey: str) -> None:
 
 # What the stranger may try, by name: each is done in a process of its own, and tells what it came to.
 ATTEMPTS: dict[str, Callable[..., object]] = {
-    "load": lambda: endpoint.load(NAME).address,
+    "load": lambda: records.load(NAME).address,
     "request": lambda: request(NAME, {"method": "echo"}),
     "connect": lambda: connect_daemon(NAME),
     "ping": lambda: ping(NAME),
@@ -149,20 +149,20 @@ def test_another_user_can_neither_read_nor_replace_a_file_that_it_is_told_of(ext
 
 @pytest.mark.usefixtures("reach")
 def test_another_user_cannot_connect_to_a_socket_that_it_is_told_of() -> None:
-    address = endpoint.load(NAME).address
+    address = records.load(NAME).address
     assert attempt("dial", address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
     assert attempt("raw", address)[0] == "PermissionError"
 
 
 @pytest.fixture
-def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[endpoint.Record]:
+def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[records.Record]:
     """Undo on purpose all that the file system does against others, and put it back."""
-    record = endpoint.load(NAME)
+    record = records.load(NAME)
     with mode(private_directories, 0o755), mode(runtime_dir(), 0o711), mode(Path(record.address), 0o666):
         yield record
 
 
-def test_the_daemon_refuses_another_user_that_reaches_it_before_it_reads_a_byte(opened: endpoint.Record) -> None:
+def test_the_daemon_refuses_another_user_that_reaches_it_before_it_reads_a_byte(opened: records.Record) -> None:
     # It said nothing, the handshake has an hour: it was refused for who it is.
     assert attempt("raw", opened.address) == ""
     assert attempt("with the key", opened.address, opened.authkey.hex())[0] in ("EOFError", *RESET)
@@ -172,12 +172,12 @@ def test_the_daemon_refuses_another_user_that_reaches_it_before_it_reads_a_byte(
     assert opened.authkey.hex() not in log
 
 
-def test_a_client_refuses_a_daemon_of_another_user(opened: endpoint.Record) -> None:
+def test_a_client_refuses_a_daemon_of_another_user(opened: records.Record) -> None:
     """Here the stranger is the client, and we are the other user."""
     assert attempt("dial", opened.address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
 
 
-def test_an_opened_directory_is_refused_by_its_owner(opened: endpoint.Record) -> None:
+def test_an_opened_directory_is_refused_by_its_owner(opened: records.Record) -> None:
     for call in (lambda: request(NAME, {}), lambda: connect_daemon(NAME), runtime_dir):
         with pytest.raises(UnsafeDirectory, match="mode 0711") as caught:
             call()
@@ -192,7 +192,7 @@ def test_a_runtime_directory_that_another_user_made_first_is_refused(private_dir
         assert attempt(squat, *([str(elsewhere)] if squat == "link" else []), str(run)) is None
         calls: list[Callable[[], object]] = [
             runtime_dir,
-            lambda: endpoint.load(NAME),
+            lambda: records.load(NAME),
             lambda: request(NAME, {}),
             lambda: cleanup_endpoint(NAME),
             lambda: ping(NAME),
@@ -230,7 +230,7 @@ def test_a_directory_for_short_sockets_that_another_user_made_first_is_refused(
         short.rmdir()
         with spawn_daemon(NAME):
             assert ping(NAME)
-            assert Path(endpoint.load(NAME).address).parent == short
+            assert Path(records.load(NAME).address).parent == short
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harness_ipc import __version__, endpoint, identify, request
+from harness_ipc import __version__, identify, request
+from harness_ipc._registry import records
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
 
@@ -53,7 +54,7 @@ def _serve(tmp_path: Path, app: str, *options: str) -> Iterator[DaemonProcess]:
 def test_serve_and_call(tmp_path: Path, app: str, result: int) -> None:
     with _serve(tmp_path, app, "--name", "svc") as daemon:
         record_line = daemon.read_line()
-        assert record_line == f"svc: pid {daemon.pid} serves at {endpoint.load('svc').address}"
+        assert record_line == f"svc: pid {daemon.pid} serves at {records.load('svc').address}"
         called = _run("call", "--name", "svc", '{"params": {"x": 21}}')
         assert (called.returncode, json.loads(called.stdout), called.stderr) == (0, {"result": result}, "")
         text = '{"params": {"x": "\\ud800 é 😀"}}'

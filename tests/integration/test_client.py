@@ -34,13 +34,12 @@ from harness_ipc import (
     auth,
     connect_daemon,
     daemon_status,
-    endpoint,
     identify,
     ping,
     request,
-    runtime_dir,
     transport,
 )
+from harness_ipc.server import acquire_name
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, stopped, wait_until
 
@@ -374,17 +373,12 @@ Served: TypeAlias = "Connection[Any, Any]"
 @contextlib.contextmanager
 def scripted_daemon(serve: Callable[[Served, auth.Keys], None]) -> Iterator[None]:
     """Be a daemon that takes one connection after the other and does with it what the test wants."""
-    directory = runtime_dir()
-    directory.mkdir(mode=0o700, exist_ok=True)
-    generation_id = endpoint.new_generation_id()
-    address = transport.new_address(str(directory), generation_id)
-    generation = endpoint.Generation(
-        "test", family=transport.FAMILY, address=address, generation=generation_id, app_version=None, max_message=1 << 26
-    )
-    keys = auth.Keys(generation.record.authkey, address)
+    registration = acquire_name("test")
+    address = registration.record.address
+    keys = auth.Keys(registration.record.authkey, address)
     over = threading.Event()
     with Listener(address, transport.FAMILY) as listener, ThreadPoolExecutor(1) as pool:
-        generation.publish()
+        registration.publish(app_version=None, max_message=1 << 26)
 
         def accept() -> None:
             while True:
@@ -400,7 +394,7 @@ def scripted_daemon(serve: Callable[[Served, auth.Keys], None]) -> Iterator[None
             over.set()
             transport.dial(address, transport.deadline_after(PATIENCE)).close()
             job.result(PATIENCE)
-            generation.discard()
+            registration.release()
 
 
 def prove(connection: Served, keys: auth.Keys) -> None:

@@ -33,6 +33,7 @@ from harness_ipc import (
     run_daemon,
     runtime_dir,
 )
+from harness_ipc._registry import records
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
 
@@ -172,7 +173,7 @@ def test_a_request_that_does_not_end_does_not_prevent_the_end(app: str) -> None:
 def test_a_second_signal_ends_a_long_drain_at_once(number: str) -> None:
     with spawn_daemon("test", grace_period=NEVER) as daemon, in_flight(seconds=NEVER) as job:
         daemon.signal(signal.Signals[number])
-        wait_until(lambda: runtime_files(".json") == [])
+        wait_until(lambda: records.read("test").state == "draining")
         assert daemon.process.poll() is None
         daemon.signal(signal.Signals[number])
         assert daemon.wait() != 0
@@ -290,7 +291,8 @@ def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_start_that_takes_long(number: str) -> None:
     with spawn_app("StartsForEver", until="starting") as daemon:
-        assert runtime_files() == ["test.starting"]
+        assert runtime_files() == ["test.json"]
+        assert records.read("test").state == "starting"
         daemon.signal(signal.Signals[number])
         assert daemon.wait() == 0
         assert daemon.read_line() == "stopped"

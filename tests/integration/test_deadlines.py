@@ -19,17 +19,16 @@ from harness_ipc import (
     ConnectionLost,
     DaemonTimeout,
     HarnessIPCError,
-    Namespace,
     aconnect_daemon,
     auth,
     connect_daemon,
-    endpoint,
     identify,
-    paths,
     ping,
     request,
     transport,
 )
+from harness_ipc._registry import records
+from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
 
@@ -165,7 +164,7 @@ def fill_queue(address: str) -> list[socket.socket]:
 @pytest.fixture
 def full_queue(daemon: DaemonProcess) -> Iterator[None]:
     with stopped(daemon), contextlib.ExitStack() as stack:
-        for sock in fill_queue(endpoint.load("late").address):
+        for sock in fill_queue(records.load("late").address):
             stack.enter_context(sock)
         yield
 
@@ -222,16 +221,11 @@ class FakeDaemon:
         self.behave = behave
         self.behaved = threading.Event()
         self.over = threading.Event()
-        directory = Namespace().runtime_dir
-        paths.create_private_dir(directory)
-        generation = endpoint.new_generation_id()
-        address = transport.new_address(directory, generation)
+        self.registration = acquire_name("fake")
+        address = self.registration.record.address
         self.listener = transport.Listener(address)
-        self.generation = endpoint.Generation(
-            "fake", family=transport.FAMILY, address=address, generation=generation, app_version=None, max_message=1 << 26
-        )
-        self.generation.publish()
-        self.keys = auth.Keys(self.generation.record.authkey, address)
+        self.registration.publish(app_version=None, max_message=1 << 26)
+        self.keys = auth.Keys(self.registration.record.authkey, address)
         self.threads = [threading.Thread(target=self.accept)]
         self.threads[0].start()
 
@@ -269,7 +263,7 @@ class FakeDaemon:
         for thread in self.threads:
             thread.join(PATIENCE)
         self.listener.close()
-        self.generation.discard()
+        self.registration.release()
 
 
 def trickle_proof(fake: FakeDaemon, connection: transport.Connection) -> None:

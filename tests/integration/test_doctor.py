@@ -24,14 +24,14 @@ from harness_ipc import (
     _status,
     auth,
     doctor,
-    endpoint,
-    process_identity,
     runtime_dir,
     runtime_path,
     transport,
 )
+from harness_ipc._registry import records
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
+from harness_ipc.server import acquire_name
 from tests.marks import needs_posix, needs_root, needs_windows
 from tests.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
 
@@ -119,7 +119,8 @@ def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monk
     lines = seen.stdout.splitlines()
     assert all(line.startswith("OK       ") for line in lines), seen.stdout
     topics = [line[9:].partition(":")[0] for line in lines]
-    expected = ["python", "harness_ipc", "platformdirs", "filelock", "psutil", "runtime directory", "log directory"]
+    expected = ["python", "harness_ipc", "platformdirs", "filelock", "psutil", "processes"]
+    expected += ["runtime directory", "log directory"]
     expected += ["socket path"] if transport.FAMILY == "AF_UNIX" else []
     assert topics == [*expected, "round trip", "daemons", "leftovers"]
     assert f"OK       harness_ipc: {__version__}, " in seen.stdout
@@ -167,7 +168,7 @@ def test_no_thread_and_no_descriptor_stays(run: Path) -> None:
 @needs_posix
 def test_a_killed_daemon(run: Path) -> None:
     with spawn_daemon("dead") as daemon, spawn_daemon("other"):
-        address = endpoint.load("dead").address
+        address = records.load("dead").address
         kill(daemon)
         before = everything(run)
         seen = run_doctor()
@@ -193,17 +194,16 @@ def test_a_stopped_daemon_is_a_failure() -> None:
         assert troubles() == []
 
 
-def test_a_daemon_that_starts_is_well_and_leaves_a_note_if_it_dies() -> None:
+def test_a_daemon_that_starts_is_well_and_leaves_its_record_if_it_dies() -> None:
     with service("starting") as daemon:
         assert found("daemon svc").level == "ok"
         assert found("daemon svc").text.startswith(f"starting, pid {daemon.pid}")
         assert troubles() == []
         kill(daemon)
-        (note,) = troubles()
-        path = runtime_path("svc", "starting")
-        assert note.text == f"{path}: what a daemon wrote that died before it was ready, or while it drained"
-        assert (note.level, note.topic, note.remedy) == ("warning", "leftovers", "harness-ipc stop --name svc")
-        apply(note.remedy)
+        (stale,) = troubles()
+        assert stale.text.startswith("stale: the daemon 'svc' is still starting, or was killed while it did")
+        assert (stale.level, stale.topic, stale.remedy) == ("warning", "daemon svc", "harness-ipc stop --name svc")
+        apply(stale.remedy)
         assert troubles() == []
 
 
@@ -218,12 +218,12 @@ def test_a_daemon_that_is_not_healthy_is_a_warning() -> None:
 
 @needs_posix
 def test_a_record_of_another_schema_is_a_failure() -> None:
-    with spawn_daemon("svc"):
+    with spawn_daemon("svc") as daemon:
         path = runtime_path("svc", "json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 3}))
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic) == ("failure", "daemon svc")
-        assert trouble.text.startswith("incompatible: the daemon's record has schema 2")
+        assert trouble.text.startswith(f"incompatible, pid {daemon.pid}: the daemon's record has schema 3")
 
 
 @needs_posix
@@ -294,7 +294,9 @@ def test_a_draft_beside_a_living_daemon_is_removed_without_stopping_it() -> None
 def test_what_a_living_process_drafted_is_no_leftover(run: Path) -> None:
     socket = run / f"{'0a' * 8}.sock"
     socket.touch()
-    path = draft(run, {**(process_identity(os.getpid()) or {}), "address": str(socket)})
+    registration = acquire_name("svc")
+    registration.release()
+    path = draft(run, registration.record.replace(address=str(socket)).to_json().decode())
     assert troubles() == []
     path.unlink()
     assert [trouble.remedy for trouble in troubles()] == [f"rm {socket}"]
@@ -305,7 +307,7 @@ def test_a_socket_without_a_record(private_directories: Path, monkeypatch: pytes
     run = private_directories / "it's"
     run.mkdir(mode=0o700)
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(run))
-    address = transport.new_address(str(run), endpoint.new_generation_id())
+    address = transport.new_address(str(run), records.new_generation_id())
     listener = transport.Listener(address)
     # Of a daemon that has just withdrawn its record, perhaps.
     assert troubles() == []
@@ -557,7 +559,7 @@ def test_a_check_that_fails_is_a_failure_among_the_others(
         raise RuntimeError("one\ntwo\x1b[2J\u2028\ud800")
 
     monkeypatch.setattr(_status, "list_daemons", fail)
-    monkeypatch.setattr(endpoint, "new_generation_id", fail)
+    monkeypatch.setattr(records, "new_generation_id", fail)
     assert doctor.run() == 1
     lines = capsys.readouterr().out.splitlines()
     text = "the check failed: RuntimeError: one\\ntwo\\x1b[2J\\u2028\\ud800"

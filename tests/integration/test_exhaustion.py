@@ -26,7 +26,6 @@ from harness_ipc import (
     connect_daemon,
     daemon_alive,
     daemon_status,
-    endpoint,
     identify,
     log_path,
     ping,
@@ -34,6 +33,7 @@ from harness_ipc import (
     stop_daemon,
     transport,
 )
+from harness_ipc._registry import records
 from tests.integration.test_manager_places import mount, needs_mount, unmount
 from tests.marks import needs_address_limit, needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
@@ -154,7 +154,7 @@ def many_open_files() -> Iterator[None]:
 @contextlib.contextmanager
 def silent_crowd(count: int) -> Iterator[None]:
     """Connect many times, as somebody would who knows nothing but the address, and say nothing."""
-    address = endpoint.load(NAME).address
+    address = records.load(NAME).address
     deadline = transport.deadline_after(PATIENCE)
     with contextlib.ExitStack() as stack:
         while count:
@@ -451,7 +451,7 @@ def give_a_wrong_key(address: str) -> None:
 
 def test_a_crowd_with_a_wrong_key_does_not_fill_the_log() -> None:
     with watched(), ThreadPoolExecutor(8) as pool:
-        for job in [pool.submit(give_a_wrong_key, endpoint.load(NAME).address) for _ in range(INTRUDERS)]:
+        for job in [pool.submit(give_a_wrong_key, records.load(NAME).address) for _ in range(INTRUDERS)]:
             job.result(PATIENCE)
         assert log_lines("refused the client with pid", str(os.getpid()))
 

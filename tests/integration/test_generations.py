@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 
 from harness_ipc import (
+    AlreadyRunning,
     Client,
     ConnectionLost,
     DaemonNotRunning,
     IncompatibleDaemon,
     cleanup_endpoint,
     connect_daemon,
-    endpoint,
+    daemon_status,
     identify,
     ping,
     request,
+    run_daemon,
     runtime_path,
 )
+from harness_ipc._registry import records
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, run_python, runtime_files, spawn_daemon, wait_until
+from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, stopped, wait_until
 
 NEVER = 3600.0
 # On Windows a pipe has no file.
@@ -62,7 +65,7 @@ def assert_one_generation() -> None:
 def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
     leave_dead_generation()
     assert len(runtime_files()) == 1 + SOCKETS
-    dead = endpoint.load("test")
+    dead = records.load("test")
     for attempt in (lambda: connect_daemon("test"), lambda: request("test", {})):
         with pytest.raises(DaemonNotRunning):
             attempt()
@@ -71,7 +74,7 @@ def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
     # Clients clear nothing away.
     assert len(runtime_files()) == 1 + SOCKETS
     with spawn_daemon("test") as daemon:
-        living = endpoint.load("test")
+        living = records.load("test")
         assert identify("test") == living.pid == daemon.pid
         for key in ("generation", "address", "authkey"):
             assert getattr(living, key) != getattr(dead, key)
@@ -80,15 +83,9 @@ def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
 
 DIES_BEFORE_IT_PUBLISHES = """
 import os, sys
-from harness_ipc import Namespace, endpoint, paths, transport
-directory = Namespace().runtime_dir
-paths.create_private_dir(directory)
-generation = endpoint.new_generation_id()
-address = transport.new_address(directory, generation)
-draft = endpoint.Generation(
-    sys.argv[1], family=transport.FAMILY, address=address, generation=generation, app_version=None, max_message=1000
-)
-listener = transport.Listener(address)
+from harness_ipc import transport
+from harness_ipc.server import acquire_name
+listener = transport.Listener(acquire_name(sys.argv[1]).record.address)
 os._exit(0)
 """
 
@@ -96,19 +93,19 @@ os._exit(0)
 def test_a_daemon_that_died_before_it_published_leaves_nothing_to_the_next_one() -> None:
     for name in ("test", "test-2"):
         assert run_python("-c", DIES_BEFORE_IT_PUBLISHES, name).returncode == 0
-    assert len(runtime_files(".tmp")) == 2
+    assert runtime_files(".json") == ["test-2.json", "test.json"]
     assert len(runtime_files(".sock")) == 2 * SOCKETS
     assert not ping("test")
+    assert daemon_status("test").state == "stale"
     with spawn_daemon("test"):
         # Those of another name are not its own to remove.
-        (draft,) = runtime_files(".tmp")
-        assert draft.startswith("test-2.")
+        assert runtime_files(".json") == ["test-2.json", "test.json"]
         assert len(runtime_files(".sock")) == 2 * SOCKETS
         assert cleanup_endpoint("test-2")
         assert_one_generation()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"schema": 1, "pid": true}', b'{"schema": 99}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"schema": 2, "pid": true}', b'{"schema": 99}'])
 def test_a_damaged_record_is_replaced(content: bytes) -> None:
     leave_dead_generation()
     runtime_path("test", "json").write_bytes(content)
@@ -123,31 +120,45 @@ def test_a_damaged_record_is_replaced(content: bytes) -> None:
         assert serves()
 
 
-@contextlib.contextmanager
-def two_generations() -> Iterator[tuple[DaemonProcess, DaemonProcess, Client]]:
-    """Yield an old daemon, its successor and a client of the old one: both live, since somebody removed the lock."""
-    with spawn_daemon("test") as old, connect_daemon("test") as client:
-        client.call("echo")
-        runtime_path("test", "lock").unlink()
-        with spawn_daemon("test") as new:
-            assert (client.pid, identify("test")) == (old.pid, new.pid)
-            yield old, new, client
+@needs_posix
+@pytest.mark.parametrize("swept", [["lock"], ["json"], ["lock", "json"]], ids="+".join)
+def test_a_daemon_whose_files_are_swept_keeps_its_name(swept: list[str]) -> None:
+    with spawn_daemon("test") as daemon, connect_daemon("test") as client:
+        for ext in swept:
+            runtime_path("test", ext).unlink()
+        wait_until(lambda: all(runtime_path("test", ext).exists() for ext in swept))
+        with pytest.raises(AlreadyRunning) as caught:
+            run_daemon(App(), "test")
+        assert caught.value.pid == daemon.pid
+        assert cleanup_endpoint("test") is False
+        assert client.call("echo", n=1) == {"n": 1}
+        assert_one_generation()
 
 
 @needs_posix
-@pytest.mark.parametrize("way", ["signal", "shutdown"])
-def test_an_old_daemon_takes_nothing_of_its_successor_along(way: str) -> None:
-    with two_generations() as (old, new, client):
-        successor = endpoint.load("test")
-        if way == "signal":
-            old.signal(signal.SIGTERM)
-        else:
-            client.request({"meta": "shutdown"})
-        assert old.wait() == 0
-        assert identify("test") == new.pid
-        assert endpoint.load("test").generation == successor.generation
-        assert os.path.exists(successor.address)
+def test_a_swept_lock_is_nobodys_while_the_record_names_a_living_daemon() -> None:
+    with spawn_daemon("test") as daemon:
+        for _ in range(20):
+            runtime_path("test", "lock").unlink(missing_ok=True)
+            assert cleanup_endpoint("test") is False
+            with pytest.raises(AlreadyRunning) as caught:
+                run_daemon(App(), "test")
+            assert caught.value.pid == daemon.pid
         assert_one_generation()
+
+
+@needs_posix
+def test_an_older_daemon_leaves_the_name_to_the_one_that_has_the_record() -> None:
+    with spawn_daemon("test") as old, stopped(old):
+        address = records.load("test").address
+        for ext in ("json", "lock"):
+            runtime_path("test", ext).unlink()
+        with spawn_daemon("test") as new:
+            old.signal(signal.SIGCONT)
+            assert old.wait() == 0
+            assert not os.path.exists(address)
+            assert identify("test") == new.pid
+            assert_one_generation()
 
 
 @contextlib.contextmanager
@@ -205,20 +216,6 @@ def test_a_request_whose_daemon_is_killed_is_lost_and_not_repeated() -> None:
             assert log() == []
             assert client.call("echo", n=2) == {"n": 2}
             assert log() == []
-
-
-@needs_posix
-def test_nothing_is_repeated_though_a_successor_is_there_already() -> None:
-    with connect_after_start() as (old, client), in_flight(client) as job:
-        runtime_path("test", "lock").unlink()
-        with spawn_daemon("test") as new:
-            assert identify("test") == new.pid
-            kill(old)
-            assert isinstance(job.exception(PATIENCE), ConnectionLost)
-            assert log() == []
-            # A new request is another matter.
-            assert client.call("sleep", seconds=0, tag="again") == "again"
-            assert client.pid == new.pid
 
 
 def test_cleaning_up_spares_the_living() -> None:

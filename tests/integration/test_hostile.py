@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from harness_ipc import AuthenticationFailed, ConnectionLost, auth, endpoint, log_path, request, transport
+from harness_ipc import AuthenticationFailed, ConnectionLost, auth, log_path, request, transport
+from harness_ipc._registry import records
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
 
@@ -45,7 +46,7 @@ def attacked_daemon(**options: Any) -> Iterator[DaemonProcess]:
         assert serves("victim")
         log = log_path("victim").read_text(encoding="utf-8")
         assert "starting victim" in log
-        assert endpoint.load("victim").authkey.hex() not in log
+        assert records.load("victim").authkey.hex() not in log
         assert "Traceback" not in log
 
 
@@ -65,7 +66,7 @@ def held_by(daemon: DaemonProcess) -> int:
 def raw_socket(data: bytes = b"") -> socket.socket:
     """Connect as somebody would who knows nothing but the address, and send `data`."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.connect(endpoint.load("victim").address)
+    sock.connect(records.load("victim").address)
     sock.settimeout(PATIENCE)
     sock.sendall(data)
     return sock
@@ -82,7 +83,7 @@ def said(sock: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def dialled() -> Iterator[transport.Connection]:
-    with transport.dial(endpoint.load("victim").address, transport.deadline_after(PATIENCE)) as connection:
+    with transport.dial(records.load("victim").address, transport.deadline_after(PATIENCE)) as connection:
         connection.deadline = transport.deadline_after(PATIENCE)
         yield connection
 
@@ -172,13 +173,13 @@ class Recorder:
 
 def test_a_client_with_another_key_refuses_the_daemon(victim: DaemonProcess) -> None:
     with dialled() as connection, pytest.raises(AuthenticationFailed) as caught:
-        auth.challenge_daemon(connection, auth.Keys(bytes(32), endpoint.load("victim").address))
-    assert endpoint.load("victim").authkey.hex() not in str(caught.value)
+        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load("victim").address))
+    assert records.load("victim").authkey.hex() not in str(caught.value)
 
 
 def test_the_right_key_at_another_address_is_refused(victim: DaemonProcess) -> None:
     with dialled() as connection, pytest.raises(AuthenticationFailed):
-        auth.challenge_daemon(connection, auth.Keys(endpoint.load("victim").authkey, "another address"))
+        auth.challenge_daemon(connection, auth.Keys(records.load("victim").authkey, "another address"))
 
 
 ANSWERS: dict[str, Callable[[bytes], bytes]] = {
@@ -221,7 +222,7 @@ def test_the_daemons_own_answer_does_not_prove_a_client(victim: DaemonProcess) -
 
 
 def test_who_refuses_the_daemons_proof_is_dropped(victim: DaemonProcess) -> None:
-    record = endpoint.load("victim")
+    record = records.load("victim")
     with dialled() as connection:
         recorder: Any = Recorder(connection)
         with pytest.raises(AuthenticationError):

@@ -16,7 +16,6 @@ from harness_ipc import (
     ProtocolError,
     RemoteError,
     connect_daemon,
-    endpoint,
     identify,
     log_path,
     ping,
@@ -24,6 +23,7 @@ from harness_ipc import (
     runtime_dir,
     transport,
 )
+from harness_ipc._registry import records
 from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def test_past_max_connections_requests_are_busy_and_the_channel_still_answers() 
                 with pytest.raises(Busy):
                     third.call("sleep", seconds=0, tag="must not run")
             assert ping("limits")
-            assert identify("limits") == endpoint.load("limits").pid
+            assert identify("limits") == records.load("limits").pid
             # The ones inside notice nothing, and the one outside gets in when there is room.
             assert second.call("log") == []
             first.close()

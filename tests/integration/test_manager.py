@@ -26,7 +26,6 @@ from harness_ipc import (
     __version__,
     daemon_alive,
     daemon_status,
-    endpoint,
     ensure_daemon,
     identify,
     list_daemons,
@@ -37,6 +36,7 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
+from harness_ipc._registry import records
 from tests.managed import (
     assert_none_left,
     assert_one_daemon,
@@ -50,7 +50,7 @@ from tests.managed import (
     waits_for_go,
 )
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, runtime_files, spawn_daemon, stopped, wait_until
+from tests.processes import PATIENCE, spawn_daemon, stopped, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 
@@ -76,7 +76,7 @@ def test_looking_on_a_fresh_machine_finds_nothing_and_creates_nothing(base: Path
 def test_a_running_daemon_tells_all_about_itself() -> None:
     before = time.time()
     assert ensure(options="app_version='7'").state == "running"
-    record = endpoint.load("test")
+    record = records.load("test")
     with pytest.raises(HarnessIPCError):
         raise HarnessIPCError(request("test", {"method": "raise"})["error"]["type"])
     assert serves()
@@ -228,7 +228,7 @@ def test_another_version_of_the_app_is_an_error_replaced_or_accepted(base: Path)
     assert_one_daemon()
 
 
-def test_a_restart_takes_the_command_line_and_the_directory_of_the_record(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_keeps_command_line_directory_and_environment(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DaemonNotRunning):
         restart_daemon("test")
     place = base / "größer place"
@@ -241,7 +241,8 @@ def test_a_restart_takes_the_command_line_and_the_directory_of_the_record(base: 
     assert second.state == "running"
     assert second.pid == identify("test") != first.pid
     assert second.generation != first.generation
-    assert request("test", {"method": "where"})["result"][:2] == where[:2]
+    assert request("test", {"method": "where"})["result"] == where
+    assert (second.argv, second.cwd, second.environment) == (first.argv, str(place), ["COLOUR"])
     assert_one_daemon()
     # Also the killed one.
     psutil.Process(second.pid).kill()
@@ -278,7 +279,7 @@ def test_a_daemon_that_drains_already_for_long_can_be_stopped(base: Path) -> Non
     ensure(options="grace_period=3600")
     with in_flight(base) as job:
         assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
-        wait_until(lambda: runtime_files(".json") == [])
+        wait_until(lambda: records.read("test").state == "draining")
         with at_once():
             with pytest.raises(DaemonTimeout) as caught:
                 ensure_daemon("test", command(), timeout=0.5)

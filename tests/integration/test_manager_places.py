@@ -23,7 +23,6 @@ from harness_ipc import (
     connect_daemon,
     daemon_alive,
     daemon_status,
-    endpoint,
     ensure_daemon,
     identify,
     list_daemons,
@@ -33,6 +32,7 @@ from harness_ipc import (
     runtime_dir,
     stop_daemon,
 )
+from harness_ipc._registry import records
 from tests.managed import (
     AT_ONCE,
     assert_one_daemon,
@@ -168,7 +168,7 @@ def stranger(rounds: int) -> None:
         lambda: daemon_status("test").state,
         lambda: daemon_alive("test"),
         lambda: ping("test"),
-        lambda: endpoint.load("test").pid,
+        lambda: records.load("test").pid,
         lambda: request("test", {"method": "echo"}),
         lambda: connect_daemon("test"),
         lambda: stop_daemon("test"),

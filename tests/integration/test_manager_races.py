@@ -30,6 +30,7 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
+from harness_ipc._registry import records
 from tests.managed import (
     assert_none_left,
     assert_one_daemon,
@@ -166,11 +167,17 @@ def ensure():
 def stop():
     return "stopped" if harness_ipc.stop_daemon("test") else "none"
 
+def is_in(state):
+    try:
+        with open(os.path.join(directory, "test.json"), "rb") as file:
+            return json.load(file)["state"] == state
+    except (OSError, ValueError):
+        return False
+
 def stop_often():
     for number in range(stops):
         # In turn one that serves, and one that starts.
-        file = os.path.join(directory, "test.starting" if number % 2 else "test.json")
-        while not os.path.exists(file) and time.monotonic() < patience:
+        while not is_in("starting" if number % 2 else "ready") and time.monotonic() < patience:
             time.sleep(0.0005)
         attempt(stop)
 
@@ -213,10 +220,15 @@ def test_stops_and_starts_that_race_leave_neither_two_nor_an_orphan(base: Path) 
 # Killed.
 
 DIE = "\nimport psutil; psutil.Process().kill()\n"
+UNPUBLISHED = """
+import psutil
+from harness_ipc._registry.lifetime import Registration
+Registration.publish = lambda *_, **__: psutil.Process().kill()
+"""
 DEATHS = {
     "before the lock": {"first": DIE},
     "in start": {"then": "async def start(self): psutil.Process().kill()\nApp.start = start\nimport psutil"},
-    "before it publishes": {"then": "import psutil\nendpoint.Generation.publish = lambda self: psutil.Process().kill()"},
+    "before it publishes": {"then": UNPUBLISHED},
     "while serving": {},
     "while draining": {"options": "grace_period=3600"},
 }
@@ -234,7 +246,7 @@ def test_a_daemon_that_is_killed_is_in_nobodys_way(base: Path, death: str) -> No
                     job = pool.submit(client.call, "hang", timeout=PATIENCE)
                     wait_until((base / "hanging").exists)
                     assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
-                    wait_until(lambda: runtime_files(".json") == [])
+                    wait_until(lambda: records.read("test").state == "draining")
                     psutil.Process(pid).kill()
                     assert isinstance(job.exception(PATIENCE), HarnessIPCError)
                 (base / "hanging").unlink()

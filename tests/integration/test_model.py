@@ -32,7 +32,6 @@ from harness_ipc import (
     HarnessIPCError,
     connect_daemon,
     daemon_status,
-    endpoint,
     ensure_daemon,
     identify,
     manager,
@@ -42,6 +41,7 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
+from harness_ipc._registry import records
 from tests.managed import command, ensure, kill_all, live_processes, serves, spawn_bystander
 from tests.processes import PATIENCE, DaemonProcess, runtime_files, wait_until
 
@@ -204,7 +204,7 @@ class Machine(RuleBasedStateMachine):
         assert status.alive
         if status.state == "running" and name.state != "running":
             with contextlib.suppress(HarnessIPCError):
-                if endpoint.load(name.name, again=True).pid in [process.pid for process in name.processes()]:
+                if records.load(name.name, again=True).pid in [process.pid for process in name.processes()]:
                     name.state = "running"
 
     # Starts and ends.
@@ -380,7 +380,7 @@ class Machine(RuleBasedStateMachine):
         elif name.state == "running":
             # A loaded machine's loop may take longer than it should.
             assert status.alive
-            assert status.pid == endpoint.load(name.name).pid
+            assert status.pid == records.load(name.name).pid
             assert pid == (None if name.suspended else status.pid)
 
     # What holds always, and in the end.

@@ -27,13 +27,13 @@ from harness_ipc import (
     cleanup_endpoint,
     connect_daemon,
     current_peer,
-    endpoint,
     ping,
     request,
     runtime_dir,
     start_daemon_server,
     transport,
 )
+from harness_ipc._registry import records
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, wait_until
 
@@ -73,7 +73,7 @@ async def serving(handler: Any = echo, **options: Any) -> AsyncIterator[DaemonSe
     """Serve as the daemon "test". When it has closed, nothing may be left of it and a successor must serve."""
     before = threads()
     server, address = await start_daemon_server(handler, "test", **options)
-    assert address == server.record.address == endpoint.load("test").address
+    assert address == server.record.address == records.load("test").address
     async with server:
         assert server.is_serving()
         yield server

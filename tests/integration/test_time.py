@@ -266,8 +266,9 @@ def test_a_suspended_daemon_is_late_for_all_and_then_answers_each_its_own() -> N
 
 HANDSHAKE = """
 import os, signal
-from harness_ipc import auth, endpoint, transport
-record = endpoint.load("test")
+from harness_ipc import auth, transport
+from harness_ipc._registry import records
+record = records.load("test")
 connection = transport.dial(record.address, transport.deadline_after(60))
 connection.deadline = transport.deadline_after(60)
 auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))

@@ -28,7 +28,7 @@ from harness_ipc import (
     AuthenticationFailed,
     DaemonNotRunning,
     DaemonTimeout,
-    Namespace,
+    HarnessIPCError,
     RemoteError,
     StartFailed,
     UnsafeDirectory,
@@ -36,7 +36,6 @@ from harness_ipc import (
     cleanup_endpoint,
     connect_daemon,
     daemon_status,
-    endpoint,
     ensure_daemon,
     identify,
     log_path,
@@ -49,6 +48,9 @@ from harness_ipc import (
     stop_daemon,
     transport,
 )
+from harness_ipc._registry import records
+from harness_ipc._registry.lifetime import Registration
+from harness_ipc.server import acquire_name
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
 from tests.marks import needs_windows
 from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
@@ -88,7 +90,7 @@ def write(connection: transport.Connection, data: bytes) -> Any:
 
 @contextlib.contextmanager
 def dialled() -> Iterator[transport.Connection]:
-    with transport.dial(endpoint.load("test").address, transport.deadline_after(PATIENCE)) as connection:
+    with transport.dial(records.load("test").address, transport.deadline_after(PATIENCE)) as connection:
         connection.deadline = transport.deadline_after(PATIENCE)
         yield connection
 
@@ -246,8 +248,8 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
 
 def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
-    paths.create_private_dir(Namespace().runtime_dir)
-    listener = transport.Listener(transport.new_address("", endpoint.new_generation_id()))
+    paths.create_private_dir(paths.runtime_location()[0])
+    listener = transport.Listener(transport.new_address("", records.new_generation_id()))
     make, second_began = _winapi.CreateNamedPipe, threading.Event()
     calls: list[int] = []
 
@@ -301,7 +303,7 @@ def test_fifty_clients_connect_and_ask_at_once() -> None:
 
 
 def silent(_: int) -> transport.Connection:
-    return transport.dial(endpoint.load("test").address, transport.deadline_after(PATIENCE))
+    return transport.dial(records.load("test").address, transport.deadline_after(PATIENCE))
 
 
 def says_garbage(number: int) -> transport.Connection:
@@ -315,7 +317,7 @@ def has_a_wrong_key(number: int) -> transport.Connection:
     connection = silent(number)
     connection.deadline = transport.deadline_after(PATIENCE)
     with pytest.raises(AuthenticationFailed):
-        auth.challenge_daemon(connection, auth.Keys(bytes(32), endpoint.load("test").address))
+        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load("test").address))
     return connection
 
 
@@ -448,24 +450,10 @@ def let_go_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[lis
         yield failures
 
 
-def new_generation() -> endpoint.Generation:
-    directory = Namespace().runtime_dir
-    paths.create_private_dir(directory)
-    identity = endpoint.new_generation_id()
-    return endpoint.Generation(
-        "test",
-        family=transport.FAMILY,
-        address=transport.new_address(directory, identity),
-        generation=identity,
-        app_version=None,
-        max_message=MIB,
-    )
-
-
-def publish() -> endpoint.Generation:
-    generation = new_generation()
-    generation.publish()
-    return generation
+def publish() -> Registration:
+    registration = acquire_name("test")
+    registration.publish(app_version=None, max_message=MIB)
+    return registration
 
 
 def assert_a_daemon_serves() -> None:
@@ -475,47 +463,47 @@ def assert_a_daemon_serves() -> None:
 
 @OPENING
 def test_a_record_that_is_open_elsewhere_for_a_moment_is_replaced(opening: Callable[[Path], Callable[[], None]]) -> None:
-    publish()
-    successor = new_generation()
-    with let_go_after_a_failure("replace", opening(runtime_path("test", "json"))) as failures:
-        successor.publish()
+    registration = acquire_name("test")
+    # Whose record it is has to be read, too.
+    call = "open" if opening is holds else "replace"
+    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
+        registration.publish(app_version=None, max_message=MIB)
     assert len(failures) == 1
-    assert endpoint.load("test").generation == successor.record.generation
-    successor.discard()
+    assert records.load("test").generation == registration.record.generation
+    registration.release()
     assert_a_daemon_serves()
 
 
 @OPENING
 def test_a_record_that_stays_open_elsewhere_is_a_failed_start(opening: Callable[[Path], Callable[[], None]]) -> None:
-    first, successor = publish(), new_generation()
+    registration = acquire_name("test")
     close = opening(runtime_path("test", "json"))
     try:
-        with at_once(), pytest.raises(StartFailed, match=r"test\.json can't be published") as caught:
-            successor.publish()
+        with at_once(), pytest.raises(HarnessIPCError, match=r"test\.json can't be") as caught:
+            registration.publish(app_version=None, max_message=MIB)
         assert "\n" not in str(caught.value)
     finally:
         close()
-    assert endpoint.load("test").generation == first.record.generation
+    assert records.read("test", again=True).state == "starting"
     assert runtime_files() == ["test.json"]
-    first.discard()
+    registration.release()
     assert_a_daemon_serves()
 
 
 @OPENING
-@pytest.mark.parametrize(("verb", "call"), [("withdraw", "replace"), ("discard", "unlink")])
-def test_a_record_that_is_open_elsewhere_for_a_moment_is_withdrawn_and_discarded(
+@pytest.mark.parametrize(("verb", "call"), [("drain", "replace"), ("release", "unlink")])
+def test_a_record_that_is_open_elsewhere_for_a_moment_is_withdrawn_and_removed(
     opening: Callable[[Path], Callable[[], None]], verb: str, call: str
 ) -> None:
-    generation = publish()
-    # Whose record it is has to be read, too.
+    registration = publish()
     call = "open" if opening is holds else call
     with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
-        getattr(generation, verb)()
+        getattr(registration, verb)()
     assert len(failures) == 1
     with pytest.raises(DaemonNotRunning):
-        endpoint.load("test")
-    assert runtime_files() == ([] if verb == "discard" else ["test.draining"])
-    generation.discard()
+        records.load("test")
+    assert runtime_files() == ([] if verb == "release" else ["test.json"])
+    registration.release()
     assert runtime_files() == []
     assert_a_daemon_serves()
 
@@ -528,7 +516,7 @@ def test_a_dead_daemons_record_that_is_open_elsewhere_for_a_moment_is_cleared_aw
     assert pid is not None
     psutil.Process(pid).kill()
     wait_until(lambda: daemon_status("test").state == "stale")
-    call = "open" if opening is holds else "unlink"
+    call = "open" if opening is holds else "rename"
     with let_go_after_a_failure(call, opening(runtime_path("test", "json"))):
         assert cleanup_endpoint("test") is True
     assert [file for file in runtime_files() if not file.endswith(".start")] == []
@@ -536,43 +524,39 @@ def test_a_dead_daemons_record_that_is_open_elsewhere_for_a_moment_is_cleared_aw
 
 
 def test_a_record_that_cannot_be_opened_for_a_moment_is_read_all_the_same() -> None:
-    generation = publish()
+    registration = publish()
     with let_go_after_a_failure("open", holds(runtime_path("test", "json"))) as failures:
-        assert endpoint.load("test", again=True).generation == generation.record.generation
+        assert records.load("test", again=True).generation == registration.record.generation
     assert len(failures) == 1
-    generation.discard()
+    registration.release()
     assert_a_daemon_serves()
 
 
 def test_a_record_that_cannot_be_opened_at_all_is_a_typed_error() -> None:
-    generation = publish()
+    registration = publish()
     close = holds(runtime_path("test", "json"))
     try:
         with at_once(), pytest.raises(UnsafeDirectory, match="icacls") as caught:
-            endpoint.load("test", again=True)
+            records.load("test", again=True)
         assert "\n" not in str(caught.value)
         with at_once():
             assert daemon_status("test").state == "forbidden"
     finally:
         close()
-    generation.discard()
+    registration.release()
     assert_a_daemon_serves()
 
 
-def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths.create_private_dir(Namespace().runtime_dir)
+def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken() -> None:
+    acquire_name("test").release()
     path = runtime_path("test", "lock")
-    path.touch()
-    close = holds(path)
-    with monkeypatch.context() as patched:
-        # It is asked who has the lock after the first try.
-        patched.setattr(endpoint, "_living_pid", lambda name, namespace: close())
-        endpoint.lock_lifetime("test").release()
-    path.touch()
+    with let_go_after_a_failure("open", holds(path)) as failures:
+        acquire_name("test").release()
+    assert len(failures) == 1
     close = holds(path)
     try:
         with at_once(), pytest.raises(AlreadyRunning) as caught:
-            endpoint.lock_lifetime("test")
+            acquire_name("test")
         assert caught.value.pid is None
     finally:
         close()
@@ -701,7 +685,7 @@ def redirector_of(pid: int | None) -> psutil.Process:
 def test_a_daemon_behind_a_redirector_is_known_by_its_own_pid() -> None:
     status = ensure_daemon("test", redirected())
     redirector = redirector_of(status.pid)
-    assert status.pid == identify("test") == endpoint.load("test").pid == daemon_status("test").pid != redirector.pid
+    assert status.pid == identify("test") == records.load("test").pid == daemon_status("test").pid != redirector.pid
     assert ensure_daemon("test", redirected()).pid == status.pid
     restarted = restart_daemon("test")
     assert restarted.pid == identify("test") != status.pid

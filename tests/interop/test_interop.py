@@ -15,7 +15,8 @@ from typing import NoReturn
 import pytest
 
 import harness_ipc
-from harness_ipc import endpoint, request, runtime_path
+from harness_ipc import request, runtime_path
+from harness_ipc._registry import records
 from tests.marks import REQUIRED
 from tests.processes import PATIENCE
 
@@ -136,7 +137,7 @@ def test_every_python_understands_every_other(daemon_version: str, client_versio
         assert daemon.stdout is not None
         try:
             assert daemon.stdout.readline() == "ready\n"
-            assert str(endpoint.load("interop").public()["python"]).startswith(f"{daemon_version}.")
+            assert str(records.load("interop").public()["python"]).startswith(f"{daemon_version}.")
             for script in (CLIENT, STANDARD_LIBRARY_CLIENT):
                 client = subprocess.run(
                     [client_python, "-W", "error", "-c", script, str(runtime_path("interop", "json"))],

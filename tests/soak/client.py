@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from harness_ipc import Client, HarnessIPCError, auth, connect_daemon, endpoint, ensure_daemon, request, transport
+from harness_ipc import Client, HarnessIPCError, auth, connect_daemon, ensure_daemon, request, transport
+from harness_ipc._registry import records
 from tests.processes import dial_daemon
 from tests.soak.daemon import text_of
 
@@ -158,7 +159,7 @@ class Asker:
                         os.write(connection.fileno(), struct.pack("!i", 100) + b"half")
                         time.sleep(self.chance.random())
                 return
-            with transport.dial(endpoint.load(NAME).address, deadline) as connection:
+            with transport.dial(records.load(NAME).address, deadline) as connection:
                 connection.deadline = deadline
                 self.faults[kind] += 1
                 match kind:
@@ -168,7 +169,7 @@ class Asker:
                     case "garbage":
                         connection.send_bytes(os.urandom(200))
                     case "wrong key":
-                        auth.challenge_daemon(connection, auth.Keys(bytes(32), endpoint.load(NAME).address))
+                        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load(NAME).address))
                     case _:
                         time.sleep(self.chance.random())
 

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import endpoint, runtime_dir, transport
-from harness_ipc._registry import files, trust
+from harness_ipc import cleanup_endpoint, runtime_dir, transport
+from harness_ipc._registry import files, records, trust
 from harness_ipc.errors import HarnessIPCError, StartFailed, UnsafeDirectory
+from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix, needs_root
 
 STRANGER = 12345
@@ -104,8 +105,8 @@ def test_an_unsafe_directory_is_refused_everywhere_and_its_remedy_mends_it(
     make(run)
     before = run.lstat()
     with pytest.raises(HarnessIPCError):
-        endpoint.lock_lifetime("d")
-    for use in (runtime_dir, lambda: endpoint.cleanup_endpoint("d"), lambda: endpoint.load("d")):
+        acquire_name("d")
+    for use in (runtime_dir, lambda: cleanup_endpoint("d"), lambda: records.load("d")):
         with pytest.raises(UnsafeDirectory) as caught:
             use()
         assert caught.value.path == str(run)
@@ -114,7 +115,7 @@ def test_an_unsafe_directory_is_refused_everywhere_and_its_remedy_mends_it(
     assert run.lstat().st_mode == before.st_mode
     apply(caught.value.remedy)
     assert runtime_dir() == run
-    endpoint.lock_lifetime("d").release()
+    acquire_name("d").release()
 
 
 @needs_root
@@ -138,7 +139,7 @@ def test_a_directory_that_others_can_only_read_is_tightened_by_writers_alone(
         runtime_dir()
     assert caught.value.remedy == f"chmod 700 {shlex.quote(str(run))}"
     assert mode(run) == bits
-    endpoint.lock_lifetime("d").release()
+    acquire_name("d").release()
     assert mode(run) == 0o700
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{run} was open to others" in caplog.text
@@ -182,7 +183,7 @@ def test_a_directory_that_cannot_be_created_is_a_failed_start(run: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(os, "mkdir", refuse(30))
         with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR") as caught:
-            endpoint.lock_lifetime("d")
+            acquire_name("d")
     assert str(run) in str(caught.value)
     assert not run.exists()
 
@@ -527,7 +528,7 @@ if sys.platform != "win32":
 
     def test_the_longest_path_binds_and_connects(private_directories: Path) -> None:
         directory = directory_for(private_directories, MAX_ADDRESS)
-        address = transport.new_address(directory, endpoint.new_generation_id())
+        address = transport.new_address(directory, records.new_generation_id())
         assert os.path.dirname(address) == directory
         assert len(os.fsencode(address)) == MAX_ADDRESS
         listener = transport.Listener(address)
@@ -542,7 +543,7 @@ if sys.platform != "win32":
             directory = directory_for(private_directories, MAX_ADDRESS + 1)
         else:
             directory = f"{private_directories}/{'d' * 200 if deep == 'long' else 'é' * 40}"
-        address = transport.new_address(directory, endpoint.new_generation_id())
+        address = transport.new_address(directory, records.new_generation_id())
         assert os.path.dirname(address) == str(temporary)
         assert mode(temporary) == 0o700
         transport.Listener(address).close()
@@ -551,7 +552,7 @@ if sys.platform != "win32":
         temporary.mkdir()
         temporary.chmod(0o777)
         with pytest.raises(UnsafeDirectory) as caught:
-            transport.new_address("/d" * 100, endpoint.new_generation_id())
+            transport.new_address("/d" * 100, records.new_generation_id())
         assert caught.value.remedy == f"chmod 700 {temporary}"
 
     def test_when_both_are_too_long_the_error_says_what_to_set(
@@ -559,6 +560,6 @@ if sys.platform != "win32":
     ) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(private_directories / ("t" * 100)))
         with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR") as caught:
-            transport.new_address(str(private_directories / ("d" * 100)), endpoint.new_generation_id())
+            transport.new_address(str(private_directories / ("d" * 100)), records.new_generation_id())
         assert str(MAX_ADDRESS) in str(caught.value)
         assert list(private_directories.iterdir()) == []

@@ -124,19 +124,25 @@ def test_any_frame_is_a_message_or_one_typed_error(data: bytes) -> None:
     targets.message(data)
 
 
-FIELDS = ["schema", "name", "generation", "address", "authkey", "pid", "create_time", "started_at", "argv", "max_message"]
+FIELDS = [
+    "schema",
+    "name",
+    "generation",
+    "address",
+    "authkey",
+    "pid",
+    "create_time",
+    "started_at",
+    "argv",
+    "max_message",
+    "state",
+]
 
 
 @examples(150)
 @hypothesis.given(objects(*FIELDS, "app_version", "start_ticks", "boot_id"))
 def test_any_record_is_loaded_or_refused(data: bytes) -> None:
     targets.record(data)
-
-
-@examples(60)
-@hypothesis.given(objects("pid", "create_time", "started_at", "start_ticks", "boot_id"))
-def test_any_note_is_read_or_is_none(data: bytes) -> None:
-    targets.note(data)
 
 
 @examples(200)

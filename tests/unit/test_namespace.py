@@ -16,14 +16,15 @@ from harness_ipc import (
     InvalidName,
     Namespace,
     UnsafeDirectory,
+    cleanup_endpoint,
     daemon_status,
-    endpoint,
     log_path,
     runtime_dir,
     runtime_path,
 )
-from harness_ipc._registry import trust
+from harness_ipc._registry import records, trust
 from harness_ipc._registry.namespace import all_namespaces, private_temporary_dir, runtime_root
+from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix, needs_root, needs_windows
 
 STRANGER = 12345
@@ -137,11 +138,11 @@ def test_a_name_becomes_a_file_name(name: str, private_directories: Path) -> Non
     [
         lambda name: runtime_path(name, "json"),
         log_path,
-        endpoint.load,
-        endpoint.lock_lifetime,
-        endpoint.cleanup_endpoint,
+        records.load,
+        acquire_name,
+        cleanup_endpoint,
     ],
-    ids=["runtime_path", "log_path", "load", "lock_lifetime", "cleanup_endpoint"],
+    ids=["runtime_path", "log_path", "load", "acquire_name", "cleanup_endpoint"],
 )
 def test_any_other_name_is_refused_before_anything_is_done(
     use: Callable[[Any], object], name: Any, private_directories: Path
@@ -160,8 +161,8 @@ def test_looking_creates_nothing(private_directories: Path) -> None:
     log_path("d")
     private_temporary_dir()
     with pytest.raises(DaemonNotRunning):
-        endpoint.load("d")
-    assert endpoint.cleanup_endpoint("d") is True
+        records.load("d")
+    assert cleanup_endpoint("d") is True
     assert list(private_directories.iterdir()) == []
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import harness_ipc
-from harness_ipc import Namespace, auth, endpoint, messages, paths, transport
+from harness_ipc import auth, messages, transport
+from harness_ipc.server import acquire_name
 
 ROOT = Path(harness_ipc.__file__).parents[1]
 # What a client has no use for: each costs milliseconds of every short-lived process.
@@ -46,7 +47,7 @@ def test_every_public_error_is_exported() -> None:
     assert leaves < set(harness_ipc.__all__)
 
 
-LIGHT = ["harness_ipc", "harness_ipc.client", "harness_ipc.endpoint", "harness_ipc.errors", "harness_ipc.browser.helpers"]
+LIGHT = ["harness_ipc", *(f"harness_ipc.{name}" for name in ("client", "_registry.records", "errors", "browser.helpers"))]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -92,25 +93,20 @@ def test_looking_for_a_daemon_that_is_not_there_leaves_no_trace(tmp_path: Path, 
 
 
 def test_finding_connecting_and_asking_import_nothing_heavy(tmp_path: Path) -> None:
-    directory = Namespace().runtime_dir
-    paths.create_private_dir(directory)
-    identity = endpoint.new_generation_id()
-    address = transport.new_address(directory, identity)
-    generation = endpoint.Generation(
-        "d", family=transport.FAMILY, address=address, generation=identity, app_version=None, max_message=1000
-    )
+    registration = acquire_name("d")
+    address = registration.record.address
     listener = transport.Listener(address)
 
     def answer_one() -> Any:
         with listener.accept() as connection:
             connection.deadline = transport.deadline_after(60)
-            auth.challenge_client(connection, auth.Keys(generation.record.authkey, address))
+            auth.challenge_client(connection, auth.Keys(registration.record.authkey, address))
             message = messages.decode(transport.receive(connection, 1000))
             transport.send(connection, messages.encode({"result": message}, 1000))
             return message
 
     try:
-        generation.publish()
+        registration.publish(app_version=None, max_message=1000)
         with ThreadPoolExecutor(1) as executor:
             answered = executor.submit(answer_one)
             try:

@@ -1,0 +1,341 @@
+"""A daemon's hold on its name: the name lock, and the record that its holder writes.
+
+One process at a time has a name, also where a cleaner removes old files: the record of a living process is obeyed even by a
+process that has the lock, and a record is created only where there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import sys
+import time
+
+from ..errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
+from . import files, processes, records
+from .locks import NameLock
+from .namespace import Namespace, check_name, private_path, private_temporary_dir
+from .records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# Seconds that another process may hold the lock only to clean up, and the most between two tries to claim a name.
+_LOCK_PATIENCE = 0.5
+_RETRY = 0.02
+# Times that a file may be removed beneath us during one claim or write.
+_TRIES = 20
+# Seconds after which the times of the files are set, or a cleaner of old files would remove them.
+TOUCH_INTERVAL = 3600.0
+
+
+class Registration:
+    """This process's hold on a name for one generation, from the claim to `release`.
+
+    Its methods may be called from any thread, one at a time.
+    """
+
+    def __init__(
+        self, name: str, *, generation: str, address: str, family: str, namespace: Namespace | None = None, **optional: Any
+    ) -> None:
+        """Claim the name, and record that this process is starting.
+
+        `optional` are fields of the record that may be None: `argv`, `cwd`, `environment`, `detached`. Raises `AlreadyRunning`,
+        with the pid of the process that has the name, `StartFailed` and `UnsafeDirectory`.
+        """
+        from .. import __version__
+
+        check_name(name)
+        self._namespace = namespace or Namespace()
+        self._directory = self._namespace.runtime_dir
+        files.create_private_dir(self._directory)
+        fields: dict[str, Any] = {
+            "schema": records.SCHEMA,
+            "name": name,
+            "generation": generation,
+            "family": family,
+            "address": address,
+            "authkey": os.urandom(32).hex(),
+            **_own_identity(),
+            "version": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "started_at": time.time(),
+            "argv": [sys.executable, *sys.orig_argv[1:]],
+            "cwd": _own_cwd(),
+            "environment": {},
+            "state": records.STARTING,
+        }
+        fields.update({key: value for key, value in optional.items() if value is not None})
+        self.record = Record({key: value for key, value in fields.items() if value is not None})
+        self._pid = os.getpid()
+        self._path = os.path.join(self._directory, f"{name}.json")
+        self._touched = time.monotonic()
+        self._lock = self._claim()
+        self._lock.share_directory()
+
+    def _claim(self) -> NameLock:
+        for _ in range(_TRIES):
+            lock = _acquire(self._directory, self.record.name)
+            try:
+                remove_stale_files(self._directory, self.record.name)
+                self._write(self.record)
+                # After the write: a process that locks a newer file from now on finds the record.
+                if lock.is_current():
+                    return lock
+                self._unlink()
+            except BaseException:
+                lock.release()
+                raise
+            lock.release()
+            time.sleep(random.random() * _RETRY)  # noqa: S311 - no secret
+        raise StartFailed(f"the lock of {self.record.name!r} is removed from {self._directory} again and again")
+
+    def publish(self, *, app_version: str | None, max_message: int) -> None:
+        """Record that clients can connect. Raises `StartFailed`, or `AlreadyRunning` if another process has got the name."""
+        versions = {} if app_version is None else {"app_version": app_version}
+        record = self.record.replace(max_message=max_message, state=records.READY, **versions)
+        self._write(record)
+        self.record = record
+
+    def look(self) -> bool:
+        """Return whether clients still find this generation. A lock or a record that was removed is made again.
+
+        Unknown (e.g. EMFILE, or others may use the directory for now): assume that they do.
+        """
+        try:
+            if not self._lock.is_current():
+                self._lock.try_acquire()
+            if not self._is_own():
+                self._write(self.record)
+            if time.monotonic() - self._touched >= TOUCH_INTERVAL:
+                self._touch()
+            return self.record.family != "AF_UNIX" or os.path.lexists(self.record.address)
+        except AlreadyRunning:
+            return False
+        except (HarnessIPCError, OSError):
+            return os.path.lexists(self._directory)
+
+    def drain(self) -> None:
+        """Record that clients can't connect any more, while what is in flight is finished. Without room, remove the record."""
+        if self._pid != os.getpid():
+            return
+        self.record = self.record.replace(state=records.DRAINING)
+        with contextlib.suppress(HarnessIPCError, OSError):
+            if self._is_own():
+                try:
+                    self._write(self.record)
+                except StartFailed:
+                    self._unlink()
+
+    def release(self) -> None:
+        """Remove the record, and give the name up. Idempotent. In a forked child, leave both to the parent."""
+        if self._pid == os.getpid():
+            with contextlib.suppress(HarnessIPCError, OSError):
+                self._unlink()
+        self._lock.release()
+
+    def _is_own(self) -> bool:
+        try:
+            return records.read(self.record.name, namespace=self._namespace).generation == self.record.generation
+        except (DaemonNotRunning, IncompatibleDaemon):
+            return False
+
+    def _unlink(self) -> None:
+        if self._is_own():
+            files.retry_on_sharing_violation(os.unlink, self._path)
+
+    def _write(self, record: Record) -> None:
+        """Make `record` the name's. Raises `AlreadyRunning` if a living process has another there, and `StartFailed`."""
+        data = record.to_json()
+        if len(data) > records.MAX_RECORD:
+            raise StartFailed(
+                f"the record {self._path} would have {len(data)} bytes, the limit is {records.MAX_RECORD}: use a shorter "
+                "command line and add less to the environment"
+            )
+        try:
+            for _ in range(_TRIES):
+                # A sweeper may have removed the draft.
+                with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
+                    if self._is_own():
+                        files.retry_on_sharing_violation(os.replace, draft, self._path)
+                        return
+                    if _create(draft, self._path):
+                        return
+                    other = _remove_dead(self._directory, record.name)
+                    if other is not None and other.generation != record.generation:
+                        raise _already_running(record.name, other.pid)
+        except OSError as error:
+            if isinstance(error, HarnessIPCError):
+                raise
+            raise StartFailed(
+                f"the record {self._path} can't be written: {error.strerror}; make room or set HARNESS_IPC_RUNTIME_DIR to "
+                "another directory"
+            ) from error
+        raise StartFailed(f"the record {self._path} is removed again and again")
+
+    def _touch(self) -> None:
+        """Set the times of all files that a cleaner must leave alone, and of their directories."""
+        self._touched = time.monotonic()
+        paths = [f"{self._path.removesuffix('.json')}.lock", self._path, self._directory]
+        if self.record.family == "AF_UNIX":
+            paths += [self.record.address, os.path.dirname(self.record.address)]
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+
+def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
+    """Remove what a dead generation of the daemon `name` left behind, and nothing of a living one.
+
+    Returns whether the name is free now: False means that a daemon is running, and that nothing was touched. The lock's file
+    stays. Raises `UnsafeDirectory`, `StartFailed` or `InvalidName`.
+    """
+    directory = os.path.dirname(private_path(name, "json", namespace))
+    if not files.check_private_dir(directory):
+        return True
+    try:
+        lock = _acquire(directory, name)
+    except AlreadyRunning:
+        return False
+    try:
+        remove_stale_files(directory, name)
+        return _remove_dead(directory, name) is None
+    finally:
+        lock.release()
+
+
+def _acquire(directory: str, name: str) -> NameLock:
+    """Return the lock of a name that no living process has. Waits for no daemon. Raises what `Registration` does."""
+    path = os.path.join(directory, f"{name}.lock")
+    lock = NameLock(path)
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            acquired = lock.try_acquire()
+            living = _read_living(os.path.join(directory, f"{name}.json"))
+        except OSError as error:
+            lock.release()
+            if isinstance(error, HarnessIPCError):
+                raise
+            raise StartFailed(
+                f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory of your own on "
+                "a local disk"
+            ) from error
+        if living is None and acquired:
+            return lock
+        if living is not None or time.monotonic() >= deadline:
+            lock.release()
+            raise _already_running(name, None if living is None else living.pid)
+        time.sleep(_RETRY / 2)
+
+
+def _already_running(name: str, pid: int | None) -> AlreadyRunning:
+    who = "a process that has no record" if pid is None else f"pid {pid}"
+    return AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid)
+
+
+def remove_stale_files(directory: str, name: str) -> None:
+    """Remove the drafts of dead generations, and their sockets. The caller holds the name lock."""
+    for entry in os.listdir(directory):
+        if entry.startswith(f"{name}.") and entry.endswith(".tmp"):
+            path = os.path.join(directory, entry)
+            with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
+                if is_living(record := records.read_file(path)):
+                    continue
+                _remove_socket(record, name, directory)
+            with contextlib.suppress(OSError):
+                files.retry_on_sharing_violation(os.unlink, path)
+
+
+def _remove_dead(directory: str, name: str) -> Record | None:
+    """Remove the record at the name's path, and the socket that it names. Return it instead if its process lives."""
+    path = os.path.join(directory, f"{name}.json")
+    if (living := _read_living(path)) is not None:
+        return living
+    aside = os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
+    try:
+        files.retry_on_sharing_violation(os.rename, path, aside)
+    except FileNotFoundError:
+        return None
+    # Another process may have replaced it since it was read.
+    if (living := _read_living(aside)) is not None:
+        _create(aside, path)
+    else:
+        with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
+            _remove_socket(records.read_file(aside), name, directory)
+    with contextlib.suppress(OSError):
+        files.retry_on_sharing_violation(os.unlink, aside)
+    return living
+
+
+def _remove_socket(record: Record, name: str, runtime_dir: str) -> None:
+    # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked, and a copy of
+    # another daemon's names a socket that is in use.
+    directory, file = os.path.split(record.address)
+    if record.name == name and file == f"{record.generation[:16]}.sock":
+        with contextlib.suppress(OSError):
+            if any(os.path.samefile(directory, place) for place in (runtime_dir, private_temporary_dir())):
+                os.unlink(record.address)
+
+
+@contextlib.contextmanager
+def _draft(directory: str, name: str, data: bytes) -> Any:
+    """Write `data` to a new file, yield its path, and remove it at the end of the block if it is still there."""
+    draft = os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
+    try:
+        files.write_private_file(draft, data)
+        yield draft
+    finally:
+        with contextlib.suppress(OSError):
+            files.retry_on_sharing_violation(os.unlink, draft)
+
+
+def _create(draft: str, path: str) -> bool:
+    """Give `draft` the name `path`, or return False if that exists. On POSIX the file `draft` stays."""
+    with contextlib.suppress(FileExistsError):
+        # Windows' rename does not replace.
+        (os.rename if sys.platform == "win32" else os.link)(draft, path)
+        return True
+    return False
+
+
+def _read_living(path: str) -> Record | None:
+    """Return the record in the file `path` if its process lives. Raises as `files.read_private_file` does."""
+    with contextlib.suppress(FileNotFoundError, ValueError, IncompatibleDaemon):
+        record = records.read_file(path)
+        if is_living(record):
+            return record
+    return None
+
+
+def is_living(record: Record) -> bool:
+    """Return whether the record's process lives. Where that can't be told: whether its socket accepts connections."""
+    identity = record.public()
+    if processes.find_process(identity) is not None:
+        return True
+    if sys.platform == "win32" or processes.why_unknown(identity) is None:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(record.address)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return True
+
+
+def _own_identity() -> dict[str, Any]:
+    try:
+        return processes.own_identity()
+    except OSError as error:
+        raise StartFailed(f"this process can't be identified: {error}; mount /proc in this container or chroot") from error
+
+
+def _own_cwd() -> str | None:
+    # It may have been removed.
+    with contextlib.suppress(OSError):
+        return os.getcwd()
+    return None

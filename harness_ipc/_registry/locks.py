@@ -1,0 +1,132 @@
+"""A lock on a file that others may remove: it counts only while its path leads to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from . import files
+
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        """Closing does it: no other process has the handle."""
+
+    def _is_at(path: str, descriptor: int) -> bool:
+        # Nobody can remove or rename a file that is open without FILE_SHARE_DELETE.
+        return True
+
+    def _open_shared(directory: str) -> int | None:
+        return None
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        # Not by closing alone: forked children may have the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _is_at(path: str, descriptor: int) -> bool:
+        info = os.fstat(descriptor)
+        try:
+            if files.file_fingerprint(path)[:2] != (info.st_dev, info.st_ino):
+                return False
+        except FileNotFoundError:
+            return False
+        if info.st_mode & 0o600 != 0o600:
+            # The umask has taken away even the owner's rights.
+            os.fchmod(descriptor, 0o600)
+        return True
+
+    def _open_shared(directory: str) -> int | None:
+        # systemd-tmpfiles passes over a directory that somebody has locked, whatever locks its files have.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                raise
+            return descriptor
+        return None
+
+
+class NameLock:
+    """The lock of one name, held from `try_acquire` until `release` or the end of the process, however that ends.
+
+    The file may be removed by a cleaner. The holder then acquires it again, and keeps the lock of the removed file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._pid = os.getpid()
+        self._descriptors: list[int] = []
+        self._directory: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Lock the file, made if it is missing. Return False if another process has it.
+
+        Raises `UnsafeDirectory` if others could read or plant the file, and `OSError` if it can't be opened or locked.
+        """
+        while (descriptor := self._open()) is not None:
+            current = False
+            try:
+                if not _try_lock(descriptor):
+                    return False
+                if current := _is_at(self._path, descriptor):
+                    self._descriptors.append(descriptor)
+                    return True
+            finally:
+                if not current:
+                    os.close(descriptor)
+        return False
+
+    def _open(self) -> int | None:
+        try:
+            return os.open(self._path, _OPEN, 0o600)
+        except OSError as error:
+            if sys.platform == "win32" and isinstance(error, PermissionError):
+                # Another process has opened it for itself alone.
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                # A link or another user's file: say so.
+                files.file_fingerprint(self._path)
+            raise
+
+    def is_current(self) -> bool:
+        """Whether the file at the path is the one that is locked here. Raises `UnsafeDirectory`."""
+        return _is_at(self._path, self._descriptors[-1])
+
+    def share_directory(self) -> None:
+        """Hold a shared lock on the directory too, unless a cleaner has it now."""
+        if self._directory is None:
+            self._directory = _open_shared(os.path.dirname(self._path))
+
+    def release(self) -> None:
+        """Unlock the file. A forked child only closes its copies; its parent still holds the lock."""
+        descriptors, self._descriptors = self._descriptors, []
+        if self._directory is not None:
+            os.close(self._directory)
+            self._directory = None
+        for descriptor in descriptors:
+            if self._pid == os.getpid():
+                _unlock(descriptor)
+            os.close(descriptor)

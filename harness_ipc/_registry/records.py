@@ -1,0 +1,255 @@
+"""The record of a daemon: the file ``<name>.json`` in the runtime directory, with all that others may know of the daemon.
+
+Its `state` is "starting", "ready" (clients can connect) or "draining". The key is in it only while it is ready. This module
+reads records and opens no connection; `lifetime` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ..errors import DaemonNotRunning, IncompatibleDaemon
+from . import files
+from .namespace import private_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .namespace import Namespace
+
+SCHEMA = 2
+STARTING, READY, DRAINING = "starting", "ready", "draining"
+# Bytes. A record has about 700, and argv and the added environment.
+MAX_RECORD = 256 * 1024
+
+# Seconds since 1970, far beyond any clock and within what a float and a datetime can hold: the year 9999.
+_END_OF_TIME = 253_402_300_800
+_KEY_BYTES = 32
+
+_NUMBER = (int, float)
+_Types = dict[str, tuple[type, ...]]
+# In every schema, for ever: with these, any version can ping, report and stop a daemon of any other.
+_LASTING: _Types = {"name": (str,), "generation": (str,), "address": (str,), "pid": (int,), "create_time": _NUMBER}
+_REQUIRED: _Types = {
+    "family": (str,),
+    "version": (str,),
+    "python": (str,),
+    "started_at": _NUMBER,
+    "argv": (list,),
+    "environment": (dict,),
+    "state": (str,),
+}
+# Lasting too are `authkey`, `start_ticks` and `boot_id`. Not every system has the latter, and `cwd` may have been removed.
+_OPTIONAL: _Types = {
+    "authkey": (str,),
+    "start_ticks": (int,),
+    "boot_id": (str,),
+    "pid_namespace": (str,),
+    "time_namespace": (str,),
+    "app_version": (str,),
+    "cwd": (str,),
+    "detached": (str,),
+    "max_message": (int,),
+}
+
+
+class Record:
+    """What a client has to know to reach one generation of a daemon, and what a person wants to know about it."""
+
+    __slots__ = ("_authkey", "_fields", "schema", "state")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """Take the fields of a record's file, of this schema or another. Raises `ValueError` that says which one is wrong."""
+        self.schema: int = fields["schema"]
+        known = self.schema == SCHEMA
+        for key, kinds in (_LASTING | _REQUIRED if known else _LASTING).items():
+            # type(): bool is a subclass of int.
+            if type(fields.get(key)) not in kinds:
+                raise ValueError(f"its {key} is missing or of a wrong type")
+        for key, kinds in (_OPTIONAL if known else _OPTIONAL | _REQUIRED).items():
+            if key in fields and type(fields[key]) not in kinds:
+                if known:
+                    raise ValueError(f"its {key} is of a wrong type")
+                # Another schema may mean something else by it.
+                fields = {name: value for name, value in fields.items() if name != key}
+        self._authkey = _parse_key(fields)
+        state = fields.get("state")
+        self.state: str = state if state in (STARTING, READY, DRAINING) else READY if self._authkey else STARTING
+        self._fields = {key: value for key, value in fields.items() if key != "authkey"}
+        _check_lasting(fields)
+        if known:
+            _check_values(fields, bool(self._authkey))
+
+    @property
+    def name(self) -> str:
+        return str(self._fields["name"])
+
+    @property
+    def generation(self) -> str:
+        return str(self._fields["generation"])
+
+    @property
+    def family(self) -> str | None:
+        return self._fields.get("family")
+
+    @property
+    def address(self) -> str:
+        return str(self._fields["address"])
+
+    @property
+    def authkey(self) -> bytes:
+        """32 bytes, or none in a record that is not ready."""
+        return self._authkey
+
+    @property
+    def pid(self) -> int:
+        return int(self._fields["pid"])
+
+    @property
+    def max_message(self) -> int:
+        """The largest message, in bytes, that the daemon takes."""
+        return int(self._fields.get("max_message", MAX_RECORD))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that the starter added, with their values: not for reports."""
+        return dict(self._fields.get("environment", {}))
+
+    def public(self) -> dict[str, Any]:
+        """Return the fields for reports: all but the authkey, and of the environment the names."""
+        return {**self._fields, "environment": sorted(self.environment)}
+
+    def replace(self, **changes: Any) -> Record:
+        """Return this record with `changes`."""
+        return Record({**self._fields, "authkey": self._authkey.hex(), **changes})
+
+    def to_json(self) -> bytes:
+        """Return the content of the record's file, with the authkey if it is ready."""
+        key = {"authkey": self._authkey.hex()} if self.state == READY else {}
+        return json.dumps({**self._fields, **key}, indent=1).encode("ascii") + b"\n"
+
+    def __repr__(self) -> str:
+        return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
+
+
+def _parse_key(fields: dict[str, Any]) -> bytes:
+    # Errors without the original's text: it may quote the key.
+    try:
+        key = bytes.fromhex(fields.get("authkey", ""))
+    except ValueError:
+        raise ValueError("its authkey is not hexadecimal") from None
+    if key and len(key) != _KEY_BYTES:
+        raise ValueError(f"its authkey has not {_KEY_BYTES} bytes")
+    return key
+
+
+def _check_lasting(fields: dict[str, Any]) -> None:
+    if fields["pid"] <= 0:
+        raise ValueError("its pid is not positive")
+    if not all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at")):
+        raise ValueError("its create_time or started_at is no time")
+    if not fields["address"] or "\0" in fields["address"]:
+        raise ValueError("its address is not usable")
+    # As the keys are derived from it; raises UnicodeError, a ValueError.
+    fields["address"].encode("utf-8", "surrogateescape")
+
+
+def _check_values(fields: dict[str, Any], has_key: bool) -> None:
+    if fields["state"] not in (STARTING, READY, DRAINING):
+        raise ValueError("its state is unknown")
+    if fields["state"] == READY and not (has_key and fields.get("max_message", 0) > 0):
+        raise ValueError("it is ready without an authkey or a positive max_message")
+    environment: dict[str, Any] = fields["environment"]
+    if not all(isinstance(word, str) for word in (*fields["argv"], *environment.values())):
+        raise ValueError("its argv or environment has something that is no text")
+
+
+# The last record read, by path, with the file's fingerprint. Parsing is most of the cost of finding a daemon, and a file with
+# the same identity, times and size is the same record: a new state is always a new file.
+_last_read: dict[str, tuple[tuple[int, ...], Record]] = {}
+
+
+def load(name: str, *, again: bool = False, any_schema: bool = False, namespace: Namespace | None = None) -> Record:
+    """Return the record of the daemon `name`, to which clients can connect. `again` reads it even if it seems unchanged.
+
+    Raises what `read` does, `DaemonNotRunning` if the daemon is starting or draining, and `IncompatibleDaemon` if the record
+    has another schema, unless `any_schema`.
+    """
+    record = read(name, again=again, namespace=namespace)
+    if record.state != READY:
+        doing = "still starting" if record.state == STARTING else "stopping"
+        raise DaemonNotRunning(f"the daemon {name!r} is {doing}, or was killed while it did: see its log, or start it again")
+    if record.schema != SCHEMA and not any_schema:
+        raise incompatible(record.schema)
+    return record
+
+
+def read(name: str, *, again: bool = False, namespace: Namespace | None = None) -> Record:
+    """Return the record of the daemon `name` in whatever state. Creates nothing.
+
+    Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` if it can't be understood, and
+    `UnsafeDirectory` if it could have been planted or read by somebody else.
+    """
+    path = private_path(name, "json", namespace)
+    try:
+        # Taken before the content is read: a record that is replaced in between is read again next time.
+        fingerprint = files.file_fingerprint(path)
+        last = _last_read.get(path)
+        if last is not None and last[0] == fingerprint and not again:
+            return last[1]
+        record = read_file(path)
+        if record.name != name:
+            raise ValueError("it names another daemon")
+    except FileNotFoundError:
+        raise DaemonNotRunning(f"no daemon {name!r} is running: start it first") from None
+    except ValueError as error:
+        raise DaemonNotRunning(
+            f"the record {path} is damaged ({error}): start the daemon {name!r} again, which replaces it"
+        ) from None
+    _last_read[path] = fingerprint, record
+    return record
+
+
+def read_file(path: str) -> Record:
+    """Return the record in the file `path`. Raises what `parse` and `files.read_private_file` do."""
+    return parse(files.read_private_file(path, MAX_RECORD))
+
+
+def parse(data: bytes) -> Record:
+    """Return the record in `data`.
+
+    Raises `ValueError` in words that never quote `data`, and `IncompatibleDaemon` if it has another schema and lacks what all
+    schemas have.
+    """
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"it is larger than {MAX_RECORD} bytes")
+    try:
+        fields = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object")
+    schema = fields.get("schema")
+    if type(schema) is not int:
+        raise ValueError("its schema is missing or of a wrong type")
+    try:
+        return Record(fields)
+    except ValueError:
+        if schema == SCHEMA:
+            raise
+    raise incompatible(schema)
+
+
+def incompatible(schema: int) -> IncompatibleDaemon:
+    """Return the error for a record of another `schema`."""
+    return IncompatibleDaemon(
+        f"the daemon's record has schema {str(schema)[:20]}, this version knows {SCHEMA}: "
+        "use the version of harness_ipc that started the daemon, or stop it and start it again"
+    )
+
+
+def new_generation_id() -> str:
+    """Return a new unguessable name for a generation: 32 hexadecimal digits."""
+    return os.urandom(16).hex()
