@@ -13,6 +13,7 @@ from math import ceil, inf
 
 from . import paths
 from ._base import EXHAUSTED, PeerCredentials, check_size, remaining
+from ._descriptors import close_in_child
 from .errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -88,6 +89,7 @@ if sys.platform != "win32":
             self._buffered = b""
             self._held = b""
             self._receivable = _poll(sock, select.POLLIN)
+            close_in_child(self)
 
         def __enter__(self) -> Self:
             return self
@@ -98,6 +100,8 @@ if sys.platform != "win32":
         def close(self) -> None:
             """Close the socket. Closing twice is no error."""
             self._socket.close()
+
+        close_inherited = close
 
         def fileno(self) -> int:
             """Return the socket's descriptor."""
@@ -279,6 +283,7 @@ if sys.platform != "win32":
             self._woken = False
             self._spare: int | None = None
             self.keep_spare()
+            close_in_child(self)
 
         def accept(self) -> Connection:
             """Return the next connection. Raises `OSError`, and `AuthenticationFailed` for another user's."""
@@ -316,6 +321,11 @@ if sys.platform != "win32":
             spare, self._spare = self._spare, None
             if spare is not None:
                 os.close(spare)
+
+        def close_inherited(self) -> None:
+            """Close a forked child's copies. The path stays: it is the parent's."""
+            self._close_spare()
+            self._socket.close()
 
         def fileno(self) -> int:
             """Return the socket's descriptor, for an event loop."""

@@ -15,6 +15,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from . import __version__, messages, paths, startup
+from ._descriptors import close_in_child
 from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
@@ -110,7 +111,7 @@ def run_daemon(
 
     async def main() -> None:
         stop = asyncio.Event()
-        with _stopping_signals(stop):
+        with _StoppingSignals(stop):
             try:
                 if await _start(application, stop):
                     await serve(stop)
@@ -263,35 +264,42 @@ async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout:
             return
 
 
-@contextlib.contextmanager
-def _stopping_signals(stop: asyncio.Event) -> Any:
-    """Set `stop` on SIGTERM, SIGINT and SIGHUP (Windows: SIGINT and Ctrl-Break).
+class _StoppingSignals:
+    """Sets `stop` on SIGTERM, SIGINT and SIGHUP (Windows: SIGINT and Ctrl-Break), in this process and no child that it forks.
 
     A second SIGTERM or SIGINT ends the process at once. A second SIGHUP does not: a terminal that closes sends two. SIGHUP
     stays ignored if it is (nohup).
     """
-    loop = asyncio.get_running_loop()
-    previous: dict[int, Any] = {}
 
-    def on_signal(number: int, _frame: object) -> None:
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._loop = asyncio.get_running_loop()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        close_in_child(self)
+        try:
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
+                number = getattr(signal, name, None)
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._on_signal)
+        except ValueError:
+            logger.info("not in the main thread: signals are left alone")
+
+    def _on_signal(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
         if name != "SIGHUP":
             signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
-        loop.call_soon_threadsafe(logger.info, "received %s", name)
-        loop.call_soon_threadsafe(stop.set)
+        # In the loop: here, the log may be in the middle of an entry.
+        self._loop.call_soon_threadsafe(logger.info, "received %s", name)
+        self._loop.call_soon_threadsafe(self._stop.set)
 
-    try:
-        for signal_name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, signal_name, None)
-            if number is None or (signal_name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                continue
-            previous[number] = signal.signal(number, on_signal)
-    except ValueError:
-        logger.info("not in the main thread: signals are left alone")
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+    def __exit__(self, *_: object) -> None:
+        self.close_inherited()
+
+    def close_inherited(self) -> None:
+        """Restore the handlers: a worker's SIGTERM is its own."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 

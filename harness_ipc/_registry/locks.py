@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 
+from .._descriptors import close_in_child
 from . import files
 
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -80,6 +81,7 @@ class NameLock:
         self._pid = os.getpid()
         self._descriptors: list[int] = []
         self._directory: int | None = None
+        close_in_child(self)
 
     def try_acquire(self) -> bool:
         """Lock the file, made if it is missing. Return False if another process has it.
@@ -130,3 +132,5 @@ class NameLock:
             if self._pid == os.getpid():
                 _unlock(descriptor)
             os.close(descriptor)
+
+    close_inherited = release

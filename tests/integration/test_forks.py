@@ -1,0 +1,131 @@
+"""Children that an app forks hold nothing of its daemon's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness_ipc import (
+    ConnectionLost,
+    DaemonNotRunning,
+    cleanup_endpoint,
+    connect_daemon,
+    daemon_status,
+    ensure_daemon,
+    request,
+    runtime_dir,
+    stop_daemon,
+)
+from tests.managed import at_once, kill_all
+from tests.marks import needs_linux, needs_posix
+from tests.processes import PATIENCE, lives, wait_until
+
+pytestmark = needs_posix
+
+# "fork" makes a child that sleeps, in one way; "ask" is answered while such children live.
+PROGRAM = """
+import asyncio, multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from harness_ipc import run_daemon
+
+def work():
+    return os.getpid()
+
+class App:
+    async def start(self):
+        self.children = []
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+
+    async def handle(self, message):
+        loop = asyncio.get_running_loop()
+        match message["method"]:
+            case "pool":
+                return {"result": await loop.run_in_executor(self.pool, work)}
+            case "process":
+                child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+                child.start()
+                self.children.append(child)
+                return {"result": child.pid}
+            case "fork":
+                pid = os.fork()
+                if pid == 0:
+                    time.sleep(3600)
+                return {"result": pid}
+            case "terminate":
+                self.children[-1].terminate()
+                self.children[-1].join()
+                return {"result": self.children[-1].exitcode}
+        return {"result": os.getpid()}
+
+    async def stop(self):
+        for child in self.children:
+            child.kill()
+        self.pool.shutdown()
+
+run_daemon(App(), "test")
+"""
+COMMAND = [sys.executable, "-c", PROGRAM]
+
+
+@pytest.fixture
+def daemon(private_directories: Path) -> Iterator[int]:
+    """Start the daemon, give its pid, and end it and all its children."""
+    pid = ensure_daemon("test", COMMAND).pid
+    assert pid is not None
+    try:
+        yield pid
+    finally:
+        stop_daemon("test", timeout=5.0)
+        kill_all()
+
+
+@pytest.mark.parametrize("way", ["pool", "process", "fork"])
+def test_name_of_a_killed_daemon_is_free_while_its_workers_live(daemon: int, way: str) -> None:
+    with connect_daemon("test") as kept:
+        worker = request("test", {"method": way})["result"]
+        os.kill(daemon, signal.SIGKILL)
+        wait_until(lambda: not lives(daemon))
+        assert lives(worker)
+        with at_once():
+            with pytest.raises((ConnectionLost, DaemonNotRunning)):
+                kept.call("ask", timeout=PATIENCE)
+            with pytest.raises(DaemonNotRunning):
+                request("test", {"method": "ask"}, timeout=PATIENCE)
+            assert daemon_status("test").state == "stale"
+            assert ensure_daemon("test", COMMAND).state == "running"
+            assert request("test", {"method": "ask"})["result"] != daemon
+
+
+@pytest.mark.parametrize("way", ["process", "fork"])
+def test_end_of_a_worker_disturbs_neither_clients_nor_the_name(daemon: int, way: str) -> None:
+    with connect_daemon("test") as kept:
+        os.kill(kept.call(way), signal.SIGINT)
+        assert kept.call("ask") == daemon
+        assert not cleanup_endpoint("test")
+        assert [file.suffix for file in runtime_dir().iterdir() if file.suffix == ".sock"] == [".sock"]
+        assert request("test", {"method": "ask"})["result"] == daemon
+
+
+def test_worker_is_ended_by_the_signal_that_drains_the_daemon(daemon: int) -> None:
+    request("test", {"method": "process"})
+    assert request("test", {"method": "terminate"}, timeout=PATIENCE)["result"] == -signal.SIGTERM
+    assert request("test", {"method": "ask"})["result"] == daemon
+
+
+@needs_linux
+def test_worker_has_no_socket_and_no_lock(daemon: int) -> None:
+    with connect_daemon("test") as kept:
+        folder = Path(f"/proc/{kept.call('fork')}/fd")
+
+        def has_ours() -> bool:
+            files = [os.readlink(link) for link in folder.iterdir()]
+            sockets = [file for file in files if file.startswith("socket:")]
+            # The pair that wakes the child's copy of the event loop is asyncio's own.
+            return len(sockets) > 2 or any(file.startswith(str(runtime_dir())) for file in files)
+
+        wait_until(lambda: not has_ours())
