@@ -183,9 +183,9 @@ def _platform_log_dir(app: str) -> str | None:
     import platformdirs
 
     if sys.platform != "win32" and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
-        # Not the passwd entry's: another HOME means other logs. "/" is the HOME of users that have none.
+        # Not the passwd entry's: another HOME means other logs. Users that have none have "/" or "/nonexistent".
         home = os.environ.get("HOME", "")
-        if not os.path.isabs(home) or not home.strip("/"):
+        if not os.path.isabs(home) or not home.strip("/") or not os.path.isdir(home):
             return None
     try:
         path = platformdirs.user_log_dir(app, appauthor=False)

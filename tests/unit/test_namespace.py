@@ -249,7 +249,7 @@ def test_without_a_profile_the_error_names_the_variable(monkeypatch: pytest.Monk
 
 
 @needs_posix
-@pytest.mark.parametrize("home", [None, "", "/", "~", "relative"])
+@pytest.mark.parametrize("home", [None, "", "/", "/nonexistent", "~", "relative"])
 def test_without_a_home_the_logs_are_in_the_runtime_directory(
     home: str | None, private_directories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
