@@ -1,6 +1,6 @@
 """Private directories and files: made, tightened by those that write, and refused with a command that fixes them.
 
-Owner, mode and links are checked at each use. No file is opened through a link, and no mode is changed by path.
+Owner, mode and links are checked at each use. No file is opened, and no mode changed, through a link.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 
 from .._base import EXHAUSTED
 from ..errors import ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
-from .trust import after_denial, check_ancestors, elsewhere, find_problem, is_own_group, is_shared, make_readable, refusal
+from .trust import after_denial, check_ancestors, elsewhere, find_problem, is_own_group, make_readable, may_close, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _make_dir(path: str) -> None:
 def tighten_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
     """Take the mode bits `forbidden` from the directory `path`, with a warning, if it is this user's and only too open."""
     with contextlib.suppress(OSError):  # the check that follows says what is the matter
-        if os.lstat(path).st_mode & forbidden and not is_shared(path):
+        if os.lstat(path).st_mode & forbidden and may_close(path):
+            check_ancestors(path)
             descriptor = os.open(path, _DIRECTORY)
             try:
                 _tighten(path, descriptor, forbidden)

@@ -94,6 +94,15 @@ if sys.platform != "win32":
             or (own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/"))
         )
 
+    def may_close(path: str) -> bool:
+        """Return whether others may lose the right to read the directory `path`: it is no system's and has no open one in it."""
+        try:
+            with os.scandir(path) as entries:
+                inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)
+        except OSError:
+            inside = False
+        return not inside and not is_shared(path)
+
     def find_problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
         """Return why `path` is not a private file or directory (`kind`) without the mode bits `forbidden`, and the remedy."""
         uid = os.geteuid()
@@ -106,8 +115,10 @@ if sys.platform != "win32":
             return f"belongs to uid {info.st_uid}, not to {uid}", _of_another(path, info)
         if stat.S_IFMT(info.st_mode) != kind:
             return "is not a directory" if kind == stat.S_IFDIR else "is not a regular file", f"mv {quoted} {quoted}.old"
-        remedy = f"chmod {700 if kind == stat.S_IFDIR else 600} {quoted}"
-        return f"has mode {stat.S_IMODE(info.st_mode):04o}", elsewhere() if is_shared(path) else remedy
+        problem = f"has mode {stat.S_IMODE(info.st_mode):04o}"
+        if kind == stat.S_IFREG:
+            return problem, make_readable(path)
+        return problem, f"chmod 700 {quoted}" if may_close(path) else elsewhere()
 
     def _of_another(path: str, info: os.stat_result) -> str:
         if remedy := _sudo_with_home(info.st_uid):
@@ -169,7 +180,7 @@ else:
         """Return False: modes don't say who may write."""
         return False
 
-    def is_shared(path: str) -> bool:
+    def may_close(path: str) -> bool:
         """Return False: no mode is changed."""
         return False
 

@@ -163,6 +163,26 @@ def test_a_systems_directory_and_a_home_are_not_tightened(run: Path, monkeypatch
 
 
 @needs_posix
+@pytest.mark.parametrize("shared", ["a directory in it", "a link that others can change"])
+def test_a_directory_that_others_may_need_is_not_tightened(shared: str, run: Path) -> None:
+    run.mkdir(0o755)
+    path = run
+    if shared == "a directory in it":
+        (run / "data").mkdir(0o755)
+    else:
+        planted = run.parent / "planted"
+        planted.mkdir()
+        planted.chmod(0o777)
+        (planted / "link").symlink_to(run.parent)
+        path = planted / "link" / run.name
+    with pytest.raises(UnsafeDirectory) as caught:
+        files.create_private_dir(str(path))
+    assert mode(run) == 0o755
+    if path == run:
+        assert caught.value.remedy.startswith("export ")
+
+
+@needs_posix
 @pytest.mark.parametrize("mask", [0, 0o022, 0o777])
 def test_a_created_directory_is_private_under_any_umask(mask: int, run: Path) -> None:
     with umask(mask):
