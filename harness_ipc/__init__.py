@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
 from .client import Client, connect_daemon, identify, ping, request
 from .errors import (
@@ -29,7 +30,6 @@ from .errors import (
     UnsafeDirectory,
 )
 from .messages import escape_control
-from .paths import check_private_dir, create_private_dir
 from .transport import PeerCredentials
 
 TYPE_CHECKING = False

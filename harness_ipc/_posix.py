@@ -11,9 +11,10 @@ import struct
 import sys
 from math import ceil, inf
 
-from . import paths
 from ._base import EXHAUSTED, PeerCredentials, check_size, remaining
 from ._descriptors import close_in_child
+from ._registry import files
+from ._registry.namespace import private_temporary_dir
 from .errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -371,9 +372,9 @@ if sys.platform != "win32":
         address = os.path.join(directory, name)
         if len(os.fsencode(address)) <= MAX_ADDRESS:
             return address
-        short = paths.private_temporary_dir()
+        short = private_temporary_dir()
         if len(os.fsencode(os.path.join(short, name))) <= MAX_ADDRESS:
-            paths.create_private_dir(short)
+            files.create_private_dir(short)
             return os.path.join(short, name)
         raise StartFailed(
             f"the socket path {address} has {len(os.fsencode(address))} bytes, the operating system allows {MAX_ADDRESS}, "

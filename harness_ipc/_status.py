@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import client, messages, paths
-from ._registry import processes, records
-from ._registry.namespace import DEFAULT_APP, Namespace, log_path
+from . import client, messages
+from ._registry import files, processes, records
+from ._registry.namespace import DEFAULT_APP, Namespace, is_name, log_path
 from .errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -99,10 +99,10 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None
     """
     namespace = namespace or Namespace()
     names = set()
-    if paths.check_private_dir(namespace.runtime_dir):
+    if files.check_private_dir(namespace.runtime_dir):
         for entry in os.listdir(namespace.runtime_dir):
             stem, _, ext = entry.partition(".")
-            if ext == "json" and paths.is_name(stem):
+            if ext == "json" and is_name(stem):
                 names.add(stem)
     # At once: one that does not answer takes its timeout.
     with ThreadPoolExecutor(_AT_ONCE) as pool:

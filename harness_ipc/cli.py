@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 
-from . import __version__, client, messages, paths
+from . import __version__, client, messages
+from ._registry import files
 from ._registry.namespace import DEFAULT_APP, Namespace, log_path
 from .errors import (
     AlreadyRunning,
@@ -424,7 +425,7 @@ class _Log:
         """Return the last `count` lines."""
         from collections import deque
 
-        with paths.open_log_for_reading(self.path) as file:
+        with files.open_log_for_reading(self.path) as file:
             self._file = _identity(file)
             lines = deque(file, count)
             self._read = file.tell()
@@ -434,7 +435,7 @@ class _Log:
         """Return what came since, also in a log that was rotated away meanwhile, or cut."""
         data = b""
         # Between the two steps of a rotation it is missing, or on Windows can't be opened.
-        with contextlib.suppress(FileNotFoundError, ConnectionLost), paths.open_log_for_reading(self.path) as file:
+        with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(self.path) as file:
             if (identity := _identity(file)) != self._file:
                 data = self._rest()
                 self._file, self._read = identity, 0
@@ -447,7 +448,7 @@ class _Log:
 
     def _rest(self) -> bytes:
         # As logging.handlers.RotatingFileHandler names the predecessor.
-        with contextlib.suppress(FileNotFoundError, ConnectionLost), paths.open_log_for_reading(f"{self.path}.1") as file:
+        with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(f"{self.path}.1") as file:
             if _identity(file) == self._file:
                 file.seek(self._read)
                 return file.read()

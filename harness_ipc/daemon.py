@@ -14,8 +14,9 @@ import threading
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from . import __version__, messages, paths, startup
+from . import __version__, messages, startup
 from ._descriptors import close_in_child
+from ._registry import files
 from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
@@ -307,7 +308,7 @@ class _PrivateRotatingFileHandler(logging.handlers.RotatingFileHandler):
     """A log in UTF-8 that only this user can read, also after a rotation."""
 
     def _open(self) -> Any:
-        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=paths.open_private_log)
+        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=files.open_private_log)
 
     def doRollover(self) -> None:  # noqa: N802 - the base class's name
         """Rotate, and take standard error along if it goes into the log."""

@@ -14,7 +14,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from . import client, paths, startup
+from . import client, startup
 from ._registry import files, lifetime, processes, records
 from ._registry.namespace import Namespace, log_path
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
@@ -89,7 +89,7 @@ def ensure_daemon(
     import filelock
 
     directory = namespace.runtime_dir
-    paths.create_private_dir(directory)
+    files.create_private_dir(directory)
     # Held by the one process that starts; it is no daemon's lock, so `mode` and place are all that it shares with that.
     lock = filelock.FileLock(os.path.join(directory, f"{name}.start"), mode=0o600, thread_local=False)
     try:
@@ -210,7 +210,7 @@ def _start(
     Raises `StartFailed` and `DaemonTimeout`.
     """
     log = str(log_path(name, namespace=namespace))
-    descriptor = paths.open_private_log(log)
+    descriptor = files.open_private_log(log)
     try:
         banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(argv))[1:-1]}\n"
         offset = os.fstat(descriptor).st_size
@@ -295,7 +295,7 @@ def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFai
 def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:
     """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
     tail = ""
-    with contextlib.suppress(OSError), paths.open_log_for_reading(log) as file:
+    with contextlib.suppress(OSError), files.open_log_for_reading(log) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _LOG_TAIL, start if start < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")

@@ -95,7 +95,7 @@ if sys.platform != "win32":
         )
 
     def may_close(path: str) -> bool:
-        """Return whether others may lose the right to read the directory `path`: it is no system's and has no open one in it."""
+        """Return whether others can lose the right to read the directory `path`: it is no system's and has no open one."""
         try:
             with os.scandir(path) as entries:
                 inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)

@@ -19,8 +19,8 @@ from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, messages, paths, runtime_path, transport
-from harness_ipc._registry import records
+from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, messages, runtime_path, transport
+from harness_ipc._registry import files, records
 from harness_ipc.errors import (
     ConnectionLost,
     DaemonNotRunning,
@@ -218,9 +218,9 @@ def message(data: bytes) -> None:
 
 @contextlib.contextmanager
 def private_file(ext: str, content: bytes) -> Iterator[None]:
-    paths.create_private_dir(Namespace().runtime_dir)
+    files.create_private_dir(Namespace().runtime_dir)
     path = runtime_path(NAME, ext)
-    paths.write_private_file(str(path), content)
+    files.write_private_file(str(path), content)
     try:
         yield
     finally:

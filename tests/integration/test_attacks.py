@@ -40,14 +40,13 @@ from harness_ipc import (
     ensure_daemon,
     list_daemons,
     log_path,
-    paths,
     request,
     runtime_dir,
     runtime_path,
     stop_daemon,
     transport,
 )
-from harness_ipc._registry import records
+from harness_ipc._registry import files, records
 from tests.fuzz import targets
 from tests.integration import test_access
 from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, said, serves
@@ -73,7 +72,7 @@ def requests_of(name: str = NAME) -> int:
 def plant(name: str, **changes: Any) -> records.Record:
     """Write a record for `name` that is the victim's but for `changes`, as only somebody with our uid could."""
     fields = {**json.loads(runtime_path(NAME, "json").read_bytes()), "name": name, **changes}
-    paths.write_private_file(str(runtime_path(name, "json")), json.dumps(fields).encode())
+    files.write_private_file(str(runtime_path(name, "json")), json.dumps(fields).encode())
     return records.load(name)
 
 
@@ -408,7 +407,7 @@ def test_another_user_can_plant_no_link_and_make_none(victim: DaemonProcess, pri
     ],
 )
 def test_a_link_that_is_there_before_the_daemon_harms_nothing(kind: str, ext: str, private_directories: Path) -> None:
-    paths.create_private_dir(str(private_directories / "run"))
+    files.create_private_dir(str(private_directories / "run"))
     precious = private_directories / "precious"
     precious.write_text("precious")
     precious.chmod(0o600)

@@ -27,12 +27,12 @@ from harness_ipc import (
     list_daemons,
     log_path,
     manager,
-    paths,
     request,
     runtime_dir,
     runtime_path,
     stop_daemon,
 )
+from harness_ipc._registry import files
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, lives, wait_until
 
@@ -557,7 +557,7 @@ def test_following_a_log_through_its_rotation() -> None:
         assert logs.stdout.readline() == "four ü\n"
         # As logging.handlers.RotatingFileHandler does it.
         _append(path, b"the last of the old\n")
-        paths.retry_sharing(os.replace, path, f"{path}.1")
+        files.retry_on_sharing_violation(os.replace, path, f"{path}.1")
         _append(path, b"the first of the new, which is longer than all of the old was\n")
         assert logs.stdout.readline() == "the last of the old\n"
         assert logs.stdout.readline() == "the first of the new, which is longer than all of the old was\n"

@@ -35,13 +35,12 @@ from harness_ipc import (
     ensure_daemon,
     identify,
     manager,
-    paths,
     request,
     restart_daemon,
     runtime_path,
     stop_daemon,
 )
-from harness_ipc._registry import records
+from harness_ipc._registry import files, records
 from tests.managed import command, ensure, kill_all, live_processes, serves, spawn_bystander
 from tests.processes import PATIENCE, DaemonProcess, runtime_files, wait_until
 
@@ -83,7 +82,7 @@ def delete(path: Path, record: dict[str, Any], other: Path) -> bool:
     if not path.exists():
         return False
     # Somebody may be reading it, which is in the way on Windows.
-    paths.retry_sharing(os.unlink, path)
+    files.retry_on_sharing_violation(os.unlink, path)
     return True
 
 

@@ -29,6 +29,7 @@ from harness_ipc import (
     DaemonNotRunning,
     DaemonTimeout,
     HarnessIPCError,
+    Namespace,
     RemoteError,
     StartFailed,
     UnsafeDirectory,
@@ -39,7 +40,6 @@ from harness_ipc import (
     ensure_daemon,
     identify,
     log_path,
-    paths,
     request,
     restart_daemon,
     runtime_path,
@@ -48,7 +48,7 @@ from harness_ipc import (
     stop_daemon,
     transport,
 )
-from harness_ipc._registry import records
+from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc.server import acquire_name
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
@@ -248,7 +248,7 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
 
 def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
-    paths.create_private_dir(paths.runtime_location()[0])
+    files.create_private_dir(Namespace().runtime_dir)
     listener = transport.Listener(transport.new_address("", records.new_generation_id()))
     make, second_began = _winapi.CreateNamedPipe, threading.Event()
     calls: list[int] = []

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import cleanup_endpoint, paths
-from harness_ipc._registry import lifetime, records
+from harness_ipc import cleanup_endpoint
+from harness_ipc._registry import files, lifetime, records
 from harness_ipc.errors import AlreadyRunning, DaemonNotRunning, StartFailed, UnsafeDirectory
 from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix
@@ -29,7 +29,7 @@ NO_PID = 2**31 - 1
 def run(private_directories: Path) -> Path:
     """The runtime directory, made."""
     path = private_directories / "run"
-    paths.create_private_dir(str(path))
+    files.create_private_dir(str(path))
     return path
 
 
@@ -50,7 +50,7 @@ def leave_dead(run: Path, name: str = "d", **changes: Any) -> records.Record:
 
 def write(path: Path, data: bytes) -> None:
     path.unlink(missing_ok=True)
-    paths.write_private_file(str(path), data)
+    files.write_private_file(str(path), data)
 
 
 def content(directory: Path) -> dict[str, bytes]:

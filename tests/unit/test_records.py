@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import paths
-from harness_ipc._registry import records
+from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc.errors import DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed, UnsafeDirectory
 from harness_ipc.server import acquire_name
@@ -28,7 +27,7 @@ LASTING = ("schema", "name", "generation", "address", "authkey", "pid", "create_
 def run(private_directories: Path) -> Path:
     """The runtime directory, made."""
     path = private_directories / "run"
-    paths.create_private_dir(str(path))
+    files.create_private_dir(str(path))
     return path
 
 
@@ -50,7 +49,7 @@ def ready(starting: Registration) -> Registration:
 
 def write(path: Path, data: bytes) -> None:
     path.unlink(missing_ok=True)
-    paths.write_private_file(str(path), data)
+    files.write_private_file(str(path), data)
 
 
 def fields_of(path: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-from harness_ipc import Namespace, paths, transport
-from harness_ipc._registry import records
+from harness_ipc import Namespace, transport
+from harness_ipc._registry import files, records
 from harness_ipc.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -45,7 +45,7 @@ SIZES = [0, 1, 4091, 4092, 4093, 4095, 4096, 4097, 16383, 16384, 16385, 65535, 6
 @contextlib.contextmanager
 def listening() -> Iterator[transport.Listener]:
     directory = Namespace().runtime_dir
-    paths.create_private_dir(directory)
+    files.create_private_dir(directory)
     listener = transport.Listener(transport.new_address(directory, records.new_generation_id()))
     try:
         yield listener
