@@ -168,11 +168,16 @@ def _file_system(path: str) -> str | None:
         return None
     import psutil
 
+    try:
+        partitions = psutil.disk_partitions(all=True)
+    except OSError:
+        # Linux without /proc.
+        return None
     real = os.path.realpath(path) + "/"
     # The last one first: a later mount hides an earlier one of the same place.
     mounts = [
         (len(mount.mountpoint), mount.fstype)
-        for mount in reversed(psutil.disk_partitions(all=True))
+        for mount in reversed(partitions)
         if real.startswith(mount.mountpoint.rstrip("/") + "/")
     ]
     return max(mounts, key=lambda mount: mount[0])[1] if mounts else None

@@ -331,7 +331,8 @@ def _own_identity() -> dict[str, Any]:
     try:
         return processes.own_identity()
     except OSError as error:
-        raise StartFailed(f"this process can't be identified: {error}; mount /proc in this container or chroot") from error
+        why = processes.why_identity_is_unavailable() or error
+        raise StartFailed(f"this process can't be identified: {why}; mount /proc in this container or chroot") from error
 
 
 def _own_cwd() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -20,11 +21,13 @@ from harness_ipc import (
     cleanup_endpoint,
     connect_daemon,
     daemon_status,
+    ensure_daemon,
     identify,
     ping,
     request,
     run_daemon,
     runtime_path,
+    stop_daemon,
 )
 from harness_ipc._registry import records
 from tests.marks import needs_posix
@@ -133,6 +136,26 @@ def test_a_daemon_whose_files_are_swept_keeps_its_name(swept: list[str]) -> None
         assert cleanup_endpoint("test") is False
         assert client.call("echo", n=1) == {"n": 1}
         assert_one_generation()
+
+
+@needs_posix
+@pytest.mark.parametrize("schema", [1, 3])
+def test_a_daemon_of_another_schema_can_be_pinged_and_stopped_but_not_asked(schema: int) -> None:
+    with spawn_daemon("test") as daemon:
+        path = runtime_path("test", "json")
+        fields = json.loads(path.read_bytes())
+        lasting = ("name", "generation", "address", "authkey", "pid", "create_time", "start_ticks", "boot_id")
+        path.write_text(json.dumps({"schema": schema} | {key: fields[key] for key in lasting if key in fields}))
+        assert ping("test") is True
+        assert identify("test") == daemon.pid
+        for use in (lambda: request("test", {}), lambda: connect_daemon("test"), lambda: ensure_daemon("test", ["none"])):
+            with pytest.raises(IncompatibleDaemon, match=f"schema {schema}"):
+                use()
+        status = daemon_status("test")
+        assert (status.state, status.pid) == ("incompatible", daemon.pid)
+        assert stop_daemon("test") is True
+        assert daemon.wait() == 0
+        assert runtime_files() == []
 
 
 @needs_posix
