@@ -316,6 +316,14 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
         yield "loop", f"idle for {_duration(status.idle)}, lag {status.loop_lag * 1000:.1f} ms"
     if status.health is not None:
         yield "health", json.dumps(status.health)
+    if status.argv is not None:
+        import shlex
+
+        yield "command", shlex.join(status.argv)
+    if status.cwd is not None:
+        yield "directory", status.cwd
+    if status.environment:
+        yield "variables", " ".join(status.environment)
     yield "log", status.log_path
 
 

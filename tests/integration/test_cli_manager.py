@@ -256,7 +256,9 @@ def test_the_status_of_a_running_daemon() -> None:
     shown = _run("status", "--name", "healthy").stdout
     lines = shown.splitlines()
     assert lines[0] == f"healthy: running, pid {pid}"
-    assert [line.split()[0] for line in lines[1:]] == ["uptime", "version", "requests", "loop", "health", "log"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        *("uptime", "version", "requests", "loop", "health", "command", "directory", "log")
+    ]
     # Aligned: two spaces, the title, and the text from the same column on.
     assert all(re.match(r"  \w[\w ]{8} \S", line) for line in lines[1:])
     assert '  health    {"upstream": "fine"}' in lines
