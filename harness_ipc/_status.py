@@ -82,13 +82,14 @@ class DaemonStatus:
 def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None = None) -> DaemonStatus:
     """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
 
-    Creates and changes nothing. Raises `InvalidName`, and `ResourceExhausted` if this process has no free descriptor.
+    Creates and changes nothing. Raises `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and as
+    `Namespace` does `UnsafeDirectory` if no place for the files can be told.
     """
     return probe(name, timeout, namespace or Namespace(), health=True)[0]
 
 
 def daemon_alive(name: str, *, namespace: Namespace | None = None) -> bool:
-    """Return whether the daemon `name` runs, responsive or not. Raises `InvalidName` or `ResourceExhausted`."""
+    """Return whether the daemon `name` runs, responsive or not. Raises as `daemon_status` does."""
     return probe(name, STATUS_TIMEOUT, namespace or Namespace(), health=False)[0].alive
 
 
@@ -98,12 +99,8 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None
     Raises `UnsafeDirectory` or `ResourceExhausted`.
     """
     namespace = namespace or Namespace()
-    names = set()
-    if files.check_private_dir(namespace.runtime_dir):
-        for entry in os.listdir(namespace.runtime_dir):
-            stem, _, ext = entry.partition(".")
-            if ext == "json" and is_name(stem):
-                names.add(stem)
+    entries = (entry.partition(".") for entry in files.list_private_dir(namespace.runtime_dir))
+    names = {stem for stem, _, ext in entries if ext == "json" and is_name(stem)}
     # At once: one that does not answer takes its timeout.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         states = list(pool.map(partial(daemon_status, timeout=timeout, namespace=namespace), sorted(names)))

@@ -276,7 +276,7 @@ def _daemons(namespace: Namespace) -> Iterator[Finding]:
     directory = namespace.runtime_dir
     try:
         # Before the daemons are asked: what one of them removes meanwhile was no leftover.
-        entries = sorted(os.listdir(directory)) if files.check_private_dir(directory) else []
+        entries = sorted(files.list_private_dir(directory))
         daemons = _status.list_daemons(namespace=namespace)
     except UnsafeDirectory:
         # The check of the directory has said so.

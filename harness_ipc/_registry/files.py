@@ -60,6 +60,18 @@ def check_private_dir(path: str, *, forbidden: int = _PRIVATE) -> bool:
     return True
 
 
+def list_private_dir(path: str) -> list[str]:
+    """Return the names in the directory `path`, or none if it is missing. Raises `UnsafeDirectory` or `ResourceExhausted`."""
+    try:
+        return os.listdir(path) if check_private_dir(path) else []
+    except FileNotFoundError:
+        return []
+    except HarnessIPCError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
     """Create the directory `path`, and the parents that are missing, with mode 0700; then check it as `check_private_dir` does.
 

@@ -8,7 +8,7 @@ import sys
 
 from ..errors import InvalidName, StartFailed, UnsafeDirectory
 from . import trust
-from .files import check_private_dir
+from .files import check_private_dir, list_private_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,12 +102,12 @@ def all_namespaces() -> list[Namespace]:
     Raises `UnsafeDirectory`.
     """
     default = Namespace()
-    apps = set()
-    if check_private_dir(default.runtime_dir):
-        for entry in os.scandir(default.runtime_dir):
-            if entry.is_dir(follow_symlinks=False) and is_name(entry.name):
-                apps.add(entry.name)
-    return [default, *map(Namespace, sorted(apps - {DEFAULT_APP}))]
+    apps = [
+        name
+        for name in list_private_dir(default.runtime_dir)
+        if is_name(name) and stat.S_ISDIR(os.lstat(os.path.join(default.runtime_dir, name)).st_mode)
+    ]
+    return [default, *(Namespace(app) for app in sorted(apps) if app != DEFAULT_APP)]
 
 
 def runtime_dir(*, namespace: Namespace | None = None) -> Path:

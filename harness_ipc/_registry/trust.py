@@ -132,8 +132,8 @@ if sys.platform != "win32":
         return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
 
     def make_readable(path: str) -> str:
-        """Return the remedy for a file of this user that he can't read."""
-        return f"chmod 600 {_quote(path)}"
+        """Return the remedy for a file or directory of this user that he can't read."""
+        return f"chmod {700 if os.path.isdir(path) else 600} {_quote(path)}"
 
     def after_denial(path: str, default: str) -> str:
         """Return the remedy where the system denies this user `path`: `default`, unless a parent was made with sudo."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -16,9 +18,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import cleanup_endpoint, runtime_dir, transport
+from harness_ipc import cleanup_endpoint, list_daemons, runtime_dir, transport
 from harness_ipc._registry import files, records, trust
-from harness_ipc.errors import HarnessIPCError, StartFailed, UnsafeDirectory
+from harness_ipc.errors import HarnessIPCError, ResourceExhausted, StartFailed, UnsafeDirectory
 from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix, needs_root
 
@@ -214,6 +216,18 @@ def test_a_directory_that_cannot_be_examined_is_refused(run: Path, monkeypatch: 
         patched.setattr(os, "lstat", refuse(13))
         with pytest.raises(UnsafeDirectory, match="HARNESS_IPC_RUNTIME_DIR"):
             runtime_dir()
+
+
+def test_a_directory_is_listed_or_a_typed_error_says_why_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.list_private_dir(str(run)) == []
+    files.create_private_dir(str(run))
+    (run / "d.json").touch()
+    assert files.list_private_dir(str(run)) == ["d.json"]
+    for code, kind in ((errno.EACCES, UnsafeDirectory), (errno.EMFILE, ResourceExhausted)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", refuse(code))
+            with pytest.raises(kind, match=re.escape(str(run))):
+                list_daemons()
 
 
 # The directories that lead there.
