@@ -144,6 +144,19 @@ if sys.platform != "win32":
             self._buffered += piece
             return self._next(limit)
 
+        def read_ahead(self, limit: int) -> bool | None:
+            """Read what has come, for later receives. Return False if the peer has gone, None if `limit` bytes are unread."""
+            if len(self._buffered) >= limit:
+                return None
+            try:
+                piece = self._socket.recv(limit)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            self._buffered += piece
+            return bool(piece)
+
         def _next(self, limit: int) -> bytes | None:
             data = self._buffered
             if len(data) < _HEADER.size:

@@ -66,6 +66,10 @@ if sys.platform == "win32":
             """Return None: `recv_bytes` has to wait."""
             return None
 
+        def read_ahead(self, limit: int) -> bool | None:
+            """Return None: nothing is read before it is received."""
+            return None
+
         def readable_now(self) -> bool:
             """Whether a receive would not block: there is a frame, or the end."""
             try:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 # Who sent the request that is being handled, for the handler: None outside of one.
 current_peer: contextvars.ContextVar[PeerCredentials | None] = contextvars.ContextVar("current_peer", default=None)
 
+# Bytes that are read of what a client sends before the reply to its last request: the end of the connection shows only behind
+# them, and cancels that request.
+_MOST_AHEAD = 64 * 1024
 # Seconds that a ping waits for the loop. A loop that takes longer blocks everybody: it is unresponsive.
 _PROBE_PATIENCE = 0.25
 
@@ -53,12 +56,14 @@ class Session:
         "accepted_at",
         "connection",
         "counts",
+        "departed",
         "full",
         "handshake",
         "in_loop",
         "message",
         "parked",
         "received",
+        "task",
         "unsent",
         "waiting",
         "wake",
@@ -79,6 +84,9 @@ class Session:
         # A request is on its way, and whether it counts as use of the daemon.
         self.waiting = False
         self.counts = False
+        # Its task, if the end of the connection cancels it; and whether that has happened.
+        self.task: asyncio.Task[None] | None = None
+        self.departed = False
         # The loop has the session, and whether it watches the connection for more.
         self.in_loop = False
         self.watched = False
@@ -103,6 +111,7 @@ class LoopBridge:
         health: Callable[[], Awaitable[Message]] | None,
         max_message: int,
         *,
+        cancel_on_disconnect: bool,
         pong: Callable[[bool, float], Message],
         admit: Callable[[Session], bool],
         need_thread: Callable[[Session], None],
@@ -114,6 +123,8 @@ class LoopBridge:
         self._handler = handler
         self._health = health
         self._max_message = max_message
+        self._cancel_on_disconnect = cancel_on_disconnect
+        self._draining = False
         self._pong = pong
         self._admit = admit
         self._need_thread = need_thread
@@ -210,6 +221,10 @@ class LoopBridge:
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
 
+    def drain(self) -> None:
+        """Take no end of a connection for its client's departure any more: the daemon itself ends them, from any thread."""
+        self._draining = True
+
     def cancel(self) -> None:
         """Cancel the handlers that are running, and start no more of them, from any thread."""
         # At once: what the loop has yet to do may come before it cancels.
@@ -260,13 +275,27 @@ class LoopBridge:
             # A task that is cancelled before its first step runs nothing of `_handle`, which otherwise removes this again: a
             # callback costs a turn of the loop.
             task.add_done_callback(self._on_task_done)
+            if session.in_loop and self._cancel_on_disconnect and session.counts:
+                session.task = task
+                self._watch(session)
 
     def _on_readable(self, session: Session) -> None:
-        if session.waiting:
+        if not session.waiting:
+            self._receive(session)
+        elif session.task is None or self._draining:
             # More, or the end, before the reply to the last one: it is seen to when that has been sent.
             self._unwatch(session)
-        else:
-            self._receive(session)
+        elif not (goes_on := session.connection.read_ahead(_MOST_AHEAD)):
+            self._unwatch(session)
+            if goes_on is False and not self._draining:
+                # What it has sent after this request does not run either.
+                session.departed = True
+                session.task.cancel()
+
+    def _watch(self, session: Session) -> None:
+        if not session.watched:
+            self._loop.add_reader(session.connection.fileno(), self._on_readable, session)
+            session.watched = True
 
     def _receive(self, session: Session) -> None:
         """Take the next frame if it is there; otherwise watch for it."""
@@ -279,9 +308,8 @@ class LoopBridge:
             self._let_go(session, error)
             return
         if frame is None and not connection.has_unread and not connection.has_unsent:
-            if not session.watched and session.in_loop:
-                self._loop.add_reader(connection.fileno(), self._on_readable, session)
-                session.watched = True
+            if session.in_loop:
+                self._watch(session)
             return
         message = None if frame is None else self._for_handler(frame)
         if message is None:
@@ -358,11 +386,15 @@ class LoopBridge:
                 return
             session.waiting = False
             session.message = {}
+            session.task = None
             if session.counts:
                 self._in_flight -= 1
                 self._requests += 1
                 self._errors += "error" in reply
                 self._last_used = time.monotonic()
+        if session.departed:
+            self._let_go(session)
+            return
         # Sent from here if that does not wait: the client has it one wake-up earlier.
         connection = session.connection
         frame = self._encode(reply, limit)

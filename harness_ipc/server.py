@@ -64,6 +64,7 @@ async def start_daemon_server(
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
     handshake_timeout: float = HANDSHAKE_TIMEOUT,
     grace_period: float = GRACE_PERIOD,
+    cancel_on_disconnect: bool = True,
     health: Callable[[], Awaitable[Message]] | None = None,
     on_shutdown: Callable[[], None] | None = None,
     registration: Registration | None = None,
@@ -78,7 +79,8 @@ async def start_daemon_server(
     ```
 
     `handler` is an async function from a message to a reply, both JSON objects. `max_message` is the limit of either in
-    bytes, `handshake_timeout` and `grace_period` are seconds. `health` answers the reserved request of that name;
+    bytes, `handshake_timeout` and `grace_period` are seconds. The handler of a request whose client goes away is cancelled,
+    unless `cancel_on_disconnect` is False (on Windows that is not noticed). `health` answers the reserved request of that name;
     `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given. `registration` is what
     `acquire_name` returned, if the caller has the name already, and is released by the caller; otherwise the name is acquired
     here, and released when the server has closed.
@@ -100,6 +102,7 @@ async def start_daemon_server(
                 max_message=max_message,
                 handshake_timeout=handshake_timeout,
                 grace_period=grace_period,
+                cancel_on_disconnect=cancel_on_disconnect,
                 health=health,
                 on_shutdown=on_shutdown,
                 release=release,
@@ -141,6 +144,7 @@ class DaemonServer:
         max_message: int,
         handshake_timeout: float,
         grace_period: float,
+        cancel_on_disconnect: bool,
         health: Callable[[], Awaitable[Message]] | None,
         on_shutdown: Callable[[], None] | None,
         release: bool,
@@ -150,6 +154,7 @@ class DaemonServer:
             handler,
             health,
             max_message,
+            cancel_on_disconnect=cancel_on_disconnect,
             pong=self._pong,
             admit=self._admit,
             need_thread=self._attend_in_thread,
@@ -599,6 +604,7 @@ class DaemonServer:
             self._stop_accepting()
             with self._changed:
                 self._cut_unproved()
+                self._bridge.drain()
                 for session in self._sessions:
                     session.connection.finish_receiving()
                 left = None if deadline == inf else max(0.0, deadline - time.monotonic())

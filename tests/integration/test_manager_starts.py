@@ -39,7 +39,7 @@ from tests.managed import (
     waits_for_go,
 )
 from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, run_python, spawn_daemon, spawn_python, wait_until
+from tests.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 
@@ -236,48 +236,6 @@ def test_a_stopped_daemon_is_no_zombie_though_its_starter_lives_on(base: Path) -
         wait_until(lambda: not psutil.pid_exists(daemon), AT_ONCE)
         assert psutil.Process(starter).children() == []
     assert_none_left()
-
-
-FORKS = """
-import os, sys
-from harness_ipc import ClientClosed, connect_daemon
-
-client = connect_daemon("test")
-assert client.call("echo", n=1) == {"n": 1}
-for child in range(3):
-    pid = os.fork()
-    if pid == 0:
-        for use in (lambda: client.call("echo"), lambda: client.request({"meta": "ping"})):
-            try:
-                use()
-            except ClientClosed as error:
-                assert "fork" in str(error), error
-            else:
-                raise AssertionError("it was used")
-        if child > 0:
-            client.close()
-        if child > 1:
-            del client
-            with connect_daemon("test") as own:
-                assert own.call("echo", n=2) == {"n": 2}
-        sys.exit(42)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
-    # Where the parent could not connect again.
-    there = os.environ["HARNESS_IPC_RUNTIME_DIR"]
-    os.environ["HARNESS_IPC_RUNTIME_DIR"] += "-elsewhere"
-    for n in range(3):
-        assert client.call("echo", n=n) == {"n": n}
-    os.environ["HARNESS_IPC_RUNTIME_DIR"] = there
-client.close()
-"""
-
-
-@needs_posix
-def test_a_client_is_of_no_use_after_a_fork_and_does_its_parents_no_harm() -> None:
-    with spawn_daemon("test"):
-        done = run_python("-c", FORKS)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert serves()
 
 
 def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
