@@ -81,10 +81,10 @@ if sys.platform != "win32":
         """
 
         def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+            self._socket = sock
             sock.setblocking(False)
             if sys.platform == "darwin":
                 sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
-            self._socket = sock
             self.peer = peer
             self.deadline = inf
             self._buffered = b""
@@ -97,6 +97,10 @@ if sys.platform != "win32":
 
         def __exit__(self, *_: object) -> None:
             self.close()
+
+        def __del__(self) -> None:
+            # As multiprocessing's connections: a client that is kept until its process ends is no leak to be warned of.
+            self._socket.close()
 
         def close(self) -> None:
             """Close the socket. Closing twice is no error."""

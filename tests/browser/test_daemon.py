@@ -880,8 +880,9 @@ def test_a_daemon_that_was_killed_while_its_browser_starts_leaves_it_to_the_next
     note = fresh / "profile" / "harness-browser.json"
     with in_thread(helpers.connect) as starting:
         wait_until(note.exists)
-        (process,) = (process for process in processes_of(fresh) if "harness_ipc.browser.daemon" in process.cmdline())
-        kill(process.pid)
+        starting_pid = daemon_status("browser").pid
+        assert starting_pid is not None
+        kill(starting_pid)
         # Or it was ready just before.
         with contextlib.suppress(StartFailed, DaemonNotRunning, ConnectionLost):
             starting.result(PATIENCE)
