@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = options.run(options)
         sys.stdout.flush()
     except HarnessIPCError as error:
-        _print_error(" ".join(str(error).split()))
+        if not getattr(options, "logs_errors", False):
+            _print_error(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
             print(f"    {_escape(line)}", file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
@@ -236,6 +237,8 @@ def _serve(options: argparse.Namespace) -> int:
     # Without --app it is its starter's, if it has one.
     namespace = options.namespace if options.application else None
     with claim_name(options.name, namespace=namespace) as claim:
+        # stderr goes into the log, where the error then is.
+        options.logs_errors = not in_foreground
         app = _load_app(options.app)
         if in_foreground:
             logging.getLogger().addHandler(console)

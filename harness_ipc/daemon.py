@@ -118,6 +118,8 @@ def run_daemon(
             try:
                 if await _start(application, stop):
                     await serve(stop)
+                else:
+                    claimed.report.send(state="failed", message="it was told to stop while it was starting")
             finally:
                 try:
                     await application.stop()
@@ -247,7 +249,9 @@ async def _start(app: _Functions, stop: asyncio.Event) -> bool:
         raise
     except Exception as error:
         logger.exception("the app's start failed")
-        raise StartFailed(f"the app's start failed: {type(error).__name__}: {error}; its log has the traceback") from error
+        raise StartFailed(
+            f"the app's start failed: {type(error).__name__}: {error}", type=type(error).__name__, reason=str(error)
+        ) from error
     return True
 
 

@@ -55,9 +55,13 @@ _LOOK_INTERVAL = 0.05
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
+class _StartTimeout(Exception):
+    """The deadline of a start has passed."""
+
+
 def ensure_daemon(
     name: str,
-    argv: Sequence[str],
+    argv: Sequence[str | os.PathLike[str]],
     *,
     timeout: float = START_TIMEOUT,
     env: Mapping[str, str] | None = None,
@@ -79,8 +83,10 @@ def ensure_daemon(
     is; `run_daemon` in the child takes it from here.
 
     Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
-    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`.
+    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
+    `ValueError` for a command line that is a string, or empty.
     """
+    argv = _words(argv)
     deadline = deadline_after(timeout)
     namespace = namespace or Namespace()
     files.tighten_dir(namespace.runtime_dir)
@@ -95,7 +101,7 @@ def ensure_daemon(
     try:
         lock.acquire(timeout=remaining(deadline), poll_interval=POLL_INTERVAL)
     except filelock.Timeout:
-        raise _still_starting(name, namespace) from None
+        raise _still_starting(name, timeout, namespace) from None
     except OSError as error:
         raise StartFailed(
             f"the lock {lock.lock_file} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you "
@@ -113,8 +119,10 @@ def ensure_daemon(
                         "must call run_daemon without `namespace`, or with the same one"
                     )
             elif not sleep_until_retry(deadline):
-                raise _still_starting(name, namespace)
+                raise _still_starting(name, timeout, namespace)
         return status
+    except _StartTimeout:
+        raise _still_starting(name, timeout, namespace) from None
     finally:
         lock.release()
 
@@ -207,7 +215,7 @@ def _start(
 ) -> bool:
     """Start the daemon and wait until it is ready. Return False if another process already has the name.
 
-    Raises `StartFailed` and `DaemonTimeout`.
+    Raises `StartFailed` and `_StartTimeout`.
     """
     log = str(log_path(name, namespace=namespace))
     descriptor = files.open_private_log(log)
@@ -235,7 +243,8 @@ def _start(
         if state == "failed":
             # It has yet to print its traceback.
             _wait_for_exit(child)
-            raise _start_failed(name, str(message.get("message")), log, offset)
+            why, type_name, reason = (str(message.get(key, "")) for key in ("message", "type", "reason"))
+            raise _start_failed(name, why, log, offset, type=type_name, reason=reason)
         if (place := (message.get("name"), message.get("directory"))) != (name, namespace.runtime_dir):
             child.process.terminate()
             _wait_for_exit(child)
@@ -248,7 +257,7 @@ def _start(
 def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
     """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
 
-    Raises `DaemonTimeout`.
+    Raises `_StartTimeout`.
     """
     while True:
         ended = child.process.poll() is not None
@@ -261,7 +270,7 @@ def _next_message(name: str, child: startup.Child, deadline: float, namespace: N
         if ended and not (child.process.returncode == 0 and child.has_descendants()):
             return {"state": "ended", "status": child.process.returncode}
         if not sleep_until_retry(deadline):
-            raise _still_starting(name, namespace)
+            raise _StartTimeout
 
 
 def _wait_for_exit(child: startup.Child) -> None:
@@ -292,28 +301,45 @@ def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFai
     return StartFailed(f"{program!a} can't be started: {text}; check the command and the directory {cwd}")
 
 
-def _start_failed(name: str, why: str, log: str, start: int, *, quote: bool = False) -> StartFailed:
+def _start_failed(
+    name: str, why: str, log: str, offset: int, *, quote: bool = False, type: str = "", reason: str = ""
+) -> StartFailed:
     """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
     tail = ""
     with contextlib.suppress(OSError), files.open_log_for_reading(log) as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - _LOG_TAIL, start if start < size else 0))
+        file.seek(max(size - _LOG_TAIL, offset if offset < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")
     # What it printed last, not what we logged.
     lines = [line for line in tail.splitlines() if line.strip() and not _OWN_LINE.match(line)]
     if quote and lines:
-        why = f"{why} ({ascii(lines[-1])[1:-1]})"
-    return StartFailed(f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}", log_tail=tail)
+        reason = lines[-1].strip()
+        why = f"{why} ({ascii(reason)[1:-1]})"
+    text = f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}"
+    return StartFailed(text, log_tail=tail, type=type, reason=reason)
 
 
-def _still_starting(name: str, namespace: Namespace) -> DaemonTimeout:
-    since = "another process is still starting or ending it"
-    with contextlib.suppress(HarnessIPCError):
-        record = records.read(name, again=True, namespace=namespace)
-        if record.state == records.STARTING:
-            since = f"it has been starting for {time.time() - record.public()['started_at']:.1f} s"
-    log = log_path(name, namespace=namespace)
-    return DaemonTimeout(f"the daemon {name!r} is not ready: {since}; allow a longer timeout, or see its log {log}")
+def _still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
+    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
+    doing = "another process is starting it, or its predecessor has not ended"
+    if status.state == "starting" and status.since is not None:
+        doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
+    return DaemonTimeout(
+        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
+        f"log {log_path(name, namespace=namespace)}"
+    )
+
+
+def _words(argv: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the command line `argv`. Raises `TypeError` and `ValueError`."""
+    if isinstance(argv, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"argv must be a list of words, not {argv!r}: write [sys.executable, '-m', 'package'], or use shlex.split"
+        )
+    words = [os.fsdecode(word) for word in argv]
+    if not words:
+        raise ValueError("argv is empty: write a program and its arguments, as [sys.executable, '-m', 'package']")
+    return words
 
 
 # Stopping.

@@ -238,7 +238,12 @@ def reporting() -> Iterator[ReadyPipe]:
     try:
         yield pipe
     except Exception as error:
-        pipe.send(state="failed", type=type(error).__name__, message=str(error))
+        # A StartFailed knows the error that it stands for.
+        known = {
+            "type": getattr(error, "type", "") or type(error).__name__,
+            "reason": getattr(error, "reason", "") or str(error),
+        }
+        pipe.send(state="failed", message=str(error), **known)
         raise
     finally:
         pipe.close()

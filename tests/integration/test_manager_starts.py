@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -263,3 +264,57 @@ def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, mon
         assert other.process.poll() is None
     assert ensure_daemon("test", command()).pid == identify("test")
     assert_one_daemon()
+
+
+# The texts.
+
+
+@pytest.mark.parametrize("argv", ["python -m index", b"python", Path("python"), [], ["python", 3]])
+def test_an_invalid_command_line_is_refused_at_once_with_the_right_one(argv: Any) -> None:
+    error = ValueError if argv == [] else TypeError
+    with pytest.raises(error, match="argv" if argv != ["python", 3] else "int"):
+        ensure_daemon("test", argv)
+    assert daemon_status("test").state == "absent"
+
+
+def test_a_command_line_may_have_paths(base: Path) -> None:
+    assert ensure_daemon("test", [Path(sys.executable), *command()[1:]]).state == "running"
+
+
+def test_a_timeout_names_the_daemon_the_operation_and_the_seconds(base: Path) -> None:
+    argv = command(then=waits_for_go())
+    with pytest.raises(
+        DaemonTimeout, match=r"^timed out after 3 s waiting for the daemon 'test' to start: pid \d+ has been start"
+    ):
+        ensure_daemon("test", argv, timeout=3)
+    (base / "go").touch()
+    ensure_daemon("test", argv)
+
+
+@pytest.mark.parametrize(
+    ("then", "type", "reason", "text"),
+    [
+        (
+            "async def fail(self): raise LookupError('no model')\nApp.start = fail",
+            "LookupError",
+            "no model",
+            "LookupError: no model",
+        ),
+        ("raise ValueError('no\\nuse')", "", "use", "ended with status 1 before it was ready (use)"),
+    ],
+)
+def test_a_failed_start_has_its_reason_once(then: str, type: str, reason: str, text: str) -> None:
+    with pytest.raises(StartFailed) as caught:
+        ensure_daemon("test", command(then=then))
+    assert (caught.value.type, caught.value.reason) == (type, reason)
+    assert str(caught.value).count(text) == 1
+    assert str(caught.value).count("its log") == 1
+
+
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_start_that_a_signal_ends_names_the_signal(number: signal.Signals) -> None:
+    then = f"async def end(self): os.kill(os.getpid(), {int(number)}); await asyncio.sleep(60)\nApp.start = end"
+    with pytest.raises(StartFailed, match="SIGKILL" if number == signal.SIGKILL else "told to stop") as caught:
+        ensure_daemon("test", command(then=then))
+    assert "INFO" not in str(caught.value)

@@ -50,7 +50,8 @@ def test_an_error_that_ends_the_block_is_sent_and_the_pipe_is_closed(monkeypatch
         start()
     with open(reader, "rb") as file:
         messages = [json.loads(line) for line in file]
-    assert messages == [{"state": "starting"}, {"state": "failed", "type": "AlreadyRunning", "message": "by another"}]
+    failed = {"state": "failed", "type": "AlreadyRunning", "message": "by another", "reason": "by another"}
+    assert messages == [{"state": "starting"}, failed]
 
 
 @needs_posix
