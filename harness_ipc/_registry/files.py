@@ -73,11 +73,7 @@ def list_private_dir(path: str) -> list[str]:
 
 
 def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
-    """Create the directory `path`, and the parents that are missing, with mode 0700; then check it as `check_private_dir` does.
-
-    A directory of this user that others can only read is tightened first, with a warning in the log.
-    """
-    tighten_dir(path, forbidden=forbidden)
+    """Create the directory `path`, and the parents that are missing, with mode 0700; check it as `check_private_dir`."""
     if check_private_dir(path, forbidden=forbidden):
         return
     check_ancestors(path)
@@ -197,6 +193,7 @@ def open_private_log(path: str, *_: object) -> int:
 
     Its directory is made if it is missing; others may read that, but not write. A log that others can only read is tightened.
     """
+    tighten_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     try:
         descriptor = os.open(path, _APPEND, 0o600)

@@ -51,6 +51,7 @@ class Registration:
         check_name(name)
         self._namespace = namespace or Namespace()
         self._directory = self._namespace.runtime_dir
+        files.tighten_dir(self._directory)
         files.create_private_dir(self._directory)
         fields: dict[str, Any] = {
             "schema": records.SCHEMA,

@@ -97,7 +97,7 @@ def _own_browser() -> Iterator[Finding]:
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import chrome, launcher, local, program
+    from . import chrome, launcher, local, profile, program
 
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
@@ -107,7 +107,8 @@ def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
         taken = managed.taken()
         pid = None if taken is not None else managed.pid()
     except UnsafeDirectory as error:
-        taken, pid, remedy = f"its profile {error}", None, error.remedy
+        text, remedy = profile.explain(error)
+        taken, pid = f"its profile {text}", None
     if pid is not None:
         text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
         yield Finding("warning", "browser", text, _reload(name))

@@ -59,12 +59,29 @@ class Note:
     session: str | None = None
 
 
+def _default_directory() -> str:
+    try:
+        directory = platformdirs.user_data_dir("harness-ipc", False)
+    except RuntimeError:
+        directory = ""
+    if not os.path.isabs(directory):
+        raise BrowserNotFound(f"there is no home directory for the browser's profile: set HOME, or {PROFILE} to a directory")
+    return os.path.join(directory, "browser")
+
+
+def explain(error: UnsafeDirectory) -> tuple[str, str | None]:
+    """Return what is wrong with a profile and what to do, and the command that fixes it, if there is one."""
+    if "HARNESS_IPC_" in error.remedy:
+        # It would move the runtime directory.
+        return f"{str(error).partition(': run `')[0]}: set {PROFILE} to another directory", None
+    return f"{error}, or set {PROFILE} to another directory", error.remedy
+
+
 class Profile:
     """The profile of the daemon `name`: `HARNESS_CHROME_PROFILE`, or a directory of the name's own."""
 
     def __init__(self, name: str) -> None:
-        default = os.path.join(platformdirs.user_data_dir("harness-ipc", False), "browser", name)
-        self.path = os.path.abspath(os.environ.get(PROFILE) or default)
+        self.path = os.path.abspath(os.environ.get(PROFILE) or os.path.join(_default_directory(), name))
         self.stderr = os.path.join(self.path, _STDERR)
         # FIFOs: what the browser reads, and what it writes.
         self.to_browser = os.path.join(self.path, _TO_BROWSER)
@@ -84,11 +101,11 @@ class Profile:
         try:
             create_private_dir(self.path)
         except UnsafeDirectory as error:
-            raise BrowserNotFound(f"the browser's profile {error}, or set {PROFILE} to another directory") from None
+            raise BrowserNotFound(f"the browser's profile {explain(error)[0]}") from None
         except StartFailed as error:
             # Its own text names the runtime directory's variables.
             cause = error.__cause__
-            reason = cause.strerror if isinstance(cause, OSError) else "it is a file"
+            reason = cause.strerror if isinstance(cause, OSError) else "unknown"
             raise BrowserNotFound(
                 f"the browser's profile {self.path} can't be created: {reason}; set {PROFILE} to a directory of yours"
             ) from None

@@ -132,7 +132,7 @@ def download_behavior() -> dict[str, Any]:
         if not os.path.isdir(path):
             create_private_dir(path)
     except HarnessIPCError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else "it is no directory"
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else "it is not a private directory"
         raise BrowserNotFound(f"{DOWNLOADS}={folder!a} can't be used: {reason}; set it to a directory of yours") from None
     return {"behavior": "allow", "downloadPath": path}
 

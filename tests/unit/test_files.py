@@ -158,6 +158,7 @@ def test_a_systems_directory_and_a_home_are_not_tightened(run: Path, monkeypatch
     home.chmod(0o755)
     monkeypatch.setattr(trust, "home", lambda: str(home))
     for path in (home, home.parent):
+        files.tighten_dir(str(path))
         with pytest.raises(UnsafeDirectory) as caught:
             files.create_private_dir(str(path))
         assert caught.value.remedy.startswith("export ")
@@ -177,6 +178,7 @@ def test_a_directory_that_others_may_need_is_not_tightened(shared: str, run: Pat
         planted.chmod(0o777)
         (planted / "link").symlink_to(run.parent)
         path = planted / "link" / run.name
+    files.tighten_dir(str(path))
     with pytest.raises(UnsafeDirectory) as caught:
         files.create_private_dir(str(path))
     assert mode(run) == 0o755
