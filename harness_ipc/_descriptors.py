@@ -1,9 +1,13 @@
-"""Descriptors that forked children must not keep: a killed daemon's clients and successors would wait for its workers."""
+"""A process's descriptors: which ones its forked children must not keep, which ones it must have, and how many it may have.
+
+A killed daemon's clients and successors would wait for workers that have its sockets and its lock.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 # The module of `weakref.WeakSet`, which threading has imported: weakref itself would cost each client its import.
 from _weakrefset import WeakSet
@@ -34,3 +38,32 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def open_standard_streams() -> None:
+    """Open those of descriptors 0, 1 and 2 that are closed on the null device, before a file or a pipe gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened == number:
+                os.set_inheritable(number, True)
+            else:
+                os.dup2(opened, number)
+                os.close(opened)
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one, where the system has one."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # macOS refuses more than OPEN_MAX, which is 10240 (setrlimit(2)).
+        for limit in (hard, max(soft, 10240)):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return

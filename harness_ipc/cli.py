@@ -16,6 +16,7 @@ import threading
 import time
 
 from . import __version__, client, messages
+from ._descriptors import open_standard_streams
 from ._registry import files
 from ._registry.namespace import DEFAULT_APP, Namespace, log_path
 from .errors import (
@@ -77,6 +78,7 @@ _LOG_POLL = 0.1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    open_standard_streams()
     options = _parser().parse_args(arguments)
     with contextlib.suppress(AttributeError):
         # As stderr is from the start: a character that the console does not have must not end the command.
@@ -91,9 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in getattr(error, "log_tail", "").splitlines():
             print(f"    {_escape(line)}", file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough: not ours to report, and nothing may be flushed at exit (Python's docs on
-        # SIGPIPE).
+    except OSError as error:
+        # A reader that has seen enough is no error.
+        if not isinstance(error, BrokenPipeError):
+            place = error.filename or "standard output"
+            _print_error(f"{place} can't be used: {error.strerror}; free space there, or use another file")
+        # Nothing may be flushed at exit (Python's docs on SIGPIPE).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -218,7 +223,8 @@ def _serve(options: argparse.Namespace) -> int:
     import logging
 
     from . import startup
-    from .daemon import EntryFormatter, claim_name, run_daemon
+    from ._logging import EntryFormatter
+    from .daemon import claim_name, run_daemon
 
     _split_app(options.app)
     console = logging.StreamHandler()
@@ -425,31 +431,32 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 class _Log:
-    """A log that a daemon appends to and rotates. It is not kept open: on Windows, that would prevent the rotation."""
+    """A log that a daemon appends to, and copies to a new predecessor and cuts when it is long."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._read = 0
-        self._file = (0, 0)
+        self._predecessor = self._identify_predecessor()
 
     def tail(self, count: int) -> bytes:
         """Return the last `count` lines."""
         from collections import deque
 
         with files.open_log_for_reading(self.path) as file:
-            self._file = _identity(file)
             lines = deque(file, count)
             self._read = file.tell()
         return b"".join(lines)
 
     def appended(self) -> bytes:
-        """Return what came since, also in a log that was rotated away meanwhile, or cut."""
+        """Return what was appended since, also if the log was cut meanwhile."""
         data = b""
-        # Between the two steps of a rotation it is missing, or on Windows can't be opened.
+        # It may be missing for a moment, or on Windows can't be opened.
         with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(self.path) as file:
-            if (identity := _identity(file)) != self._file:
-                data = self._rest()
-                self._file, self._read = identity, 0
+            if (predecessor := self._identify_predecessor()) != self._predecessor:
+                with contextlib.suppress(FileNotFoundError), files.open_log_for_reading(f"{self.path}.1") as rest:
+                    rest.seek(self._read)
+                    data = rest.read()
+                self._predecessor, self._read = predecessor, 0
             if file.seek(0, os.SEEK_END) < self._read:
                 self._read = 0
             file.seek(self._read)
@@ -457,18 +464,11 @@ class _Log:
             self._read = file.tell()
         return data
 
-    def _rest(self) -> bytes:
-        # As logging.handlers.RotatingFileHandler names the predecessor.
-        with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(f"{self.path}.1") as file:
-            if _identity(file) == self._file:
-                file.seek(self._read)
-                return file.read()
-        return b""
-
-
-def _identity(file: Any) -> tuple[int, int]:
-    info = os.fstat(file.fileno())
-    return info.st_dev, info.st_ino
+    def _identify_predecessor(self) -> tuple[int, ...]:
+        with contextlib.suppress(FileNotFoundError, ConnectionLost):
+            # Device and inode.
+            return files.file_fingerprint(f"{self.path}.1")[:2]
+        return ()
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import inspect
 import logging
-import logging.handlers
 import os
 import signal
 import sys
@@ -15,8 +14,8 @@ from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from . import __version__, messages, startup
-from ._descriptors import close_in_child
-from ._registry import files
+from ._descriptors import close_in_child, open_standard_streams, raise_descriptor_limit
+from ._logging import BoundedLog, logging_to
 from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The log and one predecessor are kept: at most twice this many bytes.
-_LOG_BYTES = 5 * 1024 * 1024
-_LOG_BACKUPS = 1
 # Seconds between two looks whether the record and the socket are still there (two calls of the file system), which also show
 # that the loop turns.
 _LOOK_INTERVAL = 2.0
@@ -88,9 +84,16 @@ def run_daemon(
     if idle_timeout is not None:
         deadline_after(idle_timeout)
 
+    async def handle(message: Message) -> Message:
+        try:
+            return await application.handle(message)
+        finally:
+            # At once: what it printed, or its children, may be long.
+            claimed.log.limit_size()
+
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
-            application.handle,
+            handle,
             name,
             app_version=app_version,
             max_connections=max_connections,
@@ -138,6 +141,7 @@ class Claim(NamedTuple):
     registration: Registration
     report: startup.ReadyPipe
     namespace: Namespace
+    log: BoundedLog
 
 
 @contextlib.contextmanager
@@ -146,16 +150,19 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
     """
+    open_standard_streams()
+    raise_descriptor_limit()
     with startup.reporting() as report, _claiming():
         namespace = namespace or Namespace(**report.places)
         start = {key: report.start.get(key) for key in ("argv", "cwd", "detached")}
         start["environment"] = {key: os.environ[key] for key in report.start.get("env", ()) if key in os.environ}
         registration = acquire_name(name, namespace=namespace, **start)
         try:
-            with _logging_to(name, namespace):
+            with logging_to(name, str(log_path(name, namespace=namespace))) as log:
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
-                yield Claim(registration, report, namespace)
+                log.check_writable()
+                yield Claim(registration, report, namespace, log)
         finally:
             registration.release()
 
@@ -308,58 +315,3 @@ class _StoppingSignals:
         """Restore the handlers: a worker's SIGTERM is its own."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-class _PrivateRotatingFileHandler(logging.handlers.RotatingFileHandler):
-    """A log in UTF-8 that only this user can read, also after a rotation."""
-
-    def _open(self) -> Any:
-        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=files.open_private_log)
-
-    def doRollover(self) -> None:  # noqa: N802 - the base class's name
-        """Rotate, and take standard error along if it goes into the log."""
-        follows = False
-        with contextlib.suppress(OSError):  # there may be no standard error
-            follows = os.path.sameopenfile(2, self._descriptor())
-        super().doRollover()
-        if follows:
-            os.dup2(self._descriptor(), 2)
-
-    def _descriptor(self) -> int:
-        assert self.stream is not None
-        return self.stream.fileno()
-
-
-class EntryFormatter(logging.Formatter):
-    """Formats entries without control characters. The first line of an entry is the only one that is not indented."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the entry."""
-        lines = super().format(record).split("\n")
-        return "\n    ".join(messages.escape_control(line, allow="\t") for line in lines)
-
-
-@contextlib.contextmanager
-def _logging_to(name: str, namespace: Namespace) -> Any:
-    """Send the root logger, warnings and uncaught exceptions to the log of the daemon `name`."""
-    path = str(log_path(name, namespace=namespace))
-    handler = _PrivateRotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_BACKUPS)
-    handler.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(min(level, logging.INFO))
-    logging.captureWarnings(True)
-    try:
-        yield
-    except HarnessIPCError as error:
-        logger.error("%s ends: %s", name, error)
-        raise
-    except BaseException:
-        logger.critical("%s ends by an error", name, exc_info=True)
-        raise
-    finally:
-        logging.captureWarnings(False)
-        root.setLevel(level)
-        root.removeHandler(handler)
-        handler.close()

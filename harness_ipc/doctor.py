@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _DEPENDENCIES = ("platformdirs", "filelock", "psutil")
 # Seconds for the round trip: it takes milliseconds.
 _ROUND_TRIP = 5.0
+# Bytes free below which records and logs can't be written for long.
+_LOW_SPACE = 1024 * 1024
 _FRAME = b"are you there?"
 # Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
 _NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
@@ -160,6 +163,8 @@ def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -
         text += f", on {kind}"
         if _NETWORK.fullmatch(kind):
             return Finding("warning", topic, f"{text}, a network file system: locks and sockets may fail there", elsewhere)
+    if (free := shutil.disk_usage(place).free) < _LOW_SPACE:
+        return Finding("warning", topic, f"{text}: its disk is full ({free} bytes free): make room", elsewhere)
     return Finding("ok", topic, text)
 
 

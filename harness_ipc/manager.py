@@ -77,7 +77,7 @@ def ensure_daemon(
     ```
 
     The program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
-    is detached, has the null device as standard input and output, and its standard error goes into the log. `env` is added
+    is detached, has the null device as standard input, and its standard output and error go into the log. `env` is added
     to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
     is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. `namespace` says where the daemon
     is; `run_daemon` in the child takes it from here.
@@ -226,7 +226,10 @@ def _start(
         start = {**places, "argv": argv, "cwd": _absolute(cwd), "env": sorted(env or {})}
         try:
             os.write(descriptor, banner.encode())
-            child = startup.Child(argv, start=start, environment={**os.environ, **(env or {})}, cwd=cwd, stderr=descriptor)
+        except OSError as error:
+            raise files.log_failure(log, "written", error) from error
+        try:
+            child = startup.Child(argv, start=start, environment={**os.environ, **(env or {})}, cwd=cwd, log=descriptor)
         except (OSError, ValueError) as error:
             raise _not_executable(argv[0], cwd, error) from error
     finally:

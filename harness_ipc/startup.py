@@ -8,7 +8,6 @@ the daemon's record too.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import subprocess
@@ -141,7 +140,7 @@ class Child:
         start: dict[str, Any],
         environment: Mapping[str, str],
         cwd: str | None,
-        stderr: int,
+        log: int,
     ) -> None:
         """Start it, and tell it `start`: what `ReadyPipe.start` says. Raises `OSError`."""
         self._id = os.urandom(8).hex()
@@ -150,7 +149,7 @@ class Child:
         self._reader, writer = os.pipe()
         leash, self._leash = os.pipe()
         try:
-            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr, "cwd": cwd}
+            options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": cwd}
             self.process = _popen(argv, writer, leash, {**start, "id": self._id}, environment, options)
         except BaseException:
             os.close(self._reader)
@@ -232,9 +231,6 @@ def reporting() -> Iterator[ReadyPipe]:
     """Give the pipe to this process' starter, and tell it the error that ends the block, if one does."""
     # Removed: the children of this process were not started by our starter.
     pipe = ReadyPipe(os.environ.pop(VARIABLE, ""))
-    if pipe.start and isinstance(sys.stderr, io.TextIOWrapper):
-        # It goes into the log, which is in UTF-8 whatever the system's code page is.
-        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         yield pipe
     except Exception as error:

@@ -6,6 +6,7 @@ Owner, mode and links are checked at each use. No file is opened, and no mode ch
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -188,6 +189,23 @@ def write_private_file(path: str, data: bytes) -> None:
         file.write(data)
 
 
+if sys.platform == "win32":
+
+    def _open_append(path: str) -> int:
+        import _winapi
+        import msvcrt
+
+        # FILE_GENERIC_WRITE without FILE_WRITE_DATA, and FILE_READ_ATTRIBUTES: each write goes to the end, a child's too, to
+        # which O_APPEND means nothing. FILE_SHARE_READ and FILE_SHARE_WRITE; OPEN_ALWAYS.
+        handle = _winapi.CreateFile(path, 0x120194, 3, 0, 4, 0, 0)
+        return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND)
+
+else:
+
+    def _open_append(path: str) -> int:
+        return os.open(path, _APPEND, 0o600)
+
+
 def open_private_log(path: str, *_: object) -> int:
     """Open the log `path` for appending, mode 0600, never through a link; in the form of `open`'s opener.
 
@@ -196,14 +214,12 @@ def open_private_log(path: str, *_: object) -> int:
     tighten_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     try:
-        descriptor = os.open(path, _APPEND, 0o600)
+        descriptor = _open_append(path)
     except OSError as error:
         if os.path.lexists(path):
             # A link or another user's file: say so, not that it can't be opened.
             _refuse(path, os.lstat(path), stat.S_IFREG, _PRIVATE)
-        raise StartFailed(
-            f"the log {path} can't be opened: {error.strerror}; set HARNESS_IPC_LOG_DIR to a directory that you can write"
-        ) from error
+        raise log_failure(path, "opened", error) from error
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             _tighten(path, descriptor, _PRIVATE)
@@ -213,6 +229,14 @@ def open_private_log(path: str, *_: object) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def log_failure(path: str, what: str, error: OSError) -> StartFailed:
+    """Return the error of a log that can't be `what`, such as "opened"."""
+    todo = f"make room in {os.path.dirname(path)}, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return StartFailed(
+        f"the log {path} can't be {what}: {error.strerror}; {todo}set HARNESS_IPC_LOG_DIR to a directory that you can write"
+    )
 
 
 def open_log_for_reading(path: str) -> BinaryIO:

@@ -32,7 +32,6 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from harness_ipc._registry import files
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, lives, wait_until
 
@@ -173,7 +172,7 @@ def test_a_name_that_looks_like_an_option() -> None:
         ("nosuchmodule:app", "No module named 'nosuchmodule'"),
         ("service:nosuchapp", "no attribute 'nosuchapp'"),
         ("service:Sick", "no such model"),
-        ("service:os", "module is no app"),
+        ("service:os", "app must be an async function or an object with an async handle(), not module"),
     ],
 )
 def test_a_start_that_fails_says_why_and_shows_the_end_of_the_log(app: str, words: str) -> None:
@@ -557,9 +556,10 @@ def test_following_a_log_through_its_rotation() -> None:
         _append(path, b"four \xc3")
         _append(path, b"\xbc\n")
         assert logs.stdout.readline() == "four ü\n"
-        # As logging.handlers.RotatingFileHandler does it.
+        # As a daemon does it.
         _append(path, b"the last of the old\n")
-        files.retry_on_sharing_violation(os.replace, path, f"{path}.1")
+        _append(path.with_name("followed.log.1"), path.read_bytes())
+        os.truncate(path, 0)
         _append(path, b"the first of the new, which is longer than all of the old was\n")
         assert logs.stdout.readline() == "the last of the old\n"
         assert logs.stdout.readline() == "the first of the new, which is longer than all of the old was\n"

@@ -107,7 +107,7 @@ def test_a_pipe_that_is_closed_while_the_app_starts_is_not_written_to(tmp_path: 
 def child(code: str, log: Path) -> Iterator[startup.Child]:
     with open(log, "ab") as file:
         argv = [sys.executable, "-c", code]
-        started = startup.Child(argv, start={}, environment=os.environ, cwd=None, stderr=file.fileno())
+        started = startup.Child(argv, start={}, environment=os.environ, cwd=None, log=file.fileno())
     try:
         yield started
     finally:
@@ -126,7 +126,7 @@ def test_a_childs_messages_arrive(tmp_path: Path) -> None:
         "    pipe.send(state='ready', how=pipe.start['detached'])\n"
         "    pipe.send(state='large', text='x' * 200_000)\n"
         "    pipe.close()\n"
-        "    import sys; print('told', file=sys.stderr); print(repr(sys.stdin.read()), file=sys.stderr); print('nowhere')\n"
+        "    import sys; print('told', file=sys.stderr); print(repr(sys.stdin.read()), file=sys.stderr); print('printed')\n"
     )
     with child(code, tmp_path / "log") as started:
         message = started.next_message(PATIENCE)
@@ -136,7 +136,7 @@ def test_a_childs_messages_arrive(tmp_path: Path) -> None:
         assert started.next_message(PATIENCE) == {"state": "large", "text": "x" * 200_000}
         assert started.next_message(PATIENCE) is None
         assert exit_status(started) == 0
-    assert (tmp_path / "log").read_text().split() == ["told", "''"]
+    assert (tmp_path / "log").read_text().split() == ["told", "''", "printed"]
 
 
 ENDINGS = {"raise SystemExit(3)": 3, "import os; os._exit(200)": 200}
@@ -195,7 +195,7 @@ def test_a_program_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -
     before = os.dup(0)
     os.close(before)
     with pytest.raises(OSError), open(tmp_path / "log", "ab") as log:  # noqa: PT011 - it depends on the system which
-        startup.Child(["program"], start={}, environment=os.environ, cwd=str(tmp_path / "nothing"), stderr=log.fileno())
+        startup.Child(["program"], start={}, environment=os.environ, cwd=str(tmp_path / "nothing"), log=log.fileno())
     after = os.dup(0)
     os.close(after)
     assert after == before
@@ -204,6 +204,6 @@ def test_a_program_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -
 @needs_posix
 def test_a_program_that_cannot_be_executed_is_refused_with_the_reason(tmp_path: Path) -> None:
     with open(tmp_path / "log", "ab") as log:
-        started = startup.Child([str(tmp_path / "nothing")], start={}, environment={}, cwd=None, stderr=log.fileno())
+        started = startup.Child([str(tmp_path / "nothing")], start={}, environment={}, cwd=None, log=log.fileno())
     assert started.next_message(PATIENCE) == {"state": "refused", "errno": 2}
     started.close()

@@ -1,0 +1,194 @@
+"""The bounded log of a daemon. In one that was started in the background, it takes standard output and error too.
+
+Prints, native code and child processes append to the same file, each by a descriptor of its own. So the file is never renamed:
+when it is too long, it is copied to its predecessor and cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from . import messages
+from ._registry import files
+from .errors import HarnessIPCError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The log and one predecessor are kept: each at most this many bytes.
+LOG_BYTES = 5 * 1024 * 1024
+# Seconds between two looks at the size of a log to which others write.
+_LOOK_INTERVAL = 0.25
+_COPY_BYTES = 256 * 1024
+
+
+class EntryFormatter(logging.Formatter):
+    """Formats entries without control characters. The first line of an entry is the only one that is not indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the entry."""
+        lines = super().format(record).split("\n")
+        return "\n    ".join(messages.escape_control(line, allow="\t") for line in lines)
+
+
+class BoundedLog(logging.Handler):
+    """Appends entries to a private file, which it keeps below `LOG_BYTES`, whatever else appends to it.
+
+    A failed write is told once on standard error, and raises nothing; `error` is what was wrong with the last one.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open the file. Raises `StartFailed` and `UnsafeDirectory`."""
+        super().__init__()
+        self.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.error: OSError | None = None
+        self._path = path
+        self._pid = os.getpid()
+        self._told = True
+        self._descriptor = files.open_private_log(path)
+        try:
+            self._file = io.FileIO(os.open(path, os.O_RDWR | files.NOFOLLOW_FLAGS), "r+")
+        except OSError as error:
+            os.close(self._descriptor)
+            raise files.log_failure(path, "opened", error) from error
+
+    def check_writable(self) -> None:
+        """Raise `StartFailed` if the last write failed. From now on, failures are told on standard error."""
+        if self.error is not None:
+            raise files.log_failure(self._path, "written", self.error) from self.error
+        self._told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append an entry."""
+        try:
+            entry = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+            self.limit_size(len(entry))
+            while entry:
+                entry = entry[os.write(self._descriptor, entry) :]
+            self.error = None
+        except OSError as error:
+            self.error = error
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(OSError):
+                    print(files.log_failure(self._path, "written", error), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+    def limit_size(self, coming: int = 0) -> None:
+        """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that."""
+        assert self.lock is not None
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            size = os.fstat(self._descriptor).st_size
+            if size + coming > LOG_BYTES and size and self._pid == os.getpid():
+                try:
+                    # If that is impossible (the disk is full, say), the bound is still kept.
+                    with contextlib.suppress(OSError, HarnessIPCError):
+                        self._copy(max(0, size - LOG_BYTES))
+                finally:
+                    self._file.truncate(0)
+
+    def _copy(self, start: int) -> None:
+        predecessor = f"{self._path}.1"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(predecessor)
+        with io.FileIO(files.open_private_log(predecessor), "w") as copy:
+            self._file.seek(start)
+            left = LOG_BYTES
+            while left and (data := self._file.read(min(left, _COPY_BYTES))):
+                left -= len(data)
+                copy.write(data)
+
+    def follows(self, descriptor: int) -> bool:
+        """Return whether what is written to `descriptor` goes into the file."""
+        try:
+            return os.path.sameopenfile(descriptor, self._descriptor)
+        except OSError:
+            return False
+
+    def watch(self, over: threading.Event) -> None:
+        """Limit the size until `over` is set."""
+        while not over.wait(_LOOK_INTERVAL):
+            self.limit_size()
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+            os.close(self._descriptor)
+
+
+class _StandardStream(io.FileIO):
+    """Standard output or error, whose loss is no error: its terminal was closed, its reader has ended, its disk is full."""
+
+    def write(self, data: Any, /) -> int:
+        """Write `data`, if that is possible."""
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def _lossy_streams(log: BoundedLog) -> Iterator[None]:
+    """Keep prints from raising `OSError`. In the log they are in UTF-8, and appear line by line."""
+    replaced: dict[str, tuple[Any, Any]] = {}
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        # Not what a test or a notebook has put there, nor the console of Windows.
+        if isinstance(raw, io.FileIO) and raw.fileno() == number:
+            encoding, errors = ("utf-8", "backslashreplace") if log.follows(number) else (stream.encoding, stream.errors)
+            with contextlib.suppress(OSError):
+                stream.flush()
+            writer = io.BufferedWriter(_StandardStream(number, "w", closefd=False))
+            new = io.TextIOWrapper(writer, encoding, errors, line_buffering=True)
+            setattr(sys, name, new)
+            replaced[name] = stream, new
+    try:
+        yield
+    finally:
+        for name, (stream, new) in replaced.items():
+            new.flush()
+            if getattr(sys, name) is new:
+                setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
+    """Send the root logger, warnings and uncaught exceptions to the log `path` of the daemon `name`.
+
+    Raises `StartFailed` and `UnsafeDirectory`.
+    """
+    log = BoundedLog(path)
+    over = threading.Event()
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(log)
+    root.setLevel(min(level, logging.INFO))
+    logging.captureWarnings(True)
+    try:
+        with _lossy_streams(log):
+            if log.follows(1) or log.follows(2):
+                with contextlib.suppress(RuntimeError):  # no thread can be started
+                    threading.Thread(target=log.watch, args=(over,), name="harness-ipc-log", daemon=True).start()
+            yield log
+    except HarnessIPCError as error:
+        logging.getLogger(__name__).error("%s ends: %s", name, error)
+        raise
+    except BaseException:
+        logging.getLogger(__name__).critical("%s ends by an error", name, exc_info=True)
+        raise
+    finally:
+        over.set()
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.removeHandler(log)
+        log.close()
