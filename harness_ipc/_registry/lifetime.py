@@ -180,6 +180,7 @@ class Registration:
     def _touch(self) -> None:
         """Set the times of all files that a cleaner must leave alone, and of their directories."""
         self._touched = time.monotonic()
+        self._lock.share_directory()
         paths = [f"{self._path.removesuffix('.json')}.lock", self._path, self._directory]
         if self.record.family == "AF_UNIX":
             paths += [self.record.address, os.path.dirname(self.record.address)]
@@ -216,7 +217,7 @@ def _acquire(directory: str, name: str) -> NameLock:
     while True:
         try:
             acquired = lock.try_acquire()
-            living = _read_living(os.path.join(directory, f"{name}.json"))
+            living = _read_living(os.path.join(directory, f"{name}.json"), name)
         except OSError as error:
             lock.release()
             if isinstance(error, HarnessIPCError):
@@ -254,7 +255,7 @@ def remove_stale_files(directory: str, name: str) -> None:
 def _remove_dead(directory: str, name: str) -> Record | None:
     """Remove the record at the name's path, and the socket that it names. Return it instead if its process lives."""
     path = os.path.join(directory, f"{name}.json")
-    if (living := _read_living(path)) is not None:
+    if (living := _read_living(path, name)) is not None:
         return living
     aside = os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
     try:
@@ -262,7 +263,7 @@ def _remove_dead(directory: str, name: str) -> Record | None:
     except FileNotFoundError:
         return None
     # Another process may have replaced it since it was read.
-    if (living := _read_living(aside)) is not None:
+    if (living := _read_living(aside, name)) is not None:
         _create(aside, path)
     else:
         with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
@@ -303,11 +304,11 @@ def _create(draft: str, path: str) -> bool:
     return False
 
 
-def _read_living(path: str) -> Record | None:
-    """Return the record in the file `path` if its process lives. Raises as `files.read_private_file` does."""
+def _read_living(path: str, name: str) -> Record | None:
+    """Return the record in the file `path` if it is of `name` and its process lives. Raises as `files.read_private_file` does."""
     with contextlib.suppress(FileNotFoundError, ValueError, IncompatibleDaemon):
         record = records.read_file(path)
-        if is_living(record):
+        if record.name == name and is_living(record):
             return record
     return None
 

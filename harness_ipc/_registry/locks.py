@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -17,8 +18,11 @@ if sys.platform == "win32":
     def _try_lock(descriptor: int) -> bool:
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
+        except OSError as error:
+            # Wine sets no errno.
+            if error.errno in (0, errno.EACCES, errno.EDEADLK):
+                return False
+            raise
         return True
 
     def _unlock(descriptor: int) -> None:
