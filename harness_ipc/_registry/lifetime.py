@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import socket
 import sys
 import time
 
 from ..errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
 from . import files, processes, records
 from .locks import NameLock
-from .namespace import Namespace, check_name, private_path, private_temporary_dir
+from .namespace import Namespace, check_name, private_path
 from .records import Record
+from .stale import create, read_living, remove_dead, remove_stale_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ class Registration:
     def __init__(
         self, name: str, *, generation: str, address: str, family: str, namespace: Namespace | None = None, **optional: Any
     ) -> None:
-        """Claim the name, and record that this process is starting.
+        """Claim the name, and record that this process is starting. `optional` are `argv`, `cwd`, `environment`, `detached`.
 
-        `optional` are fields of the record that may be None: `argv`, `cwd`, `environment`, `detached`. Raises `AlreadyRunning`,
-        with the pid of the process that has the name, `StartFailed` and `UnsafeDirectory`.
+        Raises `AlreadyRunning`, with the pid of the process that has the name, `StartFailed` and `UnsafeDirectory`.
         """
         from .. import __version__
 
@@ -53,24 +52,20 @@ class Registration:
         self._directory = self._namespace.runtime_dir
         files.tighten_dir(self._directory)
         files.create_private_dir(self._directory)
-        fields: dict[str, Any] = {
-            "schema": records.SCHEMA,
-            "name": name,
-            "generation": generation,
-            "family": family,
-            "address": address,
-            "authkey": os.urandom(32).hex(),
+        own = {"schema": records.SCHEMA, "name": name, "generation": generation, "family": family, "address": address}
+        defaults = {
             **_own_identity(),
+            "authkey": os.urandom(32).hex(),
             "version": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
             "started_at": time.time(),
             "argv": [sys.executable, *sys.orig_argv[1:]],
-            "cwd": _own_cwd(),
+            **_own_cwd(),
             "environment": {},
             "state": records.STARTING,
         }
-        fields.update({key: value for key, value in optional.items() if value is not None})
-        self.record = Record({key: value for key, value in fields.items() if value is not None})
+        given = {key: value for key, value in optional.items() if value is not None}
+        self.record = Record({**own, **defaults, **given})
         self._pid = os.getpid()
         self._path = os.path.join(self._directory, f"{name}.json")
         self._touched = time.monotonic()
@@ -81,7 +76,6 @@ class Registration:
         for _ in range(_TRIES):
             lock = _acquire(self._directory, self.record.name)
             try:
-                remove_stale_files(self._directory, self.record.name)
                 self._write(self.record)
                 # After the write: a process that locks a newer file from now on finds the record.
                 if lock.is_current():
@@ -121,21 +115,18 @@ class Registration:
 
     def drain(self) -> None:
         """Record that clients can't connect any more, while what is in flight is finished. Without room, remove the record."""
-        if self._pid != os.getpid():
-            return
-        self.record = self.record.replace(state=records.DRAINING)
         with contextlib.suppress(HarnessIPCError, OSError):
-            if self._is_own():
+            if self._pid == os.getpid() and self._is_own():
+                self.record = self.record.replace(state=records.DRAINING)
                 try:
                     self._write(self.record)
-                except StartFailed:
+                except HarnessIPCError:
                     self._unlink()
 
     def release(self) -> None:
         """Remove the record, and give the name up. Idempotent. In a forked child, leave both to the parent."""
         if self._pid == os.getpid():
-            with contextlib.suppress(HarnessIPCError, OSError):
-                self._unlink()
+            self._unlink()
         self._lock.release()
 
     def _is_own(self) -> bool:
@@ -145,17 +136,16 @@ class Registration:
             return False
 
     def _unlink(self) -> None:
-        if self._is_own():
-            files.retry_on_sharing_violation(os.unlink, self._path)
+        with contextlib.suppress(HarnessIPCError, OSError):
+            if self._is_own():
+                files.retry_on_sharing_violation(os.unlink, self._path)
 
     def _write(self, record: Record) -> None:
         """Make `record` the name's. Raises `AlreadyRunning` if a living process has another there, and `StartFailed`."""
         data = record.to_json()
-        if len(data) > records.MAX_RECORD:
-            raise StartFailed(
-                f"the record {self._path} would have {len(data)} bytes, the limit is {records.MAX_RECORD}: use a shorter "
-                "command line and add less to the environment"
-            )
+        if len(data) > (limit := records.MAX_RECORD):
+            size = f"{len(data)} bytes, the limit is {limit}"
+            raise StartFailed(f"the record {self._path} has {size}: use a shorter command line, or add fewer variables")
         try:
             for _ in range(_TRIES):
                 # A sweeper may have removed the draft.
@@ -163,9 +153,9 @@ class Registration:
                     if self._is_own():
                         files.retry_on_sharing_violation(os.replace, draft, self._path)
                         return
-                    if _create(draft, self._path):
+                    if create(draft, self._path):
                         return
-                    other = _remove_dead(self._directory, record.name)
+                    other = remove_dead(self._directory, record.name)
                     if other is not None and other.generation != record.generation:
                         raise _already_running(record.name, other.pid)
         except OSError as error:
@@ -203,21 +193,23 @@ def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
     except AlreadyRunning:
         return False
     try:
-        remove_stale_files(directory, name)
-        return _remove_dead(directory, name) is None
+        return remove_dead(directory, name) is None
     finally:
         lock.release()
 
 
 def _acquire(directory: str, name: str) -> NameLock:
-    """Return the lock of a name that no living process has. Waits for no daemon. Raises what `Registration` does."""
+    """Return the lock of a name that no living process has, and clear the drafts. Raises what `Registration` does."""
     path = os.path.join(directory, f"{name}.lock")
     lock = NameLock(path)
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:
             acquired = lock.try_acquire()
-            living = _read_living(os.path.join(directory, f"{name}.json"), name)
+            living = read_living(os.path.join(directory, f"{name}.json"), name)
+            if acquired and living is None:
+                remove_stale_files(directory, name)
+                return lock
         except OSError as error:
             lock.release()
             if isinstance(error, HarnessIPCError):
@@ -226,8 +218,6 @@ def _acquire(directory: str, name: str) -> NameLock:
                 f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory of your own on "
                 "a local disk"
             ) from error
-        if living is None and acquired:
-            return lock
         if living is not None or time.monotonic() >= deadline:
             lock.release()
             raise _already_running(name, None if living is None else living.pid)
@@ -237,50 +227,6 @@ def _acquire(directory: str, name: str) -> NameLock:
 def _already_running(name: str, pid: int | None) -> AlreadyRunning:
     who = "a process that has no record" if pid is None else f"pid {pid}"
     return AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid)
-
-
-def remove_stale_files(directory: str, name: str) -> None:
-    """Remove the drafts of dead generations, and their sockets. The caller holds the name lock."""
-    for entry in os.listdir(directory):
-        if entry.startswith(f"{name}.") and entry.endswith(".tmp"):
-            path = os.path.join(directory, entry)
-            with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
-                if is_living(record := records.read_file(path)):
-                    continue
-                _remove_socket(record, name, directory)
-            with contextlib.suppress(OSError):
-                files.retry_on_sharing_violation(os.unlink, path)
-
-
-def _remove_dead(directory: str, name: str) -> Record | None:
-    """Remove the record at the name's path, and the socket that it names. Return it instead if its process lives."""
-    path = os.path.join(directory, f"{name}.json")
-    if (living := _read_living(path, name)) is not None:
-        return living
-    aside = os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
-    try:
-        files.retry_on_sharing_violation(os.rename, path, aside)
-    except FileNotFoundError:
-        return None
-    # Another process may have replaced it since it was read.
-    if (living := _read_living(aside, name)) is not None:
-        _create(aside, path)
-    else:
-        with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
-            _remove_socket(records.read_file(aside), name, directory)
-    with contextlib.suppress(OSError):
-        files.retry_on_sharing_violation(os.unlink, aside)
-    return living
-
-
-def _remove_socket(record: Record, name: str, runtime_dir: str) -> None:
-    # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked, and a copy of
-    # another daemon's names a socket that is in use.
-    directory, file = os.path.split(record.address)
-    if record.name == name and file == f"{record.generation[:16]}.sock":
-        with contextlib.suppress(OSError):
-            if any(os.path.samefile(directory, place) for place in (runtime_dir, private_temporary_dir())):
-                os.unlink(record.address)
 
 
 @contextlib.contextmanager
@@ -295,40 +241,6 @@ def _draft(directory: str, name: str, data: bytes) -> Any:
             files.retry_on_sharing_violation(os.unlink, draft)
 
 
-def _create(draft: str, path: str) -> bool:
-    """Give `draft` the name `path`, or return False if that exists. On POSIX the file `draft` stays."""
-    with contextlib.suppress(FileExistsError):
-        # Windows' rename does not replace.
-        (os.rename if sys.platform == "win32" else os.link)(draft, path)
-        return True
-    return False
-
-
-def _read_living(path: str, name: str) -> Record | None:
-    """Return the record in the file `path` if it is of `name` and its process lives. Raises as `files.read_private_file` does."""
-    with contextlib.suppress(FileNotFoundError, ValueError, IncompatibleDaemon):
-        record = records.read_file(path)
-        if record.name == name and is_living(record):
-            return record
-    return None
-
-
-def is_living(record: Record) -> bool:
-    """Return whether the record's process lives. Where that can't be told: whether its socket accepts connections."""
-    identity = record.public()
-    if processes.find_process(identity) is not None:
-        return True
-    if sys.platform == "win32" or processes.why_unknown(identity) is None:
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(record.address)
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
-    return True
-
-
 def _own_identity() -> dict[str, Any]:
     try:
         return processes.own_identity()
@@ -337,8 +249,8 @@ def _own_identity() -> dict[str, Any]:
         raise StartFailed(f"this process can't be identified: {why}; mount /proc in this container or chroot") from error
 
 
-def _own_cwd() -> str | None:
+def _own_cwd() -> dict[str, str]:
     # It may have been removed.
     with contextlib.suppress(OSError):
-        return os.getcwd()
-    return None
+        return {"cwd": os.getcwd()}
+    return {}
