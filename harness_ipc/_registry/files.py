@@ -14,7 +14,7 @@ import time
 
 from .._base import EXHAUSTED
 from ..errors import ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
-from .trust import after_denial, check_ancestors, elsewhere, find_problem, is_own_group, make_readable, may_close, refusal
+from .trust import after_denial, check_ancestors, elsewhere, find_problem, make_readable, may_close, others_can_write, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ def tighten_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
 def _tighten(path: str, descriptor: int, forbidden: int) -> None:
     """Take the mode bits `forbidden` from a file or directory of this user in which nobody else could write."""
     info = os.fstat(descriptor)
-    if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden:
-        return
-    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_own_group(info.st_gid)):
+    if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden or others_can_write(info):
         return
     import logging
 

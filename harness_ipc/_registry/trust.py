@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 
 from ..errors import UnsafeDirectory
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 if sys.platform != "win32":
     # As many as Linux follows (path_resolution(7)).
     _MAX_LINKS = 40
+    _SHARED_IN = ("/", "/home", "/private", "/private/var", "/run", "/Users", "/var", "/var/cache", "/var/lib", "/var/spool")
     _SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
 
     _homes: dict[int, str | None] = {}
@@ -34,45 +40,52 @@ if sys.platform != "win32":
         They must belong to root, to the owner of ``/`` or to this user, and others may write in none that is not sticky. Links
         are checked as what they are, and then where they lead. What does not exist yet is no fault.
         """
-        trusted = {0, os.geteuid(), os.lstat("/").st_uid}
-        here, links = "/", 0
-        pending = os.path.dirname(path).split("/")[::-1]
+        open_ones: list[tuple[str, int]] = []
         try:
-            _check_ancestor(path, here, os.lstat(here), trusted)
-            while pending:
-                part = pending.pop()
-                if part in ("", "."):
-                    continue
-                entry = os.path.dirname(here) if part == ".." else os.path.join(here, part)
-                info = os.lstat(entry)
-                _check_ancestor(path, entry, info, trusted)
-                if not stat.S_ISLNK(info.st_mode):
-                    here = entry
-                    continue
-                links += 1
-                if links > _MAX_LINKS:
-                    raise refusal(path, f"is behind too many links ({entry})", elsewhere())
-                target = os.readlink(entry)
-                here = "/" if target.startswith("/") else here
-                pending += target.split("/")[::-1]
+            for entry, info in _walk(os.path.dirname(path)):
+                if info.st_uid not in (0, os.geteuid(), os.lstat("/").st_uid):
+                    remedy = _sudo_with_home(info.st_uid) or elsewhere()
+                    raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
+                if not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX and others_can_write(info):
+                    open_ones.append((entry, info.st_uid))
         except (FileNotFoundError, NotADirectoryError):
-            return
+            pass
         except UnsafeDirectory:
             raise
         except OSError as error:
             raise refusal(path, f"can't be examined ({error.strerror})", after_denial(path, elsewhere())) from error
+        if open_ones:
+            entries = [entry for entry, _ in open_ones]
+            ours = all(uid == os.geteuid() and not is_shared(entry) for entry, uid in open_ones)
+            remedy = f"chmod go-w {' '.join(map(_quote, entries))}" if ours else elsewhere()
+            raise refusal(path, f"is in {entries[0]}, where others can write", remedy)
 
-    def _check_ancestor(path: str, entry: str, info: os.stat_result, trusted: set[int]) -> None:
-        if info.st_uid not in trusted:
-            remedy = _sudo_with_home(info.st_uid) or elsewhere()
-            raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
-        if stat.S_ISLNK(info.st_mode) or info.st_mode & stat.S_ISVTX:
-            return
-        if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_own_group(info.st_gid)):
-            remedy = f"chmod go-w {_quote(entry)}" if info.st_uid == os.geteuid() and not is_shared(entry) else elsewhere()
-            raise refusal(path, f"is in {entry}, where others can write (mode {stat.S_IMODE(info.st_mode):04o})", remedy)
+    def _walk(path: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield each directory and link that is met on the way to `path` and into it, and what it is."""
+        here, links, pending = "/", 0, path.split("/")[::-1]
+        yield here, os.lstat(here)
+        while pending:
+            part = pending.pop()
+            if part in ("", "."):
+                continue
+            entry = os.path.dirname(here) if part == ".." else os.path.join(here, part)
+            info = os.lstat(entry)
+            yield entry, info
+            if not stat.S_ISLNK(info.st_mode):
+                here = entry
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            target = os.readlink(entry)
+            here = "/" if target.startswith("/") else here
+            pending += target.split("/")[::-1]
 
-    def is_own_group(gid: int) -> bool:
+    def others_can_write(info: os.stat_result) -> bool:
+        """Return whether another user can write there; the members of this user's own group are none."""
+        return bool(info.st_mode & stat.S_IWOTH) or bool(info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
+
+    def _is_own_group(gid: int) -> bool:
         """Return whether the group is this user's own and has no other member, as where the umask is 002."""
         import grp
         import pwd
@@ -89,7 +102,7 @@ if sys.platform != "win32":
         real = os.path.realpath(path)
         own = home()
         return (
-            os.path.dirname(real) in ("/", "/var", "/private", "/private/var", "/home", "/Users")
+            os.path.dirname(real) in _SHARED_IN
             or f"{real}/".startswith(_SHARED_TREES)
             or (own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/"))
         )
@@ -176,9 +189,9 @@ else:
     def check_ancestors(path: str) -> None:
         """Nothing to check: the access list of the user's profile protects what is in it."""
 
-    def is_own_group(gid: int) -> bool:
-        """Return False: modes don't say who may write."""
-        return False
+    def others_can_write(info: os.stat_result) -> bool:
+        """Return True: modes don't tell."""
+        return True
 
     def may_close(path: str) -> bool:
         """Return False: no mode is changed."""

@@ -263,6 +263,18 @@ def test_a_directory_in_one_where_others_can_write_is_refused_unless_that_is_sti
 
 
 @needs_posix
+def test_one_remedy_mends_all_the_parents_that_a_umask_left_open(private_directories: Path) -> None:
+    run = private_directories / ".local" / "it's state" / "run"
+    with umask(0):
+        run.mkdir(parents=True)
+    run.chmod(0o700)
+    with pytest.raises(UnsafeDirectory, match=r"\.local, where others can write") as caught:
+        files.check_private_dir(str(run))
+    apply(caught.value.remedy)
+    assert files.check_private_dir(str(run)) is True
+
+
+@needs_posix
 def test_nothing_is_made_where_others_can_write(private_directories: Path) -> None:
     parent = private_directories / "parent"
     parent.mkdir()
@@ -324,7 +336,7 @@ def test_a_parent_that_the_users_own_group_can_write_is_safe(
     (parent / "run").mkdir(0o700, parents=True)
     os.chown(parent, -1, STRANGER)
     parent.chmod(0o775)
-    with contextlib.nullcontext() if safe else pytest.raises(UnsafeDirectory, match="mode 0775"):
+    with contextlib.nullcontext() if safe else pytest.raises(UnsafeDirectory, match="others can write"):
         files.check_private_dir(str(parent / "run"))
 
 
