@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import threading
 
-# weakref's own; a module that threading has loaded.
-from _weakrefset import WeakSet
-
 from . import auth, messages, transport
+from ._descriptors import close_in_child
 from ._registry import records
 from ._registry.namespace import Namespace
 from .errors import (
@@ -163,7 +161,7 @@ class Client:
         if self._state.pid != os.getpid():
             inherited, self._state = self._state, _State()
             self._state.closed = inherited.closed
-            inherited.close_descriptors()
+            inherited.close_inherited()
         return self._state
 
     def _connect(self, deadline: float, call: _Call | None = None) -> None:
@@ -314,26 +312,14 @@ class _State:
         # All connections, each with the record of its generation; and those that no call uses, the last one used at the end.
         self.open: dict[transport.Connection, records.Record] = {}
         self.idle: list[transport.Connection] = []
-        _states.add(self)
+        close_in_child(self)
 
-    def close_descriptors(self) -> None:
+    def close_inherited(self) -> None:
         """Close this process's copies of its parent's connections, which go on there."""
         for connection in list(self.open):
             connection.close()
         self.open.clear()
         self.idle.clear()
-
-
-_states: WeakSet[_State] = WeakSet()
-
-
-def _close_inherited() -> None:
-    for state in list(_states):
-        state.close_descriptors()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
