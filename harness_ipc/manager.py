@@ -133,8 +133,8 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     It is asked to, and has `timeout` seconds to finish what is in flight; then it is terminated, then killed. Only the very
     process that the record names is ever signalled.
 
-    Raises `DaemonTimeout` if the system does not end it, `AuthenticationFailed` if it is not ours, `IncompatibleDaemon`,
-    `UnsafeDirectory` or `InvalidName`.
+    Raises `DaemonTimeout` if it does not end, because the system holds it or it can't be identified, `AuthenticationFailed` if
+    it is not ours, `IncompatibleDaemon`, `UnsafeDirectory` or `InvalidName`.
     """
     namespace = namespace or Namespace()
     record: records.Record | None = None
@@ -144,10 +144,12 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     if record is not None:
         process = processes.find_process(record.public())
         # Also if its process is not found: the key proves that the daemon is the record's.
-        asked = record.state == records.DRAINING or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
+        draining = record.state == records.DRAINING and process is not None
+        asked = draining or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
     if process is not None:
         _end(name, process, timeout if asked else 0.0)
-    deadline = deadline_after(timeout + _KILL_PERIOD)
+    unknown = record is not None and process is None
+    deadline = deadline_after(max(timeout, STATUS_TIMEOUT) if unknown else timeout + _KILL_PERIOD)
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
         if record is None and found is not None:

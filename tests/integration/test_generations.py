@@ -17,6 +17,7 @@ from harness_ipc import (
     Client,
     ConnectionLost,
     DaemonNotRunning,
+    DaemonTimeout,
     IncompatibleDaemon,
     cleanup_endpoint,
     connect_daemon,
@@ -30,7 +31,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.marks import needs_posix
+from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, stopped, wait_until
 
 NEVER = 3600.0
@@ -155,6 +156,32 @@ def test_a_daemon_of_another_schema_can_be_pinged_and_stopped_but_not_asked(sche
         assert (status.state, status.pid) == ("incompatible", daemon.pid)
         assert stop_daemon("test") is True
         assert daemon.wait() == 0
+        assert runtime_files() == []
+
+
+@needs_linux
+def test_a_daemon_that_cannot_be_identified_is_not_signalled_and_the_answer_says_why() -> None:
+    with spawn_daemon("test") as daemon:
+        path = runtime_path("test", "json")
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "pid_namespace": "pid:[1]"}))
+        with stopped(daemon):
+            status = daemon_status("test", timeout=0.2)
+            assert status.state == "unresponsive"
+            assert "another PID namespace" in (status.problem or "")
+            with pytest.raises(DaemonTimeout, match="another PID namespace"):
+                stop_daemon("test", timeout=0.2)
+            assert cleanup_endpoint("test") is False
+            assert daemon.process.poll() is None
+        assert stop_daemon("test") is True
+        assert daemon.wait() == 0
+
+
+@needs_posix
+def test_a_daemon_whose_record_was_just_removed_is_stopped() -> None:
+    with spawn_daemon("test") as daemon:
+        runtime_path("test", "json").unlink()
+        assert stop_daemon("test", timeout=0.1) is True
+        daemon.wait()
         assert runtime_files() == []
 
 
