@@ -1,4 +1,4 @@
-"""The main of a daemon process: name, log, signals, start, serve, drain, stop. Everything once, in that order."""
+"""A daemon's process: acquire the name, open the log, handle signals, start, serve, drain, stop."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks whether the record and the socket are still there (two calls of the file system), which also show
-# that the loop turns.
+# Seconds between two checks of the record and the socket, which also record that the loop is responsive.
 _LOOK_INTERVAL = 2.0
 
 # `has_claim`: whether this thread is in a `claim_name` block.
@@ -88,7 +87,7 @@ def run_daemon(
         try:
             return await application.handle(message)
         finally:
-            # At once: what it printed, or its children, may be long.
+            # At once: the handler or its children may have printed much.
             claimed.log.limit_size()
 
     async def serve(stop: asyncio.Event) -> None:
@@ -152,7 +151,7 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
     """
     open_standard_streams()
     raise_descriptor_limit()
-    with startup.reporting() as report, _claiming():
+    with startup.reporting() as report:
         namespace = namespace or Namespace(**report.places)
         start = {key: report.start.get(key) for key in ("argv", "cwd", "detached")}
         start["environment"] = {key: os.environ[key] for key in report.start.get("env", ()) if key in os.environ}
@@ -162,18 +161,11 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
                 log.check_writable()
+                _thread.has_claim = True
                 yield Claim(registration, report, namespace, log)
         finally:
+            _thread.has_claim = False
             registration.release()
-
-
-@contextlib.contextmanager
-def _claiming() -> Iterator[None]:
-    _thread.has_claim = True
-    try:
-        yield
-    finally:
-        _thread.has_claim = False
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -188,7 +180,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
                     task.cancel()
                 _, left = loop.run_until_complete(asyncio.wait(left, timeout=CANCEL_PERIOD))
             for task in left:
-                logger.error("left behind, since it goes on when it is cancelled: %r", task)
+                logger.error("task did not stop within %g s of cancellation: %r", CANCEL_PERIOD, task)
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
         finally:
@@ -233,10 +225,7 @@ def _check_context(claim: Claim | None) -> None:
             'write it below `if __name__ == "__main__":`, or start the program without `serve`'
         )
     if asyncio._get_running_loop() is not None:
-        raise RuntimeError(
-            "run_daemon runs an event loop of its own: call it outside of coroutines, or write "
-            "`await start_daemon_server(...)` here"
-        )
+        raise RuntimeError("run_daemon starts its own event loop: in a running one, write `await start_daemon_server(...)`")
 
 
 async def _start(app: _Functions, stop: asyncio.Event) -> bool:

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import client, startup
+from ._descriptors import open_standard_streams
 from ._registry import files, lifetime, processes, records
 from ._registry.namespace import Namespace, log_path
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
@@ -219,6 +220,8 @@ def _start(
 
     Raises `StartFailed` and `_StartTimeout`.
     """
+    # A pipe to the child must not get the number of a stream.
+    open_standard_streams()
     log = str(log_path(name, namespace=namespace))
     descriptor = files.open_private_log(log)
     try:

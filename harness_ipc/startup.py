@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from ._descriptors import close_in_child
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -205,6 +207,7 @@ class ReadyPipe:
         with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             self.start = dict(json.loads(text))
             self._descriptor = _inherited(self.start)
+        close_in_child(self)
 
     @property
     def places(self) -> dict[str, str]:
@@ -224,6 +227,8 @@ class ReadyPipe:
         if descriptor is not None and _is_ours(descriptor, self.start):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+    close_inherited = close
 
 
 @contextlib.contextmanager

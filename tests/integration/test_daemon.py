@@ -218,7 +218,7 @@ def test_closing_the_terminal_of_serve_runs_stop(private_directories: Path) -> N
         "class App:\n"
         "    async def start(self): print('starting')\n"
         "    async def handle(self, message): return {'result': message.get('params')}\n"
-        f"    async def stop(self): open({str(private_directories / 'stopped')!r}, 'w').close()\n"
+        f"    async def stop(self): print('stopping'); open({str(private_directories / 'stopped')!r}, 'w').close()\n"
     )
     pid, terminal = pty.fork()
     if pid == 0:
@@ -229,6 +229,21 @@ def test_closing_the_terminal_of_serve_runs_stop(private_directories: Path) -> N
     os.waitpid(pid, 0)
     assert (private_directories / "stopped").exists()
     assert_clean()
+
+
+@needs_posix
+def test_soft_limit_of_descriptors_is_raised() -> None:
+    program = """
+import resource
+from harness_ipc import run_daemon
+
+async def handle(message): return {}
+def limits(): return resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits()[1]))
+run_daemon(handle, "test", idle_timeout=0.0, on_ready=lambda _: print(*limits()))
+"""
+    soft, hard = run_python("-c", program).stdout.split()
+    assert soft in (hard, "10240")
 
 
 def test_a_stop_that_fails_is_logged_and_leaves_nothing() -> None:

@@ -160,6 +160,14 @@ def test_daemon_without_standard_streams_serves(base: Path, closed: str) -> None
 
 
 @needs_posix
+def test_starter_without_standard_streams_starts_a_daemon(base: Path) -> None:
+    code = "import sys, harness_ipc; harness_ipc.ensure_daemon('test', [sys.executable, '-c', sys.argv[1]])"
+    subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$1" "$2" <&- >&- 2>&-', "sh", code, PROGRAM], check=True)
+    assert request("test", {"how": "say", "text": "here"}, timeout=PATIENCE) == {"result": 1}
+    assert "here\n" in log_path("test").read_text(encoding="utf-8")
+
+
+@needs_posix
 def test_daemon_outlives_the_reader_of_its_output(base: Path) -> None:
     reader, writer = os.pipe()
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=writer, stderr=writer) as process:
