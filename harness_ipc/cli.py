@@ -452,22 +452,26 @@ class _Log:
         data = b""
         # It may be missing for a moment, or on Windows can't be opened.
         with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(self.path) as file:
-            if (predecessor := self._identify_predecessor()) != self._predecessor:
-                with contextlib.suppress(FileNotFoundError), files.open_log_for_reading(f"{self.path}.1") as rest:
-                    rest.seek(self._read)
-                    data = rest.read()
-                self._predecessor, self._read = predecessor, 0
             if file.seek(0, os.SEEK_END) < self._read:
+                data = self._read_rest()
                 self._read = 0
             file.seek(self._read)
             data += file.read()
             self._read = file.tell()
         return data
 
+    def _read_rest(self) -> bytes:
+        """Return what a new predecessor has beyond what was read of the log."""
+        previous, self._predecessor = self._predecessor, self._identify_predecessor()
+        if self._predecessor != previous:
+            with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(f"{self.path}.1") as file:
+                file.seek(self._read)
+                return file.read()
+        return b""
+
     def _identify_predecessor(self) -> tuple[int, ...]:
         with contextlib.suppress(FileNotFoundError, ConnectionLost):
-            # Device and inode.
-            return files.file_fingerprint(f"{self.path}.1")[:2]
+            return files.file_fingerprint(f"{self.path}.1")
         return ()
 
 
