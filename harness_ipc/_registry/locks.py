@@ -92,7 +92,17 @@ class NameLock:
 
         Raises `UnsafeDirectory` if others could read or plant the file, and `OSError` if it can't be opened or locked.
         """
-        while (descriptor := self._open()) is not None:
+        while True:
+            try:
+                descriptor = os.open(self._path, _OPEN, 0o600)
+            except OSError as error:
+                if sys.platform == "win32" and isinstance(error, PermissionError):
+                    # Another process has opened it for itself alone.
+                    return False
+                with contextlib.suppress(FileNotFoundError):
+                    # Raises UnsafeDirectory for a link or another user's file.
+                    files.file_fingerprint(self._path)
+                raise
             current = False
             try:
                 if not _try_lock(descriptor):
@@ -103,19 +113,6 @@ class NameLock:
             finally:
                 if not current:
                     os.close(descriptor)
-        return False
-
-    def _open(self) -> int | None:
-        try:
-            return os.open(self._path, _OPEN, 0o600)
-        except OSError as error:
-            if sys.platform == "win32" and isinstance(error, PermissionError):
-                # Another process has opened it for itself alone.
-                return None
-            with contextlib.suppress(FileNotFoundError):
-                # A link or another user's file: say so.
-                files.file_fingerprint(self._path)
-            raise
 
     def is_current(self) -> bool:
         """Whether the file at the path is the one that is locked here. Raises `UnsafeDirectory`."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .namespace import Namespace
 
 SCHEMA = 2
-STARTING, READY, DRAINING = "starting", "ready", "draining"
+_STATES = STARTING, READY, DRAINING = "starting", "ready", "draining"
 # Bytes. A record has about 700, and argv and the added environment.
 MAX_RECORD = 256 * 1024
 
@@ -56,66 +56,57 @@ _OPTIONAL: _Types = {
 
 
 class Record:
-    """What a client has to know to reach one generation of a daemon, and what a person wants to know about it."""
+    """What a client has to know to reach one generation of a daemon, and what a person wants to know about it.
 
-    __slots__ = ("_authkey", "_fields", "schema", "state")
+    `authkey` has 32 bytes, or none in a record that is not ready. `max_message` is the largest message that the daemon takes,
+    in bytes. `environment` has the variables that the starter added, with their values: not for reports.
+    """
+
+    __slots__ = (
+        *("schema", "state", "name", "generation", "address", "family", "pid"),
+        *("authkey", "max_message", "environment", "_fields"),
+    )
 
     def __init__(self, fields: dict[str, Any]) -> None:
         """Take the fields of a record's file, of this schema or another. Raises `ValueError` that says which one is wrong."""
         self.schema: int = fields["schema"]
-        known = self.schema == SCHEMA
-        for key, kinds in (_LASTING | _REQUIRED if known else _LASTING).items():
-            # type(): bool is a subclass of int.
-            if type(fields.get(key)) not in kinds:
-                raise ValueError(f"its {key} is missing or of a wrong type")
-        for key, kinds in (_OPTIONAL if known else _OPTIONAL | _REQUIRED).items():
-            if key in fields and type(fields[key]) not in kinds:
-                if known:
-                    raise ValueError(f"its {key} is of a wrong type")
-                # Another schema may mean something else by it.
-                fields = {name: value for name, value in fields.items() if name != key}
-        self._authkey = _parse_key(fields)
+        required, optional = (_LASTING | _REQUIRED, _OPTIONAL) if self.schema == SCHEMA else (_LASTING, _OPTIONAL | _REQUIRED)
+        # type(): bool is a subclass of int.
+        wrong = {key for key, kinds in required.items() if type(fields.get(key)) not in kinds}
+        odd = {key for key, kinds in optional.items() if key in fields and type(fields[key]) not in kinds}
+        if wrong or (odd and self.schema == SCHEMA):
+            raise ValueError(f"its {min(wrong or odd)} is missing or of a wrong type")
+        # Another schema may mean something else by it.
+        fields = {key: value for key, value in fields.items() if key not in odd}
+        self.authkey = _parse_key(fields.pop("authkey", ""))
         state = fields.get("state")
-        self.state: str = state if state in (STARTING, READY, DRAINING) else READY if self._authkey else STARTING
-        self._fields = {key: value for key, value in fields.items() if key != "authkey"}
-        _check_lasting(fields)
-        if known:
-            _check_values(fields, bool(self._authkey))
+        self.state: str = state if state in _STATES else READY if self.authkey else STARTING
+        self.name: str = fields["name"]
+        self.generation: str = fields["generation"]
+        self.address: str = fields["address"]
+        self.family: str | None = fields.get("family")
+        self.pid: int = fields["pid"]
+        self.max_message: int = fields.get("max_message", MAX_RECORD)
+        self.environment: dict[str, str] = fields.get("environment", {})
+        self._fields = fields
+        self._check()
 
-    @property
-    def name(self) -> str:
-        return str(self._fields["name"])
-
-    @property
-    def generation(self) -> str:
-        return str(self._fields["generation"])
-
-    @property
-    def family(self) -> str | None:
-        return self._fields.get("family")
-
-    @property
-    def address(self) -> str:
-        return str(self._fields["address"])
-
-    @property
-    def authkey(self) -> bytes:
-        """32 bytes, or none in a record that is not ready."""
-        return self._authkey
-
-    @property
-    def pid(self) -> int:
-        return int(self._fields["pid"])
-
-    @property
-    def max_message(self) -> int:
-        """The largest message, in bytes, that the daemon takes."""
-        return int(self._fields.get("max_message", MAX_RECORD))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables that the starter added, with their values: not for reports."""
-        return dict(self._fields.get("environment", {}))
+    def _check(self) -> None:
+        fields = self._fields
+        if self.pid <= 0 or self.max_message <= 0:
+            raise ValueError("its pid or max_message is not positive")
+        if not all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at")):
+            raise ValueError("its create_time or started_at is no time")
+        if not self.address or "\0" in self.address:
+            raise ValueError("its address is not usable")
+        # As the keys are derived from it; raises UnicodeError, a ValueError.
+        self.address.encode("utf-8", "surrogateescape")
+        if self.schema != SCHEMA:
+            return
+        if self.state != fields["state"] or (self.state == READY and not (self.authkey and "max_message" in fields)):
+            raise ValueError("its state is unknown, or ready without an authkey and max_message")
+        if not all(isinstance(word, str) for word in (*fields["argv"], *self.environment.values())):
+            raise ValueError("its argv or environment has something that is no text")
 
     def public(self) -> dict[str, Any]:
         """Return the fields for reports: all but the authkey, and of the environment the names."""
@@ -123,47 +114,26 @@ class Record:
 
     def replace(self, **changes: Any) -> Record:
         """Return this record with `changes`."""
-        return Record({**self._fields, "authkey": self._authkey.hex(), **changes})
+        return Record({**self._fields, "authkey": self.authkey.hex(), **changes})
 
     def to_json(self) -> bytes:
         """Return the content of the record's file, with the authkey if it is ready."""
-        key = {"authkey": self._authkey.hex()} if self.state == READY else {}
+        key = {"authkey": self.authkey.hex()} if self.state == READY else {}
         return json.dumps({**self._fields, **key}, indent=1).encode("ascii") + b"\n"
 
     def __repr__(self) -> str:
         return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
 
 
-def _parse_key(fields: dict[str, Any]) -> bytes:
+def _parse_key(text: str) -> bytes:
     # Errors without the original's text: it may quote the key.
     try:
-        key = bytes.fromhex(fields.get("authkey", ""))
+        key = bytes.fromhex(text)
     except ValueError:
         raise ValueError("its authkey is not hexadecimal") from None
     if key and len(key) != _KEY_BYTES:
         raise ValueError(f"its authkey has not {_KEY_BYTES} bytes")
     return key
-
-
-def _check_lasting(fields: dict[str, Any]) -> None:
-    if fields["pid"] <= 0:
-        raise ValueError("its pid is not positive")
-    if not all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at")):
-        raise ValueError("its create_time or started_at is no time")
-    if not fields["address"] or "\0" in fields["address"]:
-        raise ValueError("its address is not usable")
-    # As the keys are derived from it; raises UnicodeError, a ValueError.
-    fields["address"].encode("utf-8", "surrogateescape")
-
-
-def _check_values(fields: dict[str, Any], has_key: bool) -> None:
-    if fields["state"] not in (STARTING, READY, DRAINING):
-        raise ValueError("its state is unknown")
-    if fields["state"] == READY and not (has_key and fields.get("max_message", 0) > 0):
-        raise ValueError("it is ready without an authkey or a positive max_message")
-    environment: dict[str, Any] = fields["environment"]
-    if not all(isinstance(word, str) for word in (*fields["argv"], *environment.values())):
-        raise ValueError("its argv or environment has something that is no text")
 
 
 # The last record read, by path, with the file's fingerprint. Parsing is most of the cost of finding a daemon, and a file with
