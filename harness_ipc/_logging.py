@@ -45,18 +45,19 @@ class BoundedLog(logging.Handler):
 
     def __init__(self, path: str) -> None:
         """Open the file. Raises `StartFailed` and `UnsafeDirectory`."""
+        self._end = io.FileIO(files.open_private_log(path), "w")
+        try:
+            self._whole = io.FileIO(os.open(path, os.O_RDWR | files.NOFOLLOW_FLAGS), "r+")
+        except OSError as error:
+            self._end.close()
+            raise files.log_failure(path, "opened", error) from error
+        # Afterwards: logging closes at exit whatever was once initialized.
         super().__init__()
         self.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.error: OSError | None = None
         self._path = path
         self._pid = os.getpid()
         self._told = True
-        self._descriptor = files.open_private_log(path)
-        try:
-            self._file = io.FileIO(os.open(path, os.O_RDWR | files.NOFOLLOW_FLAGS), "r+")
-        except OSError as error:
-            os.close(self._descriptor)
-            raise files.log_failure(path, "opened", error) from error
 
     def check_writable(self) -> None:
         """Raise `StartFailed` if the last write failed. From now on, failures are told on standard error."""
@@ -70,7 +71,7 @@ class BoundedLog(logging.Handler):
             entry = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
             self.limit_size(len(entry))
             while entry:
-                entry = entry[os.write(self._descriptor, entry) :]
+                entry = entry[self._end.write(entry) :]
             self.error = None
         except OSError as error:
             self.error = error
@@ -85,30 +86,30 @@ class BoundedLog(logging.Handler):
         """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that."""
         assert self.lock is not None
         with self.lock, contextlib.suppress(OSError, ValueError):
-            size = os.fstat(self._descriptor).st_size
+            size = os.fstat(self._end.fileno()).st_size
             if size + coming > LOG_BYTES and size and self._pid == os.getpid():
                 try:
                     # If that is impossible (the disk is full, say), the bound is still kept.
                     with contextlib.suppress(OSError, HarnessIPCError):
                         self._copy(max(0, size - LOG_BYTES))
                 finally:
-                    self._file.truncate(0)
+                    self._whole.truncate(0)
 
     def _copy(self, start: int) -> None:
         predecessor = f"{self._path}.1"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(predecessor)
         with io.FileIO(files.open_private_log(predecessor), "w") as copy:
-            self._file.seek(start)
+            self._whole.seek(start)
             left = LOG_BYTES
-            while left and (data := self._file.read(min(left, _COPY_BYTES))):
+            while left and (data := self._whole.read(min(left, _COPY_BYTES))):
                 left -= len(data)
                 copy.write(data)
 
     def follows(self, descriptor: int) -> bool:
         """Return whether what is written to `descriptor` goes into the file."""
         try:
-            return os.path.sameopenfile(descriptor, self._descriptor)
+            return os.path.sameopenfile(descriptor, self._end.fileno())
         except OSError:
             return False
 
@@ -118,11 +119,11 @@ class BoundedLog(logging.Handler):
             self.limit_size()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Idempotent."""
         super().close()
         with contextlib.suppress(OSError):
-            self._file.close()
-            os.close(self._descriptor)
+            self._whole.close()
+            self._end.close()
 
 
 class _StandardStream(io.FileIO):

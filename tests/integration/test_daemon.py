@@ -399,7 +399,7 @@ def test_a_log_that_can_not_be_written_is_told_with_what_to_set(
             directory.write_text("in the way")
             if obstacle == "a file above it":
                 patch.setenv("HARNESS_IPC_LOG_DIR", str(directory / "log"))
-        with pytest.raises((StartFailed, UnsafeDirectory), match=r"HARNESS_IPC_LOG_DIR|run `mv "):
+        with pytest.raises((StartFailed, UnsafeDirectory), match=r"HARNESS_IPC_LOG_DIR|run `(mv|move) "):
             run_daemon(App(), "test")
         assert runtime_files() == []
     if directory.is_dir():

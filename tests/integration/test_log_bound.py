@@ -144,6 +144,14 @@ def test_start_on_a_full_disk_names_it(base: Path) -> None:
         assert [line for line in found.splitlines() if line.startswith("WARNING  log directory") and "its disk is full" in line]
 
 
+def test_log_that_can_not_be_opened_is_the_only_error(base: Path) -> None:
+    log_path("test").mkdir(parents=True)
+    failed = run_python("-c", PROGRAM)
+    assert failed.returncode == 1
+    assert "test.log is not" in failed.stderr.splitlines()[-1]
+    assert "atexit" not in failed.stderr
+
+
 @needs_linux
 @needs_root
 def test_start_with_a_full_runtime_directory_names_it(base: Path) -> None:
