@@ -77,6 +77,9 @@ def run_daemon(
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
     `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
     imports. A clean end returns.
+
+    A daemon that `ensure_daemon` started without `cwd=` changes to a directory that nobody removes (``/``), once `sys.path` is
+    absolute.
     """
     application = check_app(app)
     _check_context(claim)
@@ -130,6 +133,7 @@ def run_daemon(
 
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(claim_name(name, namespace=namespace)) if claim is None else claim
+        claimed.report.leave_directory()
         _run(main())
         logger.info("stopped %s", name)
 
@@ -153,7 +157,7 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
     raise_descriptor_limit()
     with startup.reporting() as report:
         namespace = namespace or Namespace(**report.places)
-        start = {key: report.start.get(key) for key in ("argv", "cwd", "detached")}
+        start = {key: report.start.get(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
         start["environment"] = {key: os.environ[key] for key in report.start.get("env", ()) if key in os.environ}
         registration = acquire_name(name, namespace=namespace, **start)
         try:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shlex
-import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from . import client, startup
-from ._descriptors import open_standard_streams
+from . import client
+from ._command import Command, find_differences, find_obstacle
 from ._registry import files, lifetime, processes, records
-from ._registry.namespace import Namespace, log_path
+from ._registry.namespace import Namespace
+from ._start import StartTimeout, start, still_starting
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from .errors import (
-    AlreadyRunning,
     AuthenticationFailed,
     DaemonNotRunning,
     DaemonTimeout,
@@ -46,18 +44,6 @@ _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Starts that may find that somebody has just taken the name by hand: once is bad luck, more are another directory's daemon.
 _TRIES = 3
-# Seconds for a child that has said why it fails to print its traceback and end.
-_EXIT_PERIOD = 2.0
-# Bytes.
-_LOG_TAIL = 4096
-# Seconds between two looks for the record of a child that says nothing.
-_LOOK_INTERVAL = 0.05
-# The line before each start, and entries of the log that tell of no fault.
-_OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
-
-
-class _StartTimeout(Exception):
-    """The deadline of a start has passed."""
 
 
 def ensure_daemon(
@@ -87,12 +73,17 @@ def ensure_daemon(
     `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
     `ValueError` for a command line that is a string, or empty.
     """
-    argv = _words(argv)
+    command = Command.make(argv, cwd, env)
+    return _ensure(name, command, timeout, version, on_mismatch, namespace or Namespace())
+
+
+def _ensure(
+    name: str, command: Command, timeout: float, version: str | None, on_mismatch: str, namespace: Namespace
+) -> DaemonStatus:
     deadline = deadline_after(timeout)
-    namespace = namespace or Namespace()
     files.tighten_dir(namespace.runtime_dir)
-    if (status := _usable(name, version, on_mismatch, deadline, namespace)) is not None:
-        return status
+    if (status := _usable(name, command, version, on_mismatch, deadline, namespace)) is not None:
+        return _with_differences(status, command, namespace)
     import filelock
 
     directory = namespace.runtime_dir
@@ -102,28 +93,29 @@ def ensure_daemon(
     try:
         lock.acquire(timeout=remaining(deadline), poll_interval=POLL_INTERVAL)
     except filelock.Timeout:
-        raise _still_starting(name, timeout, namespace) from None
+        raise still_starting(name, timeout, namespace) from None
     except OSError as error:
         raise StartFailed(
             f"the lock {lock.lock_file} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you "
             "can write"
         ) from error
     try:
-        tries = _TRIES
-        while (status := _usable(name, version, on_mismatch, deadline, namespace)) is None:
+        tries, is_ours = _TRIES, False
+        while (status := _usable(name, command, version, on_mismatch, deadline, namespace)) is None:
             # A process that has the name is starting, or still draining.
             if lifetime.cleanup_endpoint(name, namespace=namespace):
-                tries -= not _start(name, argv, env, cwd, deadline, namespace)
+                is_ours = start(name, command, deadline, namespace)
+                tries -= not is_ours
                 if not tries:
                     raise StartFailed(
                         f"{name!r} is not running in {directory}, but its command line says that it is, somewhere: its program "
                         "must call run_daemon without `namespace`, or with the same one"
                     )
             elif not sleep_until_retry(deadline):
-                raise _still_starting(name, timeout, namespace)
-        return status
-    except _StartTimeout:
-        raise _still_starting(name, timeout, namespace) from None
+                raise still_starting(name, timeout, namespace)
+        return status if is_ours else _with_differences(status, command, namespace)
+    except StartTimeout:
+        raise still_starting(name, timeout, namespace) from None
     finally:
         lock.release()
 
@@ -177,18 +169,28 @@ def restart_daemon(
 ) -> DaemonStatus:
     """Stop the daemon `name` and start it again with the command line, the directory and the added environment of its record.
 
+    It is not stopped if its program, interpreter or directory is gone. If it can't be started again, its record stays, and this
+    can be called again.
+
     Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
     """
     namespace = namespace or Namespace()
     record = records.read(name, again=True, namespace=namespace)
-    argv, cwd = record.public().get("argv"), record.public().get("cwd")
-    if not argv:
+    if not record.public().get("argv"):
         raise DaemonNotRunning(f"the record of {name!r} has no command line to start it with: start it yourself")
-    stop_daemon(name, timeout=stop_timeout, namespace=namespace)
-    return ensure_daemon(name, argv, timeout=timeout, cwd=cwd, env=record.environment, namespace=namespace)
+    command = Command.of(record)
+    _check_can_start(name, command)
+    try:
+        stop_daemon(name, timeout=stop_timeout, namespace=namespace)
+        return _ensure(name, command, timeout, None, "error", namespace)
+    except BaseException:
+        lifetime.restore_record(record, namespace)
+        raise
 
 
-def _usable(name: str, version: str | None, on_mismatch: str, deadline: float, namespace: Namespace) -> DaemonStatus | None:
+def _usable(
+    name: str, command: Command, version: str | None, on_mismatch: str, deadline: float, namespace: Namespace
+) -> DaemonStatus | None:
     """Return the state of a daemon that is there and may be used, or None if one has to be started."""
     status, error = probe(name, min(STATUS_TIMEOUT, remaining(deadline)), namespace, health=False)
     if error is not None:
@@ -201,153 +203,27 @@ def _usable(name: str, version: str | None, on_mismatch: str, deadline: float, n
         raise IncompatibleDaemon(
             f"the daemon {name!r} that runs has version {status.app_version}, not {version}: restart it, or accept it"
         )
+    _check_can_start(name, command)
     stop_daemon(name, namespace=namespace)
     return None
 
 
-# Starting.
-
-
-def _start(
-    name: str,
-    argv: Sequence[str],
-    env: Mapping[str, str] | None,
-    cwd: str | None,
-    deadline: float,
-    namespace: Namespace,
-) -> bool:
-    """Start the daemon and wait until it is ready. Return False if another process already has the name.
-
-    Raises `StartFailed` and `_StartTimeout`.
-    """
-    # A pipe to the child must not get the number of a stream.
-    open_standard_streams()
-    log = str(log_path(name, namespace=namespace))
-    descriptor = files.open_private_log(log)
-    try:
-        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(argv))[1:-1]}\n"
-        offset = os.fstat(descriptor).st_size
-        places = {"runtime_dir": namespace.runtime_dir, "log_dir": namespace.log_dir}
-        start = {**places, "argv": argv, "cwd": _absolute(cwd), "env": sorted(env or {})}
-        try:
-            os.write(descriptor, banner.encode())
-        except OSError as error:
-            raise files.log_failure(log, "written", error) from error
-        try:
-            child = startup.Child(argv, start=start, environment={**os.environ, **(env or {})}, cwd=cwd, log=descriptor)
-        except (OSError, ValueError) as error:
-            raise _not_executable(argv[0], cwd, error) from error
-    finally:
-        os.close(descriptor)
-    try:
-        message = _next_message(name, child, deadline, namespace)
-        state = message.get("state")
-        if state == "published" or message.get("type") == AlreadyRunning.__name__:
-            return state == "published"
-        if state == "refused":
-            raise _not_executable(argv[0], cwd, OSError(message["errno"], os.strerror(message["errno"])))
-        if state == "ended":
-            raise _start_failed(name, f"it {_ending(message['status'])} before it was ready", log, offset, quote=True)
-        if state == "failed":
-            # It has yet to print its traceback.
-            _wait_for_exit(child)
-            why, type_name, reason = (str(message.get(key, "")) for key in ("message", "type", "reason"))
-            raise _start_failed(name, why, log, offset, type=type_name, reason=reason)
-        if (place := (message.get("name"), message.get("directory"))) != (name, namespace.runtime_dir):
-            child.process.terminate()
-            _wait_for_exit(child)
-            raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, offset)
-        return True
-    finally:
-        child.close()
-
-
-def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
-    """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
-
-    Raises `_StartTimeout`.
-    """
-    while True:
-        ended = child.process.poll() is not None
-        if (message := child.next_message(min(_LOOK_INTERVAL, remaining(deadline)))) is not None:
-            return message
-        # A program that closed what it inherited, or whose wrapper did.
-        if published_generation(name, namespace) and probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
-            return {"state": "published"}
-        # One that made itself a daemon has ended well, and has left the process that will be it.
-        if ended and not (child.process.returncode == 0 and child.has_descendants()):
-            return {"state": "ended", "status": child.process.returncode}
-        if not sleep_until_retry(deadline):
-            raise _StartTimeout
-
-
-def _wait_for_exit(child: startup.Child) -> None:
-    deadline = deadline_after(_EXIT_PERIOD)
-    while child.process.poll() is None and sleep_until_retry(deadline):
-        pass
-
-
-def _ending(status: int) -> str:
-    """Return how a process ended that has this `returncode`."""
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
-
-
-def _absolute(cwd: str | None) -> str | None:
-    """Return the directory that a child is started in, or None where it was removed."""
-    with contextlib.suppress(OSError):
-        return os.path.abspath(cwd or os.getcwd())
-    return None
-
-
-def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFailed:
-    text = error.strerror if isinstance(error, OSError) else error
-    return StartFailed(f"{program!a} can't be started: {text}; check the command and the directory {cwd}")
-
-
-def _start_failed(
-    name: str, why: str, log: str, offset: int, *, quote: bool = False, type: str = "", reason: str = ""
-) -> StartFailed:
-    """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
-    tail = ""
-    with contextlib.suppress(OSError), files.open_log_for_reading(log) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - _LOG_TAIL, offset if offset < size else 0))
-        tail = file.read().decode("utf-8", "backslashreplace")
-    # What it printed last, not what we logged.
-    lines = [line for line in tail.splitlines() if line.strip() and not _OWN_LINE.match(line)]
-    if quote and lines:
-        reason = lines[-1].strip()
-        why = f"{why} ({ascii(reason)[1:-1]})"
-    text = f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}"
-    return StartFailed(text, log_tail=tail, type=type, reason=reason)
-
-
-def _still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
-    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
-    doing = "another process is starting it, or its predecessor has not ended"
-    if status.state == "starting" and status.since is not None:
-        doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
-    return DaemonTimeout(
-        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
-        f"log {log_path(name, namespace=namespace)}"
-    )
-
-
-def _words(argv: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the command line `argv`. Raises `TypeError` and `ValueError`."""
-    if isinstance(argv, (str, bytes, os.PathLike)):
-        raise TypeError(
-            f"argv must be a list of words, not {argv!r}: write [sys.executable, '-m', 'package'], or use shlex.split"
+def _check_can_start(name: str, command: Command) -> None:
+    if obstacle := find_obstacle(command):
+        raise StartFailed(
+            f"the daemon {name!r} was not stopped, since it can't be started again: {obstacle}; put it back, or stop it "
+            "and start it in another way"
         )
-    words = [os.fsdecode(word) for word in argv]
-    if not words:
-        raise ValueError("argv is empty: write a program and its arguments, as [sys.executable, '-m', 'package']")
-    return words
+
+
+def _with_differences(status: DaemonStatus, command: Command, namespace: Namespace) -> DaemonStatus:
+    """Return the status of a daemon that was found, whose `problem` says how its start differs from `command`."""
+    texts = [] if status.problem is None else [status.problem]
+    with contextlib.suppress(HarnessIPCError):
+        found = Command.of(records.read(status.name, namespace=namespace))
+        if differences := "; ".join(find_differences(found, command)):
+            texts.append(f"the daemon that runs is not the one that was asked for: {differences}; stop it to start that")
+    return replace(status, problem="; ".join(texts) or None)
 
 
 # Stopping.

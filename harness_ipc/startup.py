@@ -197,8 +197,8 @@ class Child:
 class ReadyPipe:
     """The child's end. Writes nothing where nobody listens. `start` is what the starter said, or empty.
 
-    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon; "env", the names of the variables that the
-    starter added; and "detached".
+    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon, and "leaves_cwd"; "env", the names of the
+    variables that the starter added; and "detached".
     """
 
     def __init__(self, text: str) -> None:
@@ -213,6 +213,14 @@ class ReadyPipe:
     def places(self) -> dict[str, str]:
         """The arguments of `Namespace`."""
         return {key: self.start[key] for key in ("runtime_dir", "log_dir") if key in self.start}
+
+    def leave_directory(self) -> None:
+        """Leave the directory of the start unless it was asked for: it may be removed. Modules are still found there."""
+        if self.start:
+            with contextlib.suppress(OSError):
+                sys.path[:] = [os.path.abspath(entry) for entry in sys.path]
+        if self.start.get("leaves_cwd"):
+            os.chdir(os.environ.get("SYSTEMROOT", "C:\\") if sys.platform == "win32" else "/")
 
     def send(self, **message: Any) -> None:
         """Send one message. A starter that has gone meanwhile does not matter."""

@@ -198,6 +198,12 @@ def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
         lock.release()
 
 
+def restore_record(record: Record, namespace: Namespace) -> None:
+    """Write the record of a daemon that has ended again, so that it can be started from that. Never replaces another."""
+    with contextlib.suppress(OSError, HarnessIPCError), _draft(namespace.runtime_dir, record.name, record.to_json()) as draft:
+        create(draft, private_path(record.name, "json", namespace))
+
+
 def _acquire(directory: str, name: str) -> NameLock:
     """Return the lock of a name that no living process has, and clear the drafts. Raises what `Registration` does."""
     path = os.path.join(directory, f"{name}.lock")

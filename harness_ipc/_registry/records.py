@@ -51,6 +51,7 @@ _OPTIONAL: _Types = {
     "app_version": (str,),
     "cwd": (str,),
     "detached": (str,),
+    "leaves_cwd": (bool,),
     "max_message": (int,),
 }
 

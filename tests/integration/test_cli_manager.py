@@ -35,10 +35,15 @@ from harness_ipc import (
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, lives, wait_until
 
+# A directory that nobody removes.
+ROOT = os.environ["SYSTEMROOT"] if sys.platform == "win32" else "/"
+
 # `gate` is a file that the test makes: what waits for it lasts as long as the test needs.
 _SERVICE = f"""
 import asyncio, os, time
 from pathlib import Path
+
+HERE = Path(__file__).parent
 
 async def opened(gate):
     deadline = time.monotonic() + {PATIENCE}
@@ -49,8 +54,8 @@ async def opened(gate):
 
 async def handle(message):
     if message.get("method") == "wait":
-        Path("waiting").touch()
-        await opened(Path("gate"))
+        (HERE / "waiting").touch()
+        await opened(HERE / "gate")
     return {{"result": message["params"]["x"] * 2, "pid": os.getpid(), "cwd": os.getcwd()}}
 
 class Healthy:
@@ -60,7 +65,7 @@ class Healthy:
     async def health(self): return {{"upstream": "fine"}}
 
 class Slow(Healthy):
-    async def start(self): await opened(Path("gate"))
+    async def start(self): await opened(HERE / "gate")
 
 class Sick(Healthy):
     async def start(self): raise LookupError("no such model: \\x1b[31mred")
@@ -138,9 +143,13 @@ def _state(name: str, *options: str) -> tuple[int, str]:
 
 def test_starting_twice_is_one_daemon_in_the_directory_of_the_first(here: Path) -> None:
     pid = _start("twice")
-    assert _start("twice", "service:Healthy") == pid == identify("twice")
+    again = _run("start", "service:Healthy", "--name", "twice")
+    assert (again.returncode, again.stdout) == (0, f"twice: pid {pid} is running\n")
+    assert "is not the one that was asked for: its command line is" in again.stderr
     reply = request("twice", {"params": {"x": 21}})
-    assert reply == {"result": 42, "pid": pid, "cwd": os.path.realpath(here)}
+    assert (reply["result"], reply["pid"]) == (42, pid)
+    # Where it was started, which it does not hold.
+    assert (daemon_status("twice").cwd, reply["cwd"]) == (os.path.realpath(here), ROOT)
     log = log_path("twice").read_text(encoding="utf-8")
     # Not once more by a console's handler.
     assert log.count("ready at") == 1
@@ -407,7 +416,8 @@ def test_restart_is_another_process_with_the_same_app_in_the_same_directory(here
     new = identify("again")
     assert (restarted.returncode, restarted.stdout, restarted.stderr) == (0, f"again: pid {new} is running\n", "")
     assert new != pid
-    assert request("again", {"params": {"x": 4}}) == {"result": 8, "pid": new, "cwd": os.path.realpath(here)}
+    assert request("again", {"params": {"x": 4}}) == {"result": 8, "pid": new, "cwd": ROOT}
+    assert daemon_status("again").cwd == os.path.realpath(here)
     told = json.loads(_run("restart", "--name", "again", "--json").stdout)
     assert (told["state"], told["pid"]) == ("running", identify("again"))
     assert told["pid"] != new

@@ -1,0 +1,159 @@
+"""One start of a daemon: its process, and what it or its log says of how that went."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from . import startup
+from ._descriptors import open_standard_streams
+from ._registry import files
+from ._registry.namespace import log_path
+from ._status import STATUS_TIMEOUT, probe, published_generation, sleep_until_retry
+from .errors import AlreadyRunning, DaemonTimeout, StartFailed
+from .transport import deadline_after, remaining
+
+if TYPE_CHECKING:
+    from ._command import Command
+    from ._registry.namespace import Namespace
+
+# Seconds for a child that has said why it fails to print its traceback and end.
+_EXIT_PERIOD = 2.0
+# Bytes.
+_LOG_TAIL = 4096
+# Seconds between two looks for the record of a child that says nothing.
+_LOOK_INTERVAL = 0.05
+# The line before each start, and entries of the log that tell of no fault.
+_OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
+
+
+class StartTimeout(Exception):
+    """The deadline of a start has passed."""
+
+
+def start(name: str, command: Command, deadline: float, namespace: Namespace) -> bool:
+    """Start the daemon and wait until it is ready. Return False if another process already has the name.
+
+    Raises `StartFailed` and `StartTimeout`.
+    """
+    # A pipe to the child must not get the number of a stream.
+    open_standard_streams()
+    log = str(log_path(name, namespace=namespace))
+    descriptor = files.open_private_log(log)
+    try:
+        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(command.argv))[1:-1]}\n"
+        offset = os.fstat(descriptor).st_size
+        start = {
+            "runtime_dir": namespace.runtime_dir,
+            "log_dir": namespace.log_dir,
+            "argv": command.argv,
+            "cwd": command.cwd,
+            "leaves_cwd": command.leaves_cwd,
+            "env": sorted(command.environment),
+        }
+        try:
+            os.write(descriptor, banner.encode())
+        except OSError as error:
+            raise files.log_failure(log, "written", error) from error
+        try:
+            environment = {**os.environ, **command.environment}
+            child = startup.Child(command.argv, start=start, environment=environment, cwd=command.cwd, log=descriptor)
+        except (OSError, ValueError) as error:
+            raise _not_executable(command.argv[0], command.cwd, error) from error
+    finally:
+        os.close(descriptor)
+    try:
+        message = _next_message(name, child, deadline, namespace)
+        state = message.get("state")
+        if state == "published" or message.get("type") == AlreadyRunning.__name__:
+            return state == "published"
+        if state == "refused":
+            raise _not_executable(command.argv[0], command.cwd, OSError(message["errno"], os.strerror(message["errno"])))
+        if state == "ended":
+            raise _start_failed(name, f"it {_ending(message['status'])} before it was ready", log, offset, quote=True)
+        if state == "failed":
+            # It has yet to print its traceback.
+            _wait_for_exit(child)
+            why, type_name, reason = (str(message.get(key, "")) for key in ("message", "type", "reason"))
+            raise _start_failed(name, why, log, offset, type=type_name, reason=reason)
+        if (place := (message.get("name"), message.get("directory"))) != (name, namespace.runtime_dir):
+            child.process.terminate()
+            _wait_for_exit(child)
+            raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, offset)
+        return True
+    finally:
+        child.close()
+
+
+def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
+    """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
+
+    Raises `StartTimeout`.
+    """
+    while True:
+        ended = child.process.poll() is not None
+        if (message := child.next_message(min(_LOOK_INTERVAL, remaining(deadline)))) is not None:
+            return message
+        # A program that closed what it inherited, or whose wrapper did.
+        if published_generation(name, namespace) and probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
+            return {"state": "published"}
+        # One that made itself a daemon has ended well, and has left the process that will be it.
+        if ended and not (child.process.returncode == 0 and child.has_descendants()):
+            return {"state": "ended", "status": child.process.returncode}
+        if not sleep_until_retry(deadline):
+            raise StartTimeout
+
+
+def _wait_for_exit(child: startup.Child) -> None:
+    deadline = deadline_after(_EXIT_PERIOD)
+    while child.process.poll() is None and sleep_until_retry(deadline):
+        pass
+
+
+def _ending(status: int) -> str:
+    """Return how a process ended that has this `returncode`."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFailed:
+    text = error.strerror if isinstance(error, OSError) else error
+    return StartFailed(f"{program!a} can't be started: {text}; check the command and the directory {cwd}")
+
+
+def _start_failed(
+    name: str, why: str, log: str, offset: int, *, quote: bool = False, type: str = "", reason: str = ""
+) -> StartFailed:
+    """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
+    tail = ""
+    with contextlib.suppress(OSError), files.open_log_for_reading(log) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _LOG_TAIL, offset if offset < size else 0))
+        tail = file.read().decode("utf-8", "backslashreplace")
+    # What it printed last, not what we logged.
+    lines = [line for line in tail.splitlines() if line.strip() and not _OWN_LINE.match(line)]
+    if quote and lines:
+        reason = lines[-1].strip()
+        why = f"{why} ({ascii(reason)[1:-1]})"
+    text = f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}"
+    return StartFailed(text, log_tail=tail, type=type, reason=reason)
+
+
+def still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
+    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
+    doing = "another process is starting it, or its predecessor has not ended"
+    if status.state == "starting" and status.since is not None:
+        doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
+    return DaemonTimeout(
+        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
+        f"log {log_path(name, namespace=namespace)}"
+    )
