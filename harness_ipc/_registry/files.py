@@ -246,9 +246,9 @@ def open_log_for_reading(path: str) -> BinaryIO:
     return open(open_private_file(path), "rb")
 
 
-def retry_on_sharing_violation(action: Callable[..., T], *arguments: object) -> T:
-    """Return ``action(*arguments)``, repeated briefly while Windows says that somebody else has the file open."""
-    deadline = time.monotonic() + _SHARING_RETRY
+def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = _SHARING_RETRY) -> T:
+    """Return ``action(*arguments)``, repeated for `seconds` while Windows says that another process has the file open."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return action(*arguments)

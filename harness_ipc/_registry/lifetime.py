@@ -28,6 +28,8 @@ _LOCK_PATIENCE = 0.5
 _RETRY = 0.02
 # Times that a file may be removed beneath us during one claim or write.
 _TRIES = 20
+# Seconds for other processes (a virus scanner, on Windows) to close the record before it gets that state.
+_REPLACE_PERIOD = {records.STARTING: 1.0, records.READY: 5.0, records.DRAINING: 1.0}
 # Seconds after which the times of the files are set, or a cleaner of old files would remove them.
 TOUCH_INTERVAL = 3600.0
 
@@ -151,7 +153,7 @@ class Registration:
                 # A sweeper may have removed the draft.
                 with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
                     if self._is_own():
-                        files.retry_on_sharing_violation(os.replace, draft, self._path)
+                        files.retry_on_sharing_violation(os.replace, draft, self._path, seconds=_REPLACE_PERIOD[record.state])
                         return
                     if create(draft, self._path):
                         return

@@ -64,7 +64,7 @@ def create(draft: str, path: str) -> bool:
     """Give `draft` the name `path`, or return False if that exists. On POSIX the file `draft` stays."""
     with contextlib.suppress(FileExistsError):
         # Windows' rename does not replace.
-        (os.rename if sys.platform == "win32" else os.link)(draft, path)
+        files.retry_on_sharing_violation(os.rename if sys.platform == "win32" else os.link, draft, path)
         return True
     return False
 
