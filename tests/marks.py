@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 import sysconfig
 
+import psutil
 import pytest
 
 REQUIRED = frozenset(os.environ.get("HARNESS_TEST_REQUIRE", "").replace(",", " ").split())
@@ -39,6 +41,15 @@ needs_address_limit = _need(
     sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISABLED"),
     "RLIMIT_AS does not bound the memory of a free-threaded build (mimalloc reserves 1 GiB), nor of other systems' processes",
 )
+
+
+def _shows_sockets() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return any(found.laddr == listener.getsockname() for found in psutil.Process().net_connections("tcp"))
+
+
+# What a browser's port belongs to, where only a process's own sockets tell.
+needs_socket_table = _need("socket-table", _shows_sockets(), "the system does not show a process's sockets (Wine)")
 
 
 def _has_browser() -> bool:

@@ -382,7 +382,7 @@ def scripted_daemon(serve: Callable[[Served, auth.Keys], None]) -> Iterator[None
 
         def accept() -> None:
             while True:
-                with listener.accept() as connection, contextlib.suppress(EOFError):
+                with listener.accept() as connection, contextlib.suppress(EOFError, BrokenPipeError):
                     if over.is_set():
                         return
                     serve(connection, keys)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness_ipc.browser import local
-from tests.marks import needs_linux
+from tests.marks import needs_linux, needs_socket_table
 
 pytestmark = pytest.mark.skipif(sys.byteorder == "big", reason="the addresses below are as little-endian machines print them")
 
@@ -155,6 +155,7 @@ def test_a_connection_that_has_ended_has_no_owner() -> None:
         assert local.find_owners(client) == set()
 
 
+@needs_socket_table
 def test_ports_of_our_own_processes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         there = listener.getsockname()
@@ -168,6 +169,7 @@ def test_ports_of_our_own_processes() -> None:
             assert not local.is_held_by_us(client.getsockname(), there)
 
 
+@needs_socket_table
 def test_a_wildcard_of_ours_may_be_covered_by_a_listener_of_another_user() -> None:
     with socket.create_server(("", 0)) as listener:
         there = ("127.0.0.1", listener.getsockname()[1])
