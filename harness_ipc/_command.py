@@ -78,14 +78,14 @@ def _find_program(word: str, cwd: str | None, environment: Mapping[str, str]) ->
 
 
 def _interpreter(program: str) -> str | None:
-    """Return the interpreter that the first line of a script names."""
+    """Return the interpreter that the first line of a script names. Windows has none."""
     try:
         with open(program, "rb") as file:
             line = file.readline(256)
     except OSError:
         return None
-    words = os.fsdecode(line[2:]).split()
-    return words[0] if line.startswith(b"#!") and words and sys.platform != "win32" else None
+    words = os.fsdecode(line[2:]).split() if line.startswith(b"#!") and sys.platform != "win32" else None
+    return words[0] if words else None
 
 
 def _script(argv: Sequence[str]) -> str | None:

@@ -72,6 +72,8 @@ def test_a_restart_stops_nothing_if_the_interpreter_is_gone(base: Path) -> None:
         assert stop_daemon("test") is True
 
 
+# Windows removes no directory that a process is in, and a daemon's console is started in the daemon's.
+@needs_posix
 def test_a_restart_stops_nothing_if_the_directory_is_gone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = base / "place"
     place.mkdir()
