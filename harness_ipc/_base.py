@@ -45,7 +45,7 @@ def remaining(deadline: float) -> float:
     """Return the seconds left until `deadline`. Raises `DaemonTimeout` when there are none."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise DaemonTimeout("the deadline passed: the daemon is busy, stopped or waiting itself; allow a longer timeout")
+        raise DaemonTimeout("the deadline passed")
     return seconds
 
 

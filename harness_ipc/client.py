@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from . import auth, messages, transport
 from ._descriptors import close_in_child
@@ -18,6 +19,7 @@ from .errors import (
     ClientClosed,
     ConnectionLost,
     DaemonNotRunning,
+    DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
@@ -165,6 +167,14 @@ class Client:
         return self._state
 
     def _connect(self, deadline: float, call: _Call | None = None) -> None:
+        begin = time.monotonic()
+        try:
+            self._open_idle(deadline, call)
+        except DaemonTimeout as error:
+            self._describe(error, begin, "accept a connection")
+            raise
+
+    def _open_idle(self, deadline: float, call: _Call | None) -> None:
         state = self._own_state()
         connection = self._open(state, deadline, call)
         keep = False
@@ -178,6 +188,21 @@ class Client:
             self._check_in(state, connection, call, keep)
 
     def _request(self, message: Message, deadline: float, call: _Call | None = None, *, keep: bool = True) -> Message:
+        begin = time.monotonic()
+        try:
+            return self._exchange(message, deadline, call, keep)
+        except DaemonTimeout as error:
+            operation = str(message.get("method") or message.get("meta") or "a request")
+            self._describe(error, begin, f"answer {operation[:50]!a}")
+            raise
+
+    def _describe(self, error: DaemonTimeout, begin: float, operation: str) -> None:
+        """Have a timeout name the daemon, the operation and the seconds."""
+        waited = round(time.monotonic() - begin, 1)
+        text = f"timed out after {waited:g} s waiting for the daemon {self.name!r} to {operation}"
+        error.args = (f"{text}: allow a longer timeout, or see its status",)
+
+    def _exchange(self, message: Message, deadline: float, call: _Call | None, keep: bool) -> Message:
         state = self._own_state()
         # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
         frame = messages.encode(message)

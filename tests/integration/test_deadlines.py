@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -81,8 +82,9 @@ CALLS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_stopped_daemon_is_a_timeout_for_a_new_connection(daemon: DaemonProcess, call: Callable[[], object]) -> None:
-    with stopped(daemon), times_out():
+    with stopped(daemon), takes(TIMEOUT), pytest.raises(DaemonTimeout) as caught:
         call()
+    assert re.match(r"timed out after 0\.\d+ s waiting for the daemon 'late' to (answer 'echo'|accept)", str(caught.value))
 
 
 def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
