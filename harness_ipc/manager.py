@@ -142,7 +142,8 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     if process is not None:
         _end(name, process, timeout if asked else 0.0)
     unknown = record is not None and process is None
-    deadline = deadline_after(max(timeout, STATUS_TIMEOUT) if unknown else timeout + _KILL_PERIOD)
+    seconds = max(timeout, STATUS_TIMEOUT) if unknown else timeout + _KILL_PERIOD
+    deadline = deadline_after(seconds)
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
         if record is None and found is not None:
@@ -151,7 +152,8 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
         if record is not None and found is not None and found != record.generation:
             break
         if not sleep_until_retry(deadline):
-            raise DaemonTimeout(f"the daemon {name!r} does not end: {_why_not_signalled(record)}")
+            why = _why_not_signalled(record)
+            raise DaemonTimeout(f"timed out after {seconds:g} s waiting for the daemon {name!r} to stop: {why}")
     return asked or process is not None
 
 
@@ -254,7 +256,10 @@ def _end(name: str, process: psutil.Process, timeout: float) -> None:
             raise AuthenticationFailed(f"the daemon {name!r}, pid {process.pid}, is not yours to stop") from error
         if _has_ended(process, period):
             return
-    raise DaemonTimeout(f"pid {process.pid} of the daemon {name!r} does not end though it was killed: the system holds it")
+    raise DaemonTimeout(
+        f"timed out after {_KILL_PERIOD:g} s waiting for pid {process.pid} of the daemon {name!r} to end: it was killed, and "
+        "the system holds it"
+    )
 
 
 def _has_ended(process: psutil.Process, period: float) -> bool:
