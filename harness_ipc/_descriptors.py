@@ -52,7 +52,7 @@ def open_standard_streams() -> None:
             else:
                 os.dup2(opened, number)
                 os.close(opened)
-            if getattr(sys, name) is None:
+            if getattr(getattr(sys, name), "closed", True):
                 setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 

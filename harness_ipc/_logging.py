@@ -145,12 +145,13 @@ def _lossy_streams(log: BoundedLog) -> Iterator[None]:
         buffer = getattr(stream, "buffer", None)
         raw = getattr(buffer, "raw", buffer)
         # Not what a test or a notebook has put there, nor the console of Windows.
-        if isinstance(raw, io.FileIO) and raw.fileno() == number:
-            encoding, errors = ("utf-8", "backslashreplace") if log.follows(number) else (stream.encoding, stream.errors)
+        if isinstance(raw, io.FileIO) and not raw.closed and raw.fileno() == number:
             with contextlib.suppress(OSError):
                 stream.flush()
+            if log.follows(number):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
             writer = io.BufferedWriter(_StandardStream(number, "w", closefd=False))
-            new = io.TextIOWrapper(writer, encoding, errors, line_buffering=True)
+            new = io.TextIOWrapper(writer, stream.encoding, stream.errors, line_buffering=True)
             setattr(sys, name, new)
             replaced[name] = stream, new
     try:

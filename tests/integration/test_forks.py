@@ -33,6 +33,10 @@ import asyncio, multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from harness_ipc import run_daemon
 
+def sleep(running):
+    running.set()
+    time.sleep(3600)
+
 def work():
     return os.getpid()
 
@@ -47,8 +51,11 @@ class App:
             case "pool":
                 return {"result": await loop.run_in_executor(self.pool, work)}
             case "process":
-                child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+                context = multiprocessing.get_context("fork")
+                running = context.Event()
+                child = context.Process(target=sleep, args=(running,))
                 child.start()
+                running.wait()
                 self.children.append(child)
                 return {"result": child.pid}
             case "fork":

@@ -162,10 +162,13 @@ def test_start_with_a_full_runtime_directory_names_it(base: Path) -> None:
 
 
 @needs_posix
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "by itself"])
 def test_daemon_without_standard_streams_serves(base: Path, closed: str) -> None:
+    program = PROGRAM
+    if closed == "by itself":
+        closed, program = "", f"import sys; sys.stdout.close(); sys.stderr.close(){PROGRAM}"
     command = f'"{sys.executable}" -c "$1" {closed}'
-    with subprocess.Popen(["sh", "-c", command, "sh", PROGRAM], stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(["sh", "-c", command, "sh", program], stdin=subprocess.DEVNULL) as process:
         wait_until(lambda: daemon_status("test").state == "running")
         for how in ("print", "error", "native", "child"):
             assert request("test", {"how": how}, timeout=PATIENCE) == {"result": 1}
