@@ -52,8 +52,9 @@ def open_standard_streams() -> None:
             else:
                 os.dup2(opened, number)
                 os.close(opened)
-            if getattr(getattr(sys, name), "closed", True):
-                setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def raise_descriptor_limit() -> None:
