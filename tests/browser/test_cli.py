@@ -878,7 +878,7 @@ def test_a_lock_of_a_machine_that_is_no_more(fresh: Path) -> None:
 # It kills the daemon, so that the next helper starts another while the program runs.
 RESTARTS = """
 import posix
-from harness_ipc import ConnectionLost
+from harness_ipc import ConnectionLost, DaemonNotRunning
 from harness_ipc.browser.helpers import connect
 page_info()
 posix.kill(connect().pid, 9)
@@ -886,7 +886,7 @@ while True:
     try:
         page_info()
         break
-    except ConnectionLost:  # not yet noticed, or just dying
+    except (ConnectionLost, DaemonNotRunning):  # not yet noticed, just dying, or gone
         pass
 """
 USES_THE_HELPERS = """
