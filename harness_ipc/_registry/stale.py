@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -14,6 +15,9 @@ from .namespace import private_temporary_dir
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .records import Record
+
+# What link(2) fails with on a file system without hard links, or in a sandbox.
+_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 def remove_stale_files(directory: str, name: str) -> None:
@@ -61,12 +65,22 @@ def _remove_socket(record: Record, name: str, runtime_dir: str) -> None:
 
 
 def create(draft: str, path: str) -> bool:
-    """Give `draft` the name `path`, or return False if that exists. On POSIX the file `draft` stays."""
-    with contextlib.suppress(FileExistsError):
+    """Give `draft` the name `path`, or return False if that exists. On POSIX the file `draft` may stay."""
+    try:
         # Windows' rename does not replace.
         files.retry_on_sharing_violation(os.rename if sys.platform == "win32" else os.link, draft, path)
-        return True
-    return False
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # The empty file is nobody's record: for a moment the name is without one, and no other process creates it.
+        try:
+            files.write_private_file(path, b"")
+        except FileExistsError:
+            return False
+        os.replace(draft, path)
+    return True
 
 
 def read_living(path: str, name: str) -> Record | None:

@@ -206,7 +206,8 @@ def test_stops_and_starts_that_race_leave_neither_two_nor_an_orphan(base: Path) 
     print("\n".join(sorted(set(failed))))
     assert stopped + none == 2 * STOPS
     assert len(outcomes) > 2 * STOPS
-    assert min(stopped, ensured) >= 2
+    # Some started, and some were stopped; which ones is a matter of the moment.
+    assert min(stopped, len(started(base))) >= 2
     assert not (base / "two at once").exists()
     # Who is left is whom the record names.
     found = [identify("test")] if daemon_status("test").state == "running" else []

@@ -79,6 +79,19 @@ def test_one_process_has_a_name(run: Path) -> None:
     acquire_name("d").release()
 
 
+@needs_posix
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links_has_records_too(number: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", fail(number))
+    leave_dead(run)
+    registration = publish()
+    with pytest.raises(AlreadyRunning):
+        acquire_name("d")
+    assert records.load("d").generation == registration.record.generation
+    registration.release()
+    assert set(content(run)) == {"d.lock"}
+
+
 @pytest.mark.parametrize("state", ["starting", "ready", "draining"])
 def test_a_living_process_keeps_its_name_without_its_lock(state: str, run: Path) -> None:
     first = acquire_name("d")
