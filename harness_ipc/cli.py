@@ -224,7 +224,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from . import startup
     from ._logging import EntryFormatter
-    from .daemon import claim_name, run_daemon
+    from .daemon import acquire_daemon, run_daemon
 
     _split_app(options.app)
     console = logging.StreamHandler()
@@ -242,14 +242,14 @@ def _serve(options: argparse.Namespace) -> int:
     # First of all: what is loaded may take long, and is not needed if another daemon has the name.
     # Without --app it is its starter's, if it has one.
     namespace = options.namespace if options.application else None
-    with claim_name(options.name, namespace=namespace) as claim:
+    with acquire_daemon(options.name, namespace=namespace) as acquired:
         # stderr goes into the log, where the error then is.
         options.logs_errors = not in_foreground
         app = _load_app(options.app)
         if in_foreground:
             logging.getLogger().addHandler(console)
         try:
-            run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report, claim=claim)
+            run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report, acquired=acquired)
         finally:
             logging.getLogger().removeHandler(console)
     return 0

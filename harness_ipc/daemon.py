@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Seconds between two checks of the record and the socket, which also record that the loop is responsive.
 _LOOK_INTERVAL = 2.0
 
-# `has_claim`: whether this thread is in a `claim_name` block.
+# `has_acquired`: whether this thread is in a `acquire_daemon` block.
 _thread = threading.local()
 
 
@@ -64,14 +64,14 @@ def run_daemon(
     grace_period: float = GRACE_PERIOD,
     cancel_on_disconnect: bool = True,
     on_ready: Callable[[DaemonServer], None] | None = None,
-    claim: Claim | None = None,
+    acquired: AcquiredDaemon | None = None,
     namespace: Namespace | None = None,
 ) -> None:
     """Run the daemon `name` until SIGTERM, SIGINT, SIGHUP, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
     `app` is an async function from a message to a reply, or an `App`, of which `start` and `stop` are optional. The log is
-    the file `log_path`; `on_ready` is called in the loop once clients can connect. `claim` is what `claim_name` gave, for a
-    program that has to do slow things before it has an app. `namespace` is where the daemon is: by default where the
+    the file `log_path`; `on_ready` is called in the loop once clients can connect. `acquired` is what `acquire_daemon` yielded,
+    for a program that has to do slow things before it has an app. `namespace` is where the daemon is: by default where the
     `ensure_daemon` that started it looks for it. The other arguments are those of `start_daemon_server`.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
@@ -82,7 +82,7 @@ def run_daemon(
     absolute.
     """
     application = check_app(app)
-    _check_context(claim)
+    _check_context(acquired)
     if idle_timeout is not None:
         deadline_after(idle_timeout)
 
@@ -91,7 +91,7 @@ def run_daemon(
             return await application.handle(message)
         finally:
             # At once: the handler or its children may have printed much.
-            claimed.log.limit_size()
+            daemon.log.limit_size()
 
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
@@ -105,13 +105,13 @@ def run_daemon(
             cancel_on_disconnect=cancel_on_disconnect,
             health=application.health,
             on_shutdown=stop.set,
-            registration=claimed.registration,
-            namespace=claimed.namespace,
+            registration=daemon.registration,
+            namespace=daemon.namespace,
         )
         async with server:
             logger.info("ready at %s", address)
-            claimed.report.send(state="ready", name=name, directory=claimed.namespace.runtime_dir)
-            claimed.report.close()
+            daemon.report.send(state="ready", name=name, directory=daemon.namespace.runtime_dir)
+            daemon.report.close()
             if on_ready is not None:
                 on_ready(server)
             await _stop_or_idle(server, stop, idle_timeout)
@@ -124,7 +124,7 @@ def run_daemon(
                 if await _start(application, stop):
                     await serve(stop)
                 else:
-                    claimed.report.send(state="failed", message="it was told to stop while it was starting")
+                    daemon.report.send(state="failed", message="it was told to stop while it was starting")
             finally:
                 try:
                     await application.stop()
@@ -132,14 +132,14 @@ def run_daemon(
                     logger.exception("the app's stop failed")
 
     with contextlib.ExitStack() as stack:
-        claimed = stack.enter_context(claim_name(name, namespace=namespace)) if claim is None else claim
-        claimed.report.leave_directory()
+        daemon = stack.enter_context(acquire_daemon(name, namespace=namespace)) if acquired is None else acquired
+        daemon.report.leave_directory()
         _run(main())
         logger.info("stopped %s", name)
 
 
-class Claim(NamedTuple):
-    """This process is the daemon of a name: no other can be, and its starter waits for its word."""
+class AcquiredDaemon(NamedTuple):
+    """This process has the name of a daemon: no other process can get it, and the starter waits for the ready message."""
 
     registration: Registration
     report: startup.ReadyPipe
@@ -148,7 +148,7 @@ class Claim(NamedTuple):
 
 
 @contextlib.contextmanager
-def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Claim]:
+def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator[AcquiredDaemon]:
     """Acquire `name`, record that this process is starting, and send the log to its file.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
@@ -165,10 +165,10 @@ def claim_name(name: str, *, namespace: Namespace | None = None) -> Iterator[Cla
                 version = ".".join(map(str, sys.version_info[:3]))
                 logger.info("starting %s: pid %d, harness_ipc %s, Python %s", name, os.getpid(), __version__, version)
                 log.check_writable()
-                _thread.has_claim = True
-                yield Claim(registration, report, namespace, log)
+                _thread.has_acquired = True
+                yield AcquiredDaemon(registration, report, namespace, log)
         finally:
-            _thread.has_claim = False
+            _thread.has_acquired = False
             registration.release()
 
 
@@ -221,9 +221,9 @@ def check_app(app: App | Handler) -> _Functions:
     return _Functions(**{"start": _do_nothing, "stop": _do_nothing, "health": None, **functions})
 
 
-def _check_context(claim: Claim | None) -> None:
+def _check_context(acquired: AcquiredDaemon | None) -> None:
     """Raise `RuntimeError` where no daemon can run."""
-    if claim is None and getattr(_thread, "has_claim", False):
+    if acquired is None and getattr(_thread, "has_acquired", False):
         raise RuntimeError(
             "run_daemon was called while `harness-ipc serve` imports this module: "
             'write it below `if __name__ == "__main__":`, or start the program without `serve`'
