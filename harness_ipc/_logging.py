@@ -82,6 +82,17 @@ class BoundedLog(logging.Handler):
         except Exception:
             self.handleError(record)
 
+    def takes_prints(self) -> bool:
+        """Return whether standard output or error goes into the file."""
+        return self.follows(1) or self.follows(2)
+
+    def is_too_long(self) -> bool:
+        """Return whether `limit_size` has something to do: a microsecond for each request."""
+        try:
+            return os.fstat(self._end.fileno()).st_size > LOG_BYTES
+        except (OSError, ValueError):  # the program has closed it
+            return False
+
     def limit_size(self, coming: int = 0) -> None:
         """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that."""
         assert self.lock is not None
@@ -178,7 +189,7 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
     logging.captureWarnings(True)
     try:
         with _lossy_streams(log):
-            if log.follows(1) or log.follows(2):
+            if log.takes_prints():
                 with contextlib.suppress(RuntimeError):  # no thread can be started
                     threading.Thread(target=log.watch, args=(over,), name="harness-ipc-log", daemon=True).start()
             yield log

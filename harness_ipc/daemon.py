@@ -91,11 +91,12 @@ def run_daemon(
             return await application.handle(message)
         finally:
             # At once: the handler or its children may have printed much.
-            daemon.log.limit_size()
+            if daemon.log.is_too_long():
+                daemon.log.limit_size()
 
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
-            handle,
+            handle if daemon.log.takes_prints() else application.handle,
             name,
             app_version=app_version,
             max_connections=max_connections,
