@@ -101,7 +101,8 @@ def test_name_of_a_killed_daemon_is_free_while_its_workers_live(daemon: int, way
         with at_once():
             with pytest.raises((ConnectionLost, DaemonNotRunning)):
                 kept.call("ask", timeout=PATIENCE)
-            with pytest.raises(DaemonNotRunning):
+            # A thread of the killed process may hold its socket for a moment after the first has ended.
+            with pytest.raises((ConnectionLost, DaemonNotRunning)):
                 request("test", {"method": "ask"}, timeout=PATIENCE)
             assert daemon_status("test").state == "stale"
             assert ensure_daemon("test", COMMAND).state == "running"
