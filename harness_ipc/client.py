@@ -10,7 +10,6 @@ import threading
 import time
 
 from . import auth, messages, transport
-from ._descriptors import close_in_child
 from ._registry import records
 from ._registry.namespace import Namespace
 from .errors import (
@@ -161,9 +160,9 @@ class Client:
     def _own_state(self) -> _State:
         """Return the state of this process."""
         if self._state.pid != os.getpid():
+            # The inherited connections close themselves.
             inherited, self._state = self._state, _State()
             self._state.closed = inherited.closed
-            inherited.close_inherited()
         return self._state
 
     def _connect(self, deadline: float, call: _Call | None = None) -> None:
@@ -337,14 +336,6 @@ class _State:
         # All connections, each with the record of its generation; and those that no call uses, the last one used at the end.
         self.open: dict[transport.Connection, records.Record] = {}
         self.idle: list[transport.Connection] = []
-        close_in_child(self)
-
-    def close_inherited(self) -> None:
-        """Close this process's copies of its parent's connections, which go on there."""
-        for connection in list(self.open):
-            connection.close()
-        self.open.clear()
-        self.idle.clear()
 
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
