@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import threading
 import time
 from collections import deque
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -90,17 +92,8 @@ class AsyncClient:
     async def close(self) -> None:
         """See `Client.close`. It returns when the connections are closed and the threads have ended."""
         self._begin_close()
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def tell() -> None:
-            try:
-                loop.call_soon_threadsafe(_settle, ended, None, False)
-            except RuntimeError:
-                # The loop was closed: nobody waits.
-                return
-
-        self._workers.when_ended(tell)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._workers.when_ended(partial(_settle_from_thread, ended, None, False))
         await ended
 
     async def __aenter__(self) -> Self:
@@ -129,11 +122,7 @@ class AsyncClient:
                 outcome, failed = action(deadline, call), False
             except BaseException as error:
                 outcome, failed = error, True
-            try:
-                loop.call_soon_threadsafe(_settle, done, outcome, failed)
-            except RuntimeError:
-                # The loop was closed: nobody waits.
-                return
+            _settle_from_thread(done, outcome, failed)
 
         timer = None
         if not self._workers.submit(job) and deadline != inf:
@@ -155,6 +144,12 @@ class AsyncClient:
                 f"{_MAX_THREADS} other calls of this client were running until the deadline: use another client, or wait longer"
             )
             _settle(done, DaemonTimeout(text), True)
+
+
+def _settle_from_thread(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
+    # A loop that was closed meanwhile has nobody waiting.
+    with contextlib.suppress(RuntimeError):
+        done.get_loop().call_soon_threadsafe(_settle, done, outcome, failed)
 
 
 def _settle(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
