@@ -315,9 +315,7 @@ if sys.platform != "win32":
 
         def wait(self) -> None:
             """Wait for a connection, or to be woken. Somebody else may be the one to accept it."""
-            acceptable = select.poll()
-            acceptable.register(self._socket, select.POLLIN)
-            acceptable.poll()
+            _poll(self._socket, select.POLLIN).poll(None)
 
         def accept_now(self) -> Connection:
             """Accept as `accept` does without waiting. Raises `BlockingIOError`, an `OSError`, if there is none."""

@@ -73,7 +73,7 @@ def explain(error: UnsafeDirectory) -> tuple[str, str | None]:
     """Return what is wrong with a profile and what to do, and the command that fixes it, if there is one."""
     if "HARNESS_IPC_" in error.remedy:
         # It would move the runtime directory.
-        return f"{str(error).partition(': run `')[0]}: set {PROFILE} to another directory", None
+        return f"{str(error).removesuffix(f': run `{error.remedy}`')}: set {PROFILE} to another directory", None
     return f"{error}, or set {PROFILE} to another directory", error.remedy
 
 
