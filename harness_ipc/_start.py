@@ -41,32 +41,8 @@ def start(name: str, command: Command, deadline: float, namespace: Namespace) ->
 
     Raises `StartFailed` and `StartTimeout`.
     """
-    # A pipe to the child must not get the number of a stream.
-    open_standard_streams()
     log = str(log_path(name, namespace=namespace))
-    descriptor = files.open_private_log(log)
-    try:
-        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(command.argv))[1:-1]}\n"
-        offset = os.fstat(descriptor).st_size
-        start = {
-            "runtime_dir": namespace.runtime_dir,
-            "log_dir": namespace.log_dir,
-            "argv": command.argv,
-            "cwd": command.cwd,
-            "leaves_cwd": command.leaves_cwd,
-            "env": sorted(command.environment),
-        }
-        try:
-            os.write(descriptor, banner.encode())
-        except OSError as error:
-            raise files.log_failure(log, "written", error) from error
-        try:
-            environment = {**os.environ, **command.environment}
-            child = startup.Child(command.argv, start=start, environment=environment, cwd=command.cwd, log=descriptor)
-        except (OSError, ValueError) as error:
-            raise _not_executable(command.argv[0], command.cwd, error) from error
-    finally:
-        os.close(descriptor)
+    child, offset = _spawn(command, log, namespace)
     try:
         message = _next_message(name, child, deadline, namespace)
         state = message.get("state")
@@ -88,6 +64,36 @@ def start(name: str, command: Command, deadline: float, namespace: Namespace) ->
         return True
     finally:
         child.close()
+
+
+def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Child, int]:
+    """Start the process, and return it and where in the log its words begin. Raises `StartFailed`."""
+    # A pipe to the child must not get the number of a stream.
+    open_standard_streams()
+    descriptor = files.open_private_log(log)
+    try:
+        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(command.argv))[1:-1]}\n"
+        offset = os.fstat(descriptor).st_size
+        try:
+            os.write(descriptor, banner.encode())
+        except OSError as error:
+            raise files.log_failure(log, "written", error) from error
+        told = {
+            "runtime_dir": namespace.runtime_dir,
+            "log_dir": namespace.log_dir,
+            "argv": command.argv,
+            "cwd": command.cwd,
+            "leaves_cwd": command.leaves_cwd,
+            "env": sorted(command.environment),
+        }
+        try:
+            environment = {**os.environ, **command.environment}
+            child = startup.Child(command.argv, start=told, environment=environment, cwd=command.cwd, log=descriptor)
+        except (OSError, ValueError) as error:
+            raise _not_executable(command.argv[0], command.cwd, error) from error
+        return child, offset
+    finally:
+        os.close(descriptor)
 
 
 def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
