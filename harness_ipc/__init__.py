@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
+from ._text import escape_control
 from .client import Client, connect_daemon, identify, ping, request
 from .errors import (
     AlreadyRunning,
@@ -29,7 +30,6 @@ from .errors import (
     StartFailed,
     UnsafeDirectory,
 )
-from .messages import escape_control
 from .transport import PeerCredentials
 
 TYPE_CHECKING = False

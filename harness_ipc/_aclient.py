@@ -13,7 +13,8 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from . import messages, transport
+from . import transport
+from ._protocol import messages
 from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client, _Call, result_of
 from .errors import ClientClosed, DaemonTimeout, ResourceExhausted
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TypeVar
 
+    from ._protocol.messages import Message
     from ._registry.namespace import Namespace
-    from .messages import Message
 
     T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import messages
 from ._registry import files
+from ._text import escape_control
 from .errors import HarnessIPCError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class EntryFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the entry."""
         lines = super().format(record).split("\n")
-        return "\n    ".join(messages.escape_control(line, allow="\t") for line in lines)
+        return "\n    ".join(escape_control(line, allow="\t") for line in lines)
 
 
 class BoundedLog(logging.Handler):

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import client, messages
+from . import client
+from ._protocol import messages
 from ._registry import files, processes, records
 from ._registry.namespace import DEFAULT_APP, Namespace, is_name, log_path
 from .errors import (

@@ -15,7 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import auth, messages
+from . import auth
+from ._protocol import messages
 from ._protocol.handshake import ServerHandshake
 from ._rate_limit import RateLimitedLogger
 from .errors import ConnectionLost, ProtocolError
@@ -23,7 +24,7 @@ from .errors import ConnectionLost, ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from .messages import Message
+    from ._protocol.messages import Message
     from .transport import Connection, PeerCredentials
 
     Handler = Callable[[Message], Awaitable[Message]]

@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 
-from . import __version__, client, messages
+from . import __version__, client
 from ._descriptors import open_standard_streams
+from ._protocol import messages
 from ._registry import files
 from ._registry.namespace import DEFAULT_APP, Namespace, log_path
+from ._text import escape_control
 from .errors import (
     AlreadyRunning,
     AuthenticationFailed,
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit as the base class does. The message quotes arguments, which may be text of others."""
-        super().error(messages.escape_control(message))
+        super().error(escape_control(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -526,7 +528,7 @@ def _print_error(text: str) -> None:
 
 
 def _escape(text: str) -> str:
-    return messages.escape_control(text, allow="\n\t")
+    return escape_control(text, allow="\n\t")
 
 
 def _duration(seconds: float) -> str:

@@ -9,7 +9,8 @@ import os
 import threading
 import time
 
-from . import auth, messages, transport
+from . import auth, transport
+from ._protocol import messages
 from ._registry import records
 from ._registry.namespace import Namespace
 from .errors import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-    from .messages import Message
+    from ._protocol.messages import Message
 
 # Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
 CONNECT_TIMEOUT = 5.0

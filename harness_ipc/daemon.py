@@ -13,9 +13,10 @@ import threading
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from . import __version__, messages, startup
+from . import __version__, startup
 from ._descriptors import close_in_child, open_standard_streams, raise_descriptor_limit
 from ._logging import BoundedLog, logging_to
+from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
@@ -24,9 +25,9 @@ from .transport import deadline_after
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from ._protocol.messages import Message
     from ._registry.lifetime import Registration
     from .bridge import Handler
-    from .messages import Message
     from .server import DaemonServer
 
 logger = logging.getLogger(__name__)

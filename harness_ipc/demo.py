@@ -18,7 +18,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge
 from typing import TYPE_CHECKING, Any
 
-from . import auth, client, messages, transport
+from . import auth, client, transport
+from ._protocol import messages
 from ._registry import records
 from .errors import HarnessIPCError, StartFailed
 

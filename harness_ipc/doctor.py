@@ -21,9 +21,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, _status, auth, messages, transport
+from . import __version__, _status, auth, transport
 from ._registry import files, processes, records, stale, trust
 from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
+from ._text import escape_control
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -398,6 +399,6 @@ def _quote(path: str) -> str:
 
 def _print_line(text: str) -> None:
     # No character may end the line, move the cursor or be unknown to the console.
-    shown = messages.escape_control(text)
+    shown = escape_control(text)
     encoding = sys.stdout.encoding or "ascii"
     print(shown.encode(encoding, "backslashreplace").decode(encoding))

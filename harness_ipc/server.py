@@ -18,7 +18,8 @@ import time
 from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
-from . import __version__, auth, messages, transport
+from . import __version__, auth, transport
+from ._protocol import messages
 from ._rate_limit import RateLimitedLogger
 from ._registry import records
 from ._registry.lifetime import Registration
@@ -29,8 +30,8 @@ from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, Prot
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ._protocol.messages import Message
     from .bridge import Handler
-    from .messages import Message
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, messages, runtime_path, transport
+from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, runtime_path, transport
+from harness_ipc._protocol import messages
 from harness_ipc._registry import files, records
 from harness_ipc.errors import (
     ConnectionLost,

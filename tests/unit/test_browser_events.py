@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness_ipc import messages
+from harness_ipc._protocol import messages
 from harness_ipc.browser import MAX_MESSAGE, MAX_TEXT
 from harness_ipc.browser.events import MAX_EVENTS, MAX_QUEUE_BYTES, MAX_TOTAL_BYTES, EventStore
 

@@ -18,7 +18,8 @@ import hypothesis.configuration
 import pytest
 from hypothesis import strategies as st
 
-from harness_ipc import messages, transport
+from harness_ipc import transport
+from harness_ipc._protocol import messages
 from harness_ipc.errors import HarnessIPCError, ProtocolError
 from tests.fuzz import targets
 from tests.marks import needs_posix

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from harness_ipc import messages
+from harness_ipc import escape_control
+from harness_ipc._protocol import messages
 from harness_ipc.errors import MessageTooLarge, ProtocolError
 
 LIMIT = messages.DEFAULT_MAX_MESSAGE
@@ -109,8 +110,8 @@ def test_the_limit_is_the_last_size_that_goes() -> None:
 
 def test_control_characters_are_escaped_but_for_those_that_are_allowed() -> None:
     text = "a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
-    assert messages.escape_control(text) == r"a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
-    assert messages.escape_control(text, allow="\n\t") == "a\\x1b]0;t\\x07\n\t\\x7f\\x9b2J\\u202e\\u2028é日😀\\ud800 "
+    assert escape_control(text) == r"a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
+    assert escape_control(text, allow="\n\t") == "a\\x1b]0;t\\x07\n\t\\x7f\\x9b2J\\u202e\\u2028é日😀\\ud800 "
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), ValueError("lone \ud800\0\n"), Exception()], ids=ascii)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import harness_ipc
-from harness_ipc import auth, messages, transport
+from harness_ipc import auth, transport
+from harness_ipc._protocol import messages
 from harness_ipc.server import acquire_name
 
 ROOT = Path(harness_ipc.__file__).parents[1]

@@ -1,10 +1,10 @@
-"""Messages: a JSON object in one frame, and the requests reserved for the channel itself. Does no I/O."""
+"""Messages: a JSON object in one frame, and the requests reserved for the channel itself. No I/O."""
 
 from __future__ import annotations
 
 import json
 
-from .errors import Busy, MessageTooLarge, ProtocolError
+from ..errors import Busy, MessageTooLarge, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,14 +80,6 @@ def error_reply(error: BaseException) -> Message:
     except BaseException as failure:
         text = f"(its text failed with {type(failure).__name__})"
     return {"error": {"type": type(error).__name__, "message": text}}
-
-
-def escape_control(text: str, allow: str = "") -> str:
-    """Return `text` with all control characters as backslash sequences, except those in `allow`.
-
-    For text of others that is printed: it can't end a line or control the terminal. Escaped is what `str.isprintable` rejects.
-    """
-    return "".join(c if c.isprintable() or c in allow else ascii(c)[1:-1] for c in text)
 
 
 def busy_reply(reason: str) -> Message:
