@@ -19,7 +19,7 @@ from . import auth
 from ._protocol import messages
 from ._protocol.handshake import ServerHandshake
 from ._rate_limit import RateLimitedLogger
-from .errors import ConnectionLost, ProtocolError
+from .errors import Busy, ConnectionLost, ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -265,7 +265,7 @@ class LoopBridge:
         if self._turned_at is not None:
             self.beat()
         if self._cancelling and session.message.get("meta") != messages.PING:
-            self._give_reply(session, messages.busy_reply("it is stopping"), None)
+            self._give_reply(session, messages.not_executed(Busy("it is stopping")), None)
             return
         context = self._context.copy()
         context.run(current_peer.set, session.connection.peer)

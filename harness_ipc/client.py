@@ -224,7 +224,7 @@ class Client:
             if fresh:
                 auth.confirm(connection)
             reply = messages.decode(transport.receive(connection, self._max_message))
-            if reply.get("meta") == messages.BUSY:
+            if _is_busy(reply):
                 raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
             reusable = True
         except HarnessIPCError as error:
@@ -424,6 +424,12 @@ def result_of(reply: Message) -> Any:
             'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
         )
     return reply["result"]
+
+
+def _is_busy(reply: Message) -> bool:
+    """Whether the daemon, and not its handler, says that it takes no request now."""
+    error = reply.get("error")
+    return isinstance(error, dict) and error.get("type") == Busy.__name__ and error.get("executed") is False
 
 
 def _remote_error(reply: Message) -> RemoteError:

@@ -25,7 +25,7 @@ from ._registry import records
 from ._registry.lifetime import Registration
 from ._registry.namespace import Namespace
 from .bridge import LoopBridge, Session
-from .errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError, StartFailed
+from .errors import AuthenticationFailed, Busy, HarnessIPCError, MessageTooLarge, ProtocolError, StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -574,7 +574,7 @@ class DaemonServer:
     def _turn_away(self, session: Session, _: Message) -> bool:
         why = session.full if session.full and self.is_serving() else "it is stopping"
         self._log.warning("turned the client with pid %s away: %s", session.connection.peer.pid, why)
-        session.unsent = messages.encode(messages.busy_reply(why))
+        session.unsent = messages.encode(messages.not_executed(Busy(why)))
         return False
 
     def _pong(self, responsive: bool, lag: float, full: str | None = None) -> Message:

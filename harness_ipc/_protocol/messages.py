@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..errors import Busy, MessageTooLarge, ProtocolError
+from ..errors import MessageTooLarge, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 PING = "ping"
 HEALTH = "health"
 SHUTDOWN = "shutdown"
-# The "meta" of the one reply that is the channel's and not the handler's: it takes no request now, nothing ran.
-BUSY = "busy"
+# What a daemon that leaves says, unasked: all that it has not answered on this connection has not run and will not run.
+GOODBYE_FRAME = b'{"meta":"goodbye"}'
+# The keys of a message and of a reply that belong to the channel.
+_CHANNELS_OWN = ("meta", "continues")
 
 
 def _reject_constant(constant: str) -> NoReturn:
@@ -82,9 +84,35 @@ def error_reply(error: BaseException) -> Message:
     return {"error": {"type": type(error).__name__, "message": text}}
 
 
-def busy_reply(reason: str) -> Message:
-    """Return the reply that refuses a request, which did not run, for `reason`."""
-    return {**error_reply(Busy(reason)), "meta": BUSY}
+def not_executed(error: BaseException) -> Message:
+    """Return the reply that carries `error`, and says that the request did not run. Only the channel says so."""
+    reply = error_reply(error)
+    reply["error"]["executed"] = False
+    return reply
+
+
+def stopping_reply() -> Message:
+    """Return the reply to a request that was cancelled because the daemon stops."""
+    text = "the daemon stopped while the request was running"
+    return {"error": {"type": "DaemonStopping", "message": text, "executed": True}}
+
+
+def item_reply(value: Any) -> Message:
+    """Return the reply that carries one item of a stream, or progress; another reply follows."""
+    return {"continues": True, "result": value}
+
+
+def check_reply(reply: Any) -> Message:
+    """Return a handler's `reply`. Raises `TypeError` unless it is a dict, `ProtocolError` for a key of the channel."""
+    if not isinstance(reply, dict):
+        raise TypeError(f"the handler returned {type(reply).__name__}, a reply is a dict")
+    for key in _CHANNELS_OWN:
+        if key in reply:
+            raise ProtocolError(f'a reply has no "{key}": that key belongs to the channel')
+    error = reply.get("error")
+    if isinstance(error, dict) and "executed" in error:
+        raise ProtocolError('an error has no "executed": that key belongs to the channel')
+    return reply
 
 
 def _one_line(error: BaseException) -> str:

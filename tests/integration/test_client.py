@@ -501,7 +501,7 @@ LARGE = {"text": "x" * 40_000_000}
         (replying(b'{"other": 1}'), SMALL, ProtocolError, True),
         (replying(b'{"result": "' + b"x" * 2000 + b'"}'), SMALL, MessageTooLarge, True),
         (replying(b'{"error": {"type": "KeyError", "message": "text"}}'), SMALL, RemoteError, True),
-        (replying(b'{"meta": "busy", "error": {"type": "Busy", "message": "full"}}'), SMALL, Busy, False),
+        (replying(b'{"error": {"type": "Busy", "message": "full", "executed": false}}'), SMALL, Busy, False),
         (read_nothing, {"text": {1}}, ProtocolError, False),
         (read_nothing, {"text": "x" * 2**26}, MessageTooLarge, False),
     ],

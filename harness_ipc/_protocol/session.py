@@ -1,0 +1,265 @@
+"""A connection's two sides as tables of states: frames in, events and frames out. No I/O, no clock, no thread.
+
+    ServerProtocol   HELLO -> ANSWERED -> IDLE -> ACTIVE -> IDLE ...;  ACTIVE -> CANCELLING -> IDLE
+    ClientProtocol   HELLO -> ANSWERED -> IDLE -> AWAITING [-> STREAMING] -> IDLE ...;  ANSWERED -> PROVING -> AWAITING
+
+A side that ends a connection in order passes through LEAVING: it has something to send first. GONE: the daemon said goodbye.
+What has been received ahead and what is not yet sent belong to the connection, not to its state.
+"""
+
+from __future__ import annotations
+
+from ..errors import AuthenticationFailed, MessageTooLarge, ProtocolError
+from . import messages
+from .handshake import MAX_FRAME, ClientHandshake, Keys, ServerHandshake, receive_verdict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .framing import Framing
+    from .messages import Message
+
+HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, LEAVING, CLOSED = (
+    "HELLO", "ANSWERED", "IDLE", "ACTIVE", "CANCELLING", "LEAVING", "CLOSED",
+)  # fmt: skip
+PROVING, AWAITING, STREAMING, GONE = "PROVING", "AWAITING", "STREAMING", "GONE"
+
+# Events that are no message.
+PROVED = "PROVED"  # the server's: the client has proved itself
+READY = "READY"  # the client's: the daemon has proved itself, a request may be sent
+VERDICT = "VERDICT"  # the client's: the daemon accepts our proof
+GOODBYE = "GOODBYE"  # the client's: what the daemon has not answered has not run and will not run
+
+# Bytes of further requests that are read while one is in flight: the end of the connection shows only behind them.
+MAX_READ_AHEAD = 64 * 1024
+
+_SERVER_STATES = {
+    (HELLO, "answer"): ANSWERED,
+    (ANSWERED, "proof"): IDLE,
+    (IDLE, "request"): ACTIVE,
+    (ACTIVE, "cancel"): CANCELLING,
+    (ACTIVE, "reply taken"): IDLE,
+    (CANCELLING, "reply taken"): IDLE,
+    # No request can have been sent before our answer: no goodbye is needed.
+    (HELLO, "leave"): CLOSED,
+    (ANSWERED, "leave"): LEAVING,
+    (IDLE, "leave"): LEAVING,
+    (LEAVING, "leave"): LEAVING,
+    (IDLE, "fail"): LEAVING,
+    **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, LEAVING, CLOSED)},
+}
+
+_CLIENT_STATES = {
+    (HELLO, "answer"): ANSWERED,
+    (ANSWERED, "verdict"): IDLE,
+    (ANSWERED, "request"): PROVING,
+    (PROVING, "verdict"): AWAITING,
+    (IDLE, "request"): AWAITING,
+    (AWAITING, "item"): STREAMING,
+    (STREAMING, "item"): STREAMING,
+    (AWAITING, "reply"): IDLE,
+    (STREAMING, "reply"): IDLE,
+    **{(state, "goodbye"): GONE for state in (ANSWERED, PROVING, IDLE, AWAITING, STREAMING)},
+    **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, PROVING, IDLE, AWAITING, STREAMING, GONE, CLOSED)},
+}
+
+
+class ServerProtocol:
+    """The daemon's side of one connection.
+
+    Give it what arrives (`receive_data`), take events (`next_event`) until there is none, send `data_to_send()`. An error that
+    `next_event` raises ends the connection: send what there is to send, which says why, and close.
+    """
+
+    __slots__ = ("_frames", "_handshake", "_max_message", "_output", "state")
+
+    def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
+        self.state = HELLO
+        self._frames = framing
+        self._handshake = ServerHandshake(keys)
+        self._max_message = max_message
+        self._output: list[bytes] = []
+
+    def receive_data(self, data: bytes) -> None:
+        """Add what arrived: any bytes of a stream, or one message of a pipe."""
+        self._frames.feed(data)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that arrived and are not yet part of an event."""
+        return self._frames.buffered
+
+    def next_event(self) -> str | Message | ProtocolError | None:
+        """Return the next event, or None: more has to arrive, or the request in flight has to be answered first.
+
+        `PROVED`; a request; or a `ProtocolError`, in place of a request that can't be read, to be answered like one.
+
+        Raises `AuthenticationFailed`; `MessageTooLarge` or `ProtocolError` for a frame that can't be skipped.
+        """
+        while self.state in (HELLO, ANSWERED):
+            try:
+                frame = self._frames.next_frame(MAX_FRAME)
+            except (MessageTooLarge, ProtocolError):
+                self._move("close")
+                raise AuthenticationFailed("the peer does not speak this protocol") from None
+            if frame is None:
+                return None
+            self._receive_handshake(frame)
+            if self._handshake.done:
+                return PROVED
+        if self.state != IDLE:
+            return None
+        try:
+            frame = self._frames.next_frame(self._max_message)
+        except (MessageTooLarge, ProtocolError) as error:
+            self._move("fail")
+            self._frames.clear()
+            self._output.append(messages.encode(messages.not_executed(error)))
+            raise
+        if frame is None:
+            return None
+        self._move("request")
+        try:
+            return messages.decode(frame)
+        except ProtocolError as error:
+            return error
+
+    def _receive_handshake(self, frame: bytes) -> None:
+        try:
+            self._handshake.receive_frame(frame)
+        except AuthenticationFailed:
+            self._move("close")
+            raise
+        finally:
+            self._output += self._handshake.output
+            self._handshake.output.clear()
+        if self._handshake.done:
+            # The verdict stays in `_output`: it travels with the first reply.
+            self._move("proof")
+        elif self.state == HELLO:
+            self._move("answer")
+
+    def send_item(self, frame: bytes) -> None:
+        """Send one of the replies that come before the final one."""
+        self._output.append(frame)
+
+    def send_reply(self, frame: bytes) -> None:
+        """Send the final reply to the request in flight. Call `reply_taken` when the system has taken all of it."""
+        self._output.append(frame)
+
+    def reply_taken(self) -> None:
+        """Go on to the next request."""
+        self._move("reply taken")
+
+    def cancel(self) -> None:
+        """The request in flight was cancelled; it is still answered."""
+        self._move("cancel")
+
+    def leave(self) -> None:
+        """End the connection without a request in flight: by a goodbye, in place of the verdict if that has not been sent.
+
+        What has arrived is dropped: it has not run.
+        """
+        self._move("leave")
+        self._frames.clear()
+        self._output = [messages.GOODBYE_FRAME] if self.state == LEAVING else []
+
+    def close(self) -> None:
+        """The connection has ended, or must end at once."""
+        self._move("close")
+        self._frames.clear()
+
+    def data_to_send(self) -> list[bytes]:
+        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
+        output, self._output = self._output, []
+        return self._frames.encode(output)
+
+    def _move(self, event: str) -> None:
+        try:
+            self.state = _SERVER_STATES[self.state, event]
+        except KeyError:
+            raise RuntimeError(f"no {event!r} in the state {self.state}") from None
+
+
+class ClientProtocol:
+    """The client's side of one connection, used as `ServerProtocol` is. It begins with something to send."""
+
+    __slots__ = ("_frames", "_handshake", "_max_message", "_output", "state")
+
+    def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
+        self.state = HELLO
+        self._frames = framing
+        self._handshake: ClientHandshake | None = ClientHandshake(keys)
+        self._max_message = max_message
+        self._output = self._handshake.output.copy()
+        self._handshake.output.clear()
+
+    def receive_data(self, data: bytes) -> None:
+        """Add what arrived: any bytes of a stream, or one message of a pipe."""
+        self._frames.feed(data)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that arrived and are not yet part of an event: of a connection without a request, a reason to close it."""
+        return self._frames.buffered
+
+    def next_event(self) -> str | Message | None:
+        """Return the next event, or None until more has arrived.
+
+        `READY`, `VERDICT`, `GOODBYE`, or a reply: an item if the state is STREAMING then, the final one if it is IDLE.
+
+        Raises `AuthenticationFailed`; `MessageTooLarge` or `ProtocolError` for a reply that can't be read. The connection can
+        only be closed then.
+        """
+        if self.state == HELLO:
+            return self._receive_handshake()
+        frame = self._frames.next_frame(self._max_message)
+        if frame is None:
+            return None
+        if frame == messages.GOODBYE_FRAME:
+            self._move("goodbye")
+            return GOODBYE
+        if self.state in (ANSWERED, PROVING):
+            receive_verdict(frame)
+            self._move("verdict")
+            return VERDICT
+        reply = messages.decode(frame)
+        self._move("item" if reply.get("continues") is True else "reply")
+        return reply
+
+    def _receive_handshake(self) -> str | None:
+        assert self._handshake is not None
+        while not self._handshake.may_send:
+            try:
+                frame = self._frames.next_frame(MAX_FRAME)
+            except (MessageTooLarge, ProtocolError):
+                raise AuthenticationFailed("the peer does not speak this protocol") from None
+            if frame is None:
+                return None
+            try:
+                self._handshake.receive_frame(frame)
+            finally:
+                self._output += self._handshake.output
+                self._handshake.output.clear()
+        self._handshake = None
+        self._move("answer")
+        return READY
+
+    def send_request(self, frame: bytes) -> None:
+        """Send a request: after `READY`, then together with our proof, or when the last one's final reply has come."""
+        self._move("request")
+        self._output.append(frame)
+
+    def data_to_send(self) -> list[bytes]:
+        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
+        output, self._output = self._output, []
+        return self._frames.encode(output)
+
+    def close(self) -> None:
+        """The connection has ended."""
+        self._move("close")
+
+    def _move(self, event: str) -> None:
+        try:
+            self.state = _CLIENT_STATES[self.state, event]
+        except KeyError:
+            raise ProtocolError(f"unexpected {event} in the state {self.state}") from None
