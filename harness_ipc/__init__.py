@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
 from ._text import escape_control
+from ._transport import PeerCredentials
 from .client import Client, connect_daemon, identify, ping, request
 from .errors import (
     AlreadyRunning,
@@ -30,7 +31,6 @@ from .errors import (
     StartFailed,
     UnsafeDirectory,
 )
-from .transport import PeerCredentials
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,20 +13,19 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from . import transport
+from ._pool import Exchange
 from ._protocol import messages
-from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client, _Call, result_of
+from ._transport import deadline_after
+from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client, _blocking, call_message, check_request, result_of, run
 from .errors import ClientClosed, DaemonTimeout, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Self, TypeVar
+    from typing import Self
 
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
-
-    T = TypeVar("T")
 
 # Calls of one client at once; more wait in their order.
 _MAX_THREADS = 64
@@ -43,12 +42,12 @@ async def aconnect_daemon(
     namespace: Namespace | None = None,
 ) -> AsyncClient:
     """Connect as `connect_daemon` does, without blocking the event loop."""
-    deadline = transport.deadline_after(timeout)
+    deadline = deadline_after(timeout)
     client = AsyncClient(
         Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
     )
     try:
-        await client._run(deadline, client._client._connect)
+        await client._run(None, deadline)
     except BaseException:
         # Not waited for: a caller that cancels this wants it to end.
         client._begin_close()
@@ -83,12 +82,12 @@ class AsyncClient:
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """See `Client.request`; the timeout also counts the wait for a thread where 64 calls run."""
-        deadline = self._client._deadline(timeout)
-        return await self._run(deadline, lambda deadline, call: self._client._request(message, deadline, call))
+        return await self._run(check_request(message), self._client.deadline_for(timeout))
 
-    async def call(self, method: str, *, timeout: float | None = None, **params: Any) -> Any:
+    async def call(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Any:
         """See `Client.call`."""
-        return result_of(await self.request({"method": method, "params": params}, timeout=timeout))
+        deadline = self._client.deadline_for(timeout)
+        return result_of(await self._run(call_message(method, params, kwargs, deadline), deadline))
 
     async def close(self) -> None:
         """See `Client.close`. It returns when the connections are closed and the threads have ended."""
@@ -109,18 +108,23 @@ class AsyncClient:
         self._client.close()
         self._workers.close()
 
-    async def _run(self, deadline: float, action: Callable[[float, _Call], T]) -> T:
+    async def _run(self, message: Message | None, deadline: float) -> Message:
         if self._workers.pid != os.getpid():
             # Threads don't survive a fork.
             self._workers = _Workers()
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-        call = _Call()
+        done: asyncio.Future[Message] = loop.create_future()
+        exchange: Exchange | None = None
+        cancelled = False
 
         def job() -> None:
+            nonlocal exchange
             outcome: Any
             try:
-                outcome, failed = action(deadline, call), False
+                exchange = Exchange(self._client._pool, _blocking, message, deadline)
+                if cancelled:
+                    exchange.cancel()
+                outcome, failed = run(exchange.reply()), False
             except BaseException as error:
                 outcome, failed = error, True
             _settle_from_thread(done, outcome, failed)
@@ -132,7 +136,9 @@ class AsyncClient:
             return await done
         except asyncio.CancelledError:
             self._workers.discard(job)
-            self._client._cancel(call)
+            cancelled = True
+            if exchange is not None:
+                exchange.cancel()
             raise
         finally:
             if timer is not None:

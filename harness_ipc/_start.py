@@ -15,8 +15,8 @@ from ._descriptors import open_standard_streams
 from ._registry import files
 from ._registry.namespace import log_path
 from ._status import STATUS_TIMEOUT, probe, published_generation, sleep_until_retry
+from ._transport import deadline_after, remaining
 from .errors import AlreadyRunning, DaemonTimeout, StartFailed
-from .transport import deadline_after, remaining
 
 if TYPE_CHECKING:
     from ._command import Command

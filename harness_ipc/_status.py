@@ -13,6 +13,7 @@ from . import client
 from ._protocol import messages
 from ._registry import files, processes, records
 from ._registry.namespace import DEFAULT_APP, Namespace, is_name, log_path
+from ._transport import deadline_after
 from .errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -23,7 +24,6 @@ from .errors import (
     ResourceExhausted,
     UnsafeDirectory,
 )
-from .transport import deadline_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable

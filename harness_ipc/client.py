@@ -1,4 +1,4 @@
-"""The client: find the daemon by its record, prove who is who, ask, and say in one typed error what went wrong.
+"""The blocking client: find the daemon by its record, prove both sides, ask, and say in one typed error what went wrong.
 
 Importing it imports neither asyncio nor anything that only a daemon needs.
 """
@@ -8,18 +8,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from math import inf
 
-from . import auth, transport
+from . import _transport
+from ._pool import Exchange, Pool
 from ._protocol import messages
-from ._registry import records
-from ._registry.namespace import Namespace
+from ._transport import deadline_after
 from .errors import (
-    AuthenticationFailed,
-    Busy,
-    ClientClosed,
-    ConnectionLost,
-    DaemonNotRunning,
-    DaemonTimeout,
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
@@ -31,22 +26,31 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Any, Self, TypeVar
 
     from ._protocol.messages import Message
+    from ._registry.namespace import Namespace
+    from ._registry.records import Record
+    from ._transport import Connection
+
+    T = TypeVar("T")
+    Command = Sequence[str | os.PathLike[str]]
 
 # Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
 CONNECT_TIMEOUT = 5.0
-# Idle connections of a client; more calls at once open more, and close them again.
-_MAX_IDLE = 8
 # A request may load a page or compile a project.
 REQUEST_TIMEOUT = 60.0
+# An app may load a model or wait for a browser.
+START_TIMEOUT = 60.0
 
 
 def connect_daemon(
     name: str,
     *,
+    start: Command | None = None,
+    start_timeout: float = START_TIMEOUT,
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -59,60 +63,75 @@ def connect_daemon(
         print(daemon.call("search", query="needle"))
     ```
 
-    `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own
-    (`float("inf")` waits for ever); `max_message` is the limit of a message in either direction, in bytes; `namespace` is that
-    of the daemon's application, and None the default one.
+    With `start`, the command line of a program that calls `run_daemon` with this name, a daemon that is absent is started, now
+    and before each later call: see `ensure_daemon`. `start_timeout` seconds are for a start alone; no other timeout counts it.
+
+    `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own, with
+    at most `timeout` of it for connecting (`float("inf")` waits for ever); `max_message` is the limit of a message in either
+    direction, in bytes; `namespace` is that of the daemon's application, and None the default one.
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
-    `UnsafeDirectory`, `InvalidName`, or `ResourceExhausted` if this process has no free descriptor.
+    `UnsafeDirectory`, `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and with `start` what
+    `ensure_daemon` does.
     """
-    client = Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
-    client._connect(transport.deadline_after(timeout))
+    client = Client(
+        name,
+        start=start,
+        start_timeout=start_timeout,
+        timeout=timeout,
+        request_timeout=request_timeout,
+        max_message=max_message,
+        namespace=namespace,
+    )
+    run(Exchange(client._pool, _blocking, None, deadline_after(timeout)).reply())
     return client
 
 
 class Client:
     """A daemon's client, for any number of threads at once: each call has a connection of its own while it runs.
 
-    At most 8 connections are kept for later calls. One that is found dead before a request was sent on it (the daemon was
-    restarted) is replaced. Once a request was sent, nothing is repeated: its failure is raised. After a fork the child opens
-    connections of its own.
+    At most 8 connections are kept for later calls. One that is found dead before a request was sent on it is replaced. A
+    request is sent again only if the daemon has said goodbye in place of a reply, which means that it did not run, and another
+    generation of the daemon runs or can be started. After a fork the child opens connections of its own.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        timeout: float,
-        request_timeout: float,
-        max_message: int,
+        start: Command | None = None,
+        start_timeout: float = START_TIMEOUT,
+        timeout: float = CONNECT_TIMEOUT,
+        request_timeout: float = REQUEST_TIMEOUT,
+        max_message: int = messages.DEFAULT_MAX_MESSAGE,
         namespace: Namespace | None = None,
-        any_schema: bool = False,
     ) -> None:
+        """Take what `connect_daemon` does, and connect with the first request."""
         self.name = name
-        self._namespace = namespace or Namespace()
-        self._any_schema = any_schema
-        self._connect_timeout = timeout
         self._request_timeout = request_timeout
-        self._max_message = max_message
-        # Of the generation that was connected last.
-        self._record: records.Record
-        self._state = _State()
+        self._pool = Pool(
+            name,
+            namespace=namespace,
+            connect_timeout=timeout,
+            max_message=max_message,
+            start=start,
+            start_timeout=start_timeout,
+        )
 
     @property
     def pid(self) -> int:
         """The daemon's process id, from its record."""
-        return self._record.pid
+        return self._pool.record.pid
 
     @property
     def generation(self) -> str:
         """The identity of the daemon's run: it changes when a restarted daemon is connected again."""
-        return self._record.generation
+        return self._pool.record.generation
 
     @property
     def app_version(self) -> str | None:
         """What the daemon's app gave to `run_daemon` as its version, from its record."""
-        return self._record.public().get("app_version")
+        return self._pool.record.public().get("app_version")
 
     def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """Send `message`, a JSON object, and return the raw reply.
@@ -120,31 +139,29 @@ class Client:
         `timeout` in seconds covers everything from now on; None takes the client's `request_timeout`.
 
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `MessageTooLarge`, `ProtocolError`, `ClientClosed`, and what
-        `connect_daemon` does when the connection had to be opened again. The error's `maybe_executed` says whether the request
-        may have run. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing was sent, and the connection
-        goes on. `Busy` is not repeated here: the caller knows whether to wait.
+        `connect_daemon` does when a connection had to be opened. The error's `maybe_executed` says whether the request may have
+        run. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing was sent. A message with "more" is refused:
+        use `stream`. `Busy` is not repeated here: the caller knows whether to wait.
         """
-        return self._request(message, self._deadline(timeout))
+        deadline = self.deadline_for(timeout)
+        return run(Exchange(self._pool, _blocking, check_request(message), deadline).reply())
 
-    def call(self, method: str, *, timeout: float | None = None, **params: Any) -> Any:
-        """Send ``{"method": method, "params": params}`` and return ``reply["result"]``.
+    def call(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Send ``{"method": method, "params": {**params, **kwargs}}`` and return ``reply["result"]``.
 
-        Raises `RemoteError` for ``reply["error"]``, and what `request` does.
+        `params` is for names that can't be keywords here, such as "timeout". The daemon is told the seconds that are left.
+
+        Raises `RemoteError` for ``reply["error"]``, `TypeError` for a parameter that is given twice, and what `request` does.
         """
-        return result_of(self.request({"method": method, "params": params}, timeout=timeout))
+        deadline = self.deadline_for(timeout)
+        return result_of(run(Exchange(self._pool, _blocking, call_message(method, params, kwargs, deadline), deadline).reply()))
 
     def close(self) -> None:
         """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.
 
         It may be called at any time, also in a signal handler and in a forked child. Closing twice is no error.
         """
-        state = self._own_state()
-        state.closed = True
-        with state.guard:
-            for connection in list(state.open):
-                connection.abort()
-            while state.idle:
-                self._drop(state, state.idle.pop())
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -153,190 +170,48 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.name!r} {'closed' if self._state.closed else 'open'}>"
+        return f"<Client {self.name!r} {'closed' if self._pool.state.closed else 'open'}>"
 
-    def _deadline(self, timeout: float | None) -> float:
-        return transport.deadline_after(self._request_timeout if timeout is None else timeout)
-
-    def _own_state(self) -> _State:
-        """Return the state of this process."""
-        if self._state.pid != os.getpid():
-            # The inherited connections close themselves.
-            inherited, self._state = self._state, _State()
-            self._state.closed = inherited.closed
-        return self._state
-
-    def _connect(self, deadline: float, call: _Call | None = None) -> None:
-        begin = time.monotonic()
-        try:
-            self._open_idle(deadline, call)
-        except DaemonTimeout as error:
-            self._describe(error, begin, "accept a connection")
-            raise
-
-    def _open_idle(self, deadline: float, call: _Call | None) -> None:
-        state = self._own_state()
-        connection = self._open(state, deadline, call)
-        keep = False
-        try:
-            auth.confirm(connection)
-            keep = True
-        except ConnectionLost:
-            self._check(state, call)
-            raise
-        finally:
-            self._check_in(state, connection, call, keep)
-
-    def _request(self, message: Message, deadline: float, call: _Call | None = None, *, keep: bool = True) -> Message:
-        begin = time.monotonic()
-        try:
-            return self._exchange(message, deadline, call, keep)
-        except DaemonTimeout as error:
-            operation = str(message.get("method") or message.get("meta") or "a request")
-            self._describe(error, begin, f"answer {operation[:50]!a}")
-            raise
-
-    def _describe(self, error: DaemonTimeout, begin: float, operation: str) -> None:
-        """Have a timeout name the daemon, the operation and the seconds."""
-        waited = round(time.monotonic() - begin, 1)
-        text = f"timed out after {waited:g} s waiting for the daemon {self.name!r} to {operation}"
-        error.args = (f"{text}: allow a longer timeout, or see its status",)
-
-    def _exchange(self, message: Message, deadline: float, call: _Call | None, keep: bool) -> Message:
-        state = self._own_state()
-        # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
-        frame = messages.encode(message)
-        transport.remaining(deadline)
-        connection = self._take_idle(state, call)
-        fresh = connection is None
-        if connection is None:
-            connection = self._open(state, min(deadline, transport.deadline_after(self._connect_timeout)), call)
-        reusable = not fresh
-        sent = False
-        try:
-            # Not earlier: what the daemon's limit is was not known before.
-            messages.check_size(len(frame), min(self._max_message, state.open[connection].max_message))
-            reusable = False
-            connection.deadline = deadline
-            sent = connection.FAILED_SEND_MAY_ARRIVE
-            transport.send(connection, frame)
-            sent = True
-            if fresh:
-                auth.confirm(connection)
-            reply = messages.decode(transport.receive(connection, self._max_message))
-            if _is_busy(reply):
-                raise Busy(f"the daemon {self.name!r} takes no request now, {_remote_error(reply)}: try again later")
-            reusable = True
-        except HarnessIPCError as error:
-            # A refused proof, or a refused request, has not run.
-            maybe_executed = sent and not isinstance(error, (AuthenticationFailed, Busy))
-            if isinstance(error, ConnectionLost):
-                # Say so if it was us.
-                self._check(state, call, maybe_executed)
-            error.maybe_executed = maybe_executed
-            raise
-        finally:
-            # Otherwise the verdict or the reply may still come: it must not be taken for the next request's.
-            self._check_in(state, connection, call, reusable and keep)
-        return reply
-
-    def _take_idle(self, state: _State, call: _Call | None) -> transport.Connection | None:
-        """Return a kept connection for `call`, or None. Raises `ClientClosed`."""
-        while True:
-            with state.guard:
-                self._check(state, call)
-                if not state.idle:
-                    return None
-                connection = state.idle.pop()
-                if call is not None:
-                    call.connection = connection
-            # The daemon never sends unsolicited data: a readable idle connection is at EOF.
-            if not connection.readable_now():
-                return connection
-            self._drop(state, connection)
-
-    def _open(self, state: _State, deadline: float, call: _Call | None) -> transport.Connection:
-        """Connect to the generation that the record names, or to its successor if it was replaced meanwhile.
-
-        The daemon has proved itself then, and our own proof is held, to be sent together with the next frame. Its verdict is
-        left to `auth.confirm`, which has to come before anything that the daemon says is believed: that saves two context
-        switches.
-        """
-        record = records.load(self.name, any_schema=self._any_schema, namespace=self._namespace)
-        while True:
-            # Before the daemon is woken, which then waits for what they are for.
-            keys = auth.Keys(record.authkey, record.address)
-            try:
-                connection = transport.dial(record.address, deadline)
-                try:
-                    with state.guard:
-                        state.open[connection] = self._record = record
-                        self._check(state, call)
-                        if call is not None:
-                            call.connection = connection
-                    connection.deadline = deadline
-                    auth.challenge_daemon(connection, keys)
-                    # A client that was closed meanwhile sends nothing more.
-                    self._check(state, call)
-                except BaseException:
-                    self._drop(state, connection)
-                    raise
-                return connection
-            except (DaemonNotRunning, ConnectionLost):
-                self._check(state, call)
-                successor = records.load(self.name, again=True, any_schema=self._any_schema, namespace=self._namespace)
-                if successor.generation == record.generation:
-                    raise
-                record = successor
-
-    def _check_in(self, state: _State, connection: transport.Connection, call: _Call | None, keep: bool) -> None:
-        """Keep the connection of a call that has ended, or close it."""
-        with state.guard:
-            if call is not None:
-                call.connection = None
-                keep = keep and not call.ended
-            if keep and not state.closed and len(state.idle) < _MAX_IDLE:
-                state.idle.append(connection)
-            else:
-                self._drop(state, connection)
-
-    @staticmethod
-    def _drop(state: _State, connection: transport.Connection) -> None:
-        # Under the guard, so that nobody aborts a descriptor that has become another file's.
-        with state.guard:
-            state.open.pop(connection, None)
-            connection.close()
-
-    @staticmethod
-    def _check(state: _State, call: _Call | None, maybe_executed: bool = False) -> None:
-        """Raise `ClientClosed` if the client is closed or the call cancelled; `maybe_executed` is the request's."""
-        if state.closed:
-            raise ClientClosed("this client is closed: connect again", maybe_executed=maybe_executed)
-        if call is not None and call.ended:
-            raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
-
-    def _cancel(self, call: _Call) -> None:
-        """End `call` at once, from any thread. What was sent may still run in the daemon."""
-        with self._state.guard:
-            call.ended = True
-            if call.connection is not None:
-                call.connection.abort()
+    def deadline_for(self, timeout: float | None) -> float:
+        """Return the monotonic time at which a call that begins now ends. Raises `ValueError`."""
+        return deadline_after(self._request_timeout if timeout is None else timeout)
 
 
-class _State:
-    """What belongs to one process: a forked child has another one, with no connection and no lock of its parent's.
+class _BlockingIO:
+    """The `IO` of `Client`: each coroutine blocks, and never waits in a loop."""
 
-    `guard` is held for a few instructions, never across a wait. It is re-entrant, because a signal handler may call or close
-    the client between any two of them.
-    """
+    async def connect(self, address: str, deadline: float) -> Connection:
+        return _transport.connect(address, deadline)
 
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.closed = False
-        self.guard = threading.RLock()
-        # All connections, each with the record of its generation; and those that no call uses, the last one used at the end.
-        self.open: dict[transport.Connection, records.Record] = {}
-        self.idle: list[transport.Connection] = []
+    async def send(self, connection: Connection, chunks: list[bytes]) -> None:
+        connection.send(chunks)
+
+    async def receive(self, connection: Connection, limit: int) -> bytes:
+        return connection.receive(limit)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def check(self, record: Record) -> None:
+        serving = _transport.serving_threads
+        if serving and record.pid == os.getpid() and serving.get(record.address) == threading.get_ident():
+            raise RuntimeError(
+                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
+                "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
+            )
+
+
+_blocking = _BlockingIO()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a blocking coroutine waited")
 
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
@@ -345,44 +220,49 @@ def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespac
     Raises what `connect_daemon` and `Client.request` do, but for a daemon of another schema.
     """
     limit = messages.DEFAULT_MAX_MESSAGE
-    with Client(
-        name, timeout=timeout, request_timeout=timeout, max_message=limit, namespace=namespace, any_schema=True
-    ) as client:
-        client._connect(transport.deadline_after(timeout))
-        return client.generation == generation and "shutdown" in client.request({"meta": messages.SHUTDOWN})
-
-
-class _Call:
-    """One call of a client that may be cancelled, and the connection that it uses."""
-
-    ended = False
-    connection: transport.Connection | None = None
+    pool = Pool(
+        name,
+        namespace=namespace,
+        connect_timeout=timeout,
+        max_message=limit,
+        any_schema=True,
+        generation=generation,
+        max_idle=0,
+    )
+    return "shutdown" in run(Exchange(pool, _blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).reply())
 
 
 def request(
     name: str,
     message: Message,
     *,
-    timeout: float = CONNECT_TIMEOUT,
+    start: Command | None = None,
+    start_timeout: float = START_TIMEOUT,
+    timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
     namespace: Namespace | None = None,
 ) -> Message:
-    """Connect to the daemon `name`, send `message`, return the raw reply and close. One `timeout`, in seconds, for it all.
+    """Connect to the daemon `name`, send `message`, return the raw reply and close.
+
+    `timeout`, in seconds, is for it all, and connecting has at most 5 of them; the others are those of `connect_daemon`.
 
     Raises what `connect_daemon` and `Client.request` raise.
     """
-    deadline = transport.deadline_after(timeout)
+    deadline = deadline_after(timeout)
+    check_request(message)
     # Every version answers these.
-    any_schema = isinstance(message, dict) and message.get("meta") in (messages.PING, messages.SHUTDOWN)
-    client = Client(
+    any_schema = message.get("meta") in (messages.PING, messages.SHUTDOWN)
+    pool = Pool(
         name,
-        timeout=timeout,
-        request_timeout=timeout,
-        max_message=max_message,
         namespace=namespace,
+        connect_timeout=CONNECT_TIMEOUT,
+        max_message=max_message,
         any_schema=any_schema,
+        start=start,
+        start_timeout=start_timeout,
+        max_idle=0,
     )
-    return client._request(message, deadline, keep=False)
+    return run(Exchange(pool, _blocking, message, deadline).reply())
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:
@@ -415,10 +295,33 @@ def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespac
     return pid if type(pid) is int and pid > 0 else None
 
 
+def check_request(message: Message) -> Message:
+    """Return `message`. Raises `ProtocolError` if it is none, or asks for more than one reply."""
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
+    if "more" in message:
+        raise ProtocolError('a message has no "more", which belongs to the channel: use stream()')
+    return message
+
+
+def call_message(method: str, params: Message | None, kwargs: Message, deadline: float) -> Message:
+    """Return the message of a call. Raises `TypeError` if `params` is no dict, or names what `kwargs` does."""
+    if params is not None:
+        if not isinstance(params, dict):
+            raise TypeError(f"the parameters of a call are a dict, not {type(params).__name__}")
+        if twice := [key for key in params if key in kwargs]:
+            raise TypeError(f"the parameter {twice[0]!r} is given twice")
+        kwargs = {**params, **kwargs}
+    message: Message = {"method": method, "params": kwargs}
+    if deadline != inf:
+        message["timeout"] = round(max(0.0, deadline - time.monotonic()), 3)
+    return message
+
+
 def result_of(reply: Message) -> Any:
     """Return ``reply["result"]``. Raises `RemoteError` for ``reply["error"]`` and `ProtocolError` if it has neither."""
     if "error" in reply:
-        raise _remote_error(reply)
+        raise _remote_error(reply["error"])
     if "result" not in reply:
         raise ProtocolError(
             'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
@@ -426,14 +329,8 @@ def result_of(reply: Message) -> Any:
     return reply["result"]
 
 
-def _is_busy(reply: Message) -> bool:
-    """Whether the daemon, and not its handler, says that it takes no request now."""
-    error = reply.get("error")
-    return isinstance(error, dict) and error.get("type") == Busy.__name__ and error.get("executed") is False
-
-
-def _remote_error(reply: Message) -> RemoteError:
-    error = reply.get("error")
-    if isinstance(error, dict):
-        return RemoteError(str(error.get("message", error)), type=str(error.get("type", "")))
-    return RemoteError(str(error))
+def _remote_error(error: Any) -> RemoteError:
+    if not isinstance(error, dict):
+        return RemoteError(str(error))
+    text, kind = str(error.get("message", error)), str(error.get("type", ""))
+    return RemoteError(text, type=kind, maybe_executed=error.get("executed") is not False)

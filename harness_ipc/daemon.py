@@ -18,9 +18,9 @@ from ._descriptors import close_in_child, open_standard_streams, raise_descripto
 from ._logging import BoundedLog, logging_to
 from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
+from ._transport import deadline_after
 from .errors import HarnessIPCError, StartFailed
 from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
-from .transport import deadline_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

@@ -20,6 +20,11 @@ HarnessIPCError
 All of them survive pickling and copying with their attributes.
 """
 
+import errno
+
+# What this process, or the whole system, has run out of: descriptors, memory, buffers.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
 
 class HarnessIPCError(Exception):
     """The root: `except HarnessIPCError` catches every error of this package.

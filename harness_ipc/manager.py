@@ -18,6 +18,7 @@ from ._registry import files, lifetime, processes, records
 from ._registry.namespace import Namespace
 from ._start import StartTimeout, start, still_starting
 from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
+from ._transport import deadline_after, remaining
 from .errors import (
     AuthenticationFailed,
     DaemonNotRunning,
@@ -27,7 +28,6 @@ from .errors import (
     ResourceExhausted,
     StartFailed,
 )
-from .transport import deadline_after, remaining
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

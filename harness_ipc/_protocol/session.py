@@ -202,6 +202,11 @@ class ClientProtocol:
         """Bytes that arrived and are not yet part of an event: of a connection without a request, a reason to close it."""
         return self._frames.buffered
 
+    @property
+    def frame_limit(self) -> int:
+        """Bytes of the longest frame that may come next."""
+        return MAX_FRAME if self.state == HELLO else self._max_message
+
     def next_event(self) -> str | Message | None:
         """Return the next event, or None until more has arrived.
 

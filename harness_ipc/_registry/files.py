@@ -12,8 +12,7 @@ import stat
 import sys
 import time
 
-from .._base import EXHAUSTED
-from ..errors import ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
+from ..errors import EXHAUSTED, ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
 from .trust import after_denial, check_ancestors, elsewhere, find_problem, make_readable, may_close, others_can_write, refusal
 
 TYPE_CHECKING = False

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from typing import Any
 
 from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, runtime_path, transport
 from harness_ipc._protocol import messages
+from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._registry import files, records
 from harness_ipc.errors import (
-    ConnectionLost,
     DaemonNotRunning,
     HarnessIPCError,
     IncompatibleDaemon,
@@ -37,9 +36,7 @@ NAME = "fuzz"
 KEY = bytes(range(1, 33))
 ADDRESS = "/run/user/1000/harness-ipc/0123456789abcdef.sock"
 KEYS = auth.Keys(KEY, ADDRESS)
-# Seconds: it ends a hang.
-PATIENCE = 60.0
-# What no target needs more of, and a socket's buffer takes at once.
+# Bytes: no target needs more.
 MOST = 32 * 1024
 # Bytes in a frame.
 LIMIT = 1024
@@ -56,8 +53,8 @@ def check_text(error: BaseException) -> None:
 # Frames.
 
 
-def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCError]]:
-    """Return the frames in a stream and what its end is, by the words of the README alone."""
+def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCError] | None]:
+    """Return the frames in a stream and which error ends it, by the words of the README alone."""
     frames: list[bytes] = []
     stream = io.BytesIO(data)
     while len(head := stream.read(4)) == 4:
@@ -68,48 +65,32 @@ def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCE
             size = int.from_bytes(head, "big")
         if size > limit:
             return frames, MessageTooLarge
-        if size < 0 or len(payload := stream.read(size)) < size:
+        if size < 0:
+            return frames, ProtocolError
+        if len(payload := stream.read(size)) < size:
             break
         frames.append(payload)
-    return frames, ConnectionLost
-
-
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return two connected sockets; the first takes more than any target sends to it, before anybody reads."""
-    ours, theirs = socket.socketpair()
-    # macOS' own take 8 KiB.
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 * 1024)
-    theirs.settimeout(PATIENCE)
-    return ours, theirs
+    return frames, None
 
 
 def frames(data: bytes) -> None:
     """Receive a stream, all at once or as it comes in pieces: the first byte says how."""
     how, stream = data[:1], data[1:MOST]
     expected, end = split_frames(stream, LIMIT)
-    ours, theirs = socket_pair()
-    with theirs, transport.Connection(ours, transport.PeerCredentials(None, None)) as connection:
-        connection.deadline = transport.deadline_after(PATIENCE)
-        received: list[bytes] = []
-        if how and how[0] % 2:
-            # Each send takes more of the socket's buffer than what it sends.
-            step = max(how[0] // 2 + 1, len(stream) // 64 + 1)
-            for start in range(0, len(stream), step):
-                theirs.sendall(stream[start : start + step])
-                while (frame := connection.receive_now(LIMIT)) is not None:
-                    received.append(frame)
-        else:
-            theirs.sendall(stream)
-        theirs.shutdown(socket.SHUT_WR)
-        failure: HarnessIPCError | None = None
-        while failure is None:
-            try:
-                received.append(transport.receive(connection, LIMIT))
-            except HarnessIPCError as error:
-                failure = error
-    check_text(failure)
-    assert (received, type(failure)) == (expected, end)
+    step = how[0] // 2 + 1 if how and how[0] % 2 else MOST
+    framing = StreamFraming()
+    received: list[bytes] = []
+    failure: type[HarnessIPCError] | None = None
+    for start in range(0, len(stream), step):
+        framing.feed(stream[start : start + step])
+        try:
+            while (frame := framing.next_frame(LIMIT)) is not None:
+                received.append(frame)
+        except HarnessIPCError as error:
+            check_text(error)
+            failure = type(error)
+            break
+    assert (received, failure) == (expected, end)
 
 
 # The challenge.

@@ -24,6 +24,7 @@ from harness_ipc import (
     transport,
 )
 from harness_ipc._registry import records
+from harness_ipc.client import result_of
 from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def test_the_limit_is_exact() -> None:
         assert client.call("fill", size=1000 - ENVELOPE) == "x" * (1000 - ENVELOPE)
         with pytest.raises(RemoteError, match="of 1001 bytes is above the limit of 1000 bytes"):
             client.call("fill", size=1001 - ENVELOPE)
-        padding = 1000 - len(json.dumps({"method": "log", "params": {"text": ""}}, separators=(",", ":")))
-        assert client.call("log", text="x" * padding) == []
+        message: dict[str, Any] = {"method": "log", "params": {"text": ""}}
+        padding = 1000 - len(json.dumps(message, separators=(",", ":")))
+        message["params"]["text"] = "x" * padding
+        assert client.request(message) == {"result": []}
         # Learnt from the record: nothing was sent.
         with pytest.raises(MessageTooLarge, match="of 1001 bytes is above the limit of 1000 bytes"):
-            client.call("log", text="x" * (padding + 1))
+            client.request({"method": "log", "params": {"text": "x" * (padding + 1)}})
 
 
 def test_a_client_with_a_lower_limit_refuses_a_larger_reply_and_goes_on(daemon: DaemonProcess) -> None:
@@ -177,7 +180,7 @@ def test_a_reply_that_cannot_be_read_is_an_error_too(daemon: DaemonProcess) -> N
 def test_an_exception_with_a_text_above_the_limit_is_an_error_too() -> None:
     above = pytest.raises(RemoteError, match="above the limit of 1000 bytes")
     with spawn_daemon("limits", max_message=1000), one_connection() as client, above:
-        client.call("raise", text="\n" * 480)  # 998 bytes, and 1004 in the reply
+        result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}))  # 998 bytes, and 1004 in the reply
 
 
 def is_served() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import shutil
-import socket
 import struct
 import sys
 import tempfile
@@ -18,11 +17,9 @@ import hypothesis.configuration
 import pytest
 from hypothesis import strategies as st
 
-from harness_ipc import transport
 from harness_ipc._protocol import messages
 from harness_ipc.errors import HarnessIPCError, ProtocolError
 from tests.fuzz import targets
-from tests.marks import needs_posix
 
 # What hypothesis writes, it writes where nobody finds it.
 _HOME = tempfile.mkdtemp(prefix="hi-")
@@ -45,8 +42,7 @@ def examples(number: int) -> Callable[[Any], Any]:
 def corpus() -> Iterator[Any]:
     for target in targets.TARGETS:
         for file, data in targets.corpus(target).items():
-            marks = [needs_posix] if target == "frames" else []
-            yield pytest.param(target, data, id=f"{target}/{file}", marks=marks)
+            yield pytest.param(target, data, id=f"{target}/{file}")
 
 
 def test_every_target_has_a_corpus() -> None:
@@ -73,7 +69,6 @@ def stream(*parts: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     return st.lists(st.one_of(*parts), max_size=8).map(b"".join)
 
 
-@needs_posix
 @examples(300)
 @hypothesis.given(how=st.binary(min_size=1, max_size=1), data=stream(FRAMES, FRAMES, HEADERS, st.binary(max_size=20)))
 def test_any_stream_is_its_frames_and_then_one_typed_error(how: bytes, data: bytes) -> None:
@@ -178,19 +173,6 @@ def peak_of(action: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-
-
-@needs_posix
-@pytest.mark.parametrize("size", [63 * MIB, 2**31 - 1, 2**31, 2**63, 2**64 - 1])
-@pytest.mark.parametrize("sent", [0, 100_000])
-def test_what_is_only_announced_takes_no_memory(size: int, sent: int) -> None:
-    ours, theirs = targets.socket_pair()
-    with theirs, transport.Connection(ours, transport.PeerCredentials(None, None)) as connection:
-        connection.deadline = transport.deadline_after(targets.PATIENCE)
-        theirs.sendall((struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size)) + bytes(sent))
-        theirs.shutdown(socket.SHUT_WR)
-        assert connection.receive_now(64 * MIB) is None
-        assert peak_of(lambda: transport.receive(connection, 64 * MIB)) < MIB
 
 
 @pytest.mark.parametrize(

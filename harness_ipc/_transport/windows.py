@@ -1,0 +1,172 @@
+"""AF_PIPE: a client's connection to a named pipe, overlapped reads and writes under one deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from math import ceil, inf
+
+from .._protocol.framing import check_size
+from ..errors import EXHAUSTED, AuthenticationFailed, ConnectionLost, DaemonNotRunning, HarnessIPCError, ResourceExhausted
+from .base import PeerCredentials, lost, remaining
+
+# The first read takes a short message in whole; the rest of a longer one is read once its length is known.
+_FIRST_READ = 4096
+# One wait is at most this long: nothing interrupts WaitNamedPipe, and milliseconds have 32 bits.
+_MAX_WAIT = 1.0
+# winerror.h and winbase.h; _winapi lacks them.
+_ERROR_IO_INCOMPLETE = 996
+_ERROR_NO_SYSTEM_RESOURCES = 1450
+_SECURITY_SQOS_PRESENT = 0x100000
+_SECURITY_IDENTIFICATION = 0x10000
+
+if sys.platform == "win32":
+    import _winapi
+
+    class Connection:
+        """An open pipe for one caller, as `dial.Connection`: each chunk is a message. Other threads may only `abort` it.
+
+        `all_sent` is also true once the last write has begun: one that is cancelled may have arrived.
+        """
+
+        __slots__ = ("_aborted", "_handle", "_pending", "all_sent", "deadline", "peer")
+
+        def __init__(self, handle: int) -> None:
+            self._handle: int | None = handle
+            self.peer = PeerCredentials(None, None)
+            self.deadline = inf
+            self.all_sent = False
+            self._aborted = False
+            self._pending: _winapi.Overlapped | None = None
+
+        def __del__(self) -> None:
+            self.close()
+
+        def close(self) -> None:
+            """Close the pipe. Closing twice is no error."""
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                _winapi.CloseHandle(handle)
+
+        def abort(self) -> None:
+            """Make a blocked send or receive end at once; from any thread."""
+            self._aborted = True
+            if (pending := self._pending) is not None:
+                with contextlib.suppress(OSError):
+                    pending.cancel()
+
+        def is_readable(self) -> bool:
+            """Whether a receive would not block: a message has arrived, or the peer has gone."""
+            try:
+                return bool(_winapi.PeekNamedPipe(self._opened())[0])
+            except OSError:
+                return True
+
+        def send(self, chunks: list[bytes]) -> None:
+            """Send `chunks`. Raises `ConnectionLost` or `DaemonTimeout`."""
+            self.all_sent = False
+            try:
+                for number, chunk in enumerate(chunks, 1):
+                    overlapped, _ = _winapi.WriteFile(self._opened(), chunk, overlapped=True)
+                    self.all_sent = number == len(chunks)
+                    self._finish(overlapped)
+            except HarnessIPCError:
+                raise
+            except OSError as error:
+                raise lost(error) from error
+
+        def receive(self, limit: int) -> bytes:
+            """Return the next message, of up to `limit` bytes.
+
+            Raises `ConnectionLost`, `DaemonTimeout` or `MessageTooLarge`; the connection can only be closed then.
+            """
+            try:
+                data, has_more = self._read(min(limit, _FIRST_READ))
+                if not has_more:
+                    return data
+                # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
+                left = _winapi.PeekNamedPipe(self._opened())[1]
+                if not left:
+                    raise ConnectionLost("the peer gave a message up in the middle")
+                check_size(len(data) + left, limit)
+                return data + self._read(left)[0]
+            except HarnessIPCError:
+                raise
+            except BrokenPipeError as error:
+                raise ConnectionLost("the peer closed the connection") from error
+            except OSError as error:
+                raise lost(error) from error
+
+        def _read(self, size: int) -> tuple[bytes, bool]:
+            """Return up to `size` bytes of a message and whether there is more of it."""
+            overlapped, _ = _winapi.ReadFile(self._opened(), size, overlapped=True)
+            error = self._finish(overlapped)
+            return overlapped.getbuffer() or b"", error == _winapi.ERROR_MORE_DATA
+
+        def _finish(self, overlapped: _winapi.Overlapped) -> int:
+            """Wait for `overlapped` until the deadline and return its error, if it is none that raises."""
+            self._pending = overlapped
+            try:
+                # After self._pending was set: an abort() before that has cancelled nothing.
+                if self._aborted:
+                    overlapped.cancel()
+                while (error := overlapped.GetOverlappedResult(False)[1]) == _ERROR_IO_INCOMPLETE:
+                    milliseconds = (
+                        _winapi.INFINITE if self.deadline == inf else ceil(min(remaining(self.deadline), _MAX_WAIT) * 1000)
+                    )
+                    # EINTR: a signal's handler has returned.
+                    with contextlib.suppress(InterruptedError):
+                        _winapi.WaitForMultipleObjects([overlapped.event], False, milliseconds)
+            except BaseException:
+                # The system writes to the buffer until it has given up the operation.
+                with contextlib.suppress(OSError):
+                    overlapped.cancel()
+                    overlapped.GetOverlappedResult(True)
+                raise
+            finally:
+                self._pending = None
+            if error == _winapi.ERROR_OPERATION_ABORTED:
+                raise ConnectionLost("the connection was ended in the middle of a message")
+            return int(error)
+
+        def _opened(self) -> int:
+            if self._handle is None:
+                raise ConnectionLost("the connection is closed")
+            return self._handle
+
+    def connect(address: str, deadline: float) -> Connection:
+        """Connect to `address` before `deadline`, a monotonic time.
+
+        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
+        is another user's, and `ResourceExhausted` if this process has no free handle or memory.
+        """
+        while True:
+            left = remaining(deadline)
+            try:
+                connection = Connection(_open(address))
+                _winapi.SetNamedPipeHandleState(connection._opened(), _winapi.PIPE_READMODE_MESSAGE, None, None)
+                return connection
+            except FileNotFoundError as error:
+                raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
+            except PermissionError as error:
+                raise AuthenticationFailed(f"the pipe {address} belongs to another user") from error
+            except OSError as error:
+                if error.errno in EXHAUSTED or error.winerror == _ERROR_NO_SYSTEM_RESOURCES:
+                    raise ResourceExhausted(f"the pipe {address} can't be opened: {error.strerror}") from error
+                if error.winerror != _winapi.ERROR_PIPE_BUSY:
+                    raise ConnectionLost(f"the pipe {address} can't be connected: {error.strerror}") from error
+            # All instances are taken. What goes wrong here shows in the next try.
+            with contextlib.suppress(OSError):
+                _winapi.WaitNamedPipe(address, ceil(min(left, _MAX_WAIT) * 1000))
+
+    def _open(address: str) -> int:
+        return _winapi.CreateFile(
+            address,
+            _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
+            0,
+            _winapi.NULL,
+            _winapi.OPEN_EXISTING,
+            # The maker of a pipe of this name may learn who we are, but not act as us.
+            _winapi.FILE_FLAG_OVERLAPPED | _SECURITY_SQOS_PRESENT | _SECURITY_IDENTIFICATION,
+            _winapi.NULL,
+        )
