@@ -13,10 +13,12 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from ._pool import Exchange
+from ._blocking import blocking, run
+from ._calls import call_message, check_request, result_of
+from ._exchange import Exchange
 from ._protocol import messages
 from ._transport import deadline_after
-from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client, _blocking, call_message, check_request, result_of, run
+from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client
 from .errors import ClientClosed, DaemonTimeout, ResourceExhausted
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class AsyncClient:
             nonlocal exchange
             outcome: Any
             try:
-                exchange = Exchange(self._client._pool, _blocking, message, deadline)
+                exchange = Exchange(self._client._pool, blocking, message, deadline)
                 if cancelled:
                     exchange.cancel()
                 outcome, failed = run(exchange.reply()), False

@@ -5,37 +5,30 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from math import inf
-
-from . import _transport
-from ._pool import Exchange, Pool
+from ._blocking import Stream, blocking, run
+from ._calls import call_message, check_request, result_of
+from ._exchange import Exchange
+from ._pool import Pool
 from ._protocol import messages
 from ._transport import deadline_after
 from .errors import (
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
-    ProtocolError,
-    RemoteError,
     ResourceExhausted,
     UnsafeDirectory,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    import os
+    from collections.abc import Callable, Sequence
     from types import TracebackType
-    from typing import Any, Self, TypeVar
+    from typing import Any, Self
 
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
-    from ._registry.records import Record
-    from ._transport import Connection
 
-    T = TypeVar("T")
     Command = Sequence[str | os.PathLike[str]]
 
 # Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
@@ -83,7 +76,7 @@ def connect_daemon(
         max_message=max_message,
         namespace=namespace,
     )
-    run(Exchange(client._pool, _blocking, None, deadline_after(timeout)).reply())
+    run(Exchange(client._pool, blocking, None, deadline_after(timeout)).reply())
     return client
 
 
@@ -144,17 +137,53 @@ class Client:
         use `stream`. `Busy` is not repeated here: the caller knows whether to wait.
         """
         deadline = self.deadline_for(timeout)
-        return run(Exchange(self._pool, _blocking, check_request(message), deadline).reply())
+        return run(Exchange(self._pool, blocking, check_request(message), deadline).reply())
 
-    def call(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Any:
+    def call(
+        self,
+        method: str,
+        params: Message | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Any], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Send ``{"method": method, "params": {**params, **kwargs}}`` and return ``reply["result"]``.
 
         `params` is for names that can't be keywords here, such as "timeout". The daemon is told the seconds that are left.
+        `on_progress` is called with each item that the method reports or yields before its final result.
 
         Raises `RemoteError` for ``reply["error"]``, `TypeError` for a parameter that is given twice, and what `request` does.
         """
         deadline = self.deadline_for(timeout)
-        return result_of(run(Exchange(self._pool, _blocking, call_message(method, params, kwargs, deadline), deadline).reply()))
+        message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
+        exchange = Exchange(self._pool, blocking, message, deadline)
+        if on_progress is None:
+            return result_of(run(exchange.reply()))
+        with Stream(exchange, None) as stream:
+            for item in stream:
+                on_progress(item)
+        return stream.result
+
+    def stream(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Stream:
+        """Return an iterator over the items that `method` yields or reports. The request is sent with the first one.
+
+        ```python
+        with client.stream("reindex", folder="src") as progress:
+            for item in progress:
+                print(item)
+        ```
+
+        `timeout` in seconds is the time between two items; None takes the client's `request_timeout`. A stream that is closed
+        before its end ends its connection, which cancels the method.
+
+        Raises `TypeError` for a parameter that is given twice, and while it is iterated what `call` does.
+        """
+        timeout = self._request_timeout if timeout is None else timeout
+        deadline = deadline_after(timeout)
+        message = call_message(method, params, kwargs, deadline, more=True)
+        return Stream(Exchange(self._pool, blocking, message, deadline), timeout)
 
     def close(self) -> None:
         """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.
@@ -177,43 +206,6 @@ class Client:
         return deadline_after(self._request_timeout if timeout is None else timeout)
 
 
-class _BlockingIO:
-    """The `IO` of `Client`: each coroutine blocks, and never waits in a loop."""
-
-    async def connect(self, address: str, deadline: float) -> Connection:
-        return _transport.connect(address, deadline)
-
-    async def send(self, connection: Connection, chunks: list[bytes]) -> None:
-        connection.send(chunks)
-
-    async def receive(self, connection: Connection, limit: int) -> bytes:
-        return connection.receive(limit)
-
-    async def run(self, function: Callable[[], T]) -> T:
-        return function()
-
-    def check(self, record: Record) -> None:
-        serving = _transport.serving_threads
-        if serving and record.pid == os.getpid() and serving.get(record.address) == threading.get_ident():
-            raise RuntimeError(
-                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
-                "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
-            )
-
-
-_blocking = _BlockingIO()
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine that never waits."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    raise AssertionError("a blocking coroutine waited")
-
-
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
     """Ask that generation of the daemon `name`, and no other, to shut down. Return whether it said that it will.
 
@@ -229,7 +221,7 @@ def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespac
         generation=generation,
         max_idle=0,
     )
-    return "shutdown" in run(Exchange(pool, _blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).reply())
+    return "shutdown" in run(Exchange(pool, blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).reply())
 
 
 def request(
@@ -262,7 +254,7 @@ def request(
         start_timeout=start_timeout,
         max_idle=0,
     )
-    return run(Exchange(pool, _blocking, message, deadline).reply())
+    return run(Exchange(pool, blocking, message, deadline).reply())
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:
@@ -293,44 +285,3 @@ def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespac
         return None
     # type(): bool is a subclass of int. As a pid, True, 0 and -1 mean init, our group, everybody.
     return pid if type(pid) is int and pid > 0 else None
-
-
-def check_request(message: Message) -> Message:
-    """Return `message`. Raises `ProtocolError` if it is none, or asks for more than one reply."""
-    if not isinstance(message, dict):
-        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
-    if "more" in message:
-        raise ProtocolError('a message has no "more", which belongs to the channel: use stream()')
-    return message
-
-
-def call_message(method: str, params: Message | None, kwargs: Message, deadline: float) -> Message:
-    """Return the message of a call. Raises `TypeError` if `params` is no dict, or names what `kwargs` does."""
-    if params is not None:
-        if not isinstance(params, dict):
-            raise TypeError(f"the parameters of a call are a dict, not {type(params).__name__}")
-        if twice := [key for key in params if key in kwargs]:
-            raise TypeError(f"the parameter {twice[0]!r} is given twice")
-        kwargs = {**params, **kwargs}
-    message: Message = {"method": method, "params": kwargs}
-    if deadline != inf:
-        message["timeout"] = round(max(0.0, deadline - time.monotonic()), 3)
-    return message
-
-
-def result_of(reply: Message) -> Any:
-    """Return ``reply["result"]``. Raises `RemoteError` for ``reply["error"]`` and `ProtocolError` if it has neither."""
-    if "error" in reply:
-        raise _remote_error(reply["error"])
-    if "result" not in reply:
-        raise ProtocolError(
-            'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
-        )
-    return reply["result"]
-
-
-def _remote_error(error: Any) -> RemoteError:
-    if not isinstance(error, dict):
-        return RemoteError(str(error))
-    text, kind = str(error.get("message", error)), str(error.get("type", ""))
-    return RemoteError(text, type=kind, maybe_executed=error.get("executed") is not False)

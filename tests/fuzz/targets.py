@@ -18,7 +18,7 @@ from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import Namespace, auth, cli, client, daemon_status, log_path, runtime_path, transport
+from harness_ipc import Namespace, _calls, auth, cli, daemon_status, log_path, runtime_path, transport
 from harness_ipc._protocol import messages
 from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._registry import files, records
@@ -190,7 +190,7 @@ def message(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert messages.decode(messages.encode(decoded)) == decoded
     try:
-        assert client.result_of(decoded) == decoded["result"]
+        assert _calls.result_of(decoded) == decoded["result"]
     except (RemoteError, ProtocolError):
         assert "error" in decoded or "result" not in decoded
 

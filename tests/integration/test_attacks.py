@@ -535,7 +535,7 @@ FAILING = """
 import logging, os, sys, traceback
 logging.basicConfig(level=logging.DEBUG)
 from harness_ipc import *
-from harness_ipc import _pool
+from harness_ipc import _exchange
 from harness_ipc._registry import records
 record = records.load(sys.argv[1])
 async def handle(message): return message
@@ -556,7 +556,7 @@ for failure in failures:
         traceback.print_exc()
     else:
         sys.exit("it did not fail")
-_pool.Keys = lambda *_: wrong
+_exchange.Keys = lambda *_: wrong
 wrong = object.__new__(type("Keys", (), {"daemon": bytes(32), "client": bytes(32)}))
 request(sys.argv[1], {})
 """

@@ -23,8 +23,8 @@ from harness_ipc import (
     runtime_dir,
     transport,
 )
+from harness_ipc._calls import result_of
 from harness_ipc._registry import records
-from harness_ipc.client import result_of
 from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
 
 if TYPE_CHECKING:

@@ -1,0 +1,60 @@
+"""What a call sends, and what its replies mean to the caller. No I/O."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+
+from .errors import ProtocolError, RemoteError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ._protocol.messages import Message
+
+
+def check_request(message: Message) -> Message:
+    """Return `message`. Raises `ProtocolError` if it is none, or asks for more than one reply."""
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
+    if "more" in message:
+        raise ProtocolError('a message has no "more", which belongs to the channel: use stream()')
+    return message
+
+
+def call_message(method: str, params: Message | None, kwargs: Message, deadline: float, *, more: bool = False) -> Message:
+    """Return the message of a call, or with `more` of a stream.
+
+    Raises `TypeError` if `params` is no dict, or has a name that `kwargs` has.
+    """
+    if params is not None:
+        if not isinstance(params, dict):
+            raise TypeError(f"the parameters of a call are a dict, not {type(params).__name__}")
+        if twice := [key for key in params if key in kwargs]:
+            raise TypeError(f"the parameter {twice[0]!r} is given twice")
+        kwargs = {**params, **kwargs}
+    message: Message = {"method": method, "params": kwargs}
+    if deadline != inf:
+        message["timeout"] = round(max(0.0, deadline - time.monotonic()), 3)
+    if more:
+        message["more"] = True
+    return message
+
+
+def result_of(reply: Message) -> Any:
+    """Return ``reply["result"]``. Raises `RemoteError` for ``reply["error"]`` and `ProtocolError` if it has neither."""
+    if "error" in reply:
+        raise _remote_error(reply["error"])
+    if "result" not in reply:
+        raise ProtocolError(
+            'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
+        )
+    return reply["result"]
+
+
+def _remote_error(error: Any) -> RemoteError:
+    if not isinstance(error, dict):
+        return RemoteError(str(error))
+    text, kind = str(error.get("message", error)), str(error.get("type", ""))
+    return RemoteError(text, type=kind, maybe_executed=error.get("executed") is not False)

@@ -1,0 +1,146 @@
+"""A client that starts its daemon: absent or leaving, it is there for the call, and nothing runs twice."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    Client,
+    DaemonNotRunning,
+    DaemonTimeout,
+    StartFailed,
+    connect_daemon,
+    daemon_status,
+    request,
+    stop_daemon,
+)
+from tests.managed import kill_all
+from tests.processes import PATIENCE, wait_until
+
+PROGRAM = """
+import asyncio, os, sys, time
+from harness_ipc import run_daemon
+
+class App:
+    async def start(self):
+        await asyncio.sleep({slow})
+
+    async def handle(self, message):
+        await asyncio.sleep(message.get("seconds", 0))
+        with open({log!r}, "a") as file:
+            file.write(f"{{message['n']}}\\n")
+        return {{"result": os.getpid()}}
+
+run_daemon(App(), "test", idle_timeout={idle}, grace_period={grace})
+"""
+
+
+class Daemon:
+    """The command line of a daemon, and the numbers of the requests that it has run, in whatever generation."""
+
+    def __init__(self, directory: Path, **options: float) -> None:
+        self._log = directory / "ran"
+        self._log.touch()
+        settings = {"slow": 0.0, "idle": 3600.0, "grace": 5.0, **options}
+        self.command = [sys.executable, "-c", PROGRAM.format(log=str(self._log), **settings)]
+
+    @property
+    def ran(self) -> list[int]:
+        return [int(line) for line in self._log.read_text().split()]
+
+
+@pytest.fixture(autouse=True)
+def ended(private_directories: Path) -> Iterator[None]:
+    """Leave no daemon."""
+    yield
+    stop_daemon("test", timeout=5.0)
+    kill_all()
+
+
+def ask_once(command: list[str], n: int, **options: Any) -> Any:
+    return request("test", {"n": n}, start=command, **options)["result"]
+
+
+@pytest.mark.parametrize("ask", [ask_once])
+def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    pid = ask(daemon.command, 1)
+    assert ask(daemon.command, 2) == pid
+    assert daemon.ran == [1, 2]
+    assert stop_daemon("test")
+    assert ask(daemon.command, 3) != pid
+
+
+def test_a_kept_client_starts_it_again(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    with connect_daemon("test", start=daemon.command) as client:
+        first = client.request({"n": 1})["result"]
+        assert stop_daemon("test")
+        assert client.request({"n": 2})["result"] == client.pid != first
+    assert daemon.ran == [1, 2]
+
+
+def test_without_a_start_command_nothing_is_started(tmp_path: Path) -> None:
+    with pytest.raises(DaemonNotRunning):
+        request("test", {"n": 1})
+    with pytest.raises(DaemonNotRunning):
+        connect_daemon("test")
+
+
+def test_the_start_has_a_time_of_its_own(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, slow=1.0)
+    assert ask_once(daemon.command, 1, timeout=0.5) > 0
+    assert stop_daemon("test")
+    with pytest.raises(DaemonTimeout, match="starting") as caught:
+        ask_once(daemon.command, 2, start_timeout=0.3)
+    assert not caught.value.maybe_executed
+    assert daemon.ran == [1]
+
+
+def test_a_failed_start_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed, match="boom") as caught:
+        ask_once([sys.executable, "-c", "raise SystemExit('boom')"], 1)
+    assert not caught.value.maybe_executed
+    commands: list[Any] = ["python service.py", []]
+    for command in commands:
+        with pytest.raises((TypeError, ValueError)):
+            request("test", {"n": 1}, start=command)
+
+
+def test_waiting_for_a_draining_predecessor_counts_against_the_deadline(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, grace=PATIENCE)
+    pid = ask_once(daemon.command, 1)
+    client = Client("test", timeout=PATIENCE)
+    running = threading.Thread(target=client.request, args=[{"n": 2, "seconds": 2}])
+    running.start()
+    wait_until(lambda: request("test", {"meta": "ping"})["connections"] == 2)
+    assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
+    wait_until(lambda: daemon_status("test").state == "absent")
+    with pytest.raises(DaemonTimeout, match=f"pid {pid}, was still stopping") as caught:
+        ask_once(daemon.command, 3, timeout=0.3)
+    assert not caught.value.maybe_executed
+    assert ask_once(daemon.command, 4, timeout=PATIENCE) != pid
+    running.join(PATIENCE)
+    client.close()
+    assert daemon.ran == [1, 2, 4]
+
+
+def test_threads_that_find_no_daemon_start_one(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    pids: list[int] = []
+    with contextlib.closing(Client("test", start=daemon.command)) as client:
+        threads = [threading.Thread(target=lambda n=n: pids.append(client.request({"n": n})["result"])) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert len(pids) == 8
+    assert len(set(pids)) == 1
+    assert sorted(daemon.ran) == [*range(8)]

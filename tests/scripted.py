@@ -1,0 +1,125 @@
+"""A daemon that does with each connection what a test wants, over the standard library's own Listener and challenge."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from typing import Any, TypeAlias
+
+from harness_ipc import _transport
+from harness_ipc._protocol.handshake import Keys
+from harness_ipc.server import acquire_name
+from tests.processes import PATIENCE
+
+NAME = "test"
+GOODBYE = b'{"meta":"goodbye"}'
+
+
+class Served:
+    """One connection, and the steps of a daemon's side of it."""
+
+    def __init__(self, connection: Connection[Any, Any], daemon: Generation) -> None:
+        self.connection = connection
+        self.daemon = daemon
+
+    def prove(self) -> None:
+        """Do the whole handshake."""
+        answer_challenge(self.connection, self.daemon.keys.daemon)
+        deliver_challenge(self.connection, self.daemon.keys.client)
+
+    def receive(self) -> dict[str, Any]:
+        """Return the next request."""
+        message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        self.daemon.requests.append(message)
+        return message
+
+    def send(self, *replies: dict[str, Any]) -> None:
+        for reply in replies:
+            self.connection.send_bytes(json.dumps(reply).encode())
+
+    def say_goodbye(self) -> None:
+        self.connection.send_bytes(GOODBYE)
+
+    def wait_for_departure(self) -> None:
+        """Return when the client has closed the connection."""
+        assert self.connection.poll(PATIENCE)
+        with contextlib.suppress(EOFError, OSError):
+            self.connection.recv_bytes()
+            raise AssertionError("the client sent another request")
+
+
+Script: TypeAlias = Callable[[Served], None]
+
+
+class Generation:
+    """One generation of the daemon `test`; `requests` are those that it has read, `connections` is how many there were."""
+
+    def __init__(self, serve: Script) -> None:
+        self.serve = serve
+        self.requests: list[dict[str, Any]] = []
+        self.connections = 0
+        self.failures: list[BaseException] = []
+        self.registration = acquire_name(NAME)
+        record = self.registration.record
+        self.keys = Keys(record.authkey, record.address)
+        self.listener = Listener(record.address, record.family, backlog=64)
+        self.over = False
+        self.threads = [threading.Thread(target=self.accept)]
+        self.registration.publish(app_version=None, max_message=1 << 26)
+        self.threads[0].start()
+
+    def accept(self) -> None:
+        while True:
+            connection = self.listener.accept()
+            if self.over:
+                connection.close()
+                return
+            self.connections += 1
+            thread = threading.Thread(target=self.serve_one, args=[connection])
+            self.threads.append(thread)
+            thread.start()
+
+    def serve_one(self, connection: Connection[Any, Any]) -> None:
+        # The client hangs up when it has had enough.
+        with connection, contextlib.suppress(EOFError, OSError):
+            try:
+                self.serve(Served(connection, self))
+            except AssertionError as error:
+                self.failures.append(error)
+                raise
+
+    def withdraw(self) -> None:
+        """Stop accepting and remove the record, as a daemon that drains; connections stay."""
+        if not self.over:
+            self.over = True
+            _transport.connect(self.registration.record.address, _transport.deadline_after(PATIENCE)).close()
+            self.threads[0].join(PATIENCE)
+            self.listener.close()
+            self.registration.release()
+
+    def close(self) -> None:
+        self.withdraw()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        assert self.failures == []
+
+
+@contextlib.contextmanager
+def daemon(serve: Script) -> Iterator[Generation]:
+    """Be a daemon with one generation."""
+    generation = Generation(serve)
+    try:
+        yield generation
+    finally:
+        generation.close()
+
+
+def answer_all(served: Served) -> None:
+    """Be a daemon whose every result is its own generation, until the client goes away."""
+    served.prove()
+    while True:
+        served.receive()
+        served.send({"result": served.daemon.registration.record.generation})
