@@ -1,43 +1,45 @@
-"""The client for coroutines: each call blocks in a thread of the client's own, never in the loop's executor."""
+"""The client for coroutines: the running loop watches its sockets while they are waited for; on Windows threads block."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import queue
-import threading
-import time
-from collections import deque
-from functools import partial
-from math import inf
+import sys
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+from ._aio import Turns
 from ._blocking import blocking, run
-from ._calls import call_message, check_request, result_of
+from ._calls import Items, call_message, check_request, result_of
 from ._exchange import Exchange
 from ._protocol import messages
 from ._transport import deadline_after
-from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, Client
-from .errors import ClientClosed, DaemonTimeout, ResourceExhausted
+from ._workers import Workers
+from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, START_TIMEOUT, Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
     from typing import Self
 
+    from ._exchange import IO
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
+    from .client import Command
 
-# Calls of one client at once; more wait in their order.
-_MAX_THREADS = 64
-# Seconds for an idle thread.
-_IDLE_PERIOD = 10.0
+# None where threads block: a loop can't watch a pipe that it did not open.
+_LOOP_IO: IO | None = None
+if sys.platform != "win32":
+    from ._aio import LoopIO
+
+    _LOOP_IO = LoopIO()
 
 
 async def aconnect_daemon(
     name: str,
     *,
+    start: Command | None = None,
+    start_timeout: float = START_TIMEOUT,
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -46,10 +48,19 @@ async def aconnect_daemon(
     """Connect as `connect_daemon` does, without blocking the event loop."""
     deadline = deadline_after(timeout)
     client = AsyncClient(
-        Client(name, timeout=timeout, request_timeout=request_timeout, max_message=max_message, namespace=namespace)
+        Client(
+            name,
+            start=start,
+            start_timeout=start_timeout,
+            timeout=timeout,
+            request_timeout=request_timeout,
+            max_message=max_message,
+            namespace=namespace,
+        )
     )
     try:
-        await client._run(None, deadline)
+        exchange = client._exchange(None, deadline)
+        await client._run(exchange, exchange.only_reply)
     except BaseException:
         # Not waited for: a caller that cancels this wants it to end.
         client._begin_close()
@@ -60,12 +71,13 @@ async def aconnect_daemon(
 class AsyncClient:
     """A `Client` for coroutines, made by `aconnect_daemon`, for any number of tasks at once and in any event loop.
 
-    At most 64 calls run at once; more wait in order. A cancelled call closes its connection.
+    At most 64 calls run at once in one loop; more wait in order. Streams don't count. A cancelled call closes its connection.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._workers = _Workers()
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+        self._workers = Workers()
 
     @property
     def pid(self) -> int:
@@ -83,20 +95,49 @@ class AsyncClient:
         return self._client.app_version
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
-        """See `Client.request`; the timeout also counts the wait for a thread where 64 calls run."""
-        return await self._run(check_request(message), self._client.deadline_for(timeout))
+        """See `Client.request`; the timeout also counts the wait for a turn where 64 calls run."""
+        return await self._ask(check_request(message), self._client.deadline_for(timeout))
 
-    async def call(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Any:
+    async def call(
+        self,
+        method: str,
+        params: Message | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Any], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """See `Client.call`."""
         deadline = self._client.deadline_for(timeout)
-        return result_of(await self._run(call_message(method, params, kwargs, deadline), deadline))
+        message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
+        if on_progress is None:
+            return result_of(await self._ask(message, deadline))
+        async with AsyncStream(self._exchange(message, deadline), None, self._run) as stream:
+            async for item in stream:
+                on_progress(item)
+        return stream.result
+
+    def stream(
+        self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any
+    ) -> AsyncStream:
+        """Return an asynchronous iterator over the items: see `Client.stream`.
+
+        ```python
+        async with client.stream("reindex", folder="src") as progress:
+            async for item in progress:
+                print(item)
+        ```
+        """
+        timeout = self._client.request_timeout if timeout is None else timeout
+        deadline = deadline_after(timeout)
+        message = call_message(method, params, kwargs, deadline, more=True)
+        return AsyncStream(self._exchange(message, deadline), timeout, self._run)
 
     async def close(self) -> None:
-        """See `Client.close`. It returns when the connections are closed and the threads have ended."""
+        """See `Client.close`. It returns when the connections are closed and threads, if there were any, have ended."""
         self._begin_close()
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._workers.when_ended(partial(_settle_from_thread, ended, None, False))
-        await ended
+        await self._workers.wait_closed()
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,157 +151,60 @@ class AsyncClient:
         self._client.close()
         self._workers.close()
 
-    async def _run(self, message: Message | None, deadline: float) -> Message:
+    def _exchange(self, message: Message | None, deadline: float) -> Exchange:
+        return Exchange(self._client._pool, _LOOP_IO or blocking, message, deadline)
+
+    async def _ask(self, message: Message, deadline: float) -> Message:
+        loop = asyncio.get_running_loop()
+        if (turns := self._turns.get(loop)) is None:
+            turns = self._turns[loop] = Turns()
+        await turns.take(deadline)
+        try:
+            exchange = self._exchange(message, deadline)
+            return await self._run(exchange, exchange.only_reply)
+        finally:
+            turns.give_back()
+
+    async def _run(self, exchange: Exchange, receive: Callable[[], Coroutine[Any, Any, Message]]) -> Message:
+        """Return what `receive`, a method of `exchange`, does. When this is cancelled, the exchange ends at once."""
+        if _LOOP_IO is not None:
+            return await receive()
         if self._workers.pid != os.getpid():
             # Threads don't survive a fork.
-            self._workers = _Workers()
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Message] = loop.create_future()
-        exchange: Exchange | None = None
-        cancelled = False
-
-        def job() -> None:
-            nonlocal exchange
-            outcome: Any
-            try:
-                exchange = Exchange(self._client._pool, blocking, message, deadline)
-                if cancelled:
-                    exchange.cancel()
-                outcome, failed = run(exchange.reply()), False
-            except BaseException as error:
-                outcome, failed = error, True
-            _settle_from_thread(done, outcome, failed)
-
-        timer = None
-        if not self._workers.submit(job) and deadline != inf:
-            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, job, done)
+            self._workers = Workers()
         try:
-            return await done
+            return await self._workers.run(lambda: run(receive()))
         except asyncio.CancelledError:
-            self._workers.discard(job)
-            cancelled = True
-            if exchange is not None:
-                exchange.cancel()
+            exchange.cancel()
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def _expire(self, job: Callable[[], None], done: asyncio.Future[Any]) -> None:
-        # One that runs already keeps its deadline by itself, and knows whether its request may have run.
-        if self._workers.discard(job):
-            text = (
-                f"{_MAX_THREADS} other calls of this client were running until the deadline: use another client, or wait longer"
-            )
-            _settle(done, DaemonTimeout(text), True)
 
 
-def _settle_from_thread(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
-    # A loop that was closed meanwhile has nobody waiting.
-    with contextlib.suppress(RuntimeError):
-        done.get_loop().call_soon_threadsafe(_settle, done, outcome, failed)
+class AsyncStream(Items):
+    """The items of a stream: an asynchronous iterator and context manager. Made by `AsyncClient.stream`.
 
+    `result` is the final result once there are no more items: None for a method that yields.
+    """
 
-def _settle(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
-    if not done.done():
-        done.set_exception(outcome) if failed else done.set_result(outcome)
+    def __init__(self, exchange: Exchange, timeout: float | None, run: Callable[..., Coroutine[Any, Any, Message]]) -> None:
+        super().__init__(exchange, timeout)
+        self._run = run
 
+    def __aiter__(self) -> Self:
+        return self
 
-class _Workers:
-    """Daemon threads that run jobs in order: not an executor's, which the interpreter would wait for at its end."""
+    async def __anext__(self) -> Any:
+        if self._may_begin() and self._has_item(await self._run(self._exchange, self._exchange.reply)):
+            return self._item
+        raise StopAsyncIteration
 
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self._guard = threading.RLock()
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._threads = 0
-        # Threads that wait and that nobody has woken yet, and what wakes one.
-        self._idle = 0
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._closed = False
-        self._on_end: list[Callable[[], None]] = []
+    async def close(self) -> None:
+        """End the stream, and its connection if items are left. Closing twice is no error."""
+        self._end()
 
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Run `job` in a thread; return False if it waits for one. Raises `ClientClosed` or `ResourceExhausted`."""
-        with self._guard:
-            if self._closed:
-                raise ClientClosed("this client is closed: connect again")
-            self._jobs.append(job)
-            if self._idle:
-                self._idle -= 1
-                self._wake.put(None)
-            elif self._threads < _MAX_THREADS:
-                self._start_thread(job)
-            else:
-                return False
-            return True
+    async def __aenter__(self) -> Self:
+        return self
 
-    def _start_thread(self, job: Callable[[], None]) -> None:
-        self._threads += 1
-        try:
-            threading.Thread(target=self._work, name="harness-ipc-client", daemon=True).start()
-        except RuntimeError as error:
-            self._threads -= 1
-            self._jobs.remove(job)
-            raise ResourceExhausted(
-                f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
-            ) from error
-
-    def discard(self, job: Callable[[], None]) -> bool:
-        """Return whether `job` had not begun: then it never will."""
-        with self._guard:
-            try:
-                self._jobs.remove(job)
-            except ValueError:
-                return False
-            return True
-
-    def close(self) -> None:
-        """Have the threads end when they have run what was submitted."""
-        with self._guard:
-            self._closed = True
-            for _ in range(self._idle):
-                self._wake.put(None)
-            self._idle = 0
-
-    def when_ended(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once no thread is left, from whichever thread sees it."""
-        with self._guard:
-            if self._threads:
-                self._on_end.append(callback)
-                return
-        callback()
-
-    def _work(self) -> None:
-        while True:
-            with self._guard:
-                job = self._jobs.popleft() if self._jobs else None
-                if job is None and self._closed:
-                    break
-                self._idle += job is None
-            if job is not None:
-                job()
-                del job
-            elif not self._wait():
-                break
-        self._end_thread()
-
-    def _wait(self) -> bool:
-        """Wait for the next job. Return False if there was none for a while."""
-        try:
-            self._wake.get(timeout=_IDLE_PERIOD)
-        except queue.Empty:
-            with self._guard:
-                if self._idle:
-                    self._idle -= 1
-                    return False
-            # Somebody has just woken one of those that wait, and there is no other.
-            self._wake.get()
-        return True
-
-    def _end_thread(self) -> None:
-        with self._guard:
-            self._threads -= 1
-            callbacks = [] if self._threads else self._on_end
-        for callback in callbacks:
-            callback()
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()

@@ -6,8 +6,7 @@ import os
 import threading
 
 from . import _transport
-from ._calls import result_of
-from ._transport import deadline_after
+from ._calls import Items
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,54 +14,35 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
-    from ._exchange import Exchange
     from ._registry.records import Record
     from ._transport import Connection
 
     T = TypeVar("T")
 
 
-class Stream:
+class Stream(Items):
     """The items of a stream: an iterator, and a context manager that closes it. Made by `Client.stream`, for one thread.
 
     `result` is the final result once there are no more items: None for a method that yields.
     """
 
-    def __init__(self, exchange: Exchange, timeout: float | None) -> None:
-        self.result: Any = None
-        self._exchange = exchange
-        self._timeout = timeout
-        self._ended = False
-
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:
-        if self._ended:
-            raise StopIteration
-        if self._timeout is not None:
-            self._exchange.deadline = deadline_after(self._timeout)
-        self._ended = True
-        reply = run(self._exchange.reply())
-        self._ended = not self._exchange.is_streaming
-        if self._ended:
-            self.result = result_of(reply)
-            raise StopIteration
-        return reply.get("result")
+        if self._may_begin() and self._has_item(run(self._exchange.reply())):
+            return self._item
+        raise StopIteration
 
     def close(self) -> None:
         """End the stream, and its connection if items are left. Closing twice is no error."""
-        self._ended = True
-        self._exchange.close()
+        self._end()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+        self._end()
 
 
 class BlockingIO:

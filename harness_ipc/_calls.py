@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from math import inf
 
+from ._transport import deadline_after
 from .errors import ProtocolError, RemoteError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ._exchange import Exchange
     from ._protocol.messages import Message
 
 
@@ -58,3 +60,40 @@ def _remote_error(error: Any) -> RemoteError:
         return RemoteError(str(error))
     text, kind = str(error.get("message", error)), str(error.get("type", ""))
     return RemoteError(text, type=kind, maybe_executed=error.get("executed") is not False)
+
+
+class Items:
+    """What the blocking and the asynchronous iterator over a stream share: where the stream is, and its result."""
+
+    def __init__(self, exchange: Exchange, timeout: float | None) -> None:
+        self.result: Any = None
+        self._exchange = exchange
+        # Seconds between two items; None if the exchange has a deadline for them all.
+        self._timeout = timeout
+        self._item: Any = None
+        self._ended = False
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _may_begin(self) -> bool:
+        """Return whether there may be another reply, and give it its time. What fails meanwhile ends the stream."""
+        if self._ended:
+            return False
+        if self._timeout is not None:
+            self._exchange.deadline = deadline_after(self._timeout)
+        self._ended = True
+        return True
+
+    def _has_item(self, reply: Message) -> bool:
+        """Take a reply. Return whether it was an item, now in `_item`. Raises as `result_of` does."""
+        self._ended = not self._exchange.is_streaming
+        if self._ended:
+            self.result = result_of(reply)
+            return False
+        self._item = reply.get("result")
+        return True
+
+    def _end(self) -> None:
+        self._ended = True
+        self._exchange.close()

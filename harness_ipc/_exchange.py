@@ -73,14 +73,14 @@ class Exchange:
     """
 
     __slots__ = (
-        *("_awaited", "_cancelled", "_frame", "_has_items", "_io", "_left", "_link", "_operation", "_pool", "_sent", "_state"),
-        "deadline",
+        *("_awaited", "_begin", "_cancelled", "_frame", "_io", "_left", "_link", "_operation", "_pool", "_sent"),
+        *("_state", "deadline"),
     )
 
     def __init__(self, pool: Pool, io: IO, message: Message | None, deadline: float) -> None:
+        self._begin = time.monotonic()
         # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
         self._frame = None if message is None else messages.encode(message)
-        self._has_items = message is not None and "more" in message
         self.deadline = deadline
         self._pool = pool
         self._io = io
@@ -112,22 +112,27 @@ class Exchange:
         if link is not None:
             self._pool.check_in(self._state, link)
 
+    async def only_reply(self) -> Message:
+        """Return the reply to a request that asks for one. Raises what `reply` does."""
+        reply = await self.reply()
+        if self.is_streaming:
+            self.close()
+            raise ProtocolError("the daemon sent an item of a stream in place of a reply", maybe_executed=True)
+        return reply
+
     async def reply(self) -> Message:
         """Return the next reply; the first time, send the request. The connection is given back after the final one.
 
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `ClientClosed`, `AuthenticationFailed`, `DaemonNotRunning` and so on,
         with `maybe_executed` set.
         """
-        begin = time.monotonic()
+        begin = self._begin if self._link is None else time.monotonic()
         has_more = False
         try:
             remaining(self.deadline)
             reply = await (self._receive(self._link) if self._link is not None else self._ask_until_answered())
             self._raise_channels_error(reply)
             has_more = self.is_streaming
-            if has_more and not self._has_items:
-                has_more = False
-                raise ProtocolError("the daemon sent an item of a stream in place of a reply")
             return reply
         except HarnessIPCError as error:
             self._complete(error, begin)

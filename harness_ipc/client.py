@@ -76,7 +76,7 @@ def connect_daemon(
         max_message=max_message,
         namespace=namespace,
     )
-    run(Exchange(client._pool, blocking, None, deadline_after(timeout)).reply())
+    run(Exchange(client._pool, blocking, None, deadline_after(timeout)).only_reply())
     return client
 
 
@@ -101,7 +101,7 @@ class Client:
     ) -> None:
         """Take what `connect_daemon` does, and connect with the first request."""
         self.name = name
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._pool = Pool(
             name,
             namespace=namespace,
@@ -137,7 +137,7 @@ class Client:
         use `stream`. `Busy` is not repeated here: the caller knows whether to wait.
         """
         deadline = self.deadline_for(timeout)
-        return run(Exchange(self._pool, blocking, check_request(message), deadline).reply())
+        return run(Exchange(self._pool, blocking, check_request(message), deadline).only_reply())
 
     def call(
         self,
@@ -160,7 +160,7 @@ class Client:
         message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
         exchange = Exchange(self._pool, blocking, message, deadline)
         if on_progress is None:
-            return result_of(run(exchange.reply()))
+            return result_of(run(exchange.only_reply()))
         with Stream(exchange, None) as stream:
             for item in stream:
                 on_progress(item)
@@ -180,7 +180,7 @@ class Client:
 
         Raises `TypeError` for a parameter that is given twice, and while it is iterated what `call` does.
         """
-        timeout = self._request_timeout if timeout is None else timeout
+        timeout = self.request_timeout if timeout is None else timeout
         deadline = deadline_after(timeout)
         message = call_message(method, params, kwargs, deadline, more=True)
         return Stream(Exchange(self._pool, blocking, message, deadline), timeout)
@@ -203,7 +203,7 @@ class Client:
 
     def deadline_for(self, timeout: float | None) -> float:
         """Return the monotonic time at which a call that begins now ends. Raises `ValueError`."""
-        return deadline_after(self._request_timeout if timeout is None else timeout)
+        return deadline_after(self.request_timeout if timeout is None else timeout)
 
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
@@ -221,7 +221,7 @@ def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespac
         generation=generation,
         max_idle=0,
     )
-    return "shutdown" in run(Exchange(pool, blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).reply())
+    return "shutdown" in run(Exchange(pool, blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).only_reply())
 
 
 def request(
@@ -254,7 +254,7 @@ def request(
         start_timeout=start_timeout,
         max_idle=0,
     )
-    return run(Exchange(pool, blocking, message, deadline).reply())
+    return run(Exchange(pool, blocking, message, deadline).only_reply())
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:

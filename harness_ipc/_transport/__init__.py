@@ -16,4 +16,12 @@ else:
     from .._protocol.framing import StreamFraming as Framing
     from .dial import Connection, connect
 
-__all__ = ["Connection", "Framing", "PeerCredentials", "connect", "deadline_after", "remaining", "serving_threads"]
+__all__ = [
+    "Connection",
+    "Framing",
+    "PeerCredentials",
+    "connect",
+    "deadline_after",
+    "remaining",
+    "serving_threads",
+]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, TypeAlias
@@ -16,7 +15,6 @@ from typing import Any, TypeAlias
 import pytest
 
 from harness_ipc import (
-    AsyncClient,
     AuthenticationFailed,
     Busy,
     Client,
@@ -29,8 +27,6 @@ from harness_ipc import (
     MessageTooLarge,
     ProtocolError,
     RemoteError,
-    ResourceExhausted,
-    aconnect_daemon,
     auth,
     connect_daemon,
     daemon_status,
@@ -41,7 +37,7 @@ from harness_ipc import (
 )
 from harness_ipc.server import acquire_name
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, stopped, wait_until
+from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
 
 # What takes so long does not end by itself while a test runs.
 NEVER = 3600.0
@@ -68,24 +64,6 @@ def begun(tag: str) -> bool:
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     with connect_daemon("test") as client:
         yield client
-
-
-def run(main: Callable[[AsyncClient], Awaitable[None]]) -> None:
-    """Run `main` with a client, in a loop whose default executor refuses to work; no thread may stay afterwards."""
-
-    class Refusing(ThreadPoolExecutor):
-        def submit(self, *_: Any, **__: Any) -> Any:
-            raise AssertionError("the loop's default executor is not ours to use")
-
-    async def in_time() -> None:
-        asyncio.get_running_loop().set_default_executor(Refusing())
-        async with asyncio.timeout(PATIENCE), await aconnect_daemon("test") as client:
-            await main(client)
-
-    before = set(threading.enumerate())
-    asyncio.run(in_time())
-    # Whoever cancels waits for no thread; it ends a moment later.
-    wait_until(lambda: set(threading.enumerate()) == before)
 
 
 # Requests and replies.
@@ -609,24 +587,6 @@ def test_closing_while_a_request_connects_again_ends_it() -> None:
     assert daemon.requests == []
 
 
-def test_cancelling_while_a_request_connects_again_ends_it() -> None:
-    daemon = Reopening()
-
-    async def main(client: AsyncClient) -> None:
-        assert await client.call("early") == 1
-        assert daemon.hung_up.wait(PATIENCE)
-        late = asyncio.create_task(client.call("late", timeout=PATIENCE))
-        while not daemon.reopened.is_set():
-            await asyncio.sleep(0.001)
-        await cancel(late)
-        daemon.may_go_on.set()
-        assert await client.call("next", timeout=PATIENCE) == 2
-        assert daemon.requests == ["next"]
-
-    with scripted_daemon(daemon):
-        run(main)
-
-
 WITH_SIGPIPE = """
 import signal
 from harness_ipc import HarnessIPCError, connect_daemon
@@ -728,203 +688,3 @@ asyncio.run(main(), debug=True)
 def test_clients_leave_no_resource_to_be_warned_of(daemon: DaemonProcess) -> None:
     process = run_python("-c", TIDY)
     assert (process.returncode, process.stdout, process.stderr) == (0, "refused\n", "")
-
-
-# The client for coroutines.
-
-
-def test_coroutines_have_the_same_verbs(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        assert client.pid == daemon.pid
-        assert await client.request({"a": 1}) == {"raw": {"a": 1}}
-        assert await client.call("echo", n=1) == {"n": 1}
-        with pytest.raises(RemoteError, match="as told"):
-            await client.call("raise")
-        with pytest.raises(ProtocolError):
-            await client.call("unknown")
-        with pytest.raises(ValueError, match="timeout"):
-            await client.call("echo", timeout=-1)
-        with pytest.raises(DaemonTimeout):
-            await client.call("sleep", seconds=NEVER, timeout=0.1)
-        assert await client.call("echo", n=2) == {"n": 2}
-
-    run(main)
-
-
-def test_coroutines_at_once_each_get_their_own_reply(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        assert await asyncio.gather(*(client.call("echo", n=n) for n in range(100))) == [{"n": n} for n in range(100)]
-
-    run(main)
-
-
-def test_the_loop_turns_while_a_request_waits(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        async with await aconnect_daemon("test") as other:
-            # Neither is answered before both have been asked.
-            assert sum(await asyncio.gather(client.call("meet", tag=1), other.call("meet", tag=2))) == 3
-
-    run(main)
-
-
-async def begin(client: AsyncClient, tag: str) -> asyncio.Task[Any]:
-    """Return the task of a request that does not end, once it runs in the daemon."""
-    task = asyncio.create_task(client.call("sleep", seconds=NEVER, tag=tag, timeout=NEVER))
-    async with await aconnect_daemon("test") as observer:
-        while ["begin", tag] not in await observer.call("log"):
-            pass
-    return task
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
-
-
-def test_a_cancelled_request_keeps_nobody_waiting(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        for tag in ("first", "second"):
-            await cancel(await begin(client, tag))
-            assert await client.call("echo", n=1) == {"n": 1}
-
-    run(main)
-
-
-def test_one_client_runs_calls_at_once(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        # None is answered before all have been asked.
-        calls = [client.call("meet", tag=n, of=50) for n in range(50)]
-        assert sum(await asyncio.gather(*calls)) == sum(range(50))
-
-    run(main)
-
-
-def test_a_call_above_the_limit_waits_and_is_cancelled_or_times_out_unrun(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        running = [await begin(client, f"running {n}") for n in range(64)]
-        queued = [asyncio.create_task(client.call("sleep", seconds=0, tag=f"queued {n}")) for n in range(3)]
-        with pytest.raises(DaemonTimeout, match="64 other calls"):
-            await client.call("sleep", seconds=0, tag="late", timeout=0.1)
-        await cancel(queued[0])
-        await cancel(running[0])
-        await cancel(queued[2])
-        assert await queued[1] == "queued 1"
-        for task in running[1:]:
-            task.cancel()
-        await asyncio.wait(running[1:])
-        async with await aconnect_daemon("test") as other:
-            log = await other.call("log")
-        assert sorted(tag for event, tag in log if event == "begin" and "running" not in tag) == ["queued 1"]
-
-    run(main)
-
-
-def test_one_client_serves_one_event_loop_after_another(daemon: DaemonProcess) -> None:
-    client = AsyncClient(Client("test", timeout=PATIENCE, request_timeout=PATIENCE, max_message=2**20))
-    for n in range(3):
-        assert asyncio.run(client.call("echo", n=n)) == {"n": n}
-    asyncio.run(client.close())
-
-
-def test_cancelling_at_any_moment_spoils_nothing_for_the_others(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        for turns in range(300):
-            doomed = asyncio.create_task(client.call("sleep", seconds=0.001 * (turns % 2), tag=-1))
-            spared = asyncio.create_task(client.call("echo", n=turns, timeout=PATIENCE))
-            for _ in range(turns % 30):
-                await asyncio.sleep(0)
-            doomed.cancel()
-            assert await spared == {"n": turns}
-            await asyncio.wait({doomed})
-
-    run(main)
-
-
-def test_cancelling_a_request_that_just_begins_ends_it(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        assert await client.call("echo") == {}
-        part = BeingEncoded()
-        task = asyncio.create_task(client.call("sleep", seconds=NEVER, part=part, timeout=10))
-        while not part.begun.is_set():
-            await asyncio.sleep(0)
-        await cancel(task)
-        part.may_go_on.set()
-        assert await client.call("echo", n=1, timeout=5) == {"n": 1}
-
-    run(main)
-
-
-@needs_posix
-def test_cancelling_who_connects_ends_it(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        with stopped(daemon):
-            connecting = asyncio.create_task(aconnect_daemon("test", timeout=NEVER))
-            done, _ = await asyncio.wait({connecting}, timeout=0.2)
-            assert not done
-            async with asyncio.timeout(10):
-                await cancel(connecting)
-
-    run(main)
-
-
-def test_closing_ends_requests_and_may_be_repeated(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        task = await begin(client, "blocked")
-        queued = asyncio.create_task(client.call("sleep", seconds=0, tag="queued"))
-        await asyncio.sleep(0)
-        await client.close()
-        await client.close()
-        outcomes = await asyncio.gather(task, queued, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [ClientClosed] * 2
-        with pytest.raises(ClientClosed):
-            await client.call("echo")
-        async with await aconnect_daemon("test") as other:
-            assert await other.call("log") == [["begin", "blocked"]]
-
-    run(main)
-
-
-@contextlib.contextmanager
-def no_new_thread() -> Iterator[None]:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        yield
-
-
-def test_coroutines_that_get_no_thread_are_told_so_and_their_request_never_runs(daemon: DaemonProcess) -> None:
-    async def main(client: AsyncClient) -> None:
-        with no_new_thread(), pytest.raises(ResourceExhausted, match="ulimit -u"):
-            await aconnect_daemon("test")
-        with no_new_thread():
-            other = AsyncClient(Client("test", timeout=PATIENCE, request_timeout=PATIENCE, max_message=2**20))
-            with pytest.raises(ResourceExhausted, match="ulimit -u") as caught:
-                await other.call("sleep", seconds=0, tag="refused")
-            assert not caught.value.maybe_executed
-        assert await other.call("log") == []
-        await other.close()
-        assert await client.call("log") == []
-
-    run(main)
-
-
-def test_coroutines_follow_a_restart() -> None:
-    async def main(client: AsyncClient) -> None:
-        before = client.generation
-        old.process.kill()
-        old.wait()
-        with pytest.raises(DaemonNotRunning):
-            await client.call("echo")
-        with pytest.raises(DaemonNotRunning):
-            await aconnect_daemon("test")
-        stack.enter_context(spawn_daemon("test"))
-        assert await client.call("echo", n=1) == {"n": 1}
-        assert client.generation != before
-
-    with contextlib.ExitStack() as stack:
-        old = stack.enter_context(spawn_daemon("test"))
-        run(main)
-        assert serves()

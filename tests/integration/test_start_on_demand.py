@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 import threading
@@ -16,6 +17,7 @@ from harness_ipc import (
     DaemonNotRunning,
     DaemonTimeout,
     StartFailed,
+    aconnect_daemon,
     connect_daemon,
     daemon_status,
     request,
@@ -68,7 +70,15 @@ def ask_once(command: list[str], n: int, **options: Any) -> Any:
     return request("test", {"n": n}, start=command, **options)["result"]
 
 
-@pytest.mark.parametrize("ask", [ask_once])
+def ask_async(command: list[str], n: int) -> Any:
+    async def main() -> Any:
+        async with await aconnect_daemon("test", start=command) as client:
+            return (await client.request({"n": n}))["result"]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("ask", [ask_once, ask_async])
 def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
     pid = ask(daemon.command, 1)
@@ -130,6 +140,21 @@ def test_waiting_for_a_draining_predecessor_counts_against_the_deadline(tmp_path
     running.join(PATIENCE)
     client.close()
     assert daemon.ran == [1, 2, 4]
+
+
+def test_the_loop_turns_while_a_daemon_starts(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, slow=0.5)
+
+    async def main() -> int:
+        turns = 0
+        connecting = asyncio.create_task(aconnect_daemon("test", start=daemon.command))
+        while not connecting.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        await connecting.result().close()
+        return turns
+
+    assert asyncio.run(main()) > 10
 
 
 def test_threads_that_find_no_daemon_start_one(tmp_path: Path) -> None:
