@@ -1,4 +1,4 @@
-"""One start of a daemon: its process, and what it or its log says of how that went."""
+"""A daemon's start command, and one start by it: its process, and what it or its log says of how that went."""
 
 from __future__ import annotations
 
@@ -6,23 +6,44 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import startup
 from ._descriptors import open_standard_streams
 from ._registry import files
 from ._registry.namespace import log_path
 from ._status import STATUS_TIMEOUT, probe, published_generation, sleep_until_retry
-from ._transport import deadline_after, remaining
-from .errors import AlreadyRunning, DaemonTimeout, StartFailed
+from ._transport import deadline_after
+from .errors import AlreadyRunning, StartFailed
 
 if TYPE_CHECKING:
-    from ._command import Command
-    from ._registry.namespace import Namespace
+    from collections.abc import Iterator, Mapping, Sequence
 
-# Seconds for a child that has said why it fails to print its traceback and end.
+    from ._registry.namespace import Namespace
+    from ._registry.records import Record
+
+# What is imported, perhaps from the current directory.
+_MODULE = re.compile(r"-m|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+# Options of CPython whose value is the next word (`python --help`).
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+# Exits with 3 if there is no such module.
+_FIND_MODULE = """
+import importlib.util, sys
+sys.path.insert(0, "")
+try:
+    found = importlib.util.find_spec(sys.argv[1])
+except ModuleNotFoundError:
+    found = None
+sys.exit(3 if found is None else 0)
+"""
+# Seconds for an interpreter to find a module, whose packages it has to import; and for a child that has said why it fails to
+# print its traceback and end.
+_FIND_PERIOD = 10.0
 _EXIT_PERIOD = 2.0
 # Bytes.
 _LOG_TAIL = 4096
@@ -32,8 +53,127 @@ _LOOK_INTERVAL = 0.05
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
+class Command(NamedTuple):
+    """How a daemon is started. `cwd` is None where that was removed; with `leaves_cwd` the daemon does not stay there."""
+
+    argv: list[str]
+    cwd: str | None
+    environment: Mapping[str, str]
+    leaves_cwd: bool
+
+    @classmethod
+    def make(
+        cls, argv: Sequence[str | os.PathLike[str]], cwd: str | os.PathLike[str] | None, environment: Mapping[str, str] | None
+    ) -> Command:
+        """Return the command of `ensure_daemon`'s arguments. Raises `TypeError` and `ValueError`, which say what to write."""
+        if isinstance(argv, (str, bytes, os.PathLike)):
+            raise TypeError(
+                f"argv must be a list of words, not {argv!r}: write [sys.executable, '-m', 'package'], or use shlex.split"
+            )
+        words = [os.fsdecode(word) for word in argv]
+        if not words:
+            raise ValueError("argv is empty: write a program and its arguments, as [sys.executable, '-m', 'package']")
+        added = {os.fsdecode(name): os.fsdecode(value) for name, value in (environment or {}).items()}
+        directory = None
+        with contextlib.suppress(OSError):
+            directory = os.path.abspath(os.getcwd() if cwd is None else cwd)
+        return cls(words, directory, added, cwd is None)
+
+    @classmethod
+    def of(cls, record: Record) -> Command:
+        """Return the command that started the daemon of `record`."""
+        fields = record.public()
+        return cls(fields["argv"], fields.get("cwd"), record.environment, bool(fields.get("leaves_cwd")))
+
+    def find_program(self, word: str) -> str | None:
+        """Return the path of the program `word`, or None if there is none that can be executed."""
+        if os.path.dirname(word):
+            word = os.path.join(self.cwd or "", word)
+        return shutil.which(word, path=self.environment.get("PATH", os.environ.get("PATH")))
+
+    def find_obstacle(self) -> str | None:
+        """Return why a daemon can't be started, as far as that can be told without running its program, or None."""
+        if self.cwd is not None and not (os.path.isdir(self.cwd) and os.access(self.cwd, os.X_OK)):
+            return f"its directory {self.cwd} is gone"
+        program = self.find_program(self.argv[0])
+        if program is None:
+            return f"its program {self.argv[0]!a} is gone or can't be executed"
+        interpreter = _interpreter(program)
+        if interpreter is not None and self.find_program(interpreter) is None:
+            return f"the interpreter {interpreter!a} of its program {program!a} is gone"
+        kind, target = _python_target(self.argv)
+        if kind == "script" and not os.path.exists(os.path.join(self.cwd or "", target)):
+            return f"its script {target!a} is gone"
+        if kind == "module" and not self._has_module(program, target):
+            return f"its module {target!a} is gone"
+        return None
+
+    def _has_module(self, python: str, module: str) -> bool:
+        environment = {**os.environ, **self.environment}
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # unknown: the start will tell
+            argv = [python, "-c", _FIND_MODULE, module]
+            return (
+                subprocess.run(argv, cwd=self.cwd, env=environment, capture_output=True, timeout=_FIND_PERIOD).returncode != 3
+            )
+        return True
+
+    def find_differences(self, wanted: Command) -> Iterator[str]:
+        """Yield how interpreter, command line, directory and added environment differ from those that are wanted."""
+        program, *words = self._absolute_words()
+        wanted_program, *wanted_words = wanted._absolute_words()
+        if program != wanted_program:
+            yield f"it was started by {program}, not by {wanted_program}"
+        if words != wanted_words:
+            yield f"its command line is {shlex.join(self.argv)}"
+        elif self.cwd != wanted.cwd and any(map(_MODULE.fullmatch, words)):
+            yield f"its directory is {self.cwd}, not {wanted.cwd}"
+        if names := {name for name, _ in self.environment.items() ^ wanted.environment.items()}:
+            yield f"it was started with other values of {', '.join(sorted(names))}"
+
+    def _absolute_words(self) -> list[str]:
+        """Return the words, of which those that name a file are absolute."""
+        program, *words = self.argv
+        if not os.path.dirname(program):
+            program = self.find_program(program) or program
+        paths = [os.path.normpath(os.path.join(self.cwd or "", word)) for word in (program, *words)]
+        return [path if os.path.isfile(path) else word for path, word in zip(paths, self.argv, strict=True)]
+
+
+def _interpreter(program: str) -> str | None:
+    """Return the interpreter that the first line of a script names. Windows has none."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError), open(program, "rb") as file:
+            line = file.readline(256)
+            if line.startswith(b"#!") and (words := os.fsdecode(line[2:]).split()):
+                return words[0]
+    return None
+
+
+def _python_target(argv: Sequence[str]) -> tuple[str, str]:
+    """Return the "script" or "module" that a Python interpreter is to run, and its name; two empty texts for all else."""
+    words = iter(argv[1:] if os.path.basename(argv[0]).lower().startswith("python") else ())
+    for word in words:
+        if word in _WITH_VALUE:
+            next(words, None)
+        elif word == "-m":
+            module = next(words, "")
+            apps = [word.partition(":")[0] for word in words if module == __package__ and _MODULE.fullmatch(word)]
+            return "module", apps[0] if apps else module
+        elif not word.startswith("-"):
+            return "script", word
+        elif word == "-" or (not word.startswith("--") and set(word) & {"c", "m"}):
+            break
+    return "", ""
+
+
 class StartTimeout(Exception):
     """The deadline of a start has passed."""
+
+
+def wait_until_retry(deadline: float) -> None:
+    """Wait a moment for what nothing announces. Raises `StartTimeout`."""
+    if not sleep_until_retry(deadline):
+        raise StartTimeout
 
 
 def start(name: str, command: Command, deadline: float, namespace: Namespace) -> bool:
@@ -49,7 +189,7 @@ def start(name: str, command: Command, deadline: float, namespace: Namespace) ->
         if state == "published" or message.get("type") == AlreadyRunning.__name__:
             return state == "published"
         if state == "refused":
-            raise _not_executable(command.argv[0], command.cwd, OSError(message["errno"], os.strerror(message["errno"])))
+            raise _not_executable(command, OSError(message["errno"], os.strerror(message["errno"])))
         if state == "ended":
             raise _start_failed(name, f"it {_ending(message['status'])} before it was ready", log, offset, quote=True)
         if state == "failed":
@@ -72,26 +212,19 @@ def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Ch
     open_standard_streams()
     descriptor = files.open_private_log(log)
     try:
-        banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(command.argv))[1:-1]}\n"
         offset = os.fstat(descriptor).st_size
         try:
+            banner = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {ascii(shlex.join(command.argv))[1:-1]}\n"
             os.write(descriptor, banner.encode())
         except OSError as error:
             raise files.log_failure(log, "written", error) from error
-        told = {
-            "runtime_dir": namespace.runtime_dir,
-            "log_dir": namespace.log_dir,
-            "argv": command.argv,
-            "cwd": command.cwd,
-            "leaves_cwd": command.leaves_cwd,
-            "env": sorted(command.environment),
-        }
+        start = {"runtime_dir": namespace.runtime_dir, "log_dir": namespace.log_dir, **command._asdict()}
+        start["environment"] = sorted(command.environment)
         try:
             environment = {**os.environ, **command.environment}
-            child = startup.Child(command.argv, start=told, environment=environment, cwd=command.cwd, log=descriptor)
+            return startup.Child(command.argv, start=start, environment=environment, cwd=command.cwd, log=descriptor), offset
         except (OSError, ValueError) as error:
-            raise _not_executable(command.argv[0], command.cwd, error) from error
-        return child, offset
+            raise _not_executable(command, error) from error
     finally:
         os.close(descriptor)
 
@@ -103,7 +236,7 @@ def _next_message(name: str, child: startup.Child, deadline: float, namespace: N
     """
     while True:
         ended = child.process.poll() is not None
-        if (message := child.next_message(min(_LOOK_INTERVAL, remaining(deadline)))) is not None:
+        if (message := child.next_message(min(_LOOK_INTERVAL, deadline - time.monotonic()))) is not None:
             return message
         # A program that closed what it inherited, or whose wrapper did.
         if published_generation(name, namespace) and probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
@@ -111,8 +244,7 @@ def _next_message(name: str, child: startup.Child, deadline: float, namespace: N
         # One that made itself a daemon has ended well, and has left the process that will be it.
         if ended and not (child.process.returncode == 0 and child.has_descendants()):
             return {"state": "ended", "status": child.process.returncode}
-        if not sleep_until_retry(deadline):
-            raise StartTimeout
+        wait_until_retry(deadline)
 
 
 def _wait_for_exit(child: startup.Child) -> None:
@@ -131,9 +263,9 @@ def _ending(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
-def _not_executable(program: str, cwd: str | None, error: Exception) -> StartFailed:
+def _not_executable(command: Command, error: Exception) -> StartFailed:
     text = error.strerror if isinstance(error, OSError) else error
-    return StartFailed(f"{program!a} can't be started: {text}; check the command and the directory {cwd}")
+    return StartFailed(f"{command.argv[0]!a} can't be started: {text}; check the command and the directory {command.cwd}")
 
 
 def _start_failed(
@@ -152,14 +284,3 @@ def _start_failed(
         why = f"{why} ({ascii(reason)[1:-1]})"
     text = f"the daemon {name!r} did not start: {' '.join(why.split())}; see its log {log}"
     return StartFailed(text, log_tail=tail, type=type, reason=reason)
-
-
-def still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
-    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
-    doing = "another process is starting it, or its predecessor has not ended"
-    if status.state == "starting" and status.since is not None:
-        doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
-    return DaemonTimeout(
-        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
-        f"log {log_path(name, namespace=namespace)}"
-    )

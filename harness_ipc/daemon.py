@@ -160,7 +160,7 @@ def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator
     with startup.reporting() as report:
         namespace = namespace or Namespace(**report.places)
         start = {key: report.start.get(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
-        start["environment"] = {key: os.environ[key] for key in report.start.get("env", ()) if key in os.environ}
+        start["environment"] = {key: os.environ[key] for key in report.start.get("environment", ()) if key in os.environ}
         registration = acquire_name(name, namespace=namespace, **start)
         try:
             with logging_to(name, str(log_path(name, namespace=namespace))) as log:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from . import client
-from ._command import Command, find_differences, find_obstacle
 from ._registry import files, lifetime, processes, records
-from ._registry.namespace import Namespace
-from ._start import StartTimeout, start, still_starting
-from ._status import POLL_INTERVAL, STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
+from ._registry.locks import NameLock
+from ._registry.namespace import Namespace, log_path
+from ._start import Command, StartTimeout, start, wait_until_retry
+from ._status import STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from ._transport import deadline_after, remaining
 from .errors import (
     AuthenticationFailed,
@@ -30,10 +30,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Literal
-
-    import psutil
 
 # Seconds for a start: an app may load a model or wait for a browser.
 START_TIMEOUT = 60.0
@@ -81,43 +79,56 @@ def _ensure(
     name: str, command: Command, timeout: float, version: str | None, on_mismatch: str, namespace: Namespace
 ) -> DaemonStatus:
     deadline = deadline_after(timeout)
-    files.tighten_dir(namespace.runtime_dir)
-    if (status := _usable(name, command, version, on_mismatch, deadline, namespace)) is not None:
-        return _with_differences(status, command, namespace)
-    import filelock
-
     directory = namespace.runtime_dir
-    files.create_private_dir(directory)
-    # Held by the one process that starts; it is no daemon's lock, so `mode` and place are all that it shares with that.
-    lock = filelock.FileLock(os.path.join(directory, f"{name}.start"), mode=0o600, thread_local=False)
+    files.tighten_dir(directory)
+    if (status := _find_usable(name, command, version, on_mismatch, deadline, namespace)) is not None:
+        return _with_differences(status, command, namespace)
     try:
-        lock.acquire(timeout=remaining(deadline), poll_interval=POLL_INTERVAL)
-    except filelock.Timeout:
-        raise still_starting(name, timeout, namespace) from None
-    except OSError as error:
-        raise StartFailed(
-            f"the lock {lock.lock_file} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you "
-            "can write"
-        ) from error
-    try:
-        tries, is_ours = _TRIES, False
-        while (status := _usable(name, command, version, on_mismatch, deadline, namespace)) is None:
-            # A process that has the name is starting, or still draining.
-            if lifetime.cleanup_endpoint(name, namespace=namespace):
-                is_ours = start(name, command, deadline, namespace)
-                tries -= not is_ours
-                if not tries:
+        with _lock_start(name, deadline, directory):
+            tries, is_ours = _TRIES, False
+            while (status := _find_usable(name, command, version, on_mismatch, deadline, namespace)) is None:
+                # A process that has the name is starting, or still draining.
+                if not lifetime.cleanup_endpoint(name, namespace=namespace):
+                    wait_until_retry(deadline)
+                elif not (is_ours := start(name, command, deadline, namespace)) and not (tries := tries - 1):
                     raise StartFailed(
                         f"{name!r} is not running in {directory}, but its command line says that it is, somewhere: its program "
                         "must call run_daemon without `namespace`, or with the same one"
                     )
-            elif not sleep_until_retry(deadline):
-                raise still_starting(name, timeout, namespace)
-        return status if is_ours else _with_differences(status, command, namespace)
     except StartTimeout:
-        raise still_starting(name, timeout, namespace) from None
+        raise _still_starting(name, timeout, namespace) from None
+    return status if is_ours else _with_differences(status, command, namespace)
+
+
+@contextlib.contextmanager
+def _lock_start(name: str, deadline: float, directory: str) -> Iterator[None]:
+    """Be the one process that starts `name`. Raises `StartTimeout`, `StartFailed` and `UnsafeDirectory`."""
+    files.create_private_dir(directory)
+    lock = NameLock(path := os.path.join(directory, f"{name}.start"))
+    try:
+        while not lock.try_acquire():
+            wait_until_retry(deadline)
+    except OSError as error:
+        if isinstance(error, HarnessIPCError):
+            raise
+        raise StartFailed(
+            f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you can write"
+        ) from error
+    try:
+        yield
     finally:
         lock.release()
+
+
+def _still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
+    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
+    doing = "another process is starting it, or its predecessor has not ended"
+    if status.state == "starting" and status.since is not None:
+        doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
+    return DaemonTimeout(
+        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
+        f"log {log_path(name, namespace=namespace)}"
+    )
 
 
 def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespace | None = None) -> bool:
@@ -130,36 +141,31 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     it is not ours, `IncompatibleDaemon`, `UnsafeDirectory` or `InvalidName`.
     """
     namespace = namespace or Namespace()
-    record: records.Record | None = None
-    process, asked = None, False
-    with contextlib.suppress(DaemonNotRunning):
+    try:
         record = records.read(name, again=True, namespace=namespace)
+    except DaemonNotRunning:
+        record = None
+    known = record is not None and processes.is_same_process(record.public())
+    asked = False
     if record is not None:
-        process = processes.find_process(record.public())
         # Also if its process is not found: the key proves that the daemon is the record's.
-        draining = record.state == records.DRAINING and process is not None
-        asked = draining or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
-    if process is not None:
-        _end(name, process, timeout if asked else 0.0)
-    unknown = record is not None and process is None
-    seconds = max(timeout, STATUS_TIMEOUT) if unknown else timeout + _KILL_PERIOD
+        asked = (known and record.state == records.DRAINING) or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
+        if known:
+            _end(record, timeout if asked else 0.0)
+    seconds = timeout + _KILL_PERIOD if known or record is None else max(timeout, STATUS_TIMEOUT)
     deadline = deadline_after(seconds)
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
         if record is None and found is not None:
             # Its record had been removed, and it has made it again.
             return stop_daemon(name, timeout=timeout, namespace=namespace)
-        if record is not None and found is not None and found != record.generation:
+        if record is not None and found not in (None, record.generation):
             break
         if not sleep_until_retry(deadline):
-            why = _why_not_signalled(record)
+            why = "no record says which process has its lock" if record is None else processes.why_unknown(record.public())
+            why = f"{why}; nothing was signalled" if why else "another process than the record's has its lock"
             raise DaemonTimeout(f"timed out after {seconds:g} s waiting for the daemon {name!r} to stop: {why}")
-    return asked or process is not None
-
-
-def _why_not_signalled(record: records.Record | None) -> str:
-    why = "no record says which process has its lock" if record is None else processes.why_unknown(record.public())
-    return f"{why}; nothing was signalled" if why else "another process than the record's has its lock"
+    return asked or known
 
 
 def restart_daemon(
@@ -171,7 +177,7 @@ def restart_daemon(
 ) -> DaemonStatus:
     """Stop the daemon `name` and start it again with the command line, the directory and the added environment of its record.
 
-    It is not stopped if its program, interpreter or directory is gone. If it can't be started again, its record stays, and this
+    It is not stopped if its program, script, module, interpreter or directory is gone. If it can't be started again, its record stays, and this
     can be called again.
 
     Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
@@ -190,7 +196,7 @@ def restart_daemon(
         raise
 
 
-def _usable(
+def _find_usable(
     name: str, command: Command, version: str | None, on_mismatch: str, deadline: float, namespace: Namespace
 ) -> DaemonStatus | None:
     """Return the state of a daemon that is there and may be used, or None if one has to be started."""
@@ -211,7 +217,7 @@ def _usable(
 
 
 def _check_can_start(name: str, command: Command) -> None:
-    if obstacle := find_obstacle(command):
+    if obstacle := command.find_obstacle():
         raise StartFailed(
             f"the daemon {name!r} was not stopped, since it can't be started again: {obstacle}; put it back, or stop it "
             "and start it in another way"
@@ -223,7 +229,7 @@ def _with_differences(status: DaemonStatus, command: Command, namespace: Namespa
     texts = [] if status.problem is None else [status.problem]
     with contextlib.suppress(HarnessIPCError):
         found = Command.of(records.read(status.name, namespace=namespace))
-        if differences := "; ".join(find_differences(found, command)):
+        if differences := "; ".join(found.find_differences(command)):
             texts.append(f"the daemon that runs is not the one that was asked for: {differences}; stop it to start that")
     return replace(status, problem="; ".join(texts) or None)
 
@@ -243,36 +249,27 @@ def _ask_to_stop(record: records.Record, timeout: float, namespace: Namespace) -
         return False
 
 
-def _end(name: str, process: psutil.Process, timeout: float) -> None:
+def _end(record: records.Record, timeout: float) -> None:
     import psutil
 
-    for send_signal, period in ((None, timeout), (process.terminate, _TERMINATE_PERIOD), (process.kill, _KILL_PERIOD)):
+    identity = record.public()
+    for end, period in ((None, timeout), (psutil.Process.terminate, _TERMINATE_PERIOD), (psutil.Process.kill, _KILL_PERIOD)):
+        process = processes.find_process(identity)
         try:
-            if send_signal is not None:
-                send_signal()
+            if end is not None and process is not None:
+                end(process)
         except psutil.NoSuchProcess:
             return
         except psutil.AccessDenied as error:
-            raise AuthenticationFailed(f"the daemon {name!r}, pid {process.pid}, is not yours to stop") from error
-        if _has_ended(process, period):
+            raise AuthenticationFailed(f"the daemon {record.name!r}, pid {record.pid}, is not yours to stop") from error
+        deadline = deadline_after(period)
+        # Not for a zombie: it only waits for its parent to collect it.
+        while processes.is_same_process(identity):
+            if not sleep_until_retry(deadline):
+                break
+        else:
             return
     raise DaemonTimeout(
-        f"timed out after {_KILL_PERIOD:g} s waiting for pid {process.pid} of the daemon {name!r} to end: it was killed, and "
-        "the system holds it"
+        f"timed out after {_KILL_PERIOD:g} s waiting for pid {record.pid} of the daemon {record.name!r} to end: it was killed, "
+        "and the system holds it"
     )
-
-
-def _has_ended(process: psutil.Process, period: float) -> bool:
-    import psutil
-
-    deadline = time.monotonic() + period
-    while True:
-        try:
-            # A zombie has ended: it only waits for its parent to hear of it.
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(POLL_INTERVAL)

@@ -197,8 +197,8 @@ class Child:
 class ReadyPipe:
     """The child's end. Writes nothing where nobody listens. `start` is what the starter said, or empty.
 
-    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon, and "leaves_cwd"; "env", the names of the
-    variables that the starter added; and "detached".
+    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon, and "leaves_cwd"; "environment", the names
+    of the variables that the starter added; and "detached".
     """
 
     def __init__(self, text: str) -> None:

@@ -107,6 +107,14 @@ def test_a_daemon_can_be_stopped_while_it_starts(base: Path, blocking: bool) -> 
     assert_one_daemon()
 
 
+def test_a_start_imports_neither_filelock_nor_asyncio(base: Path) -> None:
+    code = f"import sys\n{CALLER}\nprint(*{{'asyncio', 'filelock'}} & set(sys.modules))"
+    with spawn_python("-c", code, json.dumps(command())) as starter:
+        assert starter.read_line() == str(identify("test"))
+        assert starter.read_line() == ""
+    assert_one_daemon()
+
+
 FAILURES = {
     "fails in start": (command(then="async def fail(self): raise LookupError('no model')\nApp.start = fail"), "no model"),
     "syntax error": ([sys.executable, "-c", "def ("], "SyntaxError"),

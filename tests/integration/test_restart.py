@@ -52,6 +52,21 @@ def test_a_restart_stops_nothing_if_the_script_is_gone(base: Path) -> None:
     assert_one_daemon()
 
 
+@pytest.mark.parametrize("kind", ["module", "app"])
+def test_a_restart_stops_nothing_if_the_module_is_gone(kind: str, base: Path) -> None:
+    (base / "package").mkdir()
+    program = f"{PROGRAM}app = App()\nif __name__ == '__main__': run_daemon(app, name)\n".replace("sys.argv[1]", "'test'")
+    (base / "package" / "service.py").write_text(program)
+    words = {"module": ["package.service"], "app": ["harness_ipc", "serve", "package.service:app", "--name=test"]}[kind]
+    status = ensure_daemon("test", [sys.executable, "-m", *words], cwd=str(base))
+    for name in ("package/service.py", "package"):
+        (base / name).rename(base / "moved")
+        assert_refused(status, r"module 'package\.service' is gone")
+        (base / "moved").rename(base / name)
+    assert restart_daemon("test").pid != status.pid
+    assert_one_daemon()
+
+
 @needs_posix
 def test_a_restart_stops_nothing_if_the_interpreter_is_gone(base: Path) -> None:
     interpreter, program = base / "python-of-ours", base / "program"
