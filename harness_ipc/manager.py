@@ -177,8 +177,8 @@ def restart_daemon(
 ) -> DaemonStatus:
     """Stop the daemon `name` and start it again with the command line, the directory and the added environment of its record.
 
-    It is not stopped if its program, script, module, interpreter or directory is gone. If it can't be started again, its record stays, and this
-    can be called again.
+    It is not stopped if its program, script, module, interpreter or directory is gone. If it can't be started again, its record
+    stays, and this can be called again.
 
     Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
     """
