@@ -62,8 +62,12 @@ def _describe(message: Message) -> str:
     return f"answer {operation[:50]!a}"
 
 
-class _Goodbye(Exception):
-    """What was sent to this generation has not run and will not run."""
+class _NotRun(Exception):
+    """What was sent to this generation has not run and will not run: it has said goodbye, or `failure` says what happened."""
+
+    def __init__(self, failure: HarnessIPCError | None = None) -> None:
+        super().__init__()
+        self.failure = failure
 
 
 class Exchange:
@@ -87,7 +91,7 @@ class Exchange:
         self._state = pool.own_state()
         self._link: Link | None = None
         self._cancelled = False
-        # Whether the request is on its way on `_link`, and the generations that have said that theirs did not run.
+        # Whether the request is on its way on `_link`, and the generations that did not run theirs.
         self._sent = False
         self._left: set[str] = set()
         # What the daemon is to do, for the text of a timeout; and what it is waited for now, if that is not said otherwise.
@@ -163,18 +167,20 @@ class Exchange:
             raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
 
     async def _ask_until_answered(self) -> Message:
-        """Send the request to one generation after another, for as long as they say goodbye, and return the first reply."""
+        """Send the request to one generation after another, for as long as it does not run, and return the first reply."""
+        failure: HarnessIPCError | None = None
         while True:
             self._check()
             link = None if self._frame is None else self._pool.take_idle(self._state, self._left)
             if link is None:
-                link = await self._open()
+                link = await self._open(failure)
             else:
                 self._hold(link)
                 self._io.check(link.record)
             try:
                 return await self._ask(link)
-            except _Goodbye:
+            except _NotRun as error:
+                failure = error.failure
                 self._left.add(link.record.generation)
                 self._sent = False
                 self.close()
@@ -185,10 +191,11 @@ class Exchange:
             self._state.open.add(link)
             self._check()
 
-    async def _open(self) -> Link:
-        """Connect to a generation that has not said goodbye: the one of the record, its successor, or one that is started.
+    async def _open(self, reason: HarnessIPCError | None) -> Link:
+        """Connect to a generation that was not asked: the one of the record, its successor, or one that is started.
 
-        The daemon has proved itself then. Before that nothing that fails has run.
+        The daemon has proved itself then. Before that nothing that fails has run. `reason` is why the last one that was asked
+        did not run the request, unless it has said goodbye.
         """
         pool = self._pool
         again, starts, failed = bool(self._left), 0, None
@@ -199,7 +206,7 @@ class Exchange:
                 if failure is not None and record.generation == failed:
                     raise failure
                 if record.generation in self._left:
-                    raise DaemonNotRunning(f"the daemon {pool.name!r} is stopping: start it again")
+                    raise reason or DaemonNotRunning(f"the daemon {pool.name!r} is stopping: start it again")
             except (DaemonNotRunning, ConnectionLost):
                 if pool.start is None or starts == _MAX_STARTS:
                     raise
@@ -261,11 +268,14 @@ class Exchange:
         try:
             await self._io.send(connection, protocol.data_to_send())
         except ConnectionLost as error:
-            # The daemon may have said why before it closed the connection.
+            # The daemon may have said goodbye before it closed the connection.
             try:
                 return await self._receive(link)
             except ConnectionLost:
-                raise error from None
+                self._check()
+                if self._may_have_run():
+                    raise error from None
+                raise _NotRun(error) from None
         return await self._receive(link)
 
     async def _receive(self, link: Link) -> Message:
@@ -280,7 +290,7 @@ class Exchange:
         if event == GOODBYE:
             if had_item:
                 raise ConnectionLost("the daemon stopped in the middle of a stream")
-            raise _Goodbye
+            raise _NotRun
         assert isinstance(event, dict)
         return event
 

@@ -117,6 +117,12 @@ def leave_without_reading(served: Served, succeed: Callable[[], None]) -> None:
     served.say_goodbye()
 
 
+def die_in_the_middle_of_the_request(served: Served, succeed: Callable[[], None]) -> None:
+    served.prove()
+    assert served.connection.poll(PATIENCE)
+    succeed()
+
+
 @ASKING
 @pytest.mark.parametrize(
     ("script", "message"),
@@ -127,6 +133,8 @@ def leave_without_reading(served: Served, succeed: Callable[[], None]) -> None:
         (leave_without_reading, MESSAGE),
         # The client is in the middle of sending it: what it reads then is the goodbye, not the broken connection.
         pytest.param(leave_without_reading, LARGE, marks=needs_posix),
+        # Its last byte was never taken.
+        pytest.param(die_in_the_middle_of_the_request, LARGE, marks=needs_posix),
     ],
 )
 def test_a_request_that_did_not_run_is_asked_of_the_successor(
