@@ -21,6 +21,7 @@ from .errors import (
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
+    ExpectedMore,
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
@@ -37,31 +38,33 @@ if TYPE_CHECKING:
     from ._aclient import AsyncClient, aconnect_daemon
     from ._registry.lifetime import cleanup_endpoint
     from ._registry.processes import is_same_process, process_identity
+    from ._server.requests import CurrentRequest, current_request, report
+    from ._server.server import DaemonServer, start_daemon_server
     from ._status import DaemonStatus, daemon_alive, daemon_status, list_daemons
-    from .bridge import current_peer
     from .daemon import App, run_daemon
     from .manager import ensure_daemon, restart_daemon, stop_daemon
-    from .server import DaemonServer, start_daemon_server
     from .startup import spawn_kwargs
 
 _LOADED_WHEN_NAMED = {
     "App": "daemon",
     "AsyncClient": "_aclient",
-    "DaemonServer": "server",
+    "CurrentRequest": "_server.requests",
+    "DaemonServer": "_server.server",
     "DaemonStatus": "_status",
     "aconnect_daemon": "_aclient",
     "cleanup_endpoint": "_registry.lifetime",
-    "current_peer": "bridge",
+    "current_request": "_server.requests",
     "daemon_alive": "_status",
     "daemon_status": "_status",
     "ensure_daemon": "manager",
     "is_same_process": "_registry.processes",
     "list_daemons": "_status",
     "process_identity": "_registry.processes",
+    "report": "_server.requests",
     "restart_daemon": "manager",
     "run_daemon": "daemon",
     "spawn_kwargs": "startup",
-    "start_daemon_server": "server",
+    "start_daemon_server": "_server.server",
     "stop_daemon": "manager",
 }
 
@@ -74,10 +77,12 @@ __all__ = [
     "Client",
     "ClientClosed",
     "ConnectionLost",
+    "CurrentRequest",
     "DaemonNotRunning",
     "DaemonServer",
     "DaemonStatus",
     "DaemonTimeout",
+    "ExpectedMore",
     "HarnessIPCError",
     "IncompatibleDaemon",
     "InvalidName",
@@ -95,7 +100,7 @@ __all__ = [
     "cleanup_endpoint",
     "connect_daemon",
     "create_private_dir",
-    "current_peer",
+    "current_request",
     "daemon_alive",
     "daemon_status",
     "ensure_daemon",
@@ -106,6 +111,7 @@ __all__ = [
     "log_path",
     "ping",
     "process_identity",
+    "report",
     "request",
     "restart_daemon",
     "run_daemon",

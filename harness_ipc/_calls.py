@@ -6,7 +6,7 @@ import time
 from math import inf
 
 from ._transport import deadline_after
-from .errors import ProtocolError, RemoteError
+from .errors import ExpectedMore, ProtocolError, RemoteError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ def _remote_error(error: Any) -> RemoteError:
     if not isinstance(error, dict):
         return RemoteError(str(error))
     text, kind = str(error.get("message", error)), str(error.get("type", ""))
-    return RemoteError(text, type=kind, maybe_executed=error.get("executed") is not False)
+    if error.get("executed") is not False:
+        return RemoteError(text, type=kind)
+    # Only the channel says that a request did not run, so such an error is of its own types.
+    known = ExpectedMore if kind == ExpectedMore.__name__ else RemoteError
+    return known(text, type=kind, maybe_executed=False)
 
 
 class Items:

@@ -18,17 +18,17 @@ from ._descriptors import close_in_child, open_standard_streams, raise_descripto
 from ._logging import BoundedLog, logging_to
 from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
+from ._server.server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
 from ._transport import deadline_after
 from .errors import HarnessIPCError, StartFailed
-from .server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
     from ._protocol.messages import Message
     from ._registry.lifetime import Registration
-    from .bridge import Handler
-    from .server import DaemonServer
+    from ._server.requests import Handler
+    from ._server.server import DaemonServer
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +87,14 @@ def run_daemon(
     if idle_timeout is not None:
         deadline_after(idle_timeout)
 
-    async def handle(message: Message) -> Message:
-        try:
-            return await application.handle(message)
-        finally:
-            # At once: the handler or its children may have printed much.
-            if daemon.log.is_too_long():
-                daemon.log.limit_size()
+    def limit_log() -> None:
+        # At once: the handler or its children may have printed much.
+        if daemon.log.is_too_long():
+            daemon.log.limit_size()
 
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
-            handle if daemon.log.takes_prints() else application.handle,
+            application.handle,
             name,
             app_version=app_version,
             max_connections=max_connections,
@@ -107,6 +104,7 @@ def run_daemon(
             cancel_on_disconnect=cancel_on_disconnect,
             health=application.health,
             on_shutdown=stop.set,
+            after_request=limit_log if daemon.log.takes_prints() else None,
             registration=daemon.registration,
             namespace=daemon.namespace,
         )

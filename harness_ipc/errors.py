@@ -16,6 +16,7 @@ HarnessIPCError
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
 ├── ProtocolError          ValueError              something that is not a message: not JSON, not an object
 └── RemoteError            RuntimeError            the daemon's own handler answered with an error
+    └── ExpectedMore       TypeError               a stream that was called as if it had one reply
 
 All of them survive pickling and copying with their attributes.
 """
@@ -129,3 +130,9 @@ class RemoteError(HarnessIPCError, RuntimeError):
     def __init__(self, message: str, *, type: str = "", maybe_executed: bool | None = None) -> None:
         super().__init__(message, maybe_executed=maybe_executed)
         self.type = type
+
+
+class ExpectedMore(RemoteError, TypeError):
+    """The method answers with a stream and was called without `stream`. It did not run."""
+
+    maybe_executed = False

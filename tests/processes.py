@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from harness_ipc import auth, current_peer, run_daemon, runtime_dir, transport
+from harness_ipc import auth, current_request, run_daemon, runtime_dir, transport
 from harness_ipc._registry import records
 
 # Far above what a start or an end takes on a loaded machine.
@@ -98,7 +98,7 @@ class App:
             case "return":
                 return {"set": {"result": {1, 2}}, "nan": {"result": float("nan")}, "list": [1]}[params["what"]]  # type: ignore[return-value]
             case "peer":
-                peer = current_peer.get()
+                peer = current_request().peer
                 return {"result": None if peer is None else list(peer)}
             case _:
                 return {"raw": message}

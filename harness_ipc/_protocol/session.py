@@ -1,6 +1,6 @@
 """A connection's two sides as tables of states: frames in, events and frames out. No I/O, no clock, no thread.
 
-    ServerProtocol   HELLO -> ANSWERED -> IDLE -> ACTIVE -> IDLE ...;  ACTIVE -> CANCELLING -> IDLE
+    ServerProtocol   HELLO -> ANSWERED -> IDLE -> ACTIVE [-> CANCELLING] -> REPLYING -> IDLE ...
     ClientProtocol   HELLO -> ANSWERED -> IDLE -> AWAITING [-> STREAMING] -> IDLE ...;  ANSWERED -> PROVING -> AWAITING
 
 A side that ends a connection in order passes through LEAVING: it has something to send first. GONE: the daemon said goodbye.
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from .framing import Framing
     from .messages import Message
 
-HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, LEAVING, CLOSED = (
-    "HELLO", "ANSWERED", "IDLE", "ACTIVE", "CANCELLING", "LEAVING", "CLOSED",
-)  # fmt: skip
+HELLO, ANSWERED, IDLE, LEAVING, CLOSED = "HELLO", "ANSWERED", "IDLE", "LEAVING", "CLOSED"
+ACTIVE, CANCELLING, REPLYING = "ACTIVE", "CANCELLING", "REPLYING"
 PROVING, AWAITING, STREAMING, GONE = "PROVING", "AWAITING", "STREAMING", "GONE"
 
 # Events that are no message.
@@ -37,15 +36,18 @@ _SERVER_STATES = {
     (ANSWERED, "proof"): IDLE,
     (IDLE, "request"): ACTIVE,
     (ACTIVE, "cancel"): CANCELLING,
-    (ACTIVE, "reply taken"): IDLE,
-    (CANCELLING, "reply taken"): IDLE,
+    (ACTIVE, "reply"): REPLYING,
+    (CANCELLING, "reply"): REPLYING,
+    (REPLYING, "reply taken"): IDLE,
     # No request can have been sent before our answer: no goodbye is needed.
     (HELLO, "leave"): CLOSED,
     (ANSWERED, "leave"): LEAVING,
     (IDLE, "leave"): LEAVING,
     (LEAVING, "leave"): LEAVING,
+    # A request that came too late: it has not been started.
+    (ACTIVE, "leave"): LEAVING,
     (IDLE, "fail"): LEAVING,
-    **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, LEAVING, CLOSED)},
+    **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, REPLYING, LEAVING, CLOSED)},
 }
 
 _CLIENT_STATES = {
@@ -80,13 +82,19 @@ class ServerProtocol:
         self._output: list[bytes] = []
 
     def receive_data(self, data: bytes) -> None:
-        """Add what arrived: any bytes of a stream, or one message of a pipe."""
-        self._frames.feed(data)
+        """Add what arrived: any bytes of a stream, or one message of a pipe. What comes after a goodbye is dropped."""
+        if self.state not in (LEAVING, CLOSED):
+            self._frames.feed(data)
 
     @property
     def buffered(self) -> int:
         """Bytes that arrived and are not yet part of an event."""
         return self._frames.buffered
+
+    @property
+    def max_frame(self) -> int:
+        """Bytes that the next frame may have."""
+        return MAX_FRAME if self.state in (HELLO, ANSWERED) else self._max_message
 
     def next_event(self) -> str | Message | ProtocolError | None:
         """Return the next event, or None: more has to arrive, or the request in flight has to be answered first.
@@ -111,9 +119,7 @@ class ServerProtocol:
         try:
             frame = self._frames.next_frame(self._max_message)
         except (MessageTooLarge, ProtocolError) as error:
-            self._move("fail")
-            self._frames.clear()
-            self._output.append(messages.encode(messages.not_executed(error)))
+            self.fail(error)
             raise
         if frame is None:
             return None
@@ -144,6 +150,7 @@ class ServerProtocol:
 
     def send_reply(self, frame: bytes) -> None:
         """Send the final reply to the request in flight. Call `reply_taken` when the system has taken all of it."""
+        self._move("reply")
         self._output.append(frame)
 
     def reply_taken(self) -> None:
@@ -154,10 +161,16 @@ class ServerProtocol:
         """The request in flight was cancelled; it is still answered."""
         self._move("cancel")
 
-    def leave(self) -> None:
-        """End the connection without a request in flight: by a goodbye, in place of the verdict if that has not been sent.
+    def fail(self, error: Exception) -> None:
+        """End the connection, between two requests, by telling the client why its next one can't be read."""
+        self._move("fail")
+        self._frames.clear()
+        self._output.append(messages.encode(messages.not_executed(error)))
 
-        What has arrived is dropped: it has not run.
+    def leave(self) -> None:
+        """End the connection by a goodbye, in place of the verdict if that has not been sent.
+
+        What has arrived is dropped: it has not run, and no request of it may have been started.
         """
         self._move("leave")
         self._frames.clear()

@@ -1,4 +1,4 @@
-"""What the tests of the manager share."""
+"""What integration tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import harness_ipc._server.server
 from tests.managed import end_daemons
+from tests.marks import needs_posix
 
 
 @pytest.fixture
@@ -15,3 +17,10 @@ def base(private_directories: Path) -> Iterator[Path]:
     """Give the directory above the runtime directory, and end the test's daemons."""
     yield private_directories
     end_daemons(private_directories)
+
+
+@pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "pump"])
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serve with each of the two drivers of connections: on Windows there is only the pump."""
+    monkeypatch.setattr(harness_ipc._server.server, "USE_PUMP", request.param == "pump")
+    return str(request.param)

@@ -1,4 +1,4 @@
-"""Both ways in which a kept connection is served, by its thread and by the loop: whatever comes, the answers are the same."""
+"""Both drivers of a kept connection, the loop and the pump: the answers are the same."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ MIB = 2**20
 NEVER = 3600.0
 
 
-@pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "threads"], autouse=True)
-def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two is used: on Windows only threads can be."""
-    if request.param == "threads":
-        monkeypatch.setattr(transport.Connection, "LOOP_CAN_WATCH", False)
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 class Handler:
@@ -79,17 +74,12 @@ def frame_of(**message: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def kept_connection(server: DaemonServer, adapter: str) -> Iterator[transport.Connection]:
+def kept_connection(server: DaemonServer) -> Iterator[transport.Connection]:
     """A connection that has been used enough to be left to the loop, if that is how it is served."""
     with dial_daemon("test") as connection:
         for n in range(3):
             assert exchange(connection, frame_of(n=n)) == {"result": {"n": n}}
-        wait_until(lambda: is_watched(server) == (adapter == "loop"))
         yield connection
-
-
-def is_watched(server: DaemonServer) -> bool:
-    return any(session.watched for session in server._sessions)
 
 
 FRAMES: dict[str, tuple[bytes, Callable[[dict[str, Any]], bool]]] = {
@@ -107,11 +97,11 @@ FRAMES: dict[str, tuple[bytes, Callable[[dict[str, Any]], bool]]] = {
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str, adapter: str) -> None:
+def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str) -> None:
     frame, is_right = FRAMES[kind]
 
     def converse(server: DaemonServer) -> None:
-        with kept_connection(server, adapter) as connection:
+        with kept_connection(server) as connection:
             for n in range(3):
                 assert is_right(exchange(connection, frame))
                 assert exchange(connection, frame_of(n=n)) == {"result": {"n": n}}
@@ -123,9 +113,9 @@ def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str, 
 
 
 @needs_posix
-def test_a_request_in_two_pieces_is_answered_and_keeps_nobody_waiting(adapter: str) -> None:
+def test_a_request_in_two_pieces_is_answered_and_keeps_nobody_waiting() -> None:
     def converse(server: DaemonServer) -> None:
-        with kept_connection(server, adapter) as connection:
+        with kept_connection(server) as connection:
             body = frame_of(n=777)
             frame = struct.pack("!i", len(body)) + body
             for cut in (1, 3, 4, 5, len(frame) - 1):
@@ -141,10 +131,13 @@ def test_a_request_in_two_pieces_is_answered_and_keeps_nobody_waiting(adapter: s
     run(talk)
 
 
-def test_a_request_above_the_limit_ends_that_connection_only(adapter: str) -> None:
+def test_a_request_above_the_limit_ends_that_connection_only() -> None:
     def converse(server: DaemonServer) -> None:
-        with kept_connection(server, adapter) as connection, pytest.raises(ConnectionLost):
-            exchange(connection, frame_of(text="x" * 1000))
+        with kept_connection(server) as connection:
+            reply = exchange(connection, frame_of(text="x" * 1000))
+            assert (reply["error"]["type"], reply["error"]["executed"]) == ("MessageTooLarge", False)
+            with pytest.raises(ConnectionLost):
+                reply_from(connection)
 
     async def talk(server: DaemonServer, handler: Handler) -> None:
         await asyncio.to_thread(converse, server)
@@ -152,7 +145,7 @@ def test_a_request_above_the_limit_ends_that_connection_only(adapter: str) -> No
     run(talk, max_message=500)
 
 
-def test_requests_sent_ahead_are_answered_in_order(adapter: str) -> None:
+def test_requests_sent_ahead_are_answered_in_order() -> None:
     async def talk(server: DaemonServer, handler: Handler) -> None:
         def send_all() -> list[Any]:
             for message in ({"n": 10, "wait": 1}, {"n": 11}, {"n": 12}):
@@ -162,7 +155,7 @@ def test_requests_sent_ahead_are_answered_in_order(adapter: str) -> None:
 
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
-            connection = await asyncio.to_thread(stack.enter_context, kept_connection(server, adapter))
+            connection = await asyncio.to_thread(stack.enter_context, kept_connection(server))
             assert await asyncio.to_thread(send_all) == [10, 11, 12]
             assert handler.seen == [0, 1, 2, 10, 11, 12]
             # Let alone again, it is served as before.
@@ -171,23 +164,23 @@ def test_requests_sent_ahead_are_answered_in_order(adapter: str) -> None:
     run(talk)
 
 
-def test_a_client_that_dies_while_it_is_answered_costs_nothing(adapter: str) -> None:
+def test_a_client_that_dies_while_it_is_answered_costs_nothing() -> None:
     async def talk(server: DaemonServer, handler: Handler) -> None:
         def die() -> None:
-            with kept_connection(server, adapter) as connection:
+            with kept_connection(server) as connection:
                 transport.send(connection, frame_of(n=10, wait=1))
                 wait_until(lambda: 10 in handler.seen)
 
         await asyncio.to_thread(die)
         handler.may_go_on.set()
-        await asyncio.to_thread(wait_until, lambda: not server._sessions)
+        await asyncio.to_thread(wait_until, lambda: not server.connections)
 
     run(talk)
 
 
-def test_a_client_that_reads_no_replies_holds_up_only_itself(adapter: str) -> None:
+def test_a_client_that_reads_no_replies_holds_up_only_itself() -> None:
     def converse(server: DaemonServer) -> None:
-        with kept_connection(server, adapter) as connection:
+        with kept_connection(server) as connection:
             for _ in range(20):
                 transport.send(connection, frame_of(fill=60_000))
             assert request("test", {"n": 1}, timeout=PATIENCE) == {"result": {"n": 1}}
@@ -200,7 +193,7 @@ def test_a_client_that_reads_no_replies_holds_up_only_itself(adapter: str) -> No
 
 
 @needs_linux
-def test_a_hundred_connections_one_after_the_other_leave_no_descriptor(adapter: str) -> None:
+def test_a_hundred_connections_one_after_the_other_leave_no_descriptor() -> None:
     def converse(_: int) -> None:
         with connect_daemon("test") as client:
             for n in range(5):
@@ -214,19 +207,19 @@ def test_a_hundred_connections_one_after_the_other_leave_no_descriptor(adapter: 
             before = count()
             # The numbers of closed descriptors are used again: a watch that was left would disturb the next connection.
             await asyncio.to_thread(lambda: list(pool.map(converse, range(100))))
-            await asyncio.to_thread(wait_until, lambda: not server._sessions and count() == before)
+            await asyncio.to_thread(wait_until, lambda: not server.connections and count() == before)
 
     run(talk)
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(adapter: str, stubborn: bool) -> None:
+def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(stubborn: bool) -> None:
     async def main() -> None:
         async with asyncio.timeout(PATIENCE):
             handler = Handler()
             server, _ = await start_daemon_server(handler, "test", grace_period=0.2 if stubborn else NEVER)
             with contextlib.ExitStack() as stack:
-                connection = await asyncio.to_thread(stack.enter_context, kept_connection(server, adapter))
+                connection = await asyncio.to_thread(stack.enter_context, kept_connection(server))
                 stack.enter_context(await asyncio.to_thread(connect_daemon, "test"))
                 transport.send(connection, frame_of(n=10, wait=1))
                 await asyncio.to_thread(wait_until, lambda: 10 in handler.seen)
@@ -234,7 +227,7 @@ def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(adapter: str, 
                 if not stubborn:
                     handler.may_go_on.set()
                 reply = await asyncio.to_thread(reply_from, connection)
-                assert reply["error"]["type"] == "CancelledError" if stubborn else reply["result"]["n"] == 10
+                assert reply["error"]["type"] == "DaemonStopping" if stubborn else reply["result"]["n"] == 10
                 await server.wait_closed()
 
     asyncio.run(main())

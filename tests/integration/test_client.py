@@ -35,7 +35,7 @@ from harness_ipc import (
     request,
     transport,
 )
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
 

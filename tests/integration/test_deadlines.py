@@ -29,7 +29,7 @@ from harness_ipc import (
     transport,
 )
 from harness_ipc._registry import records
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
 

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 
 from harness_ipc import DaemonTimeout, aconnect_daemon, connect_daemon, ping, request, start_daemon_server
-from tests.marks import needs_posix
 from tests.processes import PATIENCE, dial_daemon, spawn_python
 
-# The pump that notices it on a named pipe is yet to be built.
-pytestmark = needs_posix
+pytestmark = pytest.mark.usefixtures("driver")
 
 NEVER = 3600.0
 
@@ -198,7 +196,6 @@ def test_a_drain_is_no_departure() -> None:
             asking = asyncio.create_task(asyncio.to_thread(request, "test", {"wait": 1, "reply": 5}, timeout=PATIENCE))
             await handler.until(("began", 1))
             server.close()
-            # The draining server has shut the receiving half of the connection down when it no longer accepts.
             while await asyncio.to_thread(ping, "test"):
                 pass
             handler.may_go_on.set()

@@ -29,9 +29,9 @@ from harness_ipc import (
     transport,
 )
 from harness_ipc._registry import records
+from harness_ipc._server.server import acquire_name
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
-from harness_ipc.server import acquire_name
 from tests.marks import needs_posix, needs_root, needs_windows
 from tests.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
 

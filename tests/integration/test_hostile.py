@@ -264,6 +264,8 @@ def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: Dae
 def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess, size: int) -> None:
     with dial_daemon("victim") as connection:
         os.write(connection.fileno(), struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size))
+        error = json.loads(transport.receive(connection, 1 << 20))["error"]
+        assert (error["type"], error["executed"]) == ("MessageTooLarge", False)
         assert is_dropped(connection)
     log = log_path("victim").read_text(encoding="utf-8")
     assert f"a message of {size} bytes, above the limit of {64 * 2**20} bytes" in log

@@ -50,7 +50,7 @@ from harness_ipc import (
 )
 from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
 from tests.marks import needs_windows
 from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
@@ -396,8 +396,9 @@ def test_a_client_that_is_killed_while_it_sends_costs_nothing() -> None:
 
 def test_what_a_client_does_not_read_is_a_timeout_and_the_next_one_is_served() -> None:
     with spawn_daemon("test"), dial_daemon("test") as connection:
-        # A request on which the daemon waits to reply, and then one that it does not read: more than a pipe holds.
+        # A request whose reply nobody reads, one that the daemon reads ahead, and one that it does not read.
         transport.send(connection, b'{"method": "fill", "params": {"size": 1000000}}')
+        transport.send(connection, bytes(8 * MIB))
         connection.deadline = transport.deadline_after(0.2)
         with pytest.raises(DaemonTimeout):
             transport.send(connection, bytes(8 * MIB))

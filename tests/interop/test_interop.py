@@ -26,9 +26,9 @@ VERSIONS = sorted({"3.11", "3.12", "3.13", "3.14", THIS})
 
 DAEMON = """
 import sys
-from harness_ipc import current_peer, run_daemon
+from harness_ipc import current_request, run_daemon
 async def handle(message):
-    return {"result": message["params"], "python": "%d.%d" % sys.version_info[:2], "peer": current_peer.get().pid}
+    return {"result": message["params"], "python": "%d.%d" % sys.version_info[:2], "peer": current_request().peer.pid}
 run_daemon(handle, "interop", on_ready=lambda _: print("ready", flush=True))
 """
 

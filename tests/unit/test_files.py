@@ -20,8 +20,8 @@ import pytest
 
 from harness_ipc import cleanup_endpoint, list_daemons, runtime_dir, transport
 from harness_ipc._registry import files, records, trust
+from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import HarnessIPCError, ResourceExhausted, StartFailed, UnsafeDirectory
-from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix, needs_root
 
 STRANGER = 12345

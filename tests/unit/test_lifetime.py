@@ -16,8 +16,8 @@ import pytest
 
 from harness_ipc import cleanup_endpoint
 from harness_ipc._registry import files, lifetime, records
+from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import AlreadyRunning, DaemonNotRunning, StartFailed, UnsafeDirectory
-from harness_ipc.server import acquire_name
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, run_python
 
@@ -137,7 +137,7 @@ def test_a_record_that_says_nothing_is_in_nobodys_way(data: bytes, run: Path) ->
 def test_a_successor_removes_the_socket_of_a_start_that_was_killed(run: Path) -> None:
     script = """
 import os, socket
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 socket.socket(socket.AF_UNIX).bind(acquire_name("d").record.address)
 os._exit(0)
 """

@@ -15,7 +15,7 @@ import pytest
 import harness_ipc
 from harness_ipc import auth, transport
 from harness_ipc._protocol import messages
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 
 ROOT = Path(harness_ipc.__file__).parents[1]
 # What a client has no use for: each costs milliseconds of every short-lived process.

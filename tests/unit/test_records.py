@@ -15,8 +15,8 @@ import pytest
 
 from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
+from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed, UnsafeDirectory
-from harness_ipc.server import acquire_name
 from tests.marks import needs_posix, needs_root
 
 MISSING = object()

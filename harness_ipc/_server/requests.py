@@ -1,0 +1,247 @@
+"""From one message to its replies: the handler, the channel's own requests, errors and counters. It knows no connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import time
+from contextlib import aclosing
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from .._protocol import messages
+from .._rate_limit import RateLimitedLogger
+from ..errors import ExpectedMore, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from .._protocol.messages import Message
+    from .._transport import PeerCredentials
+
+    Handler = Callable[[Message], Awaitable[Message] | AsyncIterator[Any]]
+
+    class Caller(Protocol):
+        """Where the replies to a request go."""
+
+        @property
+        def peer(self) -> PeerCredentials:
+            """The process at the other end."""
+
+        async def send_item(self, frame: bytes) -> None:
+            """Send a reply that is not the final one, and wait while 64 KiB are unsent."""
+
+        def send_reply(self, frame: bytes) -> None:
+            """Send the final reply. One that comes after the caller has gone is dropped."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class Usage(NamedTuple):
+    """Requests in flight, requests answered so far, how many of the answers were errors, and seconds since the last one."""
+
+    in_flight: int
+    requests: int
+    errors: int
+    idle: float
+
+
+class CurrentRequest:
+    """The request that is being handled, read-only: see `current_request`."""
+
+    __slots__ = ("_caller", "_more", "cancelled", "deadline", "is_app_request", "message")
+
+    def __init__(self, caller: Caller, message: Message) -> None:
+        self._caller = caller
+        self.message = message
+        self.is_app_request = message.get("meta") not in (messages.PING, messages.HEALTH)
+        # The channel's: the handler does not see it.
+        self._more = message.pop("more", False) is True
+        # Whether the caller has gone, or the daemon has stopped waiting for the reply.
+        self.cancelled = False
+        # The monotonic time at which the caller stops waiting; infinity if it has not said.
+        seconds = message.get("timeout")
+        self.deadline = time.monotonic() + seconds if isinstance(seconds, (int, float)) and seconds >= 0 else inf
+
+    @property
+    def peer(self) -> PeerCredentials:
+        """The process that asks."""
+        return self._caller.peer
+
+    @property
+    def method(self) -> str | None:
+        """The method's name, or None for a message of another form."""
+        method = self.message.get("method")
+        return method if isinstance(method, str) else None
+
+    def __repr__(self) -> str:
+        return f"<CurrentRequest {self.method!r} of pid {self.peer.pid}{', cancelled' if self.cancelled else ''}>"
+
+
+_current: contextvars.ContextVar[CurrentRequest | None] = contextvars.ContextVar("harness_ipc_request", default=None)
+
+
+def current_request() -> CurrentRequest:
+    """Return the request that this task or thread is handling.
+
+    It has `peer`, the process that asks, with `pid` and `uid`; `method`; `deadline`, the monotonic time in seconds at which the
+    caller stops waiting; and `cancelled`, whether nobody waits any more. Raises `LookupError` outside of a handler.
+    """
+    request = _current.get()
+    if request is None:
+        raise LookupError("no request is being handled here: call current_request() in a handler, or in a task that it started")
+    return request
+
+
+async def report(value: Any) -> None:
+    """Send `value`, which must be JSON, to the caller of the current request as progress; wait while it does not read.
+
+    Does nothing if the caller has not asked for progress, or if no request is being handled. Raises `ProtocolError`.
+    """
+    request = _current.get()
+    if request is not None and request._more and not request.cancelled:
+        await request._caller.send_item(messages.encode(messages.item_reply(value)))
+
+
+class Requests:
+    """The handler and its requests in flight, in the event loop's thread. `usage` may be called from any thread."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        health: Callable[[], Awaitable[Message]] | None,
+        after_request: Callable[[], None] | None,
+        *,
+        pong: Callable[[float], Message],
+        max_message: int,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._log = RateLimitedLogger(logger)
+        # Without what belongs to the caller of the server's start.
+        self._context = contextvars.copy_context()
+        self._handler = handler
+        self._health = health
+        self._after_request = after_request
+        self._pong = pong
+        self._max_message = max_message
+        # The application's requests in flight.
+        self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
+        self._lock = threading.Lock()
+        self._counts = Usage(0, 0, 0, time.monotonic())
+
+    def usage(self) -> Usage:
+        """Return how much the handler has been used, all of one moment. The channel's own requests don't count."""
+        with self._lock:
+            in_flight, requests, errors, last_used = self._counts
+        return Usage(in_flight, requests, errors, 0.0 if in_flight else time.monotonic() - last_used)
+
+    def start(self, caller: Caller, message: Message) -> asyncio.Task[None]:
+        """Handle `message` in a task of its own, which always ends with a final reply."""
+        request = CurrentRequest(caller, message)
+        self._count(request, in_flight=1)
+        context = self._context.copy()
+        if request.is_app_request:
+            context.run(_current.set, request)
+        task = self._loop.create_task(self._run(request), context=context)
+        # An eager one, which the app's task factory may make, has perhaps ended already.
+        if not task.done():
+            self.tasks[task] = request
+            # A task that is cancelled before its first step runs nothing of `_run`.
+            task.add_done_callback(self._on_done)
+        return task
+
+    def cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel a request of the application's, once: a second cancel would break clean-up that awaits."""
+        request = self.tasks.get(task)
+        if request is not None and request.is_app_request and not request.cancelled:
+            request.cancelled = True
+            task.cancel()
+
+    async def _run(self, request: CurrentRequest) -> None:
+        limit: int | None = self._max_message
+        try:
+            if request.is_app_request:
+                reply = await self._call_handler(request)
+            else:
+                reply, limit = await self._answer_builtin(request)
+        except (asyncio.CancelledError, GeneratorExit):
+            reply = _cancelled_reply(request)
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
+            reply = messages.error_reply(error)
+            if request.is_app_request:
+                self._log.exception("the handler failed", error)
+            else:
+                # A monitor asks often: no traceback each time.
+                self._log.warning("health check failed: %s: %s", *reply["error"].values(), error=error)
+        task = asyncio.current_task(self._loop)
+        if task is not None and self.tasks.pop(task, None) is not None:
+            task.remove_done_callback(self._on_done)
+        self._finish(request, reply, limit)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        # An abandoned one is in nobody's way any more.
+        if (request := self.tasks.pop(task, None)) is not None:
+            self._finish(request, _cancelled_reply(request), None)
+
+    def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
+        self._count(request, in_flight=-1, requests=1, errors="error" in reply)
+        request._caller.send_reply(self._encode(reply, limit))
+        if self._after_request is not None:
+            self._after_request()
+
+    def _count(self, request: CurrentRequest, *, in_flight: int, requests: int = 0, errors: int = 0) -> None:
+        if request.is_app_request:
+            with self._lock:
+                count = self._counts
+                self._counts = Usage(
+                    count.in_flight + in_flight, count.requests + requests, count.errors + errors, time.monotonic()
+                )
+
+    async def _call_handler(self, request: CurrentRequest) -> Message:
+        answer: Any = self._handler(request.message)
+        is_coroutine = not hasattr(answer, "__anext__")
+        if is_coroutine:
+            answer = await answer
+            if not hasattr(answer, "__anext__"):
+                return messages.check_reply(answer)
+        async with aclosing(answer):
+            if not request._more:
+                error = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
+                return messages.error_reply(error) if is_coroutine else messages.not_executed(error)
+            async for item in answer:
+                frame = messages.encode(messages.item_reply(item), self._max_message)
+                await request._caller.send_item(frame)
+        return {"result": None}
+
+    async def _answer_builtin(self, request: CurrentRequest) -> tuple[Message, int | None]:
+        if request.message["meta"] == messages.HEALTH:
+            return {"health": await self._health() if self._health is not None else None}, self._max_message
+        since = time.monotonic()
+        await asyncio.sleep(0)  # one iteration of the loop
+        # A limit below the channel's own replies does not hold for them.
+        return self._pong(time.monotonic() - since), None
+
+    def _encode(self, reply: Message, limit: int | None) -> bytes:
+        """Return the frame of `reply`, or of the error that it can't be one."""
+        try:
+            return messages.encode(reply, limit)
+        except BaseException as error:  # of the reply's own methods too, where it is no plain dict
+            sorry = messages.error_reply(error)
+            self._log.error("the reply can't be sent: %s: %s", *sorry["error"].values(), error=error)
+            # Without a limit: the error is short, and there has to be a reply.
+            return messages.encode(sorry)
+
+
+def unreadable_reply(error: ProtocolError) -> bytes:
+    """Return the reply to a request that can't be read."""
+    return messages.encode(messages.not_executed(error))
+
+
+def _cancelled_reply(request: CurrentRequest) -> Message:
+    if request.cancelled:
+        return messages.stopping_reply()
+    return messages.error_reply(asyncio.CancelledError("the request was cancelled"))

@@ -1,0 +1,226 @@
+"""One connection in the event loop: what its protocol decides meets what its transport does. It knows no socket and no pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from .._protocol import messages
+from .._protocol.session import ACTIVE, CANCELLING, CLOSED, IDLE, LEAVING, MAX_READ_AHEAD, PROVED, REPLYING
+from ..errors import MessageTooLarge, ProtocolError
+from .requests import unreadable_reply
+
+if TYPE_CHECKING:
+    from .._protocol.messages import Message
+    from .._protocol.session import ServerProtocol
+    from .._transport import PeerCredentials
+    from .._transport.listen import Connection, Port
+    from .server import DaemonServer
+
+    class Transport(Protocol):
+        """What carries the bytes: the loop's socket, or a pump. Its methods belong to the loop's thread."""
+
+        unsent: int
+
+        def write(self, chunks: list[bytes]) -> bool:
+            """Write in order. Return whether the system has taken all; otherwise `Session.on_drained` is called when it has."""
+
+        def pause_reading(self) -> None:
+            """Deliver no more data until `resume_reading`."""
+
+        def resume_reading(self) -> None:
+            """Deliver data again."""
+
+        def close(self) -> None:
+            """Close at once. Closing twice is no error."""
+
+
+# Bytes that may be unsent before a handler that sends items waits.
+_MAX_UNSENT = 64 * 1024
+# Seconds for the rest of a frame that has begun: as long as a client waits for a call by default.
+FRAME_TIMEOUT = 60.0
+_IN_FLIGHT = (ACTIVE, CANCELLING, REPLYING)
+
+
+class Session:
+    """A connection of the daemon's, from its acceptance to its end. `full` is the limit that keeps its client out, or None."""
+
+    def __init__(self, server: DaemonServer, protocol: ServerProtocol, connection: Connection | Port, full: str | None) -> None:
+        self._server = server
+        self.protocol = protocol
+        self.connection = connection
+        self.transport: Transport | None = None
+        self.accepted_at = time.monotonic()
+        self.full = full
+        self._task: asyncio.Task[None] | None = None
+        # Waits until what is unsent has been taken.
+        self._drained: asyncio.Future[None] | None = None
+
+    @property
+    def peer(self) -> PeerCredentials:
+        """The process at the other end, by the kernel."""
+        return self.connection.peer
+
+    def adopt(self, transport: Transport, message: Message | ProtocolError | None = None) -> None:
+        """Begin in the loop: with `message`, if that was received before, and with what the protocol has read ahead."""
+        self.transport = transport
+        try:
+            if self._server.is_draining:
+                self._say_goodbye()
+            elif message is not None:
+                self._start(message)
+            else:
+                self._advance()
+        except Exception as error:
+            self.close(error)
+
+    # What the transport tells.
+
+    def on_data(self, data: bytes) -> None:
+        """Process what has arrived."""
+        try:
+            self.protocol.receive_data(data)
+            if self.protocol.state not in _IN_FLIGHT:
+                self._advance()
+            elif self.protocol.buffered >= MAX_READ_AHEAD and self.transport is not None:
+                self.transport.pause_reading()
+        except Exception as error:
+            self.close(error)
+
+    def on_drained(self) -> None:
+        """Go on: the system has taken all that was to be sent."""
+        try:
+            if self._drained is not None and not self._drained.done():
+                self._drained.set_result(None)
+            if self.protocol.state == LEAVING:
+                self.close()
+            elif self.protocol.state == REPLYING:
+                self.protocol.reply_taken()
+                self._next()
+        except Exception as error:
+            self.close(error)
+
+    def on_lost(self, error: Exception | None = None) -> None:
+        """The client has gone, or can't be read any more. What it has sent and what does not run yet is dropped."""
+        if isinstance(error, MessageTooLarge) and self.protocol.state == IDLE:
+            self.protocol.fail(error)
+        self.close(error)
+
+    # What the requests say.
+
+    async def send_item(self, frame: bytes) -> None:
+        """Send a reply that is not the final one, and wait while 64 KiB are unsent."""
+        if self.protocol.state != ACTIVE or self.transport is None:
+            return
+        self.protocol.send_item(frame)
+        if not self._flush() and self.transport.unsent > _MAX_UNSENT:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+
+    def send_reply(self, frame: bytes) -> None:
+        """Send the final reply. One that comes after the client has gone is dropped."""
+        self._task = None
+        if self.protocol.state not in (ACTIVE, CANCELLING):
+            return
+        try:
+            self.protocol.send_reply(frame)
+            if self._flush():
+                self.on_drained()
+        except Exception as error:
+            self.close(error)
+
+    # What the server decides.
+
+    def leave(self) -> None:
+        """End the connection without a request in flight by a goodbye; otherwise its reply comes first."""
+        if self.transport is not None and self.protocol.state not in (*_IN_FLIGHT, CLOSED):
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        self.protocol.leave()
+        if self.protocol.state == CLOSED or self._flush():
+            self.close()
+
+    def cancel(self) -> None:
+        """Cancel the request in flight. It is still answered."""
+        if self._task is not None and self.protocol.state == ACTIVE:
+            self.protocol.cancel()
+            self._server.requests.cancel(self._task)
+
+    def abandon(self) -> None:
+        """Close, whatever is in flight: with an error in place of a reply that has not come."""
+        if self.transport is not None and self.protocol.state in (ACTIVE, CANCELLING):
+            self.send_reply(messages.encode(messages.stopping_reply()))
+        self.close()
+
+    def close(self, error: Exception | None = None) -> None:
+        """End the connection, cancel its request if its end does that, and have the server log why."""
+        transport, self.transport = self.transport, None
+        if transport is None:
+            return
+        # Before the client sees the end.
+        self._server.admission.log_end(self, error)
+        if error is not None:
+            # Why, if the protocol says so, and the client still listens.
+            with contextlib.suppress(Exception):
+                transport.write(self.protocol.data_to_send())
+        self.protocol.close()
+        self._server.remove(self, transport.close)
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self._task is not None and self._server.options.cancel_on_disconnect:
+            self._server.requests.cancel(self._task)
+
+    # From one request to the next.
+
+    def _advance(self) -> None:
+        event = self.protocol.next_event()
+        if event == PROVED:
+            self._server.admission.admit(self)
+            if not self.full:
+                self._server.deadlines.clear(self)
+            event = self.protocol.next_event()
+        if event is None:
+            # Our verdict too, unless it can travel with the reply to a request that came with the proof.
+            self._flush()
+            if self.protocol.buffered and self.protocol.state == IDLE:
+                self._server.deadlines.set(self, FRAME_TIMEOUT)
+        else:
+            assert not isinstance(event, str)
+            self._start(event)
+
+    def _start(self, message: Message | ProtocolError) -> None:
+        if not self.full:
+            self._server.deadlines.clear(self)
+        if isinstance(message, ProtocolError):
+            self.send_reply(unreadable_reply(message))
+        elif (reply := self._server.answer_builtin(self, message)) is not None:
+            self.send_reply(reply)
+        else:
+            task = self._server.requests.start(self, message)
+            if not task.done():
+                self._task = task
+
+    def _next(self) -> None:
+        if self._server.is_draining or self.full:
+            self.leave()
+        elif self.transport is not None:
+            self.transport.resume_reading()
+            if self.protocol.buffered:
+                # Not at once: as many requests as came together would recurse, and keep the loop from the other clients.
+                asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        try:
+            if self.protocol.state == IDLE:
+                self._advance()
+        except Exception as error:
+            self.close(error)
+
+    def _flush(self) -> bool:
+        chunks = self.protocol.data_to_send()
+        if self.transport is None:
+            return True
+        return self.transport.write(chunks) if chunks else not self.transport.unsent

@@ -1,0 +1,307 @@
+"""The daemon's side of a transport: a listener that only this user can reach, and its connections; here those of AF_UNIX.
+
+Nothing here blocks but `Listener.accept` and `Port.wait`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from math import ceil, inf
+
+from .._descriptors import close_in_child
+from .._protocol.framing import StreamFraming
+from .._registry import files
+from .._registry.namespace import private_temporary_dir
+from ..errors import AuthenticationFailed, ConnectionLost, StartFailed
+from .base import PeerCredentials
+
+__all__ = ["FAMILY", "Connection", "Listener", "Port", "lacking_descriptors", "new_address"]
+
+# sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
+MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
+# listen(2): more clients than this that connect within one scheduling delay would block or be refused.
+_BACKLOG = 128
+# Bytes of one read. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the system would give and take
+# back for each piece: 16 MiB took three times as long.
+MAX_READ = 64 * 1024
+# A program that restored SIGPIPE's default must not be killed by a client's end: a flag of each send, or on macOS an option of
+# the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+_SO_NOSIGPIPE = 0x1022
+
+if sys.platform == "win32":
+    from typing import Any
+
+    from .windows_listen import FAMILY, Listener, Port, lacking_descriptors, new_address
+
+    # No loop can watch a pipe.
+    Connection = Any
+
+else:
+    # The one private seam of multiprocessing.connection: the Listener's socket. The Connection that its own accept() returns
+    # can't give its descriptor away.
+    from multiprocessing import connection as _stock
+
+    FAMILY = "AF_UNIX"
+
+    if "_socket" not in _stock.SocketListener.__init__.__code__.co_names:  # type: ignore[attr-defined]
+        raise ImportError("multiprocessing.connection.Listener of this Python keeps its socket elsewhere")
+
+    class Connection:
+        """An accepted socket that never blocks. `peer` is the process at the other end, by the kernel."""
+
+        framing = StreamFraming
+
+        def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+            self._socket = sock
+            sock.setblocking(False)
+            if sys.platform == "darwin":
+                sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
+            self.peer = peer
+            close_in_child(self)
+
+        def read(self) -> bytes | None:
+            """Return what has arrived, None if that is nothing, or b"" at the end. Raises `OSError`."""
+            try:
+                return self._socket.recv(MAX_READ)
+            except BlockingIOError:
+                return None
+
+        def write(self, chunk: bytes | memoryview) -> int:
+            """Return how many bytes the system has taken. Raises `OSError`."""
+            try:
+                return self._socket.send(chunk, _NO_SIGNAL)
+            except BlockingIOError:
+                return 0
+
+        def fileno(self) -> int:
+            """Return the socket's descriptor."""
+            return self._socket.fileno()
+
+        def abort(self) -> None:
+            """End the connection; the thread or loop that has it sees that and closes it."""
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+        def close(self) -> None:
+            """Close the socket. Closing twice is no error."""
+            self._socket.close()
+
+        close_inherited = close
+
+    class Port:
+        """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
+
+        framing = StreamFraming
+
+        def __init__(self, connection: Connection) -> None:
+            self._connection = connection
+            self.peer = connection.peer
+            self._writing: memoryview | None = None
+            self._received: bytes | None = None
+            self._wake, self._woken = socket.socketpair()
+            self._wake.setblocking(False)
+            self._woken.setblocking(False)
+            close_in_child(self)
+
+        @property
+        def is_writing(self) -> bool:
+            """Whether the last chunk has not been taken yet."""
+            return self._writing is not None
+
+        def begin_write(self, chunk: bytes) -> None:
+            """Begin to write a chunk; the last one has been taken."""
+            self._writing = memoryview(chunk)
+            self._write()
+
+        def _write(self) -> None:
+            if self._writing is not None:
+                self._writing = self._writing[self._connection.write(self._writing) :] or None
+
+        def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
+            """Wait for data, if `reading`, for the chunk to be taken, or to be woken; until `deadline` at most.
+
+            Return the data, b"" at the end, or None. `limit` is for messages, which a pipe has. Raises `OSError`.
+            """
+            poll = select.poll()
+            poll.register(self._woken, select.POLLIN)
+            if reading or self.is_writing:  # not without: poll always tells the end, so it would spin
+                events = (select.POLLIN if reading else 0) | (select.POLLOUT if self.is_writing else 0)
+                poll.register(self._connection, events)
+            left = None if deadline == inf else max(0, ceil((deadline - time.monotonic()) * 1000))
+            ready = dict(poll.poll(left))
+            if self._woken.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self._woken.recv(MAX_READ)
+            happened = ready.get(self._connection.fileno(), 0)
+            if happened & ~select.POLLIN:
+                self._write()
+            return self._connection.read() if reading and happened & ~select.POLLOUT else None
+
+        def wake(self) -> None:
+            """End a wait, from any thread; the next one if there is none now."""
+            with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+                self._wake.send(b"\0")
+
+        def abort(self) -> None:
+            """End the connection; the pump sees that and closes it."""
+            self._connection.abort()
+
+        def close(self) -> None:
+            """Close it all. Closing twice is no error."""
+            self._connection.close()
+            self._wake.close()
+            self._woken.close()
+
+        close_inherited = close
+
+    class Listener:
+        """A bound and listening socket that only this user can reach; several threads may accept at once."""
+
+        def __init__(self, address: str) -> None:
+            """Bind `address`. Raises `StartFailed`."""
+            try:
+                self._listener = _stock.Listener(address, FAMILY, backlog=_BACKLOG)
+                self._socket: socket.socket = self._listener._listener._socket  # type: ignore[attr-defined]
+                self._socket.setblocking(False)
+                os.chmod(address, 0o600)
+            except OSError as error:
+                why = "a sandbox may forbid it; " if error.errno in (errno.EPERM, errno.EACCES) else ""
+                raise StartFailed(
+                    f"the socket {address} can't be bound: {error.strerror}; {why}"
+                    "set HARNESS_IPC_RUNTIME_DIR to a directory where sockets are allowed"
+                ) from error
+            self.address = address
+            self._spare: int | None = None
+            self._closed = False
+            self._woken = False
+            self.keep_spare()
+            close_in_child(self)
+
+        def accept(self) -> Connection:
+            """Accept without waiting. Raises `BlockingIOError` if nobody is there, `OSError`, and `AuthenticationFailed`."""
+            return _checked(self._socket.accept()[0])
+
+        def accept_port(self) -> Port:
+            """Wait for a connection. Raises `OSError`, also when it is woken, and `AuthenticationFailed` for another user's."""
+            while True:
+                self.wait()
+                try:
+                    return Port(self.accept())
+                except BlockingIOError:  # another thread was faster
+                    if self._woken:
+                        raise
+
+        def wait(self) -> None:
+            """Wait for a connection, or for `wake`."""
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
+
+        def keep_spare(self) -> None:
+            """Open the descriptor that `accept_spare` uses up, unless it is open, or none is free."""
+            if self._spare is None and not self._closed:
+                with contextlib.suppress(OSError):
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
+
+        def accept_spare(self) -> Connection:
+            """Accept as `accept` does when no descriptor is free, with the spare one. Call `keep_spare` afterwards."""
+            self._close_spare()
+            return self.accept()
+
+        def _close_spare(self) -> None:
+            spare, self._spare = self._spare, None
+            if spare is not None:
+                os.close(spare)
+
+        def close_inherited(self) -> None:
+            """Close a forked child's copies. The path stays: it is the parent's."""
+            self._close_spare()
+            self._socket.close()
+
+        def fileno(self) -> int:
+            """Return the socket's descriptor, for an event loop."""
+            return self._socket.fileno()
+
+        def wake(self) -> None:
+            """Make all blocked accepts raise `OSError`; on macOS (ENOTCONN from shutdown) one for each call."""
+            self._woken = True
+            # First the shutdown: the path may have been removed by hand.
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                    sock.setblocking(False)
+                    sock.connect(self.address)
+
+        def close(self) -> None:
+            """Close the socket and remove its path."""
+            self._closed = True
+            self._close_spare()
+            with contextlib.suppress(OSError):
+                self._listener.close()
+
+    def lacking_descriptors() -> str | None:
+        """Return which limit keeps this process from opening one more file, or None if it can."""
+        import resource
+
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                return f"no free file descriptor: limit {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+            if error.errno == errno.ENFILE:
+                return "no free file descriptor: the limit of the whole system is reached"
+        return None
+
+    def new_address(directory: str, generation: str) -> str:
+        """Return the address of a new generation, and make the directory for it if `directory` is too deep.
+
+        Raises `StartFailed` if the path is above the limit of the operating system in every directory.
+        """
+        name = f"{generation[:16]}.sock"
+        address = os.path.join(directory, name)
+        if len(os.fsencode(address)) <= MAX_ADDRESS:
+            return address
+        short = private_temporary_dir()
+        if len(os.fsencode(os.path.join(short, name))) <= MAX_ADDRESS:
+            files.create_private_dir(short)
+            return os.path.join(short, name)
+        raise StartFailed(
+            f"the socket path {address} has {len(os.fsencode(address))} bytes, the operating system allows {MAX_ADDRESS}, "
+            f"and {short} is too long as well: set HARNESS_IPC_RUNTIME_DIR to a directory with a shorter path"
+        )
+
+    def _checked(sock: socket.socket) -> Connection:
+        try:
+            peer = peer_credentials(sock)
+            if peer.uid is not None and peer.uid != os.geteuid():
+                raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
+            return Connection(sock, peer)
+        except OSError as error:
+            sock.close()
+            if isinstance(error, AuthenticationFailed):
+                raise
+            raise ConnectionLost(f"the peer went away at once: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+
+    def peer_credentials(sock: socket.socket) -> PeerCredentials:
+        if sys.platform == "linux":
+            # struct ucred, unix(7).
+            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return PeerCredentials(pid, uid & 0xFFFFFFFF)
+        if sys.platform == "darwin":
+            # sys/un.h: SOL_LOCAL 0, LOCAL_PEERCRED 1 (struct xucred: version, uid, ...), LOCAL_PEERPID 2.
+            _, uid = struct.unpack_from("2I", sock.getsockopt(0, 1, 76))
+            (pid,) = struct.unpack("i", sock.getsockopt(0, 2, 4))
+            return PeerCredentials(pid, uid)
+        return PeerCredentials(None, None)

@@ -1,0 +1,256 @@
+"""The daemon's side of AF_PIPE: a named pipe that only its owner can open, and the connections that it accepts.
+
+Nothing here blocks but `Listener.accept_port` and `Port.wait`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from math import ceil, inf
+from typing import Any
+
+from .._protocol.framing import PipeFraming, check_size
+from ..errors import StartFailed
+from .base import PeerCredentials
+
+# What a pipe holds for a peer that does not read yet; it takes a frame up to this length without waiting.
+_BUFFER = 64 * 1024
+# The read that is always pending. It takes a short message in whole; the rest of a longer one is read once its length is known.
+_FIRST_READ = 4096
+# One wait is at most this long: milliseconds have 32 bits.
+_MAX_WAIT = 1000.0
+# winerror.h and winbase.h; _winapi lacks them.
+_ERROR_IO_INCOMPLETE = 996
+_PIPE_REJECT_REMOTE_CLIENTS = 8
+_SECURITY_SQOS_PRESENT = 0x100000
+_SECURITY_IDENTIFICATION = 0x10000
+
+if sys.platform == "win32":
+    import _winapi
+    import ctypes
+    from multiprocessing import connection as _stock
+
+    FAMILY = "AF_PIPE"
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    _kernel32.CreateEventW.restype = ctypes.c_void_p
+
+    # The one private seam of multiprocessing.connection: how its listener makes and keeps the instances of the pipe.
+    if not {"_new_handle", "_handle_queue"} <= {*_stock.PipeListener.__init__.__code__.co_names}:  # type: ignore[attr-defined]
+        raise ImportError("multiprocessing.connection.Listener of this Python keeps its pipes elsewhere")
+
+    class Port:
+        """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
+
+        framing = PipeFraming
+
+        def __init__(self, handle: int) -> None:
+            self._handle = handle
+            # The user is not told; the pipe's access list is what keeps users apart.
+            pid = ctypes.c_ulong()
+            known = _kernel32.GetNamedPipeClientProcessId(ctypes.c_void_p(handle), ctypes.byref(pid))
+            self.peer = PeerCredentials(pid.value if known else None, None)
+            self._reading: _winapi.Overlapped | None = None
+            self._writing: _winapi.Overlapped | None = None
+            self._event: int = _kernel32.CreateEventW(None, False, False, None)
+            self._closed = False
+            # Nobody may wake an event that has been closed: its handle may be another's.
+            self._lock = threading.Lock()
+            self._aborted = False
+
+        @property
+        def is_writing(self) -> bool:
+            """Whether the last chunk has not been taken yet."""
+            return self._writing is not None
+
+        def begin_write(self, chunk: bytes) -> None:
+            """Begin to write a chunk, which is a message; the last one has been taken. Raises `OSError`."""
+            self._writing, _ = _winapi.WriteFile(self._handle, chunk, overlapped=True)
+            self._finish_write()
+
+        def _finish_write(self) -> None:
+            if self._writing is not None and self._writing.GetOverlappedResult(False)[1] != _ERROR_IO_INCOMPLETE:
+                self._writing = None
+
+        def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
+            """Wait for data, if `reading`, for the chunk to be taken, or to be woken; until `deadline` at most.
+
+            Return one message, b"" at the end, or None. Raises `MessageTooLarge` above `limit` bytes, and `OSError`.
+            """
+            try:
+                if reading and self._reading is None:
+                    self._reading, _ = _winapi.ReadFile(self._handle, _FIRST_READ, overlapped=True)
+                operations = [one.event for one in (self._reading if reading else None, self._writing) if one is not None]
+                left = min(deadline - time.monotonic(), _MAX_WAIT)
+                milliseconds = _winapi.INFINITE if deadline == inf else max(0, ceil(left * 1000))
+                _winapi.WaitForMultipleObjects([*operations, self._event], False, milliseconds)
+                if self._aborted:
+                    return b""
+                self._finish_write()
+                return self._finish_read(limit) if reading else None
+            except BrokenPipeError:
+                return b""
+
+        def _finish_read(self, limit: int) -> bytes | None:
+            assert self._reading is not None
+            _, error = self._reading.GetOverlappedResult(False)
+            if error == _ERROR_IO_INCOMPLETE:
+                return None
+            data = bytes(self._reading.getbuffer() or b"")
+            self._reading = None
+            if error == _winapi.ERROR_MORE_DATA:
+                # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
+                left = _winapi.PeekNamedPipe(self._handle)[1]
+                if not left:
+                    raise BrokenPipeError("the peer gave a message up in the middle")
+                check_size(len(data) + left, limit)
+                rest, _ = _winapi.ReadFile(self._handle, left, overlapped=True)
+                rest.GetOverlappedResult(True)
+                data += bytes(rest.getbuffer() or b"")
+            # An empty message is no end: it is no request either, and is told so.
+            return data or b" "
+
+        def wake(self) -> None:
+            """End a wait, from any thread; the next one if there is none now."""
+            with self._lock:
+                if not self._closed:
+                    _kernel32.SetEvent(ctypes.c_void_p(self._event))
+
+        def abort(self) -> None:
+            """End the connection; the pump sees that and closes it."""
+            self._aborted = True
+            self.wake()
+
+        def close(self) -> None:
+            """Close it all. What was written can still be read by the client. Closing twice is no error."""
+            with self._lock:
+                closed, self._closed = self._closed, True
+            if closed:
+                return
+            for operation in (self._reading, self._writing):
+                if operation is not None:
+                    # The system writes to the buffer until it has given up the operation.
+                    with contextlib.suppress(OSError):
+                        operation.cancel()
+                        operation.GetOverlappedResult(True)
+            _winapi.CloseHandle(self._handle)
+            _winapi.CloseHandle(self._event)
+
+    class _PipeListener(_stock.PipeListener):  # type: ignore[name-defined,misc]
+        """The same, closed to other users, who could read from a pipe by default, and to other machines."""
+
+        def __init__(self, address: str) -> None:
+            import struct
+
+            from .._windows_security import pipe_security_descriptor
+
+            descriptor = ctypes.create_string_buffer(pipe_security_descriptor())
+            # SECURITY_ATTRIBUTES: length, descriptor, not inherited.
+            layout = struct.Struct("IPi0P")
+            self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, ctypes.addressof(descriptor), 0))
+            self._security = ctypes.addressof(self._attributes)
+            # The attributes point to it.
+            self._descriptor = descriptor
+            self._order = threading.Lock()
+            super().__init__(address)
+
+        def accept(self) -> int:
+            """Return the handle of the next connection; several threads may call this at once."""
+            # Instances wait in a queue until a thread waits on them, and a client gets the oldest free one: it must be one that
+            # a thread waits on. So they have to stand in the queue in the order in which they were made.
+            with self._order:
+                self._handle_queue.append(self._new_handle())
+                handle: int = self._handle_queue.pop(0)
+            try:
+                overlapped = _winapi.ConnectNamedPipe(handle, overlapped=True)
+                _winapi.WaitForMultipleObjects([overlapped.event], False, _winapi.INFINITE)
+                overlapped.GetOverlappedResult(True)
+            except OSError as error:
+                # A client has connected, written and gone already: what it wrote can be read.
+                if error.winerror != _winapi.ERROR_NO_DATA:
+                    _winapi.CloseHandle(handle)
+                    raise
+            return handle
+
+        def _new_handle(self, first: bool = False) -> int:
+            handle: int = _winapi.CreateNamedPipe(
+                self._address,
+                _winapi.PIPE_ACCESS_DUPLEX
+                | _winapi.FILE_FLAG_OVERLAPPED
+                | (_winapi.FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0),
+                _winapi.PIPE_TYPE_MESSAGE | _winapi.PIPE_READMODE_MESSAGE | _winapi.PIPE_WAIT | _PIPE_REJECT_REMOTE_CLIENTS,
+                _winapi.PIPE_UNLIMITED_INSTANCES,
+                _BUFFER,
+                _BUFFER,
+                _winapi.NMPWAIT_WAIT_FOREVER,
+                self._security,
+            )
+            if first:
+                # All instances have the descriptor of the first.
+                from .._windows_security import check_pipe_security
+
+                try:
+                    check_pipe_security(handle)
+                except BaseException:
+                    _winapi.CloseHandle(handle)
+                    raise
+            return handle
+
+    class Listener:
+        """A named pipe that only this user can open; several threads may accept at once, each with an instance of its own."""
+
+        def __init__(self, address: str) -> None:
+            """Make the pipe `address`. Raises `StartFailed`, also if the system lets others open it."""
+            self.address = address
+            try:
+                self._listener = _PipeListener(address)
+            except OSError as error:
+                raise StartFailed(f"the pipe {address} can't be made: {error.strerror}") from error
+
+        def accept_port(self) -> Port:
+            """Wait for a connection. Raises `OSError`."""
+            return Port(self._listener.accept())
+
+        def accept(self) -> Any:
+            """Raise `BlockingIOError`: a pipe can't be accepted without waiting."""
+            raise BlockingIOError("a pipe can't be accepted without waiting")
+
+        accept_spare = accept
+
+        def fileno(self) -> int:
+            """Return -1: no event loop can watch it."""
+            return -1
+
+        def keep_spare(self) -> None:
+            """Do nothing: handles have no limit that could be reached."""
+
+        def wake(self) -> None:
+            """Make one blocked accept return."""
+            with contextlib.suppress(OSError):
+                _winapi.CloseHandle(
+                    _winapi.CreateFile(
+                        self.address,
+                        _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
+                        0,
+                        _winapi.NULL,
+                        _winapi.OPEN_EXISTING,
+                        # Another process that made a pipe of this name may learn who we are, but not act as us.
+                        _winapi.FILE_FLAG_OVERLAPPED | _SECURITY_SQOS_PRESENT | _SECURITY_IDENTIFICATION,
+                        _winapi.NULL,
+                    )
+                )
+
+        def close(self) -> None:
+            """Close the pipe. No accept may be blocked: see `wake`."""
+            with contextlib.suppress(OSError):
+                self._listener.close()
+
+    def lacking_descriptors() -> str | None:
+        """Return None: handles have no limit that could be reached."""
+        return None
+
+    def new_address(directory: str, generation: str) -> str:
+        """Return the address of a new generation. Pipes have a namespace of their own: `directory` plays no part."""
+        return rf"\\.\pipe\harness-ipc-{generation}"

@@ -1,0 +1,330 @@
+"""Handlers that send several replies, over real connections: items, progress, slow readers, departure, forgery."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from math import inf
+from typing import Any
+
+import pytest
+
+from harness_ipc import (
+    ConnectionLost,
+    CurrentRequest,
+    ExpectedMore,
+    RemoteError,
+    aconnect_daemon,
+    connect_daemon,
+    current_request,
+    ping,
+    report,
+    request,
+    start_daemon_server,
+)
+from tests.processes import PATIENCE, dial_daemon, wait_until
+
+pytestmark = pytest.mark.usefixtures("driver")
+
+NEVER = 3600.0
+
+
+class Service:
+    """Streams `n` items of `size` characters, reports progress, or answers; `made` and `ended` tell how far it came."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.ended: list[str] = []
+        self.may_end = asyncio.Event()
+
+    def __call__(self, message: dict[str, Any]) -> Any:
+        return getattr(self, message["method"])(**message["params"])
+
+    async def count(self, n: int, size: int = 1, wait: bool = False) -> AsyncIterator[Any]:
+        try:
+            for i in range(n):
+                yield [i, "x" * size]
+                self.made += 1
+            if wait:
+                await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.ended.append("cancelled")
+            raise
+        except GeneratorExit:
+            self.ended.append("closed")
+            raise
+        else:
+            self.ended.append("done")
+
+    async def fail(self, after: int) -> AsyncIterator[int]:
+        for i in range(after):
+            yield i
+        raise ValueError("no more")
+
+    async def unreadable(self) -> AsyncIterator[Any]:
+        yield 1
+        yield {1, 2}
+
+    async def progress(self, n: int) -> dict[str, Any]:
+        for i in range(n):
+            await report({"done": i, "total": n})
+        return {"result": "all"}
+
+    async def generator(self, n: int) -> AsyncIterator[Any]:
+        return self.count(n)
+
+    async def answer(self, reply: Any) -> Any:
+        return reply
+
+    async def tell(self) -> dict[str, Any]:
+        asked = current_request()
+        assert isinstance(asked, CurrentRequest)
+        left = asked.deadline - time.monotonic()
+        in_thread = await asyncio.to_thread(lambda: current_request().method)
+        return {"result": [asked.method, asked.peer.pid, asked.cancelled, None if left == inf else left, in_thread]}
+
+    async def cancelled(self) -> dict[str, Any]:
+        asked = current_request()
+        try:
+            await asyncio.sleep(NEVER)
+        finally:
+            self.ended.append(f"cancelled: {asked.cancelled}")
+        raise AssertionError
+
+
+@asynccontextmanager
+async def serving(**options: Any) -> AsyncIterator[Service]:
+    service = Service()
+    server, _ = await start_daemon_server(service, "test", **options)
+    async with asyncio.timeout(PATIENCE), server:
+        yield service
+        assert await asyncio.to_thread(call, "answer", {"result": 1}) == 1
+
+
+def call(method: str, reply: Any) -> Any:
+    with connect_daemon("test", request_timeout=PATIENCE) as client:
+        return client.call(method, reply=reply)
+
+
+def test_items_arrive_in_order_and_the_connection_goes_on() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            for n in (0, 1, 1000):
+                assert [i for i, _ in client.stream("count", n=n)] == [*range(n)]
+            seen: list[Any] = []
+            assert client.call("count", n=3, on_progress=seen.append) is None
+            assert [i for i, _ in seen] == [0, 1, 2]
+            assert client.call("answer", reply={"result": 2}) == 2
+
+    async def main() -> None:
+        async with serving() as service:
+            await asyncio.to_thread(talk)
+            assert service.ended == ["done"] * 4
+
+    asyncio.run(main())
+
+
+def test_a_coroutine_may_return_a_generator() -> None:
+    async def main() -> None:
+        def talk() -> list[int]:
+            with connect_daemon("test") as client:
+                return [i for i, _ in client.stream("generator", n=3)]
+
+        async with serving():
+            assert await asyncio.to_thread(talk) == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_progress_is_sent_to_those_who_ask_for_it() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            seen: list[Any] = []
+            assert client.call("progress", n=3, on_progress=seen.append) == "all"
+            assert seen == [{"done": i, "total": 3} for i in range(3)]
+            assert client.call("progress", n=3) == "all"
+            with client.stream("progress", n=2) as stream:
+                assert len(list(stream)) == 2
+                assert stream.result == "all"
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+        await report("nobody asks")
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_is_called_for_one_reply_does_not_run() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            with pytest.raises(ExpectedMore, match="stream") as caught:
+                client.call("count", n=3)
+            assert not caught.value.maybe_executed
+            assert client.call("answer", reply={"result": 2}) == 2
+
+    async def main() -> None:
+        async with serving() as service:
+            await asyncio.to_thread(talk)
+            assert (service.made, service.ended) == (0, [])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("method", "items", "text"), [("fail", [0, 1], "no more"), ("unreadable", [1], "set")])
+def test_an_error_comes_after_the_items(method: str, items: list[Any], text: str) -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            seen: list[Any] = []
+            with pytest.raises(RemoteError, match=text):
+                seen.extend(client.stream(method, **({"after": 2} if method == "fail" else {})))
+            assert client.call("answer", reply={"result": 2}) == 2
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+
+    asyncio.run(main())
+
+
+def test_a_slow_reader_stops_the_producer() -> None:
+    n, size = 1000, 10_000
+
+    def ask() -> Any:
+        connection = dial_daemon("test")
+        connection.send_bytes(json.dumps({"method": "count", "params": {"n": n, "size": size}, "more": True}).encode())
+        return connection
+
+    async def main() -> None:
+        async with serving() as service:
+            connection = await asyncio.to_thread(ask)
+            # It stands still once the system's buffers and ours are full.
+            made = -1
+            while made != service.made or not made:
+                made = service.made
+                await asyncio.to_thread(request, "test", {"method": "answer", "params": {"reply": {"result": 1}}})
+                await asyncio.sleep(0.2)
+            assert 0 < made < n // 2
+
+            def read() -> list[Any]:
+                return [json.loads(connection.recv_bytes(2 * size)) for _ in range(n + 1)]
+
+            *items, last = await asyncio.to_thread(read)
+            assert [item["result"][0] for item in items] == [*range(n)]
+            assert all(item["continues"] is True for item in items)
+            assert last == {"result": None}
+            connection.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_leaving_a_stream_cancels_its_producer(size: int) -> None:
+    """Also one that waits for its reader."""
+
+    def leave() -> None:
+        with connect_daemon("test") as client:
+            for i, _ in client.stream("count", n=100, size=size, wait=True):
+                if i == 1:
+                    break
+
+    async def main() -> None:
+        async with serving() as service:
+            await asyncio.to_thread(leave)
+            await asyncio.to_thread(wait_until, lambda: service.ended != [])
+            assert service.ended in (["cancelled"], ["closed"])
+
+    asyncio.run(main())
+
+
+def test_a_drain_lets_a_stream_end() -> None:
+    async def main() -> None:
+        service = Service()
+        server, _ = await start_daemon_server(service, "test", grace_period=PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            with await asyncio.to_thread(connect_daemon, "test") as client:
+                stream = client.stream("count", n=5, wait=True)
+                assert (await asyncio.to_thread(next, stream))[0] == 0
+                server.close()
+                service.may_end.set()
+                assert [i for i, _ in await asyncio.to_thread(list, stream)] == [1, 2, 3, 4]
+                await server.wait_closed()
+        assert service.ended == ["done"]
+
+    asyncio.run(main())
+
+
+def test_the_end_of_the_grace_period_cancels_a_stream() -> None:
+    async def main() -> None:
+        service = Service()
+        server, _ = await start_daemon_server(service, "test", grace_period=0.1)
+        async with asyncio.timeout(PATIENCE):
+            with await asyncio.to_thread(connect_daemon, "test") as client:
+                stream = client.stream("count", n=1, wait=True)
+                await asyncio.to_thread(next, stream)
+                server.close()
+                with pytest.raises(ConnectionLost, match="stopped") as caught:
+                    await asyncio.to_thread(next, stream)
+                assert caught.value.maybe_executed
+                await server.wait_closed()
+        assert service.ended == ["cancelled"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"meta": "goodbye"},
+        {"continues": True, "result": 1},
+        {"error": {"type": "Busy", "message": "full", "executed": False}},
+        {"error": {"type": "DaemonStopping", "message": "", "executed": True}},
+    ],
+    ids=["goodbye", "continues", "executed", "stopping"],
+)
+def test_a_handler_can_not_forge_what_is_the_channels(forged: dict[str, Any]) -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            reply = client.request({"method": "answer", "params": {"reply": forged}})
+            assert reply["error"]["type"] == "ProtocolError"
+            assert "channel" in reply["error"]["message"]
+            assert client.call("answer", reply={"result": 2}) == 2
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+
+    asyncio.run(main())
+
+
+def test_a_handler_knows_its_request() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            method, pid, cancelled, left, in_thread = client.call("tell", timeout=30)
+            assert [method, pid, cancelled, in_thread] == ["tell", os.getpid(), False, "tell"]
+            assert 20 < left <= 30
+            assert client.request({"method": "tell", "params": {}})["result"][3] is None
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+        with pytest.raises(LookupError, match="handler"):
+            current_request()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_handler_is_told_that_nobody_waits() -> None:
+    async def main() -> None:
+        async with serving() as service, await aconnect_daemon("test") as client:
+            with contextlib.suppress(TimeoutError):
+                await client.call("cancelled", timeout=0.2)
+            await asyncio.to_thread(wait_until, lambda: service.ended == ["cancelled: True"])
+            assert await asyncio.to_thread(ping, "test", PATIENCE)
+
+    asyncio.run(main())
