@@ -76,6 +76,8 @@ class StreamFraming:
     @staticmethod
     def encode(frames: list[bytes]) -> list[bytes]:
         """Return the chunks to write for `frames`: short ones in one chunk, a long one as it is, after its length."""
+        if len(frames) == 1 and len(frames[0]) <= _MAX_COALESCED:
+            return [_LENGTH.pack(len(frames[0])) + frames[0]]
         chunks: list[bytes] = []
         short: list[bytes] = []
         size = 0

@@ -54,6 +54,11 @@ class LoopProbe:
         """Record, in the loop's thread, that the loop is responsive."""
         self._beat_at = time.monotonic()
 
+    def renew(self) -> None:
+        """Record the same now and then, if `beat` is called regularly."""
+        if self._beat_at is not None:
+            self._beat_at = time.monotonic()
+
     def send(self) -> None:
         """Ask the loop, unless it has not answered the last time yet."""
         with self._lock:

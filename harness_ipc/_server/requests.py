@@ -106,14 +106,45 @@ async def report(value: Any) -> None:
         await request._caller.send_item(messages.encode(messages.item_reply(value)))
 
 
+class Counters:
+    """How much the handler is used. The channel's own requests don't count. May be read from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._requests = 0
+        self._errors = 0
+        self._last_used = time.monotonic()
+
+    def begin(self) -> None:
+        """Count a request in flight."""
+        with self._lock:
+            self._in_flight += 1
+
+    def end(self, is_error: bool) -> None:
+        """Count its reply."""
+        with self._lock:
+            self._in_flight -= 1
+            self._requests += 1
+            self._errors += is_error
+            self._last_used = time.monotonic()
+
+    def usage(self) -> Usage:
+        """Return all of it, of one moment."""
+        with self._lock:
+            idle = 0.0 if self._in_flight else time.monotonic() - self._last_used
+            return Usage(self._in_flight, self._requests, self._errors, idle)
+
+
 class Requests:
-    """The handler and its requests in flight, in the event loop's thread. `usage` may be called from any thread."""
+    """The handler and its requests in flight, in the event loop's thread."""
 
     def __init__(
         self,
         handler: Handler,
         health: Callable[[], Awaitable[Message]] | None,
         after_request: Callable[[], None] | None,
+        on_finished: Callable[[], None],
         *,
         pong: Callable[[float], Message],
         max_message: int,
@@ -124,26 +155,21 @@ class Requests:
         self._context = contextvars.copy_context()
         self._handler = handler
         self._health = health
+        # Before each reply, and after it.
         self._after_request = after_request
+        self._on_finished = on_finished
         self._pong = pong
         self._max_message = max_message
         # The application's requests in flight.
         self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
-        self._lock = threading.Lock()
-        self._counts = Usage(0, 0, 0, time.monotonic())
-
-    def usage(self) -> Usage:
-        """Return how much the handler has been used, all of one moment. The channel's own requests don't count."""
-        with self._lock:
-            in_flight, requests, errors, last_used = self._counts
-        return Usage(in_flight, requests, errors, 0.0 if in_flight else time.monotonic() - last_used)
+        self.counters = Counters()
 
     def start(self, caller: Caller, message: Message) -> asyncio.Task[None]:
         """Handle `message` in a task of its own, which always ends with a final reply."""
         request = CurrentRequest(caller, message)
-        self._count(request, in_flight=1)
         context = self._context.copy()
         if request.is_app_request:
+            self.counters.begin()
             context.run(_current.set, request)
         task = self._loop.create_task(self._run(request), context=context)
         # An eager one, which the app's task factory may make, has perhaps ended already.
@@ -188,18 +214,12 @@ class Requests:
             self._finish(request, _cancelled_reply(request), None)
 
     def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
-        self._count(request, in_flight=-1, requests=1, errors="error" in reply)
-        request._caller.send_reply(self._encode(reply, limit))
+        if request.is_app_request:
+            self.counters.end("error" in reply)
         if self._after_request is not None:
             self._after_request()
-
-    def _count(self, request: CurrentRequest, *, in_flight: int, requests: int = 0, errors: int = 0) -> None:
-        if request.is_app_request:
-            with self._lock:
-                count = self._counts
-                self._counts = Usage(
-                    count.in_flight + in_flight, count.requests + requests, count.errors + errors, time.monotonic()
-                )
+        request._caller.send_reply(self._encode(reply, limit))
+        self._on_finished()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
         answer: Any = self._handler(request.message)

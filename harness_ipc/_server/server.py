@@ -74,7 +74,7 @@ async def start_daemon_server(
     `max_message` is the limit of a message in bytes, `handshake_timeout` and `grace_period` are seconds. The handler of a
     request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved request
     of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given; `after_request`
-    is called after each reply. `registration` is what `acquire_name` returned, if the caller has the name already, which the
+    is called when a handler has ended, before its reply is sent. `registration` is what `acquire_name` returned, if the caller has the name already, which the
     caller then releases; otherwise the name is acquired here, and released when the server has closed.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid time.
@@ -88,7 +88,7 @@ async def start_daemon_server(
         listener = Listener(registration.record.address)
         try:
             server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-            server.requests = Requests(handler, health, after_request, pong=server.pong, max_message=max_message)
+            server.requests = Requests(handler, health, after_request, server.check_closed, pong=server.pong, max_message=max_message)
             registration.publish(app_version=app_version, max_message=max_message)
             server._start()
         except BaseException:
@@ -159,7 +159,7 @@ class DaemonServer:
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
-        return self.requests.usage().idle
+        return self.requests.counters.usage().idle
 
     @property
     def connections(self) -> int:
@@ -269,7 +269,7 @@ class DaemonServer:
 
         `lag` is the seconds that the loop took to answer, or since when it has not.
         """
-        usage = self.requests.usage()
+        usage = self.requests.counters.usage()
         return {
             "pong": True,
             "pid": self.record.pid,

@@ -199,6 +199,7 @@ class Session:
         elif (reply := self._server.answer_builtin(self, message)) is not None:
             self.send_reply(reply)
         else:
+            self._server.probe.renew()
             task = self._server.requests.start(self, message)
             if not task.done():
                 self._task = task
