@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from harness_ipc import _transport
 from harness_ipc._protocol.handshake import Keys
-from harness_ipc.server import acquire_name
+from harness_ipc._server.server import acquire_name
 from tests.processes import PATIENCE
 
 NAME = "test"

@@ -88,7 +88,9 @@ async def start_daemon_server(
         listener = Listener(registration.record.address)
         try:
             server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-            server.requests = Requests(handler, health, after_request, server.check_closed, pong=server.pong, max_message=max_message)
+            server.requests = Requests(
+                handler, health, after_request, server.check_closed, pong=server.pong, max_message=max_message
+            )
             registration.publish(app_version=app_version, max_message=max_message)
             server._start()
         except BaseException:

@@ -18,6 +18,7 @@ from harness_ipc.errors import (
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
+    ExpectedMore,
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
@@ -30,7 +31,7 @@ from harness_ipc.errors import (
 )
 
 # Name and builtin of each leaf as the module's docstring draws it.
-DRAWN = re.findall(r"^[├└]── (\w+) +(\w+) +\S", errors.__doc__ or "", re.MULTILINE)
+DRAWN = re.findall(r"^[│ ]*[├└]── (\w+) +(\w+) +\S", errors.__doc__ or "", re.MULTILINE)
 
 INSTANCES: list[tuple[HarnessIPCError, dict[str, object]]] = [
     (InvalidName("text"), {}),
