@@ -136,17 +136,22 @@ class Counters:
             return Usage(self._in_flight, self._requests, self._errors, idle)
 
 
+class Hooks(NamedTuple):
+    """What requests need of others: the app's health, the reply to a ping of so many seconds, and calls around each reply."""
+
+    health: Callable[[], Awaitable[Message]] | None
+    pong: Callable[[float], Message]
+    before_reply: Callable[[], None] | None
+    after_reply: Callable[[], None]
+
+
 class Requests:
     """The handler and its requests in flight, in the event loop's thread."""
 
     def __init__(
         self,
         handler: Handler,
-        health: Callable[[], Awaitable[Message]] | None,
-        after_request: Callable[[], None] | None,
-        on_finished: Callable[[], None],
-        *,
-        pong: Callable[[float], Message],
+        hooks: Hooks,
         max_message: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -154,11 +159,7 @@ class Requests:
         # Without what belongs to the caller of the server's start.
         self._context = contextvars.copy_context()
         self._handler = handler
-        self._health = health
-        # Before each reply, and after it.
-        self._after_request = after_request
-        self._on_finished = on_finished
-        self._pong = pong
+        self._hooks = hooks
         self._max_message = max_message
         # The application's requests in flight.
         self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
@@ -216,10 +217,10 @@ class Requests:
     def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
         if request.is_app_request:
             self.counters.end("error" in reply)
-        if self._after_request is not None:
-            self._after_request()
+        if self._hooks.before_reply is not None:
+            self._hooks.before_reply()
         request._caller.send_reply(self._encode(reply, limit))
-        self._on_finished()
+        self._hooks.after_reply()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
         answer: Any = self._handler(request.message)
@@ -239,11 +240,12 @@ class Requests:
 
     async def _answer_builtin(self, request: CurrentRequest) -> tuple[Message, int | None]:
         if request.message["meta"] == messages.HEALTH:
-            return {"health": await self._health() if self._health is not None else None}, self._max_message
+            health = self._hooks.health
+            return {"health": await health() if health is not None else None}, self._max_message
         since = time.monotonic()
         await asyncio.sleep(0)  # one iteration of the loop
         # A limit below the channel's own replies does not hold for them.
-        return self._pong(time.monotonic() - since), None
+        return self._hooks.pong(time.monotonic() - since), None
 
     def _encode(self, reply: Message, limit: int | None) -> bytes:
         """Return the frame of `reply`, or of the error that it can't be one."""

@@ -23,7 +23,7 @@ from .admission import MIN_HANDSHAKE_TIME, Admission, Deadlines
 from .greet import LoopProbe
 from .loop import LoopAcceptor
 from .pump import ThreadAcceptor
-from .requests import Requests
+from .requests import Hooks, Requests
 from .session import Session
 
 if TYPE_CHECKING:
@@ -72,10 +72,11 @@ async def start_daemon_server(
 
     `handler` is an async function from a message to a reply, both JSON objects, or an async generator of items, each JSON.
     `max_message` is the limit of a message in bytes, `handshake_timeout` and `grace_period` are seconds. The handler of a
-    request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved request
-    of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given; `after_request`
-    is called when a handler has ended, before its reply is sent. `registration` is what `acquire_name` returned, if the caller has the name already, which the
-    caller then releases; otherwise the name is acquired here, and released when the server has closed.
+    request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved
+    request of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given;
+    `after_request` is called when a handler has ended, before its reply is sent. `registration` is what `acquire_name`
+    returned, if the caller has the name already, which the caller then releases; otherwise the name is acquired here, and
+    released when the server has closed.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid time.
     """
@@ -88,9 +89,8 @@ async def start_daemon_server(
         listener = Listener(registration.record.address)
         try:
             server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-            server.requests = Requests(
-                handler, health, after_request, server.check_closed, pong=server.pong, max_message=max_message
-            )
+            hooks = Hooks(health, server.pong, after_request, server.check_closed)
+            server.requests = Requests(handler, hooks, max_message)
             registration.publish(app_version=app_version, max_message=max_message)
             server._start()
         except BaseException:
