@@ -1,0 +1,163 @@
+"""Daemons that drain at any instant, one after another: every request runs once, or its error says that it did not run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from harness_ipc import Client, DaemonNotRunning, HarnessIPCError, aconnect_daemon, request
+from harness_ipc._protocol import messages
+from harness_ipc._protocol.framing import StreamFraming
+from harness_ipc._protocol.handshake import Keys
+from harness_ipc._protocol.session import PROVED, ServerProtocol
+from harness_ipc.errors import AuthenticationFailed
+from harness_ipc.server import acquire_name
+from tests.marks import needs_posix
+from tests.processes import PATIENCE
+
+pytestmark = needs_posix
+
+GENERATIONS = int(os.environ.get("HARNESS_TEST_DRAINS", "60"))
+
+
+class Generation:
+    """A daemon over the protocol alone, in one thread: it answers at once, and drains by the rule when it is told to."""
+
+    def __init__(self, ran: Counter[str]) -> None:
+        self.ran = ran
+        self.registration = acquire_name("test")
+        record = self.registration.record
+        self.keys = Keys(record.authkey, record.address)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(record.address)
+        self.listener.listen(128)
+        self.listener.setblocking(False)
+        self.sessions: dict[socket.socket, ServerProtocol] = {}
+        self.registration.publish(app_version=None, max_message=1 << 20)
+
+    def serve(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            for sock in select.select([self.listener, *self.sessions], [], [], left)[0]:
+                self.accept() if sock is self.listener else self.read(sock)
+
+    def drain(self, *, has_successor: bool) -> Generation | None:
+        """Leave, and return the generation that has taken the name before the goodbyes were said."""
+        self.registration.release()
+        successor = Generation(self.ran) if has_successor else None
+        self.listener.close()
+        for sock, session in self.sessions.items():
+            session.leave()
+            self.send(sock, session)
+            sock.close()
+        return successor
+
+    def accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            sock, _ = self.listener.accept()
+            self.sessions[sock] = ServerProtocol(self.keys, StreamFraming(), 1 << 20)
+
+    def read(self, sock: socket.socket) -> None:
+        session = self.sessions[sock]
+        try:
+            data = sock.recv(65536)
+            session.receive_data(data)
+            while data and (event := session.next_event()) is not None:
+                if event == PROVED:
+                    continue
+                assert isinstance(event, dict)
+                self.ran[event["id"]] += 1
+                session.send_reply(messages.encode({"result": event["id"]}))
+                self.send(sock, session)
+                session.reply_taken()
+            self.send(sock, session)
+        except (OSError, AuthenticationFailed):
+            data = b""
+        if not data:
+            del self.sessions[sock]
+            sock.close()
+
+    @staticmethod
+    def send(sock: socket.socket, session: ServerProtocol) -> None:
+        with contextlib.suppress(OSError):
+            for chunk in session.data_to_send():
+                sock.sendall(chunk)
+
+
+def ask_once(ids: Any, over: threading.Event, note: Callable[[Any, Any], None]) -> None:
+    while not over.is_set():
+        number = next(ids)
+        note(number, lambda number=number: request("test", {"id": number}, timeout=PATIENCE))
+
+
+def ask_kept(ids: Any, over: threading.Event, note: Callable[[Any, Any], None]) -> None:
+    with contextlib.closing(Client("test")) as client:
+        while not over.is_set():
+            number = next(ids)
+            note(number, lambda number=number: client.request({"id": number}, timeout=PATIENCE))
+
+
+def test_requests_beside_drains_run_once_or_say_that_they_did_not() -> None:
+    ran: Counter[str] = Counter()
+    outcomes: dict[str, Any] = {}
+    over = threading.Event()
+
+    def note(number: Any, ask: Callable[[], dict[str, Any]]) -> None:
+        try:
+            outcomes[number] = ask()["result"] == number
+        except HarnessIPCError as error:
+            outcomes[number] = error
+
+    def ids(worker: int) -> Any:
+        return (f"{worker}.{n}" for n in range(1_000_000))
+
+    async def ask_async(worker: int) -> None:
+        client = None
+        while client is None:
+            with contextlib.suppress(DaemonNotRunning):
+                client = await aconnect_daemon("test")
+        for number in ids(worker):
+            if over.is_set():
+                break
+            try:
+                outcomes[number] = (await client.request({"id": number}, timeout=PATIENCE))["result"] == number
+            except HarnessIPCError as error:
+                outcomes[number] = error
+        await client.close()
+
+    generation = Generation(ran)
+    with ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(ask, ids(worker), over, note) for worker, ask in enumerate([ask_once, ask_once, ask_kept, ask_kept])
+        ]
+        jobs += [pool.submit(asyncio.run, ask_async(worker)) for worker in (4, 5)]
+        for _ in range(GENERATIONS):
+            generation.serve(random.random() * 0.05)
+            successor = generation.drain(has_successor=True)
+            assert successor is not None
+            generation = successor
+        over.set()
+        generation.serve(0.5)
+        for job in jobs:
+            job.result(PATIENCE)
+    generation.drain(has_successor=False)
+    assert len(outcomes) > GENERATIONS
+    for number, outcome in outcomes.items():
+        if isinstance(outcome, HarnessIPCError):
+            # Between two records there is no daemon.
+            assert (type(outcome), outcome.maybe_executed) == (DaemonNotRunning, False), (number, outcome)
+            assert ran[number] == 0
+        else:
+            assert outcome, number
+            assert ran[number] == 1
+    assert set(ran.values()) == {1}
