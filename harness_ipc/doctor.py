@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from . import __version__, _status, auth, transport
-from ._registry import files, processes, records, stale, trust
+from ._registry import files, lifetime, processes, records, trust
 from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
 from ._text import escape_control
 from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
@@ -336,8 +336,8 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
         remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name, namespace)
         lives, address = False, ""
         with contextlib.suppress(HarnessIPCError, OSError, ValueError):
-            record = records.read_file(os.path.join(directory, entry))
-            lives = name in living if kind == "json" else stale.is_living(record)
+            record = records.read_file(os.path.join(directory, entry), name)
+            lives = name in living if kind == "json" else lifetime.is_living(record)
             address = record.address
         if kind == "json" and not address:
             continue

@@ -17,7 +17,7 @@ from .trust import after_denial, check_ancestors, elsewhere, find_problem, make_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO, TypeVar
 
     T = TypeVar("T")
@@ -27,8 +27,11 @@ _PRIVATE = 0o077
 LOG_DIRECTORY = 0o022
 
 # On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
-_SHARING_RETRY = 1.0
+SHARING_PATIENCE = 1.0
 _SHARING_STEP = 0.01
+
+# What link(2) fails with on a file system without hard links, or in a sandbox.
+_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 # O_NONBLOCK: a FIFO in a file's place must not hang the open.
 NOFOLLOW_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -77,13 +80,9 @@ def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
     if check_private_dir(path, forbidden=forbidden):
         return
     check_ancestors(path)
-    try:
+    remedy = f"run `{after_denial(path, elsewhere())}`, or set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR"
+    with start_failures(f"{path} can't be created", f"{remedy} to directories that you can write"):
         _make_dir(path)
-    except OSError as error:
-        raise StartFailed(
-            f"{path} can't be created: {error.strerror}; run `{after_denial(path, elsewhere())}`, or set "
-            "HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
-        ) from error
     check_private_dir(path, forbidden=forbidden)
 
 
@@ -186,6 +185,31 @@ def write_private_file(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def move_if_absent(draft: str, path: str) -> bool:
+    """Give the file `draft` the name `path`, or return False if that exists. On POSIX the name `draft` may stay."""
+    try:
+        # Windows' rename does not replace.
+        retry_on_sharing_violation(os.rename if sys.platform == "win32" else os.link, draft, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # For a moment the path has an empty file, which keeps other processes from creating one.
+        try:
+            write_private_file(path, b"")
+        except FileExistsError:
+            return False
+        os.replace(draft, path)
+    return True
+
+
+def remove(path: str) -> None:
+    """Remove the file `path` if the system lets us."""
+    with contextlib.suppress(OSError):
+        retry_on_sharing_violation(os.unlink, path)
+
+
 if sys.platform == "win32":
 
     def _open_append(path: str) -> int:
@@ -245,7 +269,7 @@ def open_log_for_reading(path: str) -> BinaryIO:
     return open(open_private_file(path), "rb")
 
 
-def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = _SHARING_RETRY) -> T:
+def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_PATIENCE) -> T:
     """Return ``action(*arguments)``, repeated for `seconds` while Windows says that another process has the file open."""
     deadline = time.monotonic() + seconds
     while True:
@@ -255,6 +279,17 @@ def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, sec
             if sys.platform != "win32" or time.monotonic() >= deadline:
                 raise
             time.sleep(_SHARING_STEP)
+
+
+@contextlib.contextmanager
+def start_failures(what: str, remedy: str) -> Iterator[None]:
+    """Raise `StartFailed`, with `what` could not be done, the reason and the `remedy`, for an `OSError` of the block."""
+    try:
+        yield
+    except HarnessIPCError:
+        raise
+    except OSError as error:
+        raise StartFailed(f"{what}: {error.strerror}; {remedy}") from error
 
 
 def _set_mode(descriptor: int) -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import sys
 import time
 
 from ..errors import AlreadyRunning, DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed
 from . import files, processes, records
 from .locks import NameLock
-from .namespace import Namespace, check_name, private_path
+from .namespace import Namespace, check_name, private_path, private_temporary_dir
 from .records import Record
-from .stale import create, read_living, remove_dead, remove_stale_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 # Seconds that another process may hold the lock only to clean up, and the most between two tries to claim a name.
@@ -28,10 +29,11 @@ _LOCK_PATIENCE = 0.5
 _RETRY = 0.02
 # Times that a file may be removed beneath us during one claim or write.
 _TRIES = 20
-# Seconds for other processes (a virus scanner, on Windows) to close the record before it gets that state.
-_REPLACE_PERIOD = {records.STARTING: 1.0, records.READY: 5.0, records.DRAINING: 1.0}
+# Seconds for other processes (a virus scanner, on Windows) to close the record before it becomes ready.
+_READY_PATIENCE = 5.0
 # Seconds after which the times of the files are set, or a cleaner of old files would remove them.
 TOUCH_INTERVAL = 3600.0
+_REMEDY = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
 
 
 class Registration:
@@ -55,19 +57,20 @@ class Registration:
         files.tighten_dir(self._directory)
         files.create_private_dir(self._directory)
         own = {"schema": records.SCHEMA, "name": name, "generation": generation, "family": family, "address": address}
-        defaults = {
-            **_own_identity(),
+        fields = {
+            **own,
+            **processes.own_identity(),
             "authkey": os.urandom(32).hex(),
             "version": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
             "started_at": time.time(),
             "argv": [sys.executable, *sys.orig_argv[1:]],
-            **_own_cwd(),
             "environment": {},
             "state": records.STARTING,
         }
-        given = {key: value for key, value in optional.items() if value is not None}
-        self.record = Record({**own, **defaults, **given})
+        with contextlib.suppress(OSError):  # it may have been removed
+            fields["cwd"] = os.getcwd()
+        self.record = Record(fields | {key: value for key, value in optional.items() if value is not None})
         self._pid = os.getpid()
         self._path = os.path.join(self._directory, f"{name}.json")
         self._touched = time.monotonic()
@@ -138,9 +141,9 @@ class Registration:
             return False
 
     def _unlink(self) -> None:
-        with contextlib.suppress(HarnessIPCError, OSError):
+        with contextlib.suppress(HarnessIPCError):
             if self._is_own():
-                files.retry_on_sharing_violation(os.unlink, self._path)
+                files.remove(self._path)
 
     def _write(self, record: Record) -> None:
         """Make `record` the name's. Raises `AlreadyRunning` if a living process has another there, and `StartFailed`."""
@@ -148,25 +151,19 @@ class Registration:
         if len(data) > (limit := records.MAX_RECORD):
             size = f"{len(data)} bytes, the limit is {limit}"
             raise StartFailed(f"the record {self._path} has {size}: use a shorter command line, or add fewer variables")
-        try:
+        with files.start_failures(f"the record {self._path} can't be written", _REMEDY):
             for _ in range(_TRIES):
                 # A sweeper may have removed the draft.
                 with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
                     if self._is_own():
-                        files.retry_on_sharing_violation(os.replace, draft, self._path, seconds=_REPLACE_PERIOD[record.state])
+                        patience = _READY_PATIENCE if record.state == records.READY else files.SHARING_PATIENCE
+                        files.retry_on_sharing_violation(os.replace, draft, self._path, seconds=patience)
                         return
-                    if create(draft, self._path):
+                    if files.move_if_absent(draft, self._path):
                         return
-                    other = remove_dead(self._directory, record.name)
+                    other = _remove_dead(self._directory, record.name)
                     if other is not None and other.generation != record.generation:
-                        raise _already_running(record.name, other.pid)
-        except OSError as error:
-            if isinstance(error, HarnessIPCError):
-                raise
-            raise StartFailed(
-                f"the record {self._path} can't be written: {error.strerror}; make room or set HARNESS_IPC_RUNTIME_DIR to "
-                "another directory"
-            ) from error
+                        raise _already_running(record.name, other)
         raise StartFailed(f"the record {self._path} is removed again and again")
 
     def _touch(self) -> None:
@@ -188,14 +185,14 @@ def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
     stays. Raises `UnsafeDirectory`, `StartFailed` or `InvalidName`.
     """
     directory = os.path.dirname(private_path(name, "json", namespace))
-    if not files.check_private_dir(directory):
+    if not os.path.lexists(directory):
         return True
     try:
         lock = _acquire(directory, name)
     except AlreadyRunning:
         return False
     try:
-        return remove_dead(directory, name) is None
+        return _remove_dead(directory, name) is None
     finally:
         lock.release()
 
@@ -203,62 +200,99 @@ def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
 def restore_record(record: Record, namespace: Namespace) -> None:
     """Write the record of a daemon that has ended again, so that it can be started from that. Never replaces another."""
     with contextlib.suppress(OSError, HarnessIPCError), _draft(namespace.runtime_dir, record.name, record.to_json()) as draft:
-        create(draft, private_path(record.name, "json", namespace))
+        files.move_if_absent(draft, private_path(record.name, "json", namespace))
+
+
+def is_living(record: Record) -> bool:
+    """Return whether the record's process lives. Where that can't be told: whether its socket accepts connections."""
+    if sys.platform == "win32" or processes.why_unknown(record.public()) is None:
+        return processes.find_process(record.public()) is not None
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(record.address)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return True
 
 
 def _acquire(directory: str, name: str) -> NameLock:
-    """Return the lock of a name that no living process has, and clear the drafts. Raises what `Registration` does."""
+    """Return the lock of a name that no living process has, and remove the drafts. Raises what `Registration` does."""
     path = os.path.join(directory, f"{name}.lock")
     lock = NameLock(path)
     deadline = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            acquired = lock.try_acquire()
-            living = read_living(os.path.join(directory, f"{name}.json"), name)
-            if acquired and living is None:
-                remove_stale_files(directory, name)
-                return lock
-        except OSError as error:
-            lock.release()
-            if isinstance(error, HarnessIPCError):
-                raise
-            raise StartFailed(
-                f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory of your own on "
-                "a local disk"
-            ) from error
-        if living is not None or time.monotonic() >= deadline:
-            lock.release()
-            raise _already_running(name, None if living is None else living.pid)
-        time.sleep(_RETRY / 2)
+    try:
+        with files.start_failures(f"the lock {path} can't be taken", _REMEDY):
+            while True:
+                acquired = lock.try_acquire()
+                living = _read_living(os.path.join(directory, f"{name}.json"), name)
+                if acquired and living is None:
+                    _remove_drafts(directory, name)
+                    return lock
+                if living is not None or time.monotonic() >= deadline:
+                    raise _already_running(name, living)
+                time.sleep(_RETRY / 2)
+    except BaseException:
+        lock.release()
+        raise
 
 
-def _already_running(name: str, pid: int | None) -> AlreadyRunning:
+def _already_running(name: str, living: Record | None) -> AlreadyRunning:
+    pid = None if living is None else living.pid
     who = "a process that has no record" if pid is None else f"pid {pid}"
     return AlreadyRunning(f"the daemon {name!r} is already running: {who}; stop it first", pid=pid)
 
 
+def _read_living(path: str, name: str) -> Record | None:
+    """Return the record of `name` in the file `path` if its process lives. Raises as `files.read_private_file` does."""
+    with contextlib.suppress(FileNotFoundError, ValueError, IncompatibleDaemon):
+        record = records.read_file(path, name)
+        return record if is_living(record) else None
+    return None
+
+
+def _remove_dead(directory: str, name: str) -> Record | None:
+    """Remove the record at the name's path, and the socket that it names. Return it instead if its process lives."""
+    path = os.path.join(directory, f"{name}.json")
+    if (living := _read_living(path, name)) is None:
+        with contextlib.suppress(FileNotFoundError):
+            aside = _draft_path(directory, name)
+            files.retry_on_sharing_violation(os.rename, path, aside)
+            # Another process may have replaced it since it was read.
+            if (living := _read_living(aside, name)) is not None:
+                files.move_if_absent(aside, path)
+                files.remove(aside)
+        _remove_drafts(directory, name)
+    return living
+
+
+def _remove_drafts(directory: str, name: str) -> None:
+    """Remove the drafts of dead generations, and the sockets that they name. The caller holds the name lock."""
+    for entry in os.listdir(directory):
+        if entry.startswith(f"{name}.") and entry.endswith(".tmp"):
+            path = os.path.join(directory, entry)
+            with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
+                if is_living(record := records.read_file(path, name)):
+                    continue
+                # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked.
+                place, socket_name = os.path.split(record.address)
+                if socket_name == f"{record.generation[:16]}.sock" and any(
+                    os.path.samefile(place, each) for each in (directory, private_temporary_dir())
+                ):
+                    os.unlink(record.address)
+            files.remove(path)
+
+
+def _draft_path(directory: str, name: str) -> str:
+    return os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
+
+
 @contextlib.contextmanager
-def _draft(directory: str, name: str, data: bytes) -> Any:
+def _draft(directory: str, name: str, data: bytes) -> Iterator[str]:
     """Write `data` to a new file, yield its path, and remove it at the end of the block if it is still there."""
-    draft = os.path.join(directory, f"{name}.{records.new_generation_id()}.tmp")
+    draft = _draft_path(directory, name)
     try:
         files.write_private_file(draft, data)
         yield draft
     finally:
-        with contextlib.suppress(OSError):
-            files.retry_on_sharing_violation(os.unlink, draft)
-
-
-def _own_identity() -> dict[str, Any]:
-    try:
-        return processes.own_identity()
-    except OSError as error:
-        why = processes.why_identity_is_unavailable() or error
-        raise StartFailed(f"this process can't be identified: {why}; mount /proc in this container or chroot") from error
-
-
-def _own_cwd() -> dict[str, str]:
-    # It may have been removed.
-    with contextlib.suppress(OSError):
-        return {"cwd": os.getcwd()}
-    return {}
+        files.remove(draft)

@@ -10,68 +10,28 @@ import sys
 from .._descriptors import close_in_child
 from . import files
 
-_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-
+# The errors of a lock that another process has. Wine sets no errno.
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            # Wine sets no errno.
-            if error.errno in (0, errno.EACCES, errno.EDEADLK):
-                return False
-            raise
-        return True
-
-    def _unlock(descriptor: int) -> None:
-        """Closing does it: no other process has the handle."""
-
-    def _is_at(path: str, descriptor: int) -> bool:
-        # Nobody can remove or rename a file that is open without FILE_SHARE_DELETE.
-        return True
-
-    def _open_shared(directory: str) -> int | None:
-        return None
-
+    _HELD = (0, errno.EACCES, errno.EDEADLK)
 else:
     import fcntl
 
-    def _try_lock(descriptor: int) -> bool:
-        try:
+    _HELD = (errno.EWOULDBLOCK,)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    except OSError as error:
+        if error.errno in _HELD:
             return False
-        return True
-
-    def _unlock(descriptor: int) -> None:
-        # Not by closing alone: forked children may have the descriptor.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-    def _is_at(path: str, descriptor: int) -> bool:
-        info = os.fstat(descriptor)
-        try:
-            if files.file_fingerprint(path)[:2] != (info.st_dev, info.st_ino):
-                return False
-        except FileNotFoundError:
-            return False
-        if info.st_mode & 0o600 != 0o600:
-            # The umask has taken away even the owner's rights.
-            os.fchmod(descriptor, 0o600)
-        return True
-
-    def _open_shared(directory: str) -> int | None:
-        # systemd-tmpfiles passes over a directory that somebody has locked, whatever locks its files have.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                os.close(descriptor)
-                raise
-            return descriptor
-        return None
+        raise
+    return True
 
 
 class NameLock:
@@ -94,7 +54,7 @@ class NameLock:
         """
         while True:
             try:
-                descriptor = os.open(self._path, _OPEN, 0o600)
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | files.NOFOLLOW_FLAGS, 0o600)
             except OSError as error:
                 if sys.platform == "win32" and isinstance(error, PermissionError):
                     # Another process has opened it for itself alone.
@@ -107,7 +67,7 @@ class NameLock:
             try:
                 if not _try_lock(descriptor):
                     return False
-                if current := _is_at(self._path, descriptor):
+                if current := self._is_at_path(descriptor):
                     self._descriptors.append(descriptor)
                     return True
             finally:
@@ -116,12 +76,32 @@ class NameLock:
 
     def is_current(self) -> bool:
         """Whether the file at the path is the one that is locked here. Raises `UnsafeDirectory`."""
-        return _is_at(self._path, self._descriptors[-1])
+        return self._is_at_path(self._descriptors[-1])
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        # On Windows nobody can remove or rename a file that is open without FILE_SHARE_DELETE.
+        if sys.platform != "win32":
+            info = os.fstat(descriptor)
+            try:
+                if files.file_fingerprint(self._path)[:2] != (info.st_dev, info.st_ino):
+                    return False
+            except FileNotFoundError:
+                return False
+            if info.st_mode & 0o600 != 0o600:
+                # The umask has taken away even the owner's rights.
+                os.fchmod(descriptor, 0o600)
+        return True
 
     def share_directory(self) -> None:
-        """Hold a shared lock on the directory too, unless a cleaner has it now."""
-        if self._directory is None:
-            self._directory = _open_shared(os.path.dirname(self._path))
+        """Hold a shared lock on the directory too, unless a cleaner has it now.
+
+        systemd-tmpfiles passes over a directory that somebody has locked, whatever locks its files have.
+        """
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                if self._directory is None:
+                    self._directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self._directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def release(self) -> None:
         """Unlock the file. A forked child only closes its copies; its parent still holds the lock."""
@@ -130,8 +110,9 @@ class NameLock:
             os.close(self._directory)
             self._directory = None
         for descriptor in descriptors:
-            if self._pid == os.getpid():
-                _unlock(descriptor)
+            # Not by closing alone: forked children may have the descriptor. On Windows no other process has the handle.
+            if sys.platform != "win32" and self._pid == os.getpid():
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     close_inherited = release

@@ -1,4 +1,4 @@
-"""Process identity: a pid together with the start of its process, since pids are reused. It knows no names and no records.
+"""Process identity: a pid together with the start of its process, since pids are reused.
 
 An identity is a JSON object: ``pid``, ``create_time`` (seconds since 1970) and on Linux ``start_ticks``, ``boot_id``,
 ``pid_namespace`` and ``time_namespace``, which make it exact whatever the clock was set to. A pid means something only in its
@@ -7,9 +7,12 @@ own PID namespace: an identity of another one is unknown, never a match.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+
+from ..errors import StartFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,12 +29,12 @@ _EXACT = ("start_ticks", "boot_id", "pid_namespace", "time_namespace")
 
 
 def own_identity() -> Identity:
-    """Return the identity of this process. Raises `OSError` where the system does not tell (Linux without ``/proc``)."""
-    if sys.platform == "linux":
-        return _linux_identity("self", os.getpid())
-    import psutil
-
-    return {"pid": os.getpid(), "create_time": psutil.Process().create_time()}
+    """Return the identity of this process. Raises `StartFailed` where the system does not tell (Linux without ``/proc``)."""
+    try:
+        return _identify(os.getpid())
+    except OSError as error:
+        why = why_identity_is_unavailable() or error
+        raise StartFailed(f"this process can't be identified: {why}; mount /proc in this container or chroot") from error
 
 
 def process_identity(pid: int) -> Identity | None:
@@ -46,18 +49,11 @@ def process_identity(pid: int) -> Identity | None:
 
     The identity is a JSON object: it can be written to a file and compared by another process of the same machine.
     """
-    if sys.platform == "linux":
-        if pid != os.getpid() and why_identity_is_unavailable() is not None:
-            return None
-        try:
-            return _linux_identity("self" if pid == os.getpid() else str(pid), pid)
-        except (OSError, ValueError, IndexError):
-            return None
-    import psutil
-
+    if pid != os.getpid() and why_identity_is_unavailable() is not None:
+        return None
     try:
-        return {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-    except (psutil.Error, ValueError, OverflowError):
+        return _identify(pid)
+    except OSError:
         return None
 
 
@@ -68,20 +64,26 @@ def is_same_process(identity: Identity) -> bool:
 
 def find_process(identity: Identity) -> psutil.Process | None:
     """Return the process with this `identity`, to signal it or to wait for it; None if it has ended or can't be told."""
-    import psutil
-
     pid = identity.get("pid")
-    # type(): bool is a subclass of int, and 1 is init.
+    # type(): bool is a subclass of int.
     if type(pid) is not int or pid <= 0 or why_unknown(identity) is not None:
         return None
-    try:
+    import psutil
+
+    # psutil raises OverflowError for a pid that no system can have.
+    with contextlib.suppress(psutil.Error, OverflowError):
         process = psutil.Process(pid)
         found = process_identity(pid)
-        if found is None or not _is_same(identity, found) or process.status() == psutil.STATUS_ZOMBIE:
-            return None
-    except (psutil.Error, OverflowError):
-        return None
-    return process
+        if found is not None and _is_same(identity, found) and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def _is_same(identity: Identity, found: Identity) -> bool:
+    if "start_ticks" in found:
+        return all(identity.get(key) == found[key] for key in _EXACT)
+    created = identity.get("create_time")
+    return type(created) in (int, float) and abs(created - found["create_time"]) < _CLOCK_SLACK
 
 
 def why_unknown(identity: Identity) -> str | None:
@@ -101,53 +103,16 @@ def why_unknown(identity: Identity) -> str | None:
     return None
 
 
-def _is_same(identity: Identity, found: Identity) -> bool:
-    if "start_ticks" in found:
-        return all(identity.get(key) == found.get(key) for key in _EXACT)
-    created = identity.get("create_time")
-    return type(created) in (int, float) and abs(created - found["create_time"]) < _CLOCK_SLACK
-
-
 def why_identity_is_unavailable() -> str | None:
     """Return why this system can't tell processes apart, or None if it can: Linux without a usable ``/proc``."""
     if sys.platform != "linux":
         return None
     try:
-        shown = os.readlink("/proc/self")
+        if os.readlink("/proc/self") == str(os.getpid()):
+            return None
     except OSError:
         return "/proc is not mounted, so processes can't be told apart"
-    if shown != str(os.getpid()):
-        return "/proc shows another PID namespace, so processes can't be told apart (mount it anew: unshare --mount-proc)"
-    return None
-
-
-if sys.platform == "linux":
-
-    def _linux_identity(entry: str, pid: int) -> Identity:
-        with open(f"/proc/{entry}/stat", "rb") as file:
-            # proc_pid_stat(5): field 22 is the start in clock ticks since boot; field 2, in parentheses, may contain any byte.
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-        # Like psutil's, but without /proc/stat, which a sandbox may hide: the start in seconds since 1970 by today's clock.
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        identity: Identity = {"pid": pid, "create_time": booted + ticks / os.sysconf("SC_CLK_TCK"), "start_ticks": ticks}
-        identity["boot_id"] = _boot_id()
-        # Of this process: one that can be seen in our /proc by its pid is known by that pid here, whatever namespace it is in.
-        identity["pid_namespace"] = _namespace("pid")
-        identity["time_namespace"] = _namespace("time")
-        return identity
-
-else:
-
-    def _linux_identity(entry: str, pid: int) -> Identity:
-        raise NotImplementedError
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except (OSError, ValueError):
-        return ""
+    return "/proc shows another PID namespace, so processes can't be told apart (mount it anew: unshare --mount-proc)"
 
 
 def _namespace(kind: str) -> str:
@@ -156,3 +121,32 @@ def _namespace(kind: str) -> str:
     except OSError:
         # A kernel without them (time: before 5.6) has one for all.
         return ""
+
+
+def _identify(pid: int) -> Identity:
+    """Return the identity of the process `pid`. Raises `OSError`."""
+    if sys.platform != "linux":
+        import psutil
+
+        try:
+            return {"pid": pid, "create_time": psutil.Process(pid).create_time()}
+        except (psutil.Error, ValueError, OverflowError) as error:
+            raise ProcessLookupError(str(error)) from error
+    # "self": a foreign /proc shows this process by another pid.
+    with open(f"/proc/{'self' if pid == os.getpid() else pid}/stat", "rb") as file:
+        # proc_pid_stat(5): field 22 is the start in clock ticks since boot; field 2, in parentheses, may contain any byte.
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    boot_id = ""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot_id = file.read().strip()
+    # Like psutil's, but without /proc/stat, which a sandbox may hide: the start in seconds since 1970 by today's clock.
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {
+        "pid": pid,
+        "create_time": booted + ticks / os.sysconf("SC_CLK_TCK"),
+        "start_ticks": ticks,
+        "boot_id": boot_id,
+        # Of this process: one that can be seen in our /proc by its pid is known by that pid here, whatever namespace it is in.
+        "pid_namespace": _namespace("pid"),
+        "time_namespace": _namespace("time"),
+    }

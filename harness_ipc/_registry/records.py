@@ -69,7 +69,7 @@ class Record:
     )
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        """Take the fields of a record's file, of this schema or another. Raises `ValueError` that says which one is wrong."""
+        """Take the fields of a record's file, of this schema or another. Raises `ValueError` that quotes none of the values."""
         self.schema: int = fields["schema"]
         required, optional = (_LASTING | _REQUIRED, _OPTIONAL) if self.schema == SCHEMA else (_LASTING, _OPTIONAL | _REQUIRED)
         # type(): bool is a subclass of int.
@@ -79,7 +79,7 @@ class Record:
             raise ValueError(f"its {min(wrong or odd)} is missing or of a wrong type")
         # Another schema may mean something else by it.
         fields = {key: value for key, value in fields.items() if key not in odd}
-        self.authkey = _parse_key(fields.pop("authkey", ""))
+        self.authkey = bytes.fromhex(fields.pop("authkey", ""))
         state = fields.get("state")
         self.state: str = state if state in _STATES else READY if self.authkey else STARTING
         self.name: str = fields["name"]
@@ -90,24 +90,16 @@ class Record:
         self.max_message: int = fields.get("max_message", MAX_RECORD)
         self.environment: dict[str, str] = fields.get("environment", {})
         self._fields = fields
-        self._check()
-
-    def _check(self) -> None:
-        fields = self._fields
-        if self.pid <= 0 or self.max_message <= 0:
-            raise ValueError("its pid or max_message is not positive")
-        if not all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at")):
-            raise ValueError("its create_time or started_at is no time")
-        if not self.address or "\0" in self.address:
-            raise ValueError("its address is not usable")
         # As the keys are derived from it; raises UnicodeError, a ValueError.
         self.address.encode("utf-8", "surrogateescape")
-        if self.schema != SCHEMA:
-            return
-        if self.state != fields["state"] or (self.state == READY and not (self.authkey and "max_message" in fields)):
-            raise ValueError("its state is unknown, or ready without an authkey and max_message")
-        if not all(isinstance(word, str) for word in (*fields["argv"], *self.environment.values())):
-            raise ValueError("its argv or environment has something that is no text")
+        possible = self.pid > 0 and self.max_message > 0 and self.address != "" and "\0" not in self.address
+        possible &= all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at"))
+        possible &= len(self.authkey) in (0, _KEY_BYTES)
+        if self.schema == SCHEMA:
+            possible &= self.state == state and (self.state != READY or (self.authkey != b"" and "max_message" in fields))
+            possible &= all(isinstance(word, str) for word in (*fields["argv"], *self.environment.values()))
+        if not possible:
+            raise ValueError("one of its values is impossible")
 
     def public(self) -> dict[str, Any]:
         """Return the fields for reports: all but the authkey, and of the environment the names."""
@@ -124,17 +116,6 @@ class Record:
 
     def __repr__(self) -> str:
         return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
-
-
-def _parse_key(text: str) -> bytes:
-    # Errors without the original's text: it may quote the key.
-    try:
-        key = bytes.fromhex(text)
-    except ValueError:
-        raise ValueError("its authkey is not hexadecimal") from None
-    if key and len(key) != _KEY_BYTES:
-        raise ValueError(f"its authkey has not {_KEY_BYTES} bytes")
-    return key
 
 
 # The last record read, by path, with the file's fingerprint. Parsing is most of the cost of finding a daemon, and a file with
@@ -170,9 +151,7 @@ def read(name: str, *, again: bool = False, namespace: Namespace | None = None) 
         last = _last_read.get(path)
         if last is not None and last[0] == fingerprint and not again:
             return last[1]
-        record = read_file(path)
-        if record.name != name:
-            raise ValueError("it names another daemon")
+        record = read_file(path, name)
     except FileNotFoundError:
         raise DaemonNotRunning(f"no daemon {name!r} is running: start it first") from None
     except ValueError as error:
@@ -183,34 +162,30 @@ def read(name: str, *, again: bool = False, namespace: Namespace | None = None) 
     return record
 
 
-def read_file(path: str) -> Record:
-    """Return the record in the file `path`. Raises what `parse` and `files.read_private_file` do."""
-    return parse(files.read_private_file(path, MAX_RECORD))
+def read_file(path: str, name: str) -> Record:
+    """Return the record of `name` in the file `path`.
 
-
-def parse(data: bytes) -> Record:
-    """Return the record in `data`.
-
-    Raises `ValueError` in words that never quote `data`, and `IncompatibleDaemon` if it has another schema and lacks what all
-    schemas have.
+    Raises `ValueError` in words that never quote the file, `IncompatibleDaemon` if it has another schema and lacks what all
+    schemas have, and what `files.read_private_file` does.
     """
+    data = files.read_private_file(path, MAX_RECORD)
     if len(data) > MAX_RECORD:
         raise ValueError(f"it is larger than {MAX_RECORD} bytes")
     try:
         fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise ValueError("it is not JSON") from None
-    if not isinstance(fields, dict):
-        raise ValueError("it is not a JSON object")
-    schema = fields.get("schema")
-    if type(schema) is not int:
-        raise ValueError("its schema is missing or of a wrong type")
+        fields = None
+    if not isinstance(fields, dict) or type(schema := fields.get("schema")) is not int:
+        raise ValueError("it is not a JSON object with a schema")
     try:
-        return Record(fields)
+        record = Record(fields)
     except ValueError:
         if schema == SCHEMA:
             raise
-    raise incompatible(schema)
+        raise incompatible(schema) from None
+    if record.name != name:
+        raise ValueError("it names another daemon")
+    return record
 
 
 def incompatible(schema: int) -> IncompatibleDaemon:

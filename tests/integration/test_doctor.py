@@ -247,7 +247,7 @@ def test_a_damaged_record(run: Path) -> None:
     (run / "svc.json").chmod(0o600)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "daemon svc", "harness-ipc stop --name svc")
-    assert "is damaged (it is not JSON)" in trouble.text
+    assert "is damaged (it is not a JSON object" in trouble.text
     apply(trouble.remedy)
     assert troubles() == []
 
