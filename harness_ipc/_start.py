@@ -17,7 +17,7 @@ from . import startup
 from ._descriptors import open_standard_streams
 from ._registry import files
 from ._registry.namespace import log_path
-from ._status import STATUS_TIMEOUT, probe, published_generation, sleep_until_retry
+from ._status import STATUS_TIMEOUT, probe, sleep_until_retry
 from ._transport import deadline_after
 from .errors import AlreadyRunning, StartFailed
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _MODULE = re.compile(r"-m|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 # Options of CPython whose value is the next word (`python --help`).
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-# Exits with 3 if there is no such module.
+# Exits with 3 if there is no such module. `-m` looks in the current directory first, `serve` last.
 _FIND_MODULE = """
 import importlib.util, sys
-sys.path.insert(0, "")
+sys.path.insert(0 if sys.argv[2] == "module" else len(sys.path), "")
 try:
     found = importlib.util.find_spec(sys.argv[1])
 except ModuleNotFoundError:
@@ -104,18 +104,18 @@ class Command(NamedTuple):
         kind, target = _python_target(self.argv)
         if kind == "script" and not os.path.exists(os.path.join(self.cwd or "", target)):
             return f"its script {target!a} is gone"
-        if kind == "module" and not self._has_module(program, target):
+        if kind in ("module", "app") and not self._has_module(program, target, kind):
             return f"its module {target!a} is gone"
         return None
 
-    def _has_module(self, python: str, module: str) -> bool:
+    def _has_module(self, python: str, module: str, kind: str) -> bool:
+        argv = [python, "-P", "-c", _FIND_MODULE, module, kind]
         environment = {**os.environ, **self.environment}
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # unknown: the start will tell
-            argv = [python, "-c", _FIND_MODULE, module]
-            return (
-                subprocess.run(argv, cwd=self.cwd, env=environment, capture_output=True, timeout=_FIND_PERIOD).returncode != 3
-            )
-        return True
+        try:
+            done = subprocess.run(argv, cwd=self.cwd, env=environment, capture_output=True, timeout=_FIND_PERIOD)
+        except (OSError, subprocess.SubprocessError):
+            return True  # unknown: the start will tell
+        return done.returncode != 3
 
     def find_differences(self, wanted: Command) -> Iterator[str]:
         """Yield how interpreter, command line, directory and added environment differ from those that are wanted."""
@@ -150,7 +150,7 @@ def _interpreter(program: str) -> str | None:
 
 
 def _python_target(argv: Sequence[str]) -> tuple[str, str]:
-    """Return the "script" or "module" that a Python interpreter is to run, and its name; two empty texts for all else."""
+    """Return the "script", "module" or module of an "app" that an interpreter is to run, and its name; else two empty texts."""
     words = iter(argv[1:] if os.path.basename(argv[0]).lower().startswith("python") else ())
     for word in words:
         if word in _WITH_VALUE:
@@ -158,7 +158,7 @@ def _python_target(argv: Sequence[str]) -> tuple[str, str]:
         elif word == "-m":
             module = next(words, "")
             apps = [word.partition(":")[0] for word in words if module == __package__ and _MODULE.fullmatch(word)]
-            return "module", apps[0] if apps else module
+            return ("app", apps[0]) if apps else ("module", module)
         elif not word.startswith("-"):
             return "script", word
         elif word == "-" or (not word.startswith("--") and set(word) & {"c", "m"}):
@@ -239,7 +239,7 @@ def _next_message(name: str, child: startup.Child, deadline: float, namespace: N
         if (message := child.next_message(min(_LOOK_INTERVAL, deadline - time.monotonic()))) is not None:
             return message
         # A program that closed what it inherited, or whose wrapper did.
-        if published_generation(name, namespace) and probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
+        if probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
             return {"state": "published"}
         # One that made itself a daemon has ended well, and has left the process that will be it.
         if ended and not (child.process.returncode == 0 and child.has_descendants()):
