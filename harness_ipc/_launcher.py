@@ -50,24 +50,17 @@ if sys.platform != "win32":
 
     def clean_slate() -> None:
         """Replace what a process inherits and the starter may have changed for itself."""
-        import resource
-
         for number in signal.valid_signals():
             attempt(signal.signal, number, signal.SIG_DFL)
         os.umask(os.umask(0o077) | 0o022)
         attempt(os.setpriority, os.PRIO_PROCESS, 0, 0)
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        # macOS refuses more than OPEN_MAX, which is 10240 (setrlimit(2)).
-        if not attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard)):
-            attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (10240, hard))
 
-    def attempt(function: "Callable[..., Any]", *arguments: object) -> bool:
-        """Return whether the system allowed it."""
-        try:
+    def attempt(function: "Callable[..., Any]", *arguments: object) -> None:
+        """Call `function`. The system may refuse it."""
+        try:  # noqa: SIM105 - without the import of contextlib
             function(*arguments)
         except (OSError, ValueError):
-            return False
-        return True
+            pass
 
     def wait_for_starter() -> None:
         """End this process with the starter's end of the pipe."""

@@ -86,25 +86,24 @@ class BoundedLog(logging.Handler):
         """Return whether standard output or error goes into the file."""
         return self.follows(1) or self.follows(2)
 
-    def is_too_long(self) -> bool:
-        """Return whether `limit_size` has something to do: a microsecond for each request."""
-        try:
-            return os.fstat(self._end.fileno()).st_size > LOG_BYTES
-        except (OSError, ValueError):  # the program has closed it
-            return False
-
     def limit_size(self, coming: int = 0) -> None:
-        """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that."""
-        assert self.lock is not None
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            size = os.fstat(self._end.fileno()).st_size
-            if size + coming > LOG_BYTES and size and self._pid == os.getpid():
-                try:
-                    # If that is impossible (the disk is full, say), the bound is still kept.
+        """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that.
+
+        Takes a microsecond if it has nothing to do: it is called for each request.
+        """
+        try:
+            if os.fstat(self._end.fileno()).st_size + coming <= LOG_BYTES or self._pid != os.getpid():
+                return
+            assert self.lock is not None
+            with self.lock:
+                # Another thread may have done it.
+                if (size := os.fstat(self._end.fileno()).st_size) and size + coming > LOG_BYTES:
+                    # If there is no room for a copy, the bound is still kept.
                     with contextlib.suppress(OSError, HarnessIPCError):
                         self._copy(max(0, size - LOG_BYTES))
-                finally:
                     self._whole.truncate(0)
+        except (OSError, ValueError):
+            pass  # the program has closed it
 
     def _copy(self, start: int) -> None:
         predecessor = f"{self._path}.1"
@@ -150,28 +149,28 @@ class _StandardStream(io.FileIO):
 @contextlib.contextmanager
 def _lossy_streams(log: BoundedLog) -> Iterator[None]:
     """Keep prints from raising `OSError`. In the log they are in UTF-8, and appear line by line."""
-    replaced: dict[str, tuple[Any, Any]] = {}
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)
-        # Not what a test or a notebook has put there, nor the console of Windows.
-        if isinstance(raw, io.FileIO) and not raw.closed and raw.fileno() == number:
-            with contextlib.suppress(OSError):
-                stream.flush()
-            if log.follows(number):
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-            writer = io.BufferedWriter(_StandardStream(number, "w", closefd=False))
-            new = io.TextIOWrapper(writer, stream.encoding, stream.errors, line_buffering=True)
-            setattr(sys, name, new)
-            replaced[name] = stream, new
-    try:
+    streams: Any = ((contextlib.redirect_stdout, sys.stdout, 1), (contextlib.redirect_stderr, sys.stderr, 2))
+    with contextlib.ExitStack() as stack:
+        for redirect, stream, number in streams:
+            buffer = getattr(stream, "buffer", None)
+            raw = getattr(buffer, "raw", buffer)
+            # Not what a test or a notebook has put there, nor the console of Windows.
+            if isinstance(raw, io.FileIO) and not raw.closed and raw.fileno() == number:
+                with contextlib.suppress(OSError):
+                    stream.flush()
+                if log.follows(number):
+                    stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+                writer = io.BufferedWriter(_StandardStream(number, "w", closefd=False))
+                new = io.TextIOWrapper(writer, stream.encoding, stream.errors, line_buffering=True)
+                stack.enter_context(redirect(new))
+                stack.callback(new.flush)
         yield
-    finally:
-        for name, (stream, new) in replaced.items():
-            new.flush()
-            if getattr(sys, name) is new:
-                setattr(sys, name, stream)
+
+
+def _leave_to_log(error: BaseException) -> None:
+    """Keep the interpreter from printing `error`, if nothing handles it, to the log that has it."""
+    hook = sys.excepthook
+    sys.excepthook = lambda kind, uncaught, trace: None if uncaught is error else hook(kind, uncaught, trace)
 
 
 @contextlib.contextmanager
@@ -193,11 +192,15 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
                 with contextlib.suppress(RuntimeError):  # no thread can be started
                     threading.Thread(target=log.watch, args=(over,), name="harness-ipc-log", daemon=True).start()
             yield log
-    except HarnessIPCError as error:
-        logging.getLogger(__name__).error("%s ends: %s", name, error)
-        raise
-    except BaseException:
-        logging.getLogger(__name__).critical("%s ends by an error", name, exc_info=True)
+    except BaseException as error:
+        logger = logging.getLogger(__name__)
+        if isinstance(error, HarnessIPCError):
+            # With the traceback of the app's own error.
+            logger.error("%s ends: %s", name, error, exc_info=error.__cause__)
+        else:
+            logger.critical("%s ends by an error", name, exc_info=True)
+        if log.follows(2):
+            _leave_to_log(error)
         raise
     finally:
         over.set()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Seconds for a daemon to report its state: its loop gets a quarter of one.
 STATUS_TIMEOUT = 2.0
 # Seconds between two polls of a state that nothing announces: the end of a process that is not our child, a held lock.
-POLL_INTERVAL = 0.01
+_POLL_INTERVAL = 0.01
 # Daemons that are asked at once.
 _AT_ONCE = 8
 # What a status takes from the record.
@@ -136,7 +136,10 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
             if published_generation(name, namespace) != record.generation:
                 continue
             found = _without_answer(record, error)
-            answer = status(**found, **({} if found["state"] == "stale" else known))
+            if found["state"] == "stale":
+                # That may be another process by now.
+                known.pop("pid")
+            answer = status(**found, **known)
             # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
             if answer.alive and not isinstance(error, DaemonTimeout) and sleep_until_retry(deadline):
                 continue
@@ -172,8 +175,9 @@ def _with_answer(record: records.Record, pong: dict[str, Any]) -> dict[str, Any]
 def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str, Any]:
     """Return what is known of a daemon that does not answer: it is dead, starting, draining, or hangs."""
     public = record.public()
-    unknown = processes.why_unknown(public)
-    if processes.find_process(public) is None and not (unknown and isinstance(error, DaemonTimeout)):
+    lives = processes.is_same_process(public)
+    unknown = None if lives else processes.why_unknown(public)
+    if not lives and not (unknown and isinstance(error, DaemonTimeout)):
         return {"state": "stale", "problem": f"{error} ({unknown})" if unknown else str(error)}
     if record.state == records.STARTING:
         return {"state": "starting", "since": public.get("started_at"), "problem": "it is starting: wait, or see its log"}
@@ -206,5 +210,5 @@ def published_generation(name: str, namespace: Namespace) -> str | None:
 
 def sleep_until_retry(deadline: float) -> bool:
     """Wait a moment for what nothing announces. Return whether there was time left."""
-    time.sleep(POLL_INTERVAL)
+    time.sleep(_POLL_INTERVAL)
     return time.monotonic() < deadline

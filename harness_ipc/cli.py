@@ -244,16 +244,16 @@ def _serve(options: argparse.Namespace) -> int:
     # First of all: what is loaded may take long, and is not needed if another daemon has the name.
     # Without --app it is its starter's, if it has one.
     namespace = options.namespace if options.application else None
-    with acquire_daemon(options.name, namespace=namespace) as acquired:
-        # stderr goes into the log, where the error then is.
-        options.logs_errors = not in_foreground
-        app = _load_app(options.app)
-        if in_foreground:
-            logging.getLogger().addHandler(console)
-        try:
+    try:
+        with acquire_daemon(options.name, namespace=namespace) as acquired:
+            # stderr goes into the log, where the error then is.
+            options.logs_errors = not in_foreground
+            app = _load_app(options.app)
+            if in_foreground:
+                logging.getLogger().addHandler(console)
             run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report, acquired=acquired)
-        finally:
-            logging.getLogger().removeHandler(console)
+    finally:
+        logging.getLogger().removeHandler(console)
     return 0
 
 
@@ -485,7 +485,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _load_app(specification: str) -> Any:
     import importlib
-    import logging
 
     from .daemon import check_app
 
@@ -504,7 +503,6 @@ def _load_app(specification: str) -> Any:
         check_app(app)
         return app
     except Exception as error:
-        logging.getLogger(__name__).exception("%s can't be loaded", specification)
         # An installed module of that name comes before one in the current directory.
         file = getattr(sys.modules.get(module_name), "__file__", None)
         where = f" from {file}" if file else ""

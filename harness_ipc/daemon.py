@@ -87,11 +87,6 @@ def run_daemon(
     if idle_timeout is not None:
         deadline_after(idle_timeout)
 
-    def limit_log() -> None:
-        # At once: the handler or its children may have printed much.
-        if daemon.log.is_too_long():
-            daemon.log.limit_size()
-
     async def serve(stop: asyncio.Event) -> None:
         server, address = await start_daemon_server(
             application.handle,
@@ -104,7 +99,8 @@ def run_daemon(
             cancel_on_disconnect=cancel_on_disconnect,
             health=application.health,
             on_shutdown=stop.set,
-            after_request=limit_log if daemon.log.takes_prints() else None,
+            # At once: the handler or its children may have printed much.
+            after_request=daemon.log.limit_size if daemon.log.takes_prints() else None,
             registration=daemon.registration,
             namespace=daemon.namespace,
         )
@@ -156,9 +152,10 @@ def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator
     open_standard_streams()
     raise_descriptor_limit()
     with startup.reporting() as report:
-        namespace = namespace or Namespace(**report.places)
-        start = {key: report.start.get(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
-        start["environment"] = {key: os.environ[key] for key in report.start.get("environment", ()) if key in os.environ}
+        told = report.start.get
+        namespace = namespace or Namespace(runtime_dir=told("runtime_dir"), log_dir=told("log_dir"))
+        start = {key: told(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
+        start["environment"] = {key: os.environ[key] for key in told("environment", ()) if key in os.environ}
         registration = acquire_name(name, namespace=namespace, **start)
         try:
             with logging_to(name, str(log_path(name, namespace=namespace))) as log:
@@ -191,17 +188,17 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
             loop.close()
 
 
+async def _do_nothing() -> None:
+    """Take the place of a missing start or stop."""
+
+
 class _Functions(NamedTuple):
     """The coroutine functions of an app."""
 
     handle: Handler
-    start: Callable[[], Coroutine[Any, Any, None]]
-    stop: Callable[[], Coroutine[Any, Any, None]]
-    health: Callable[[], Coroutine[Any, Any, Message]] | None
-
-
-async def _do_nothing() -> None:
-    """Take the place of a missing start or stop."""
+    start: Callable[[], Coroutine[Any, Any, None]] = _do_nothing
+    stop: Callable[[], Coroutine[Any, Any, None]] = _do_nothing
+    health: Callable[[], Coroutine[Any, Any, Message]] | None = None
 
 
 def check_app(app: App | Handler) -> _Functions:
@@ -218,7 +215,7 @@ def check_app(app: App | Handler) -> _Functions:
         if not any(map(inspect.iscoroutinefunction, (function, getattr(type(function), "__call__", None)))):  # noqa: B004
             name = getattr(function, "__qualname__", key)
             raise TypeError(f"{name} is not async: write `async def {name.rpartition('.')[2].strip('<>')}(...)`")
-    return _Functions(**{"start": _do_nothing, "stop": _do_nothing, "health": None, **functions})
+    return _Functions(**functions)
 
 
 def _check_context(acquired: AcquiredDaemon | None) -> None:
@@ -248,7 +245,6 @@ async def _start(app: _Functions, stop: asyncio.Event) -> bool:
     except HarnessIPCError:
         raise
     except Exception as error:
-        logger.exception("the app's start failed")
         raise StartFailed(
             f"the app's start failed: {type(error).__name__}: {error}", type=type(error).__name__, reason=str(error)
         ) from error
@@ -301,10 +297,9 @@ class _StoppingSignals:
         self._loop.call_soon_threadsafe(logger.info, "received %s", name)
         self._loop.call_soon_threadsafe(self._stop.set)
 
-    def __exit__(self, *_: object) -> None:
-        self.close_inherited()
-
-    def close_inherited(self) -> None:
+    def close_inherited(self, *_: object) -> None:
         """Restore the handlers: a worker's SIGTERM is its own."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    __exit__ = close_inherited

@@ -27,16 +27,18 @@ VARIABLE = "HARNESS_IPC_START"
 # Seconds for our launcher to end after it was told to. It has nothing left to do.
 _RELEASE_PERIOD = 2.0
 
+
+def spawn_kwargs() -> dict[str, Any]:
+    """Return the arguments of `subprocess.Popen` that detach a child from our session or console, so that it outlives us."""
+    if sys.platform == "win32":
+        # Not DETACHED_PROCESS: it overrides CREATE_NO_WINDOW, and each console program that the child runs pops a window up
+        # ("Process Creation Flags" in the Win32 documentation).
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+    return {"start_new_session": True}
+
+
 if sys.platform == "win32":
     import msvcrt
-
-    def spawn_kwargs() -> dict[str, Any]:
-        """Return the arguments of `subprocess.Popen` that detach a child from our console, so that it outlives us.
-
-        Not DETACHED_PROCESS: it overrides CREATE_NO_WINDOW, and each console program that the child runs pops a window up
-        ("Process Creation Flags" in the Win32 documentation).
-        """
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
 
     def _popen(
         argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
@@ -72,30 +74,23 @@ if sys.platform == "win32":
                 return None
             time.sleep(0.005)
 
-    def _inherited(start: dict[str, Any]) -> int | None:
-        handle = start["handle"]
-        return msvcrt.open_osfhandle(handle, os.O_WRONLY) if _serves(handle, start["starter"]) else None
+    def _open_inherited(start: dict[str, Any]) -> int:
+        return msvcrt.open_osfhandle(start["handle"], os.O_WRONLY)
 
     def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
-        try:
-            return _serves(msvcrt.get_osfhandle(descriptor), start["starter"])
-        except OSError:
-            return False
-
-    def _serves(handle: int, starter: int) -> bool:
-        """Return whether `handle` is of a pipe that the process `starter` made."""
+        """Return whether `descriptor` is of a pipe that the starter made."""
         import ctypes
 
         pid = ctypes.c_ulong()
+        try:
+            handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+        except OSError:
+            return False
         get_pid = ctypes.WinDLL("kernel32").GetNamedPipeServerProcessId
-        return bool(get_pid(ctypes.c_void_p(handle), ctypes.byref(pid))) and pid.value == starter
+        return bool(get_pid(handle, ctypes.byref(pid))) and pid.value == start["starter"]
 
 else:
     import stat
-
-    def spawn_kwargs() -> dict[str, Any]:
-        """Return the arguments of `subprocess.Popen` that detach a child from our session, so that it outlives us."""
-        return {"start_new_session": True}
 
     def _popen(
         argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
@@ -117,14 +112,11 @@ else:
             selector.register(reader, selectors.EVENT_READ)
             return os.read(reader, 65536) if selector.select(timeout) else None
 
-    def _inherited(start: dict[str, Any]) -> int | None:
-        descriptor: int = start["fd"]
-        if not _is_ours(descriptor, start):
-            return None
-        os.set_inheritable(descriptor, False)
-        return descriptor
+    def _open_inherited(start: dict[str, Any]) -> int:
+        return int(start["fd"])
 
     def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
+        """Return whether `descriptor` is of the FIFO with the inode that the starter names."""
         try:
             found = os.fstat(descriptor)
         except (OSError, OverflowError):
@@ -146,8 +138,7 @@ class Child:
     ) -> None:
         """Start it, and tell it `start`: what `ReadyPipe.start` says. Raises `OSError`."""
         self._id = os.urandom(8).hex()
-        self._lines: list[bytes] = []
-        self._rest = b""
+        self._data = b""
         self._reader, writer = os.pipe()
         leash, self._leash = os.pipe()
         try:
@@ -165,13 +156,15 @@ class Child:
         """Return the next message if there is one within `timeout` seconds; after the last, None at once."""
         deadline = time.monotonic() + timeout
         while True:
-            while self._lines:
+            line, end, rest = self._data.partition(b"\n")
+            if end:
+                self._data = rest
                 with contextlib.suppress(ValueError, TypeError):
-                    return dict(json.loads(self._lines.pop(0)))
-            data = _read(self._reader, max(0.0, deadline - time.monotonic()))
-            if not data:
+                    return dict(json.loads(line))
+            elif data := _read(self._reader, max(0.0, deadline - time.monotonic())):
+                self._data += data
+            else:
                 return None
-            *self._lines, self._rest = (self._rest + data).split(b"\n")
 
     def has_descendants(self) -> bool:
         """Return whether a process that the child started runs, seen by its environment."""
@@ -206,13 +199,11 @@ class ReadyPipe:
         self._descriptor: int | None = None
         with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             self.start = dict(json.loads(text))
-            self._descriptor = _inherited(self.start)
+            descriptor = _open_inherited(self.start)
+            if _is_ours(descriptor, self.start):
+                os.set_inheritable(descriptor, False)
+                self._descriptor = descriptor
         close_in_child(self)
-
-    @property
-    def places(self) -> dict[str, str]:
-        """The arguments of `Namespace`."""
-        return {key: self.start[key] for key in ("runtime_dir", "log_dir") if key in self.start}
 
     def leave_directory(self) -> None:
         """Leave the directory of the start unless it was asked for: it may be removed. Modules are still found there."""
@@ -248,11 +239,8 @@ def reporting() -> Iterator[ReadyPipe]:
         yield pipe
     except Exception as error:
         # A StartFailed knows the error that it stands for.
-        known = {
-            "type": getattr(error, "type", "") or type(error).__name__,
-            "reason": getattr(error, "reason", "") or str(error),
-        }
-        pipe.send(state="failed", message=str(error), **known)
+        known = getattr(error, "type", "") or type(error).__name__, getattr(error, "reason", "") or str(error)
+        pipe.send(state="failed", message=str(error), type=known[0], reason=known[1])
         raise
     finally:
         pipe.close()

@@ -247,6 +247,8 @@ def test_a_restart_keeps_command_line_directory_and_environment(base: Path, monk
     # Also the killed one.
     psutil.Process(second.pid).kill()
     wait_until(lambda: daemon_status("test").state == "stale")
+    stale = daemon_status("test")
+    assert (stale.argv, stale.cwd, stale.pid) == (second.argv, second.cwd, None)
     assert restart_daemon("test").pid == identify("test") != second.pid
     assert_one_daemon()
     assert stop_daemon("test") is True

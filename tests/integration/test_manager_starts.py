@@ -27,6 +27,7 @@ from harness_ipc import (
 )
 from tests.managed import (
     AT_ONCE,
+    PROGRAM,
     assert_none_left,
     assert_one_daemon,
     at_once,
@@ -316,6 +317,18 @@ def test_a_failed_start_has_its_reason_once(then: str, type: str, reason: str, t
     assert (caught.value.type, caught.value.reason) == (type, reason)
     assert str(caught.value).count(text) == 1
     assert str(caught.value).count("its log") == 1
+
+
+@pytest.mark.parametrize("by", ["a program", "serve"])
+def test_the_log_has_the_reason_of_a_failed_start_once(by: str, base: Path) -> None:
+    then = "async def fail(self): raise LookupError('no ' + 'model')\nApp.start = fail"
+    argv = command(then=then)
+    if by == "serve":
+        (base / "service.py").write_text(PROGRAM.replace("sys.argv[1]", "'test'") + then)
+        argv = [sys.executable, "-m", "harness_ipc", "serve", "service:App", "--name=test"]
+    with pytest.raises(StartFailed, match="no model"):
+        ensure_daemon("test", argv, cwd=str(base))
+    assert [the_log().count(text) for text in ("start failed", "Traceback", "LookupError: no model\n")] == [1, 1, 2]
 
 
 @needs_posix

@@ -27,7 +27,7 @@ def test_without_a_starter_nothing_is_said_and_nothing_fails(value: str, monkeyp
         pipe.close()
         pipe.send(state="later")
     assert startup.VARIABLE not in os.environ
-    assert pipe.places == {}
+    assert "runtime_dir" not in pipe.start
 
 
 def set_start(monkeypatch: pytest.MonkeyPatch, descriptor: int, **more: Any) -> None:
@@ -61,8 +61,7 @@ def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch
     set_start(monkeypatch, writer, detached="session", runtime_dir="/run", log_dir="/log")
     with startup.reporting() as pipe:
         pipe.send(state="ready")
-        assert pipe.start["detached"] == "session"
-        assert pipe.places == {"runtime_dir": "/run", "log_dir": "/log"}
+        assert [pipe.start[key] for key in ("detached", "runtime_dir", "log_dir")] == ["session", "/run", "/log"]
 
 
 @needs_posix
@@ -79,7 +78,7 @@ def test_nothing_is_written_to_and_nothing_closes_a_descriptor_that_is_not_the_p
         pipe.send(state="ready")
         pipe.close()
         # A wrapper's doing: the start itself is known.
-        assert pipe.places == {"runtime_dir": "/run", "log_dir": "/log"}
+        assert (pipe.start["runtime_dir"], pipe.start["log_dir"]) == ("/run", "/log")
     assert os.path.sameopenfile(writer, other)
     assert os.read(reader, 100) == b""
     assert kind != "file" or (tmp_path / "data").read_bytes() == b""
