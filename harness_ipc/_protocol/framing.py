@@ -32,7 +32,10 @@ class StreamFraming:
 
     def feed(self, data: bytes) -> None:
         """Add received bytes."""
-        self._pieces.append(data)
+        if self.buffered:
+            self._pieces.append(data)
+        else:
+            self._data, self._start = data, 0
         self.buffered += len(data)
 
     def next_frame(self, limit: int) -> bytes | None:
@@ -44,8 +47,7 @@ class StreamFraming:
         if self.buffered < self._wanted:
             return None
         if self._pieces:
-            rest = self._data[self._start :]
-            self._data = b"".join((rest, *self._pieces)) if rest or len(self._pieces) > 1 else self._pieces[0]
+            self._data = b"".join((self._data[self._start :], *self._pieces))
             self._start = 0
             self._pieces.clear()
         body = self._start + _LENGTH.size

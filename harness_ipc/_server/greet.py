@@ -87,7 +87,7 @@ class LoopProbe:
 def greet(server: DaemonServer, session: Session) -> Message | ProtocolError | None:
     """Process what has arrived; return a ping or a request that is the loop's, or None: more has to arrive, or to be sent."""
     event = session.protocol.next_event()
-    if event == PROVED:
+    if event is PROVED:
         server.admission.admit(session)
         event = session.protocol.next_event()
     if event is None:

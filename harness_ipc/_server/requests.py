@@ -52,19 +52,18 @@ class Usage(NamedTuple):
 class CurrentRequest:
     """The request that is being handled, read-only: see `current_request`."""
 
-    __slots__ = ("_caller", "_more", "cancelled", "deadline", "is_app_request", "message")
+    __slots__ = ("_caller", "_cancelled", "_deadline", "_is_app_request", "_message", "_more", "_task")
 
     def __init__(self, caller: Caller, message: Message) -> None:
         self._caller = caller
-        self.message = message
-        self.is_app_request = message.get("meta") not in (messages.PING, messages.HEALTH)
+        self._message = message
+        self._is_app_request = message.get("meta") not in (messages.PING, messages.HEALTH)
         # The channel's: the handler does not see it.
         self._more = message.pop("more", False) is True
-        # Whether the caller has gone, or the daemon has stopped waiting for the reply.
-        self.cancelled = False
-        # The monotonic time at which the caller stops waiting; infinity if it has not said.
+        self._cancelled = False
+        self._task: asyncio.Task[None] | None = None
         seconds = message.get("timeout")
-        self.deadline = time.monotonic() + seconds if isinstance(seconds, (int, float)) and seconds >= 0 else inf
+        self._deadline = time.monotonic() + seconds if isinstance(seconds, (int, float)) and seconds >= 0 else inf
 
     @property
     def peer(self) -> PeerCredentials:
@@ -74,11 +73,21 @@ class CurrentRequest:
     @property
     def method(self) -> str | None:
         """The method's name, or None for a message of another form."""
-        method = self.message.get("method")
+        method = self._message.get("method")
         return method if isinstance(method, str) else None
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has gone, or the daemon has stopped waiting for the reply."""
+        return self._cancelled
+
+    @property
+    def deadline(self) -> float:
+        """The monotonic time in seconds at which the caller stops waiting; infinity if it has not said."""
+        return self._deadline
+
     def __repr__(self) -> str:
-        return f"<CurrentRequest {self.method!r} of pid {self.peer.pid}{', cancelled' if self.cancelled else ''}>"
+        return f"<CurrentRequest {self.method!r} of pid {self.peer.pid}{', cancelled' if self._cancelled else ''}>"
 
 
 _current: contextvars.ContextVar[CurrentRequest | None] = contextvars.ContextVar("harness_ipc_request", default=None)
@@ -102,7 +111,7 @@ async def report(value: Any) -> None:
     Does nothing if the caller has not asked for progress, or if no request is being handled. Raises `ProtocolError`.
     """
     request = _current.get()
-    if request is not None and request._more and not request.cancelled:
+    if request is not None and request._more and not request._cancelled:
         await request._caller.send_item(messages.encode(messages.item_reply(value)))
 
 
@@ -169,12 +178,13 @@ class Requests:
         """Handle `message` in a task of its own, which always ends with a final reply."""
         request = CurrentRequest(caller, message)
         context = self._context.copy()
-        if request.is_app_request:
+        if request._is_app_request:
             self.counters.begin()
             context.run(_current.set, request)
         task = self._loop.create_task(self._run(request), context=context)
         # An eager one, which the app's task factory may make, has perhaps ended already.
         if not task.done():
+            request._task = task
             self.tasks[task] = request
             # A task that is cancelled before its first step runs nothing of `_run`.
             task.add_done_callback(self._on_done)
@@ -183,14 +193,14 @@ class Requests:
     def cancel(self, task: asyncio.Task[None]) -> None:
         """Cancel a request of the application's, once: a second cancel would break clean-up that awaits."""
         request = self.tasks.get(task)
-        if request is not None and request.is_app_request and not request.cancelled:
-            request.cancelled = True
+        if request is not None and request._is_app_request and not request._cancelled:
+            request._cancelled = True
             task.cancel()
 
     async def _run(self, request: CurrentRequest) -> None:
         limit: int | None = self._max_message
         try:
-            if request.is_app_request:
+            if request._is_app_request:
                 reply = await self._call_handler(request)
             else:
                 reply, limit = await self._answer_builtin(request)
@@ -199,14 +209,13 @@ class Requests:
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
             reply = messages.error_reply(error)
-            if request.is_app_request:
+            if request._is_app_request:
                 self._log.exception("the handler failed", error)
             else:
                 # A monitor asks often: no traceback each time.
                 self._log.warning("health check failed: %s: %s", *reply["error"].values(), error=error)
-        task = asyncio.current_task(self._loop)
-        if task is not None and self.tasks.pop(task, None) is not None:
-            task.remove_done_callback(self._on_done)
+        if request._task is not None and self.tasks.pop(request._task, None) is not None:
+            request._task.remove_done_callback(self._on_done)
         self._finish(request, reply, limit)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
@@ -215,7 +224,7 @@ class Requests:
             self._finish(request, _cancelled_reply(request), None)
 
     def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
-        if request.is_app_request:
+        if request._is_app_request:
             self.counters.end("error" in reply)
         if self._hooks.before_reply is not None:
             self._hooks.before_reply()
@@ -223,7 +232,7 @@ class Requests:
         self._hooks.after_reply()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
-        answer: Any = self._handler(request.message)
+        answer: Any = self._handler(request._message)
         is_coroutine = not hasattr(answer, "__anext__")
         if is_coroutine:
             answer = await answer
@@ -239,7 +248,7 @@ class Requests:
         return {"result": None}
 
     async def _answer_builtin(self, request: CurrentRequest) -> tuple[Message, int | None]:
-        if request.message["meta"] == messages.HEALTH:
+        if request._message["meta"] == messages.HEALTH:
             health = self._hooks.health
             return {"health": await health() if health is not None else None}, self._max_message
         since = time.monotonic()
@@ -264,6 +273,6 @@ def unreadable_reply(error: ProtocolError) -> bytes:
 
 
 def _cancelled_reply(request: CurrentRequest) -> Message:
-    if request.cancelled:
+    if request._cancelled:
         return messages.stopping_reply()
     return messages.error_reply(asyncio.CancelledError("the request was cancelled"))

@@ -177,7 +177,7 @@ class Session:
 
     def _advance(self) -> None:
         event = self.protocol.next_event()
-        if event == PROVED:
+        if event is PROVED:
             self._server.admission.admit(self)
             if not self.full:
                 self._server.deadlines.clear(self)

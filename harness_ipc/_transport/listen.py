@@ -31,6 +31,7 @@ _BACKLOG = 128
 # Bytes of one read. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the system would give and take
 # back for each piece: 16 MiB took three times as long.
 MAX_READ = 64 * 1024
+_FIRST_READ = 4096
 # A program that restored SIGPIPE's default must not be killed by a client's end: a flag of each send, or on macOS an option of
 # the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -65,14 +66,18 @@ else:
             if sys.platform == "darwin":
                 sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
             self.peer = peer
+            self._read_size = _FIRST_READ
             close_in_child(self)
 
         def read(self) -> bytes | None:
             """Return what has arrived, None if that is nothing, or b"" at the end. Raises `OSError`."""
             try:
-                return self._socket.recv(MAX_READ)
+                data = self._socket.recv(self._read_size)
             except BlockingIOError:
                 return None
+            # Memory for a long read is taken only after a full one.
+            self._read_size = MAX_READ if len(data) == self._read_size else _FIRST_READ
+            return data
 
         def write(self, chunk: bytes | memoryview) -> int:
             """Return how many bytes the system has taken. Raises `OSError`."""
