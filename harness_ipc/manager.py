@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from . import client
 from ._registry import files, lifetime, processes, records
 from ._registry.locks import NameLock
-from ._registry.namespace import Namespace, log_path
+from ._registry.namespace import Namespace, check_name, log_path
 from ._start import Command, StartTimeout, start, wait_until_retry
 from ._status import STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
 from ._transport import deadline_after, remaining
@@ -80,7 +80,8 @@ def _ensure(
 ) -> DaemonStatus:
     deadline = deadline_after(timeout)
     directory = namespace.runtime_dir
-    files.tighten_dir(directory)
+    check_name(name)
+    files.create_private_dir(directory, tighten=True)
     if (status := _find_usable(name, command, version, on_mismatch, deadline, namespace)) is not None:
         return _with_differences(status, command, namespace)
     try:
@@ -103,17 +104,9 @@ def _ensure(
 @contextlib.contextmanager
 def _lock_start(name: str, deadline: float, directory: str) -> Iterator[None]:
     """Be the one process that starts `name`. Raises `StartTimeout`, `StartFailed` and `UnsafeDirectory`."""
-    files.create_private_dir(directory)
-    lock = NameLock(path := os.path.join(directory, f"{name}.start"))
-    try:
-        while not lock.try_acquire():
-            wait_until_retry(deadline)
-    except OSError as error:
-        if isinstance(error, HarnessIPCError):
-            raise
-        raise StartFailed(
-            f"the lock {path} can't be taken: {error.strerror}; set HARNESS_IPC_RUNTIME_DIR to a directory that you can write"
-        ) from error
+    lock = NameLock(os.path.join(directory, f"{name}.start"))
+    while not lock.try_acquire():
+        wait_until_retry(deadline)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import sys
 import time
 
 from ..errors import EXHAUSTED, ConnectionLost, HarnessIPCError, ResourceExhausted, StartFailed
-from .trust import after_denial, check_ancestors, elsewhere, find_problem, make_readable, may_close, others_can_write, refusal
+from . import trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,15 +30,13 @@ LOG_DIRECTORY = 0o022
 SHARING_PATIENCE = 1.0
 _SHARING_STEP = 0.01
 
+ANOTHER_PLACE = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
+
 # What link(2) fails with on a file system without hard links, or in a sandbox.
 _NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 # O_NONBLOCK: a FIFO in a file's place must not hang the open.
 NOFOLLOW_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_READ = os.O_RDONLY | NOFOLLOW_FLAGS
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW_FLAGS
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW_FLAGS
-_DIRECTORY = os.O_RDONLY | NOFOLLOW_FLAGS | getattr(os, "O_DIRECTORY", 0)
 
 # Device and inode of the directories whose ancestors were checked, by path. While the same directory is at the path, nobody has
 # replaced an ancestor, or he could not have moved this user's directory there.
@@ -55,10 +53,10 @@ def check_private_dir(path: str, *, forbidden: int = _PRIVATE) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise refusal(path, f"can't be examined ({error.strerror})", after_denial(path, elsewhere())) from error
-    _refuse(path, info, stat.S_IFDIR, forbidden)
+        raise trust.denied(path, error) from error
+    trust.check_private(path, info, stat.S_IFDIR, forbidden)
     if _checked.get(path) != (identity := (info.st_dev, info.st_ino)):
-        check_ancestors(path)
+        trust.check_ancestors(path)
         _checked[path] = identity
     return True
 
@@ -75,12 +73,24 @@ def list_private_dir(path: str) -> list[str]:
         raise _unreadable(path, error) from error
 
 
-def create_private_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
-    """Create the directory `path`, and the parents that are missing, with mode 0700; check it as `check_private_dir`."""
+def create_private_dir(path: str, *, forbidden: int = _PRIVATE, tighten: bool = False) -> None:
+    """Create the directory `path`, and the parents that are missing, with mode 0700; check it as `check_private_dir`.
+
+    With `tighten`, the mode bits `forbidden` are taken from one that is this user's and only too open, with a warning.
+    """
+    if tighten and sys.platform != "win32":
+        with contextlib.suppress(OSError):  # the check says what is the matter
+            if os.lstat(path).st_mode & forbidden and trust.may_close(path):
+                trust.check_ancestors(path)
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NOFOLLOW_FLAGS)
+                try:
+                    _tighten(path, descriptor, forbidden)
+                finally:
+                    os.close(descriptor)
     if check_private_dir(path, forbidden=forbidden):
         return
-    check_ancestors(path)
-    remedy = f"run `{after_denial(path, elsewhere())}`, or set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR"
+    trust.check_ancestors(path)
+    remedy = f"run `{trust.give_back(path) or trust.elsewhere()}`, or set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR"
     with start_failures(f"{path} can't be created", f"{remedy} to directories that you can write"):
         _make_dir(path)
     check_private_dir(path, forbidden=forbidden)
@@ -97,22 +107,10 @@ def _make_dir(path: str) -> None:
             os.chmod(path, 0o700, follow_symlinks=False)
 
 
-def tighten_dir(path: str, *, forbidden: int = _PRIVATE) -> None:
-    """Take the mode bits `forbidden` from the directory `path`, with a warning, if it is this user's and only too open."""
-    with contextlib.suppress(OSError):  # the check that follows says what is the matter
-        if os.lstat(path).st_mode & forbidden and may_close(path):
-            check_ancestors(path)
-            descriptor = os.open(path, _DIRECTORY)
-            try:
-                _tighten(path, descriptor, forbidden)
-            finally:
-                os.close(descriptor)
-
-
 def _tighten(path: str, descriptor: int, forbidden: int) -> None:
     """Take the mode bits `forbidden` from a file or directory of this user in which nobody else could write."""
     info = os.fstat(descriptor)
-    if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden or others_can_write(info):
+    if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden or trust.others_can_write(info):
         return
     import logging
 
@@ -128,8 +126,8 @@ def file_fingerprint(path: str) -> tuple[int, ...]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ConnectionLost(f"{path} can't be examined: {error.strerror}") from error
-    _refuse(path, info, stat.S_IFREG, _PRIVATE)
+        raise _unreadable(path, error) from error
+    trust.check_private(path, info, stat.S_IFREG, _PRIVATE)
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
@@ -152,16 +150,16 @@ def read_private_file(path: str, limit: int) -> bytes:
 def open_private_file(path: str) -> int:
     """Open the file `path` for reading and return the descriptor. Raises as `read_private_file` does."""
     try:
-        descriptor = retry_on_sharing_violation(os.open, path, _READ)
+        descriptor = retry_on_sharing_violation(os.open, path, os.O_RDONLY | NOFOLLOW_FLAGS)
     except FileNotFoundError:
         raise
     except OSError as error:
         if error.errno not in EXHAUSTED:
             # A link or another user's file: say so, not that it can't be opened.
-            _refuse(path, os.lstat(path), stat.S_IFREG, _PRIVATE)
+            file_fingerprint(path)
         raise _unreadable(path, error) from error
     try:
-        _refuse(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
+        trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
     except BaseException:
         os.close(descriptor)
         raise
@@ -174,13 +172,13 @@ def _unreadable(path: str, error: OSError) -> HarnessIPCError:
             f"{path} can't be read: {error.strerror}; close files or connections that are not used, or raise the limit"
         )
     if isinstance(error, PermissionError):
-        return refusal(path, f"can't be read ({error.strerror})", make_readable(path))
+        return trust.refusal(path, f"can't be read ({error.strerror})", trust.make_readable(path))
     return ConnectionLost(f"{path} can't be read: {error.strerror}")
 
 
 def write_private_file(path: str, data: bytes) -> None:
     """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
-    with open(os.open(path, _CREATE, 0o600), "wb") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW_FLAGS, 0o600), "wb") as file:
         _set_mode(file.fileno())
         file.write(data)
 
@@ -224,7 +222,7 @@ if sys.platform == "win32":
 else:
 
     def _open_append(path: str) -> int:
-        return os.open(path, _APPEND, 0o600)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW_FLAGS, 0o600)
 
 
 def open_private_log(path: str, *_: object) -> int:
@@ -232,19 +230,17 @@ def open_private_log(path: str, *_: object) -> int:
 
     Its directory is made if it is missing; others may read that, but not write. A log that others can only read is tightened.
     """
-    tighten_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
-    create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
+    create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY, tighten=True)
     try:
         descriptor = _open_append(path)
     except OSError as error:
-        if os.path.lexists(path):
-            # A link or another user's file: say so, not that it can't be opened.
-            _refuse(path, os.lstat(path), stat.S_IFREG, _PRIVATE)
+        with contextlib.suppress(FileNotFoundError):
+            file_fingerprint(path)
         raise log_failure(path, "opened", error) from error
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             _tighten(path, descriptor, _PRIVATE)
-        _refuse(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
+        trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
         _set_mode(descriptor)
     except BaseException:
         os.close(descriptor)
@@ -296,9 +292,3 @@ def _set_mode(descriptor: int) -> None:
     # The umask may have taken away even the owner's rights.
     if sys.platform != "win32":
         os.fchmod(descriptor, 0o600)
-
-
-def _refuse(path: str, info: os.stat_result, kind: int, forbidden: int) -> None:
-    problem = find_problem(path, info, kind, forbidden)
-    if problem:
-        raise refusal(path, *problem)

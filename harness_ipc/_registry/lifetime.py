@@ -33,7 +33,6 @@ _TRIES = 20
 _READY_PATIENCE = 5.0
 # Seconds after which the times of the files are set, or a cleaner of old files would remove them.
 TOUCH_INTERVAL = 3600.0
-_REMEDY = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
 
 
 class Registration:
@@ -54,8 +53,7 @@ class Registration:
         check_name(name)
         self._namespace = namespace or Namespace()
         self._directory = self._namespace.runtime_dir
-        files.tighten_dir(self._directory)
-        files.create_private_dir(self._directory)
+        files.create_private_dir(self._directory, tighten=True)
         own = {"schema": records.SCHEMA, "name": name, "generation": generation, "family": family, "address": address}
         fields = {
             **own,
@@ -151,7 +149,7 @@ class Registration:
         if len(data) > (limit := records.MAX_RECORD):
             size = f"{len(data)} bytes, the limit is {limit}"
             raise StartFailed(f"the record {self._path} has {size}: use a shorter command line, or add fewer variables")
-        with files.start_failures(f"the record {self._path} can't be written", _REMEDY):
+        with files.start_failures(f"the record {self._path} can't be written", files.ANOTHER_PLACE):
             for _ in range(_TRIES):
                 # A sweeper may have removed the draft.
                 with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
@@ -218,20 +216,18 @@ def is_living(record: Record) -> bool:
 
 def _acquire(directory: str, name: str) -> NameLock:
     """Return the lock of a name that no living process has, and remove the drafts. Raises what `Registration` does."""
-    path = os.path.join(directory, f"{name}.lock")
-    lock = NameLock(path)
+    lock = NameLock(os.path.join(directory, f"{name}.lock"))
     deadline = time.monotonic() + _LOCK_PATIENCE
     try:
-        with files.start_failures(f"the lock {path} can't be taken", _REMEDY):
-            while True:
-                acquired = lock.try_acquire()
-                living = _read_living(os.path.join(directory, f"{name}.json"), name)
-                if acquired and living is None:
-                    _remove_drafts(directory, name)
-                    return lock
-                if living is not None or time.monotonic() >= deadline:
-                    raise _already_running(name, living)
-                time.sleep(_RETRY / 2)
+        while True:
+            acquired = lock.try_acquire()
+            living = _read_living(os.path.join(directory, f"{name}.json"), name)
+            if acquired and living is None:
+                _remove_drafts(directory, name)
+                return lock
+            if living is not None or time.monotonic() >= deadline:
+                raise _already_running(name, living)
+            time.sleep(_RETRY / 2)
     except BaseException:
         lock.release()
         raise
@@ -268,7 +264,7 @@ def _remove_dead(directory: str, name: str) -> Record | None:
 
 def _remove_drafts(directory: str, name: str) -> None:
     """Remove the drafts of dead generations, and the sockets that they name. The caller holds the name lock."""
-    for entry in os.listdir(directory):
+    for entry in files.list_private_dir(directory):
         if entry.startswith(f"{name}.") and entry.endswith(".tmp"):
             path = os.path.join(directory, entry)
             with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):

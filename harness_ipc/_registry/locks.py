@@ -50,8 +50,12 @@ class NameLock:
     def try_acquire(self) -> bool:
         """Lock the file, made if it is missing. Return False if another process has it.
 
-        Raises `UnsafeDirectory` if others could read or plant the file, and `OSError` if it can't be opened or locked.
+        Raises `UnsafeDirectory` if others could read or plant the file, and `StartFailed` if it can't be opened or locked.
         """
+        with files.start_failures(f"the lock {self._path} can't be taken", files.ANOTHER_PLACE):
+            return self._try_acquire()
+
+    def _try_acquire(self) -> bool:
         while True:
             try:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | files.NOFOLLOW_FLAGS, 0o600)

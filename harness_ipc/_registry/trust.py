@@ -1,7 +1,11 @@
-"""Which other users could replace or read a path, and the shell command that fixes it. POSIX; it changes nothing."""
+"""Which other users could replace or read a path, and the shell command that fixes it. It changes nothing.
+
+On Windows there is little to check: the access list of the user's profile protects what is in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -13,211 +17,194 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-if sys.platform != "win32":
-    # As many as Linux follows (path_resolution(7)).
-    _MAX_LINKS = 40
-    _SHARED_IN = ("/", "/home", "/private", "/private/var", "/run", "/Users", "/var", "/var/cache", "/var/lib", "/var/spool")
-    _SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
+# As many as Linux follows (path_resolution(7)).
+_MAX_LINKS = 40
+_SHARED_IN = ("/", "/home", "/private", "/private/var", "/run", "/Users", "/var", "/var/cache", "/var/lib", "/var/spool")
+_SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
 
-    _homes: dict[int, str | None] = {}
-
-    def home() -> str | None:
-        """Return the home directory of this user's passwd entry, which is the same for all processes, or None without one."""
-        uid = os.geteuid()
-        if uid not in _homes:
-            import pwd
-
-            try:
-                found = pwd.getpwuid(uid).pw_dir
-            except KeyError:
-                found = ""
-            _homes[uid] = found if os.path.isabs(found) and found.strip("/") else None
-        return _homes[uid]
-
-    def check_ancestors(path: str) -> None:
-        """Raise `UnsafeDirectory` if another user could replace `path` by replacing one of the directories that lead to it.
-
-        They must belong to root, to the owner of ``/`` or to this user, and others may write in none that is not sticky. Links
-        are checked as what they are, and then where they lead. What does not exist yet is no fault.
-        """
-        open_ones: list[tuple[str, int]] = []
-        try:
-            for entry, info in _walk(os.path.dirname(path)):
-                if info.st_uid not in (0, os.geteuid(), os.lstat("/").st_uid):
-                    remedy = _sudo_with_home(info.st_uid) or elsewhere()
-                    raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
-                if not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX and others_can_write(info):
-                    open_ones.append((entry, info.st_uid))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except UnsafeDirectory:
-            raise
-        except OSError as error:
-            raise refusal(path, f"can't be examined ({error.strerror})", after_denial(path, elsewhere())) from error
-        if open_ones:
-            entries = [entry for entry, _ in open_ones]
-            ours = all(uid == os.geteuid() and not is_shared(entry) for entry, uid in open_ones)
-            remedy = f"chmod go-w {' '.join(map(_quote, entries))}" if ours else elsewhere()
-            raise refusal(path, f"is in {entries[0]}, where others can write", remedy)
-
-    def _walk(path: str) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield each directory and link that is met on the way to `path` and into it, and what it is."""
-        here, links, pending = "/", 0, path.split("/")[::-1]
-        yield here, os.lstat(here)
-        while pending:
-            part = pending.pop()
-            if part in ("", "."):
-                continue
-            entry = os.path.dirname(here) if part == ".." else os.path.join(here, part)
-            info = os.lstat(entry)
-            yield entry, info
-            if not stat.S_ISLNK(info.st_mode):
-                here = entry
-                continue
-            links += 1
-            if links > _MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            target = os.readlink(entry)
-            here = "/" if target.startswith("/") else here
-            pending += target.split("/")[::-1]
-
-    def others_can_write(info: os.stat_result) -> bool:
-        """Return whether another user can write there; the members of this user's own group are none."""
-        return bool(info.st_mode & stat.S_IWOTH) or bool(info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
-
-    def _is_own_group(gid: int) -> bool:
-        """Return whether the group is this user's own and has no other member, as where the umask is 002."""
-        import grp
-        import pwd
-
-        try:
-            me, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid).gr_mem
-        except KeyError:
-            return False
-        others = (user for user in pwd.getpwall() if user.pw_gid == gid and user.pw_uid != me.pw_uid)
-        return me.pw_gid == gid and set(members) <= {me.pw_name} and not any(others)
-
-    def is_shared(path: str) -> bool:
-        """Return whether programs other than ours need the directory `path` as it is: a system's directory, or a home."""
-        real = os.path.realpath(path)
-        own = home()
-        return (
-            os.path.dirname(real) in _SHARED_IN
-            or f"{real}/".startswith(_SHARED_TREES)
-            or (own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/"))
-        )
-
-    def may_close(path: str) -> bool:
-        """Return whether others can lose the right to read the directory `path`: it is no system's and has no open one."""
-        try:
-            with os.scandir(path) as entries:
-                inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)
-        except OSError:
-            inside = False
-        return not inside and not is_shared(path)
-
-    def find_problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
-        """Return why `path` is not a private file or directory (`kind`) without the mode bits `forbidden`, and the remedy."""
-        uid = os.geteuid()
-        if info.st_mode & (0o170000 | forbidden) == kind and info.st_uid == uid:
-            return None
-        quoted = _quote(path)
-        if stat.S_ISLNK(info.st_mode):
-            return "is a symbolic link", f"rm {quoted}" if info.st_uid == uid else f"sudo rm {quoted}"
-        if info.st_uid != uid:
-            return f"belongs to uid {info.st_uid}, not to {uid}", _of_another(path, info)
-        if stat.S_IFMT(info.st_mode) != kind:
-            return "is not a directory" if kind == stat.S_IFDIR else "is not a regular file", f"mv {quoted} {quoted}.old"
-        problem = f"has mode {stat.S_IMODE(info.st_mode):04o}"
-        if kind == stat.S_IFREG:
-            return problem, make_readable(path)
-        return problem, f"chmod 700 {quoted}" if may_close(path) else elsewhere()
-
-    def _of_another(path: str, info: os.stat_result) -> str:
-        if remedy := _sudo_with_home(info.st_uid):
-            return remedy
-        if info.st_uid == 0 and not is_shared(path):
-            return after_denial(path, f"sudo chown -R {os.geteuid()} {_quote(path)}")
-        if not stat.S_ISDIR(info.st_mode):
-            return f"sudo rm {_quote(path)}"
-        # In /tmp it is in our way. Anywhere else it may be what somebody needs.
-        squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
-        return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
-
-    def make_readable(path: str) -> str:
-        """Return the remedy for a file or directory of this user that he can't read."""
-        return f"chmod {700 if os.path.isdir(path) else 600} {_quote(path)}"
-
-    def after_denial(path: str, default: str) -> str:
-        """Return the remedy where the system denies this user `path`: `default`, unless a parent was made with sudo."""
-        made_by_root = None
-        while (parent := os.path.dirname(path)) != path:
-            try:
-                if os.lstat(path).st_uid == 0 and os.lstat(parent).st_uid == os.geteuid() != 0:
-                    made_by_root = path
-            except OSError:  # it can't be seen, but one above it can
-                pass
-            path = parent
-        return default if made_by_root is None else f"sudo chown -R {os.geteuid()} {_quote(made_by_root)}"
-
-    def _sudo_with_home(owner: int) -> str | None:
-        """Return the remedy for root with the `HOME` of the user `owner`, whose files root must not use as its own."""
-        if os.geteuid() == 0 and owner != 0:
-            try:
-                return "sudo -H -s" if os.stat(os.environ.get("HOME", "/")).st_uid == owner else None
-            except OSError:
-                pass
-        return None
-
-    def elsewhere() -> str:
-        """Return the command that moves both directories to another place."""
-        own = home()
-        if own is None or not os.access(own, os.W_OK | os.X_OK):
-            own = "$(mktemp -d)"
-            return f"d={own} && export HARNESS_IPC_RUNTIME_DIR=$d/run HARNESS_IPC_LOG_DIR=$d/log"
-        return (
-            f"export HARNESS_IPC_RUNTIME_DIR={_quote(own)}/.harness-ipc/run HARNESS_IPC_LOG_DIR={_quote(own)}/.harness-ipc/log"
-        )
-
-    def _quote(path: str) -> str:
-        import shlex
-
-        return shlex.quote(path)
-
-else:
-
-    def check_ancestors(path: str) -> None:
-        """Nothing to check: the access list of the user's profile protects what is in it."""
-
-    def others_can_write(info: os.stat_result) -> bool:
-        """Return True: modes don't tell."""
-        return True
-
-    def may_close(path: str) -> bool:
-        """Return False: no mode is changed."""
-        return False
-
-    def find_problem(path: str, info: os.stat_result, kind: int, forbidden: int) -> tuple[str, str] | None:
-        """Return why `path` is not a file or directory (`kind`) of its own, and the remedy."""
-        if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
-            return "is a link", f'rmdir "{path}"'
-        if stat.S_IFMT(info.st_mode) != kind:
-            return "is not what belongs there", f'move "{path}" "{path}.old"'
-        return None
-
-    def make_readable(path: str) -> str:
-        """Return the remedy for a file of this user that he can't read."""
-        return f'icacls "{path}" /reset'
-
-    def after_denial(path: str, default: str) -> str:
-        """Return `default`, the remedy where the system denies this user `path`."""
-        return default
-
-    def elsewhere() -> str:
-        """Return the command that moves the records to another place."""
-        return r"set HARNESS_IPC_RUNTIME_DIR=%USERPROFILE%\.harness-ipc\run"
+_homes: dict[int, str | None] = {}
 
 
 def refusal(path: str, problem: str, remedy: str) -> UnsafeDirectory:
     """Return the error for `path`, which has the `problem`."""
     return UnsafeDirectory(f"{path} {problem}, so it is not private to you: run `{remedy}`", path=path, remedy=remedy)
+
+
+def home() -> str | None:
+    """Return the home directory of this user's passwd entry, which is the same for all processes, or None without one."""
+    if sys.platform == "win32":
+        return None
+    uid = os.geteuid()
+    if uid not in _homes:
+        import pwd
+
+        try:
+            found = pwd.getpwuid(uid).pw_dir
+        except KeyError:
+            found = ""
+        _homes[uid] = found if os.path.isabs(found) and found.strip("/") else None
+    return _homes[uid]
+
+
+def check_ancestors(path: str) -> None:
+    """Raise `UnsafeDirectory` if another user could replace `path` by replacing one of the directories that lead to it.
+
+    They must belong to root, to the owner of ``/`` or to this user, and others may write in none that is not sticky. Links are
+    checked as what they are, and then where they lead. What does not exist yet is no fault.
+    """
+    if sys.platform == "win32":
+        return
+    uid = os.geteuid()
+    open_ones: list[tuple[str, int]] = []
+    try:
+        for entry, info in _walk(os.path.dirname(path)):
+            if info.st_uid not in (0, uid, os.lstat("/").st_uid):
+                remedy = _sudo_with_home(info.st_uid, uid) or elsewhere()
+                raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
+            if not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX and others_can_write(info):
+                open_ones.append((entry, info.st_uid))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except UnsafeDirectory:
+        raise
+    except OSError as error:
+        raise denied(path, error) from error
+    if open_ones:
+        entries = [entry for entry, _ in open_ones]
+        ours = all(owner == uid and not is_shared(entry) for entry, owner in open_ones)
+        remedy = f"chmod go-w {' '.join(map(_quote, entries))}" if ours else elsewhere()
+        raise refusal(path, f"is in {entries[0]}, where others can write", remedy)
+
+
+def _walk(path: str, links: int = 0) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield each directory and link that is met on the way to `path` and into it, and what it is."""
+    if links > _MAX_LINKS:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    parent = os.path.dirname(path)
+    if parent != path:
+        yield from _walk(parent, links)
+    info = os.lstat(path)
+    yield path, info
+    if stat.S_ISLNK(info.st_mode):
+        yield from _walk(os.path.join(parent, os.readlink(path)), links + 1)
+
+
+def others_can_write(info: os.stat_result) -> bool:
+    """Return whether another user can write there; the members of this user's own group are none."""
+    return bool(info.st_mode & stat.S_IWOTH) or bool(info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
+
+
+def _is_own_group(gid: int) -> bool:
+    """Return whether the group is this user's own and has no other member, as where the umask is 002."""
+    if sys.platform == "win32":
+        return False
+    import grp
+    import pwd
+
+    try:
+        me, members = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return False
+    others = (user for user in pwd.getpwall() if user.pw_gid == gid and user.pw_uid != me.pw_uid)
+    return me.pw_gid == gid and set(members) <= {me.pw_name} and not any(others)
+
+
+def is_shared(path: str) -> bool:
+    """Return whether programs other than ours need the directory `path` as it is: a system's directory, or a home."""
+    real, own = os.path.realpath(path), home()
+    above_home = own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/")
+    return above_home or os.path.dirname(real) in _SHARED_IN or f"{real}/".startswith(_SHARED_TREES)
+
+
+def may_close(path: str) -> bool:
+    """Return whether others can lose the right to read the directory `path`: it is no system's and has no open one."""
+    try:
+        with os.scandir(path) as entries:
+            inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)
+    except OSError:
+        inside = False
+    return not inside and not is_shared(path)
+
+
+def check_private(path: str, info: os.stat_result, kind: int, forbidden: int) -> None:
+    """Raise `UnsafeDirectory` unless `path` is a file or directory (`kind`) of this user without the mode bits `forbidden`."""
+    if sys.platform == "win32":
+        if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
+            raise refusal(path, "is a link", f'rmdir "{path}"')
+        if stat.S_IFMT(info.st_mode) != kind:
+            raise refusal(path, "is not what belongs there", f'move "{path}" "{path}.old"')
+        return
+    uid = os.geteuid()
+    if info.st_mode & (0o170000 | forbidden) == kind and info.st_uid == uid:
+        return
+    quoted = _quote(path)
+    if stat.S_ISLNK(info.st_mode):
+        raise refusal(path, "is a symbolic link", f"rm {quoted}" if info.st_uid == uid else f"sudo rm {quoted}")
+    if info.st_uid != uid:
+        raise refusal(path, f"belongs to uid {info.st_uid}, not to {uid}", _take_over(path, info, uid))
+    if stat.S_IFMT(info.st_mode) != kind:
+        raise refusal(path, f"is not a {'directory' if kind == stat.S_IFDIR else 'regular file'}", f"mv {quoted} {quoted}.old")
+    remedy = make_readable(path) if kind == stat.S_IFREG or may_close(path) else elsewhere()
+    raise refusal(path, f"has mode {stat.S_IMODE(info.st_mode):04o}", remedy)
+
+
+def denied(path: str, error: OSError) -> UnsafeDirectory:
+    """Return the error for a path that the system does not let this user look at."""
+    return refusal(path, f"can't be examined ({error.strerror})", give_back(path) or elsewhere())
+
+
+def make_readable(path: str) -> str:
+    """Return the remedy for a file or directory of this user that he can't read."""
+    if sys.platform == "win32":
+        return f'icacls "{path}" /reset'
+    return f"chmod {700 if os.path.isdir(path) else 600} {_quote(path)}"
+
+
+def _take_over(path: str, info: os.stat_result, uid: int) -> str:
+    """Return the remedy for the user `uid`, where `path` is another user's."""
+    if remedy := _sudo_with_home(info.st_uid, uid):
+        return remedy
+    if info.st_uid == 0 and not is_shared(path):
+        return give_back(path) or f"sudo chown -R {uid} {_quote(path)}"
+    if not stat.S_ISDIR(info.st_mode):
+        return f"sudo rm {_quote(path)}"
+    # In /tmp it is in our way. Anywhere else it may be what somebody needs.
+    squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
+    return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
+
+
+def give_back(path: str) -> str | None:
+    """Return the remedy if `path`, or a directory above it, was made with sudo in a directory of this user."""
+    if sys.platform == "win32":
+        return None
+    made_by_root = None
+    while (parent := os.path.dirname(path)) != path:
+        with contextlib.suppress(OSError):  # it can't be seen, but one above it can
+            if os.lstat(path).st_uid == 0 and os.lstat(parent).st_uid == os.geteuid() != 0:
+                made_by_root = f"sudo chown -R {os.geteuid()} {_quote(path)}"
+        path = parent
+    return made_by_root
+
+
+def _sudo_with_home(owner: int, uid: int) -> str | None:
+    """Return the remedy for root with the `HOME` of the user `owner`, whose files root must not use as its own."""
+    with contextlib.suppress(OSError):
+        if uid == 0 != owner == os.stat(os.environ.get("HOME", "/")).st_uid:
+            return "sudo -H -s"
+    return None
+
+
+def elsewhere() -> str:
+    """Return the command that moves both directories to another place."""
+    if sys.platform == "win32":
+        return r"set HARNESS_IPC_RUNTIME_DIR=%USERPROFILE%\.harness-ipc\run"
+    own = home()
+    if own is None or not os.access(own, os.W_OK | os.X_OK):
+        return "d=$(mktemp -d) && export HARNESS_IPC_RUNTIME_DIR=$d/run HARNESS_IPC_LOG_DIR=$d/log"
+    return f"export HARNESS_IPC_RUNTIME_DIR={_quote(own)}/.harness-ipc/run HARNESS_IPC_LOG_DIR={_quote(own)}/.harness-ipc/log"
+
+
+def _quote(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)

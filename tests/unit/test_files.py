@@ -158,9 +158,8 @@ def test_a_systems_directory_and_a_home_are_not_tightened(run: Path, monkeypatch
     home.chmod(0o755)
     monkeypatch.setattr(trust, "home", lambda: str(home))
     for path in (home, home.parent):
-        files.tighten_dir(str(path))
         with pytest.raises(UnsafeDirectory) as caught:
-            files.create_private_dir(str(path))
+            files.create_private_dir(str(path), tighten=True)
         assert caught.value.remedy.startswith("export ")
         assert mode(path) == 0o755
 
@@ -178,9 +177,8 @@ def test_a_directory_that_others_may_need_is_not_tightened(shared: str, run: Pat
         planted.chmod(0o777)
         (planted / "link").symlink_to(run.parent)
         path = planted / "link" / run.name
-    files.tighten_dir(str(path))
     with pytest.raises(UnsafeDirectory) as caught:
-        files.create_private_dir(str(path))
+        files.create_private_dir(str(path), tighten=True)
     assert mode(run) == 0o755
     if path == run:
         assert caught.value.remedy.startswith("export ")
