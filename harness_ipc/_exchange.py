@@ -112,9 +112,13 @@ class Exchange:
 
     def close(self) -> None:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
-        link, self._link = self._link, None
-        if link is not None:
-            self._pool.check_in(self._state, link)
+        with self._state.guard:
+            link, self._link = self._link, None
+            if link is not None:
+                if self._cancelled:
+                    # Aborted, perhaps after its reply had come.
+                    link.protocol.close()
+                self._pool.check_in(self._state, link)
 
     async def only_reply(self) -> Message:
         """Return the reply to a request that asks for one. Raises what `reply` does."""
