@@ -115,8 +115,7 @@ class Exchange:
         with self._state.guard:
             link, self._link = self._link, None
             if link is not None:
-                if self._cancelled:
-                    # Aborted, perhaps after its reply had come.
+                if self._cancelled:  # perhaps after its reply had come
                     link.protocol.close()
                 self._pool.check_in(self._state, link)
 
@@ -226,10 +225,8 @@ class Exchange:
                 again, failed, failure = True, record.generation, error
 
     async def _start(self) -> None:
-        assert self._pool.start is not None
         self._awaited = None
-        start = partial(start_daemon, self._pool, self._pool.start, self.deadline)
-        self.deadline = await self._io.run(start)
+        self.deadline = await self._io.run(partial(start_daemon, self._pool, self.deadline))
         self._check()
 
     async def _connect(self, record: Record) -> Link:

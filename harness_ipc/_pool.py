@@ -137,8 +137,8 @@ class Pool:
             link.connection.close()
 
 
-def start_daemon(pool: Pool, argv: Sequence[str | os.PathLike[str]], deadline: float) -> float:
-    """Have the daemon of `pool` run, and return `deadline`, later by the seconds of the start.
+def start_daemon(pool: Pool, deadline: float) -> float:
+    """Have the daemon of `pool`, which has a start command, run; return `deadline`, later by the seconds of the start.
 
     Waiting for a predecessor that drains does not move the deadline. Raises what `ensure_daemon` does.
     """
@@ -159,5 +159,6 @@ def start_daemon(pool: Pool, argv: Sequence[str | os.PathLike[str]], deadline: f
             text = f"the daemon {pool.name!r}, pid {record.pid}, was still stopping at the deadline: allow a longer timeout"
             raise DaemonTimeout(text) from None
     begin = time.monotonic()
-    ensure_daemon(pool.name, argv, timeout=pool.start_timeout, namespace=pool.namespace or Namespace())
+    assert pool.start is not None
+    ensure_daemon(pool.name, pool.start, timeout=pool.start_timeout, namespace=pool.namespace or Namespace())
     return deadline + time.monotonic() - begin

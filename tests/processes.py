@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from harness_ipc import auth, current_request, run_daemon, runtime_dir, transport
+from harness_ipc import current_request, run_daemon, runtime_dir
 from harness_ipc._registry import records
 
 # Far above what a start or an end takes on a loaded machine.
@@ -203,17 +203,6 @@ def stopped(daemon: DaemonProcess) -> Iterator[None]:
             yield
         finally:
             daemon.signal(signal.SIGCONT)
-
-
-def dial_daemon(name: str) -> transport.Connection:
-    """Return a bare connection on which both sides have proved themselves: for frames that no `Client` would send."""
-    record = records.load(name)
-    connection = transport.dial(record.address, transport.deadline_after(PATIENCE))
-    connection.deadline = transport.deadline_after(PATIENCE)
-    auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
-    transport.flush(connection)
-    auth.confirm(connection)
-    return connection
 
 
 def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> None:

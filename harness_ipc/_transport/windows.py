@@ -48,6 +48,12 @@ if sys.platform == "win32":
             if handle is not None:
                 _winapi.CloseHandle(handle)
 
+        def fileno(self) -> int:
+            """Return the pipe's handle. Raises `ConnectionLost` if it is closed."""
+            if self._handle is None:
+                raise ConnectionLost("the connection is closed")
+            return self._handle
+
         def abort(self) -> None:
             """Make a blocked send or receive end at once; from any thread."""
             self._aborted = True
@@ -57,8 +63,10 @@ if sys.platform == "win32":
 
         def is_readable(self) -> bool:
             """Whether a receive would not block: a message has arrived, or the peer has gone."""
+            if self._aborted:
+                return True
             try:
-                return bool(_winapi.PeekNamedPipe(self._opened())[0])
+                return bool(_winapi.PeekNamedPipe(self.fileno())[0])
             except OSError:
                 return True
 
@@ -67,7 +75,7 @@ if sys.platform == "win32":
             self.all_sent = False
             try:
                 for number, chunk in enumerate(chunks, 1):
-                    overlapped, _ = _winapi.WriteFile(self._opened(), chunk, overlapped=True)
+                    overlapped, _ = _winapi.WriteFile(self.fileno(), chunk, overlapped=True)
                     self.all_sent = number == len(chunks)
                     self._finish(overlapped)
             except HarnessIPCError:
@@ -85,7 +93,7 @@ if sys.platform == "win32":
                 if not has_more:
                     return data
                 # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
-                left = _winapi.PeekNamedPipe(self._opened())[1]
+                left = _winapi.PeekNamedPipe(self.fileno())[1]
                 if not left:
                     raise ConnectionLost("the peer gave a message up in the middle")
                 check_size(len(data) + left, limit)
@@ -99,7 +107,7 @@ if sys.platform == "win32":
 
         def _read(self, size: int) -> tuple[bytes, bool]:
             """Return up to `size` bytes of a message and whether there is more of it."""
-            overlapped, _ = _winapi.ReadFile(self._opened(), size, overlapped=True)
+            overlapped, _ = _winapi.ReadFile(self.fileno(), size, overlapped=True)
             error = self._finish(overlapped)
             return overlapped.getbuffer() or b"", error == _winapi.ERROR_MORE_DATA
 
@@ -129,11 +137,6 @@ if sys.platform == "win32":
                 raise ConnectionLost("the connection was ended in the middle of a message")
             return int(error)
 
-        def _opened(self) -> int:
-            if self._handle is None:
-                raise ConnectionLost("the connection is closed")
-            return self._handle
-
     def connect(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
@@ -144,7 +147,7 @@ if sys.platform == "win32":
             left = remaining(deadline)
             try:
                 connection = Connection(_open(address))
-                _winapi.SetNamedPipeHandleState(connection._opened(), _winapi.PIPE_READMODE_MESSAGE, None, None)
+                _winapi.SetNamedPipeHandleState(connection.fileno(), _winapi.PIPE_READMODE_MESSAGE, None, None)
                 return connection
             except FileNotFoundError as error:
                 raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from harness_ipc import ConnectionLost, DaemonServer, connect_daemon, request, start_daemon_server, transport
+from harness_ipc import ConnectionLost, DaemonServer, connect_daemon, request, start_daemon_server
 from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, dial_daemon, wait_until
+from tests.processes import PATIENCE, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 MIB = 2**20
 # A period that no test waits for.
@@ -60,13 +61,13 @@ def run(talk: Callable[[DaemonServer, Handler], Coroutine[Any, Any, None]], **op
     asyncio.run(main())
 
 
-def exchange(connection: transport.Connection, frame: bytes) -> dict[str, Any]:
-    transport.send(connection, frame)
+def exchange(connection: FrameConnection, frame: bytes) -> dict[str, Any]:
+    connection.send_bytes(frame)
     return reply_from(connection)
 
 
-def reply_from(connection: transport.Connection) -> dict[str, Any]:
-    return dict(json.loads(transport.receive(connection, 64 * MIB)))
+def reply_from(connection: FrameConnection) -> dict[str, Any]:
+    return dict(json.loads(connection.recv_bytes(64 * MIB)))
 
 
 def frame_of(**message: Any) -> bytes:
@@ -74,7 +75,7 @@ def frame_of(**message: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def kept_connection(server: DaemonServer) -> Iterator[transport.Connection]:
+def kept_connection(server: DaemonServer) -> Iterator[FrameConnection]:
     """A connection that has been used enough to be left to the loop, if that is how it is served."""
     with dial_daemon("test") as connection:
         for n in range(3):
@@ -149,7 +150,7 @@ def test_requests_sent_ahead_are_answered_in_order() -> None:
     async def talk(server: DaemonServer, handler: Handler) -> None:
         def send_all() -> list[Any]:
             for message in ({"n": 10, "wait": 1}, {"n": 11}, {"n": 12}):
-                transport.send(connection, frame_of(**message))
+                connection.send_bytes(frame_of(**message))
             loop.call_soon_threadsafe(handler.may_go_on.set)
             return [reply_from(connection)["result"]["n"] for _ in range(3)]
 
@@ -168,7 +169,7 @@ def test_a_client_that_dies_while_it_is_answered_costs_nothing() -> None:
     async def talk(server: DaemonServer, handler: Handler) -> None:
         def die() -> None:
             with kept_connection(server) as connection:
-                transport.send(connection, frame_of(n=10, wait=1))
+                connection.send_bytes(frame_of(n=10, wait=1))
                 wait_until(lambda: 10 in handler.seen)
 
         await asyncio.to_thread(die)
@@ -182,7 +183,7 @@ def test_a_client_that_reads_no_replies_holds_up_only_itself() -> None:
     def converse(server: DaemonServer) -> None:
         with kept_connection(server) as connection:
             for _ in range(20):
-                transport.send(connection, frame_of(fill=60_000))
+                connection.send_bytes(frame_of(fill=60_000))
             assert request("test", {"n": 1}, timeout=PATIENCE) == {"result": {"n": 1}}
             assert [len(reply_from(connection)["result"]) for _ in range(20)] == [60_000] * 20
 
@@ -221,7 +222,7 @@ def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(stubborn: bool
             with contextlib.ExitStack() as stack:
                 connection = await asyncio.to_thread(stack.enter_context, kept_connection(server))
                 stack.enter_context(await asyncio.to_thread(connect_daemon, "test"))
-                transport.send(connection, frame_of(n=10, wait=1))
+                connection.send_bytes(frame_of(n=10, wait=1))
                 await asyncio.to_thread(wait_until, lambda: 10 in handler.seen)
                 server.close()
                 if not stubborn:

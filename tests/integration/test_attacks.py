@@ -33,7 +33,6 @@ from harness_ipc import (
     RemoteError,
     StartFailed,
     UnsafeDirectory,
-    auth,
     cleanup_endpoint,
     connect_daemon,
     daemon_status,
@@ -44,14 +43,15 @@ from harness_ipc import (
     runtime_dir,
     runtime_path,
     stop_daemon,
-    transport,
 )
+from harness_ipc._protocol.handshake import Keys, role_key
 from harness_ipc._registry import files, records
 from tests.fuzz import targets
 from tests.integration import test_access
 from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, said, serves
 from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE, DaemonProcess, dial_daemon, run_python, spawn_daemon, spawn_python, wait_until
+from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 MIB = 1024 * 1024
 NAME = "victim"
@@ -145,14 +145,13 @@ def told_nothing(frames: list[bytes]) -> bool:
     return not frames or (len(frames) <= 2 and frames[0].startswith(CHALLENGE) and frames[1:] in ([], [FAILURE]))
 
 
-def dial_through(address: str, record: records.Record) -> transport.Connection:
+def dial_through(address: str, record: records.Record) -> FrameConnection:
     """Connect to `address` as a client does that takes it for the daemon's."""
-    connection = transport.dial(address, transport.deadline_after(PATIENCE))
-    connection.deadline = transport.deadline_after(PATIENCE)
+    connection = FrameConnection(address)
     try:
-        auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
-        transport.send(connection, HONEST_FRAME)
-        auth.confirm(connection)
+        connection.prove(Keys(record.authkey, record.address))
+        connection.send_bytes(HONEST_FRAME)
+        connection.confirm()
     except BaseException:
         connection.close()
         raise
@@ -178,7 +177,7 @@ def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProc
     relay = str(private_directories / "relay")
     # A wire is no attack: it goes through, and is on record.
     with Wire(relay, forward_to=record.address) as wire, dial_through(relay, record) as connection:
-        assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+        assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
     assert HONEST_FRAME in wire.up
     assert b'"result"' in wire.down
     served = requests_of()
@@ -447,10 +446,9 @@ def prove(key: bytes, challenge: bytes, digest: str) -> bytes:
 
 def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonProcess) -> None:
     record = records.load(NAME)
-    wrong = auth.role_key(bytes(32), "client", record.address)
+    wrong = role_key(bytes(32), "client", record.address)
     for digest in DIGESTS:
-        with transport.dial(record.address, transport.deadline_after(PATIENCE)) as connection:
-            connection.deadline = transport.deadline_after(PATIENCE)
+        with FrameConnection(record.address) as connection:
             prefix = b"{%s}" % digest.encode() if digest else b""
             connection.send_bytes(CHALLENGE + prefix + os.urandom(20))
             verdicts = []
@@ -463,7 +461,7 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
                 connection.send_bytes(WELCOME)
                 connection.send_bytes(prove(wrong, challenge.removeprefix(CHALLENGE), digest))
                 verdicts.append(connection.recv_bytes(256))
-                transport.send(connection, HONEST_FRAME)
+                connection.send_bytes(HONEST_FRAME)
                 verdicts.append(connection.recv_bytes(256))
             assert verdicts in ([], [FAILURE]), digest
 
@@ -471,18 +469,17 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
 def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
     """The same steps with the key: they are the ones that open the connection."""
     record = records.load(NAME)
-    with transport.dial(record.address, transport.deadline_after(PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(PATIENCE)
+    with FrameConnection(record.address) as connection:
         connection.send_bytes(CHALLENGE + os.urandom(20))
         proof = connection.recv_bytes(256)
         challenge = connection.recv_bytes(256).removeprefix(CHALLENGE)
         connection.send_bytes(WELCOME)
         # The daemon's own proof is none of a client, nor is one for another challenge.
-        mine = auth.role_key(record.authkey, "client", record.address)
+        mine = role_key(record.authkey, "client", record.address)
         assert proof != prove(mine, challenge, "")
         connection.send_bytes(prove(mine, challenge, ""))
         assert connection.recv_bytes(256) == WELCOME
-        transport.send(connection, HONEST_FRAME)
+        connection.send_bytes(HONEST_FRAME)
         assert json.loads(connection.recv_bytes(256)) == {"result": HONEST["params"]}
 
 
@@ -490,7 +487,7 @@ def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
 def test_a_client_is_not_taken_in_by_a_daemon_with_another_digest(victim: DaemonProcess, private_directories: Path) -> None:
     for number, digest in enumerate(DIGESTS):
         address = str(private_directories / f"forged {number}")
-        wrong = auth.role_key(bytes(32), "daemon", address)
+        wrong = role_key(bytes(32), "daemon", address)
 
         def answer(peer: socket.socket, piece: bytes, digest: str = digest, wrong: bytes = wrong) -> None:
             proof = prove(wrong, piece[4:].removeprefix(CHALLENGE), digest)
@@ -515,7 +512,7 @@ def forms(key: bytes) -> Iterator[bytes]:
 def shows_key(data: bytes | str, record: records.Record) -> bool:
     """Whether the key, or one that is derived from it, or a part of one, is in there."""
     data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
-    keys = auth.Keys(record.authkey, record.address)
+    keys = Keys(record.authkey, record.address)
     return any(
         form in data
         for key in (record.authkey, keys.daemon, keys.client)
@@ -617,17 +614,15 @@ def log_lines() -> list[str]:
 def test_nothing_that_a_peer_says_to_the_channel_gets_into_the_log(victim: DaemonProcess) -> None:
     evil = EVIL.encode("utf-8", "surrogatepass")
     for hostile in (evil, CHALLENGE + evil, CHALLENGE + b"{md5}" + evil, b"{%s}" % evil):
-        with transport.dial(records.load(NAME).address, transport.deadline_after(PATIENCE)) as connection:
-            connection.deadline = transport.deadline_after(PATIENCE)
-            with contextlib.suppress(HarnessIPCError):
-                for _ in range(3):
-                    transport.send(connection, hostile)
-                while transport.receive(connection, MIB):
-                    pass
+        with FrameConnection(records.load(NAME).address) as connection, contextlib.suppress(HarnessIPCError):
+            for _ in range(3):
+                connection.send_bytes(hostile)
+            while connection.recv_bytes(MIB):
+                pass
     with dial_daemon(NAME) as connection:
         for hostile in (evil, b'{"a": "%s"}' % evil, b'{"%s' % evil, b"[]"):
-            transport.send(connection, hostile)
-            error = json.loads(transport.receive(connection, MIB))["error"]
+            connection.send_bytes(hostile)
+            error = json.loads(connection.recv_bytes(MIB))["error"]
             assert error["message"].isprintable(), error
     with connect_daemon(NAME) as client:
         for message in ({EVIL: EVIL}, {"meta": EVIL}, {"method": EVIL, "params": {EVIL: EVIL}}):
@@ -730,11 +725,11 @@ def test_a_message_that_costs_more_than_it_weighs_is_answered_and_others_are_ser
     for kind, bomb in bombs:
         data = bomb()
         with being_honest(), dial_daemon(NAME) as connection:
-            transport.send(connection, data)
-            reply = json.loads(transport.receive(connection, 64 * MIB))
+            connection.send_bytes(data)
+            reply = json.loads(connection.recv_bytes(64 * MIB))
             # The connection goes on, whatever came of it.
-            transport.send(connection, HONEST_FRAME)
-            assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+            connection.send_bytes(HONEST_FRAME)
+            assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
         assert list(reply) == [kind], data[:20]
         if kind == "error":
             assert reply["error"]["type"] == "ProtocolError"
@@ -768,7 +763,7 @@ def being_honest() -> Iterator[None]:
 # What the fuzzers found worth keeping, said to a real daemon; and descriptors, which a socket carries, too.
 
 
-def duplicate(connection: transport.Connection) -> socket.socket:
+def duplicate(connection: FrameConnection) -> socket.socket:
     return socket.socket(fileno=os.dup(connection.fileno()))
 
 
@@ -787,8 +782,8 @@ def test_what_is_in_the_corpus_does_a_real_daemon_no_harm(victim: DaemonProcess)
                 sock.sendall(frame(peer.recv_bytes(256)))
     with dial_daemon(NAME) as connection:
         for data in targets.corpus("message").values():
-            transport.send(connection, data)
-            assert isinstance(json.loads(transport.receive(connection, MIB)), dict)
+            connection.send_bytes(data)
+            assert isinstance(json.loads(connection.recv_bytes(MIB)), dict)
 
 
 @needs_linux
@@ -799,7 +794,7 @@ def test_descriptors_that_come_with_a_message_are_not_kept(victim: DaemonProcess
         socket.send_fds(silent, [frame(CHALLENGE)[:-1]], [null.fileno()] * 100)
         for _ in range(10):
             socket.send_fds(sock, [frame(HONEST_FRAME)], [null.fileno()] * 100)
-            assert json.loads(transport.receive(connection, MIB)) == {"result": HONEST["params"]}
+            assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
         # The connections themselves, and what the daemon may open for a moment.
         assert process.num_fds() < before + 100
     wait_until(lambda: process.num_fds() <= before)

@@ -26,7 +26,6 @@ from harness_ipc import (
     connect_daemon,
     request,
     start_daemon_server,
-    transport,
 )
 from tests.integration.test_server import (
     NEVER,
@@ -42,7 +41,8 @@ from tests.integration.test_server import (
     threads,
 )
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_python, wait_until
+from tests.processes import PATIENCE, run_python, runtime_files, spawn_python, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 LIMIT = 2**20
 pytestmark = pytest.mark.usefixtures("driver")
@@ -79,11 +79,11 @@ def test_a_request_that_is_cancelled_before_its_task_began_is_answered(closing: 
     run(main)
 
 
-def read_to_the_end(connection: transport.Connection) -> list[dict[str, Any]]:
+def read_to_the_end(connection: FrameConnection) -> list[dict[str, Any]]:
     replies = []
     with suppress(ConnectionLost):
         while True:
-            replies.append(json.loads(transport.receive(connection, LIMIT)))
+            replies.append(json.loads(connection.recv_bytes(LIMIT)))
     return replies
 
 
@@ -101,7 +101,7 @@ def test_a_request_that_is_read_after_the_others_were_cancelled_does_not_run(fac
             asyncio.get_running_loop().set_task_factory(factory)
             with await asyncio.to_thread(dial_daemon, "test") as connection:
                 for n in range(100):
-                    transport.send(connection, json.dumps({"n": n}).encode())
+                    connection.send_bytes(json.dumps({"n": n}).encode())
                 await handler.began.wait()
                 server.close()
                 await server.wait_closed()

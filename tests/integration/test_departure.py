@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from harness_ipc import DaemonTimeout, aconnect_daemon, connect_daemon, ping, request, start_daemon_server
-from tests.processes import PATIENCE, dial_daemon, spawn_python
+from tests.processes import PATIENCE, spawn_python
+from tests.wire import dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

@@ -31,12 +31,13 @@ from harness_ipc import (
     ping,
     request,
     stop_daemon,
-    transport,
 )
 from harness_ipc._registry import records
+from harness_ipc._transport import deadline_after, remaining
 from tests.integration.test_manager_places import mount, needs_mount, unmount
 from tests.marks import needs_address_limit, needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
+from tests.wire import FrameConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -155,15 +156,15 @@ def many_open_files() -> Iterator[None]:
 def silent_crowd(count: int) -> Iterator[None]:
     """Connect many times, as somebody would who knows nothing but the address, and say nothing."""
     address = records.load(NAME).address
-    deadline = transport.deadline_after(PATIENCE)
+    deadline = deadline_after(PATIENCE)
     with contextlib.ExitStack() as stack:
         while count:
             try:
-                stack.enter_context(transport.dial(address, deadline))
+                stack.enter_context(FrameConnection(address))
                 count -= 1
             except DaemonNotRunning:
                 # Where a full queue refuses at once.
-                transport.remaining(deadline)
+                remaining(deadline)
         yield
 
 
@@ -438,8 +439,7 @@ def test_a_thousand_silent_connections_keep_nobody_out_and_do_not_fill_the_log()
 
 
 def give_a_wrong_key(address: str) -> None:
-    with transport.dial(address, transport.deadline_after(PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(PATIENCE)
+    with FrameConnection(address) as connection:
         # The daemon's proof is taken for granted.
         connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
         connection.recv_bytes(256)

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from harness_ipc import AuthenticationFailed, ConnectionLost, auth, log_path, request, transport
+from harness_ipc import AuthenticationFailed, ConnectionLost, log_path, request
+from harness_ipc._protocol.handshake import Keys, role_key
 from harness_ipc._registry import records
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,17 +84,15 @@ def said(sock: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def dialled() -> Iterator[transport.Connection]:
-    with transport.dial(records.load("victim").address, transport.deadline_after(PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(PATIENCE)
+def dialled() -> Iterator[FrameConnection]:
+    with FrameConnection(records.load("victim").address) as connection:
         yield connection
 
 
-def is_dropped(connection: transport.Connection) -> bool:
+def is_dropped(connection: FrameConnection) -> bool:
     """Whether the daemon hangs up without another word."""
-    connection.deadline = transport.deadline_after(PATIENCE)
     with pytest.raises(ConnectionLost):
-        transport.receive(connection, 1 << 20)
+        connection.recv_bytes(1 << 20)
     return True
 
 
@@ -145,11 +145,11 @@ def test_nothing_is_unpickled(victim: DaemonProcess, private_directories: Path) 
     data = pickle.dumps(Bomb(private_directories / "boom"))
     assert len(data) <= 256  # as a challenge may be: it is read
     with dialled() as connection:
-        transport.send(connection, data)
+        connection.send_bytes(data)
         assert is_dropped(connection)
     with dial_daemon("victim") as connection:
-        transport.send(connection, data)
-        assert json.loads(transport.receive(connection, 1 << 20))["error"]["type"] == "ProtocolError"
+        connection.send_bytes(data)
+        assert json.loads(connection.recv_bytes(1 << 20))["error"]["type"] == "ProtocolError"
     assert not (private_directories / "boom").exists()
     pickle.loads(data)
     assert (private_directories / "boom").exists()
@@ -158,7 +158,7 @@ def test_nothing_is_unpickled(victim: DaemonProcess, private_directories: Path) 
 class Recorder:
     """A connection for the stock functions that notes what the daemon says, and lies as it is told."""
 
-    def __init__(self, connection: transport.Connection, lie: Callable[[bytes], bytes] = bytes) -> None:
+    def __init__(self, connection: FrameConnection, lie: Callable[[bytes], bytes] = bytes) -> None:
         self.connection = connection
         self.lie = lie
         self.heard: list[bytes] = []
@@ -173,13 +173,13 @@ class Recorder:
 
 def test_a_client_with_another_key_refuses_the_daemon(victim: DaemonProcess) -> None:
     with dialled() as connection, pytest.raises(AuthenticationFailed) as caught:
-        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load("victim").address))
+        connection.prove(Keys(bytes(32), records.load("victim").address))
     assert records.load("victim").authkey.hex() not in str(caught.value)
 
 
 def test_the_right_key_at_another_address_is_refused(victim: DaemonProcess) -> None:
     with dialled() as connection, pytest.raises(AuthenticationFailed):
-        auth.challenge_daemon(connection, auth.Keys(records.load("victim").authkey, "another address"))
+        connection.prove(Keys(records.load("victim").authkey, "another address"))
 
 
 ANSWERS: dict[str, Callable[[bytes], bytes]] = {
@@ -226,7 +226,7 @@ def test_who_refuses_the_daemons_proof_is_dropped(victim: DaemonProcess) -> None
     with dialled() as connection:
         recorder: Any = Recorder(connection)
         with pytest.raises(AuthenticationError):
-            deliver_challenge(recorder, auth.role_key(record.authkey, "client", record.address))
+            deliver_challenge(recorder, role_key(record.authkey, "client", record.address))
         # It has sent its own challenge together with its answer.
         assert connection.recv_bytes(256).startswith(b"#CHALLENGE#")
         assert is_dropped(connection)
@@ -251,12 +251,12 @@ INVALID = {
 def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: DaemonProcess, data: bytes) -> None:
     with dial_daemon("victim") as connection:
         for _ in range(2):
-            transport.send(connection, data)
-            error = json.loads(transport.receive(connection, 1 << 20))["error"]
+            connection.send_bytes(data)
+            error = json.loads(connection.recv_bytes(1 << 20))["error"]
             assert error["type"] == "ProtocolError"
             assert len(error["message"]) < 500
-            transport.send(connection, HONEST_FRAME)
-            assert json.loads(transport.receive(connection, 1 << 20)) == {"result": {"n": 1}}
+            connection.send_bytes(HONEST_FRAME)
+            assert json.loads(connection.recv_bytes(1 << 20)) == {"result": {"n": 1}}
 
 
 @needs_posix
@@ -264,7 +264,7 @@ def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: Dae
 def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess, size: int) -> None:
     with dial_daemon("victim") as connection:
         os.write(connection.fileno(), struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size))
-        error = json.loads(transport.receive(connection, 1 << 20))["error"]
+        error = json.loads(connection.recv_bytes(1 << 20))["error"]
         assert (error["type"], error["executed"]) == ("MessageTooLarge", False)
         assert is_dropped(connection)
     log = log_path("victim").read_text(encoding="utf-8")
@@ -288,7 +288,7 @@ def test_a_client_that_dies_before_its_reply_leaves_nothing(victim: DaemonProces
     before = held_by(victim)
     for method, params in [("echo", {}), ("fill", {"size": 10_000_000}), ("sleep", {"seconds": 0.2})] * 3:
         with dial_daemon("victim") as connection:
-            transport.send(connection, json.dumps({"method": method, "params": params}).encode())
+            connection.send_bytes(json.dumps({"method": method, "params": params}).encode())
     assert serves("victim")
     wait_until(lambda: held_by(victim) <= before)
 
@@ -306,7 +306,7 @@ def mischief(number: int) -> Any:
             return raw_socket(frame(b"#CHALLENGE#{sha256}" + bytes(32)) + frame(b"#WELCOME#") + frame(bytes(40)))
         case 4:
             connection = dial_daemon("victim")
-            transport.send(connection, list(INVALID.values())[number % len(INVALID)])
+            connection.send_bytes(list(INVALID.values())[number % len(INVALID)])
             return connection
         case _:
             connection = dial_daemon("victim")
@@ -366,6 +366,6 @@ def test_more_silent_clients_than_the_bound_keep_no_honest_one_out() -> None:
         # The bound holds, and it is the oldest that made room.
         assert held_by(daemon) < before + 300
         assert is_dropped(silent[0])
-        assert not silent[-1].readable_now()
+        assert not silent[-1].is_readable()
         stack.close()
         wait_until(lambda: held_by(daemon) <= before)

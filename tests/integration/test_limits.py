@@ -21,11 +21,11 @@ from harness_ipc import (
     ping,
     request,
     runtime_dir,
-    transport,
 )
 from harness_ipc._calls import result_of
 from harness_ipc._registry import records
-from tests.processes import PATIENCE, DaemonProcess, dial_daemon, spawn_daemon, wait_until
+from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
+from tests.wire import dial_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -221,11 +221,11 @@ def test_requests_on_one_connection_are_answered_in_order(daemon: DaemonProcess)
         return json.dumps({"method": method, "params": params}).encode()
 
     with dial_daemon("limits") as connection:
-        transport.send(connection, frame("sleep", seconds=0.2, tag="first"))
+        connection.send_bytes(frame("sleep", seconds=0.2, tag="first"))
         for number in range(100):
-            transport.send(connection, frame("echo", n=number))
-        transport.send(connection, frame("log"))
-        replies = [json.loads(transport.receive(connection, MIB))["result"] for _ in range(102)]
+            connection.send_bytes(frame("echo", n=number))
+        connection.send_bytes(frame("log"))
+        replies = [json.loads(connection.recv_bytes(MIB))["result"] for _ in range(102)]
     assert replies == ["first", *({"n": number} for number in range(100)), [["begin", "first"], ["end", "first"]]]
 
 

@@ -31,11 +31,11 @@ from harness_ipc import (
     request,
     runtime_dir,
     start_daemon_server,
-    transport,
 )
 from harness_ipc._registry import records
 from tests.marks import needs_linux
-from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, wait_until
+from tests.processes import PATIENCE, run_python, runtime_files, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 
@@ -248,7 +248,7 @@ def test_requests_that_were_sent_ahead_do_not_prolong_the_end() -> None:
         async with serving(handler, grace_period=SOON):
             with await asyncio.to_thread(dial_daemon, "test") as connection:
                 for _ in range(100):
-                    transport.send(connection, b"{}")
+                    connection.send_bytes(b"{}")
                 await handler.began.wait()
 
     run(main)
@@ -259,12 +259,11 @@ def test_idle_and_silent_clients_do_not_delay_the_end() -> None:
         async with serving(grace_period=NEVER, handshake_timeout=NEVER) as server:
             with contextlib.ExitStack() as stack:
                 kept = [stack.enter_context(await asyncio.to_thread(connect_daemon, "test")) for _ in range(10)]
-                deadline = transport.deadline_after(PATIENCE)
-                silent = [stack.enter_context(transport.dial(server.record.address, deadline)) for _ in range(10)]
+                silent = [stack.enter_context(FrameConnection(server.record.address)) for _ in range(10)]
                 assert await asyncio.to_thread(kept[0].request, {"n": 1}) == {"result": {"n": 1}}
                 server.close()
                 await server.wait_closed()
-                assert all(connection.readable_now() for connection in silent)
+                assert all(connection.is_readable() for connection in silent)
                 with pytest.raises(DaemonNotRunning):
                     await asyncio.to_thread(kept[0].request, {"n": 1})
 
@@ -280,7 +279,7 @@ def test_a_client_that_does_not_read_its_long_reply_does_not_prevent_the_end() -
         replied = asyncio.Event()
         async with serving(fill, grace_period=SOON):
             with await asyncio.to_thread(dial_daemon, "test") as connection:
-                transport.send(connection, b"{}")
+                connection.send_bytes(b"{}")
                 await replied.wait()
                 assert len((await ask())["result"]) == 40_000_000
 
@@ -428,9 +427,9 @@ def test_answered_requests_leave_no_task(factory: Any) -> None:
     run(main)
 
 
-def answers(connection: transport.Connection, count: int) -> list[int]:
+def answers(connection: FrameConnection, count: int) -> list[int]:
     """Return the numbers in the next replies, to requests that were sent without waiting for them."""
-    return [json.loads(transport.receive(connection, 1000))["result"]["n"] for _ in range(count)]
+    return [json.loads(connection.recv_bytes(1000))["result"]["n"] for _ in range(count)]
 
 
 @task_factories
@@ -444,10 +443,8 @@ def test_requests_that_came_together_are_answered_in_order_and_others_between_th
         seen.append(message["n"])
         return {"result": message}
 
-    def ask(connection: transport.Connection, numbers: Iterable[int]) -> None:
-        for n in numbers:
-            connection.hold(json.dumps({"n": n}).encode())
-        transport.flush(connection)
+    def ask(connection: FrameConnection, numbers: Iterable[int]) -> None:
+        connection.send_all([json.dumps({"n": n}).encode() for n in numbers])
 
     async def main() -> None:
         async with serving(note):
@@ -581,7 +578,7 @@ def test_one_connection_is_served_in_order_and_others_at_the_same_time() -> None
         async with serving(order, grace_period=NEVER):
             with await asyncio.to_thread(dial_daemon, "test") as connection:
                 for n in (0, 10, 20):
-                    transport.send(connection, json.dumps({"n": n}).encode())
+                    connection.send_bytes(json.dumps({"n": n}).encode())
                 await handler.began.wait()
                 assert await serves()
                 assert seen == [0, 1]

@@ -27,7 +27,8 @@ from harness_ipc import (
     request,
     start_daemon_server,
 )
-from tests.processes import PATIENCE, dial_daemon, wait_until
+from tests.processes import PATIENCE, wait_until
+from tests.wire import dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

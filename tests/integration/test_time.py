@@ -266,17 +266,17 @@ def test_a_suspended_daemon_is_late_for_all_and_then_answers_each_its_own() -> N
 
 HANDSHAKE = """
 import os, signal
-from harness_ipc import auth, transport
+from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
+from tests.wire import FrameConnection
 record = records.load("test")
-connection = transport.dial(record.address, transport.deadline_after(60))
-connection.deadline = transport.deadline_after(60)
-auth.challenge_daemon(connection, auth.Keys(record.authkey, record.address))
+connection = FrameConnection(record.address)
+proof = connection.check_daemon(Keys(record.authkey, record.address))
 print("in the middle", flush=True)
 os.kill(os.getpid(), signal.SIGSTOP)
 try:
-    transport.flush(connection)
-    auth.confirm(connection)
+    connection.send_all(proof)
+    connection.confirm()
     print("welcome", flush=True)
 except HarnessIPCError as error:
     print(type(error).__name__, flush=True)

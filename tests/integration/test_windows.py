@@ -33,7 +33,6 @@ from harness_ipc import (
     RemoteError,
     StartFailed,
     UnsafeDirectory,
-    auth,
     cleanup_endpoint,
     connect_daemon,
     daemon_status,
@@ -48,12 +47,15 @@ from harness_ipc import (
     stop_daemon,
     transport,
 )
+from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc._server.server import acquire_name
+from harness_ipc._transport import deadline_after
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
 from tests.marks import needs_windows
-from tests.processes import PATIENCE, dial_daemon, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+from tests.processes import PATIENCE, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 if sys.platform == "win32":
     import _winapi
@@ -83,15 +85,14 @@ def connections() -> int:
     return int(request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"])
 
 
-def write(connection: transport.Connection, data: bytes) -> Any:
+def write(connection: FrameConnection, data: bytes) -> Any:
     """Begin to write one message to the pipe, past everything that makes a frame of it."""
     return _winapi.WriteFile(connection.fileno(), data, overlapped=True)[0]
 
 
 @contextlib.contextmanager
-def dialled() -> Iterator[transport.Connection]:
-    with transport.dial(records.load("test").address, transport.deadline_after(PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(PATIENCE)
+def dialled() -> Iterator[FrameConnection]:
+    with FrameConnection(records.load("test").address) as connection:
         yield connection
 
 
@@ -271,7 +272,7 @@ def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypa
         try:
             for _ in range(2):
                 before = sum(accept.done() for accept in accepts)
-                stack.enter_context(transport.dial(listener.address, transport.deadline_after(PATIENCE)))
+                stack.enter_context(FrameConnection(listener.address))
                 wait_until(lambda: sum(accept.done() for accept in accepts) > before, AT_ONCE)  # noqa: B023
         finally:
             for _ in range(3):
@@ -302,26 +303,25 @@ def test_fifty_clients_connect_and_ask_at_once() -> None:
         assert serves()
 
 
-def silent(_: int) -> transport.Connection:
-    return transport.dial(records.load("test").address, transport.deadline_after(PATIENCE))
+def silent(_: int) -> FrameConnection:
+    return FrameConnection(records.load("test").address)
 
 
-def says_garbage(number: int) -> transport.Connection:
+def says_garbage(number: int) -> FrameConnection:
     garbage = [b"", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 256, struct.pack("!i", 2**31 - 1), b"x" * 60_000, b"#WELCOME#", REQUEST]
     connection = silent(number)
     write(connection, garbage[number % len(garbage)])
     return connection
 
 
-def has_a_wrong_key(number: int) -> transport.Connection:
+def has_a_wrong_key(number: int) -> FrameConnection:
     connection = silent(number)
-    connection.deadline = transport.deadline_after(PATIENCE)
     with pytest.raises(AuthenticationFailed):
-        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load("test").address))
+        connection.prove(Keys(bytes(32), records.load("test").address))
     return connection
 
 
-def stops_in_the_proof(number: int) -> transport.Connection:
+def stops_in_the_proof(number: int) -> FrameConnection:
     connection = silent(number)
     write(connection, b"#CHALLENGE#{sha256}" + os.urandom(32))
     return connection
@@ -355,7 +355,7 @@ def test_sixty_peers_without_the_key_keep_no_honest_one_waiting() -> None:
 
 @pytest.mark.parametrize("stage", ["before the proof", "in the proof", "after the proof"])
 def test_a_client_that_dies_at_any_byte_of_a_message_costs_nothing(stage: str) -> None:
-    def connect() -> contextlib.AbstractContextManager[transport.Connection]:
+    def connect() -> contextlib.AbstractContextManager[FrameConnection]:
         return dial_daemon("test") if stage == "after the proof" else dialled()
 
     with spawn_daemon("test", handshake_timeout=NEVER):
@@ -371,12 +371,11 @@ def test_a_client_that_dies_at_any_byte_of_a_message_costs_nothing(stage: str) -
 
 
 SENDS = """
-from harness_ipc import transport
-from tests.processes import dial_daemon
+from tests.wire import dial_daemon
 with dial_daemon("test") as connection:
     print("sends", flush=True)
     while True:
-        transport.send(connection, bytes(8 * 2**20))
+        connection.send_bytes(bytes(8 * 2**20))
 """
 
 
@@ -397,11 +396,11 @@ def test_a_client_that_is_killed_while_it_sends_costs_nothing() -> None:
 def test_what_a_client_does_not_read_is_a_timeout_and_the_next_one_is_served() -> None:
     with spawn_daemon("test"), dial_daemon("test") as connection:
         # A request whose reply nobody reads, one that the daemon reads ahead, and one that it does not read.
-        transport.send(connection, b'{"method": "fill", "params": {"size": 1000000}}')
-        transport.send(connection, bytes(8 * MIB))
-        connection.deadline = transport.deadline_after(0.2)
+        connection.send_bytes(b'{"method": "fill", "params": {"size": 1000000}}')
+        connection.send_bytes(bytes(8 * MIB))
+        connection.connection.deadline = deadline_after(0.2)
         with pytest.raises(DaemonTimeout):
-            transport.send(connection, bytes(8 * MIB))
+            connection.send_bytes(bytes(8 * MIB))
         assert serves()
         with connect_daemon("test") as client, pytest.raises(DaemonTimeout):
             client.call("sleep", seconds=NEVER, timeout=0.2)

@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 import psutil
 
-from harness_ipc import Client, HarnessIPCError, auth, connect_daemon, ensure_daemon, request, transport
+from harness_ipc import Client, HarnessIPCError, connect_daemon, ensure_daemon, request
+from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
-from tests.processes import dial_daemon
 from tests.soak.daemon import text_of
+from tests.wire import FrameConnection, dial_daemon
 
 NAME = "soak"
 ARGV = [sys.executable, "-m", "tests.soak.daemon", NAME]
@@ -117,12 +118,12 @@ class Asker:
     def slow_reader(self) -> None:
         def read_slowly(message: dict[str, Any]) -> dict[str, Any]:
             with dial_daemon(NAME) as connection:
-                transport.send(connection, json.dumps(message).encode())
+                connection.send_bytes(json.dumps(message).encode())
                 for _ in range(self.chance.randrange(30)):
                     time.sleep(0.01)
                     if self.chance.random() < 0.01:
                         break
-                return dict(json.loads(transport.receive(connection, 4 * LARGEST)))
+                return dict(json.loads(connection.recv_bytes(4 * LARGEST)))
 
         self.settle(self.message(LARGEST), read_slowly)
         self.faults["slow readers"] += 1
@@ -139,7 +140,7 @@ class Asker:
         self.fates["died"] += 1
         if self.chance.random() < 0.5 or os.name != "posix":
             with contextlib.suppress(HarnessIPCError):
-                transport.send(connection, frame)
+                connection.send_bytes(frame)
             self.die("deaths before a reply")
         with contextlib.suppress(OSError):
             os.write(connection.fileno(), (struct.pack("!i", len(frame)) + frame)[: self.chance.randrange(1, len(frame))])
@@ -148,7 +149,6 @@ class Asker:
     def hostile(self) -> None:
         kind = self.chance.choice(["garbage", "wrong key", "silent", "half a frame", "no message"])
         with contextlib.suppress(HarnessIPCError, OSError, EOFError):
-            deadline = transport.deadline_after(TIMEOUT)
             if kind in ("half a frame", "no message"):
                 with dial_daemon(NAME) as connection:
                     self.faults[kind] += 1
@@ -159,8 +159,7 @@ class Asker:
                         os.write(connection.fileno(), struct.pack("!i", 100) + b"half")
                         time.sleep(self.chance.random())
                 return
-            with transport.dial(records.load(NAME).address, deadline) as connection:
-                connection.deadline = deadline
+            with FrameConnection(records.load(NAME).address, TIMEOUT) as connection:
                 self.faults[kind] += 1
                 match kind:
                     case "garbage" if os.name == "posix":
@@ -169,7 +168,7 @@ class Asker:
                     case "garbage":
                         connection.send_bytes(os.urandom(200))
                     case "wrong key":
-                        auth.challenge_daemon(connection, auth.Keys(bytes(32), records.load(NAME).address))
+                        connection.prove(Keys(bytes(32), records.load(NAME).address))
                     case _:
                         time.sleep(self.chance.random())
 
