@@ -43,7 +43,7 @@ class Namespace:
     platform's runtime directory, each `app` but the default one has a directory of its own.
 
     Raises `InvalidName` if `app` is not 1 to 64 of ``A-Z a-z 0-9 _ -``, and `UnsafeDirectory` if a directory is relative and
-    the current one was removed.
+    the current one was removed (for that of the variable, `log_dir` does).
     """
 
     __slots__ = ("_app", "_log_dir", "_runtime_dir")
@@ -56,11 +56,8 @@ class Namespace:
         log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._app = check_name(app, "an application's name")
-        if runtime_dir is None:
-            runtime_dir = self._below(runtime_root()[0])
-        if log_dir is None and (override := os.environ.get(_LOG_VARIABLE)):
-            log_dir = self._below(override)
-        self._runtime_dir = _absolute(os.fspath(runtime_dir), _RUNTIME_VARIABLE)
+        runtime_dir = self._below(runtime_root()[0]) if runtime_dir is None else os.fspath(runtime_dir)
+        self._runtime_dir = _absolute(runtime_dir, _RUNTIME_VARIABLE)
         self._log_dir = None if log_dir is None else _absolute(os.fspath(log_dir), _LOG_VARIABLE)
 
     @property
@@ -77,7 +74,10 @@ class Namespace:
         """The directory of logs. It need not exist yet."""
         if self._log_dir is None:
             # Only when it is asked for: a client needs no log.
-            self._log_dir = _platform_log_dir(self._app) or os.path.join(self._runtime_dir, ".log")
+            if override := os.environ.get(_LOG_VARIABLE):
+                self._log_dir = _absolute(self._below(override), _LOG_VARIABLE)
+            else:
+                self._log_dir = _platform_log_dir(self._app) or os.path.join(self._runtime_dir, ".log")
         return self._log_dir
 
     def _below(self, directory: str) -> str:
@@ -159,7 +159,10 @@ def private_temporary_dir() -> str:
     import tempfile
 
     try:
-        return os.path.join(tempfile.gettempdir(), f"{DEFAULT_APP}-{_user_id()}")
+        user = os.environ.get("USERNAME", "user")
+        if sys.platform != "win32":
+            user = str(os.geteuid())
+        return os.path.join(tempfile.gettempdir(), f"{DEFAULT_APP}-{user}")
     except FileNotFoundError as error:
         raise StartFailed("no temporary directory can be written: set TMPDIR to one that can") from error
 
@@ -180,13 +183,13 @@ def _absolute(path: str, variable: str) -> str:
 
 def _platform_log_dir(app: str) -> str | None:
     """Return the platform's directory of logs, or None where there is no home for it."""
+    # Not the passwd entry's: another HOME means other logs. Users that have none have "/" or "/nonexistent".
+    home = os.environ.get("HOME", "")
+    has_home = os.path.isabs(home) and home.strip("/") and os.path.isdir(home)
+    if sys.platform != "win32" and not has_home and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
+        return None
     import platformdirs
 
-    if sys.platform != "win32" and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
-        # Not the passwd entry's: another HOME means other logs. Users that have none have "/" or "/nonexistent".
-        home = os.environ.get("HOME", "")
-        if not os.path.isabs(home) or not home.strip("/") or not os.path.isdir(home):
-            return None
     try:
         path = platformdirs.user_log_dir(app, appauthor=False)
     except (RuntimeError, OSError):
@@ -197,9 +200,6 @@ def _platform_log_dir(app: str) -> str | None:
 
 if sys.platform == "win32":
 
-    def _user_id() -> str:
-        return os.environ.get("USERNAME", "user")
-
     def _default_root() -> tuple[str, str]:
         # Not in AppData: Python from the Store is shown a copy of that, and other programs would not find its daemons.
         home = os.path.expanduser("~")
@@ -209,49 +209,38 @@ if sys.platform == "win32":
                 path=home,
                 remedy=trust.elsewhere(),
             )
-        # What an elevated process makes belongs to the administrators: other processes of the user can't even read it.
-        kind, why = ("run-elevated", "the directory of elevated processes") if _is_elevated() else ("run", "in your profile")
-        return os.path.join(home, ".harness-ipc", kind), why
-
-    def _is_elevated() -> bool:
         import ctypes
 
-        return bool(ctypes.windll.shell32.IsUserAnAdmin())
+        # What an elevated process makes belongs to the administrators: other processes of the user can't even read it.
+        if ctypes.windll.shell32.IsUserAnAdmin():
+            return os.path.join(home, ".harness-ipc", "run-elevated"), "the directory of elevated processes"
+        return os.path.join(home, ".harness-ipc", "run"), "in your profile"
 
 else:
-
-    def _user_id() -> str:
-        return str(os.geteuid())
 
     def _default_root() -> tuple[str, str]:
         # XDG_RUNTIME_DIR, TMPDIR and HOME differ between a login, cron, ssh, sudo and a sandbox of one user, and two
         # directories would be two daemons: what exists decides. A directory stays in use once it is there, so that a later
         # login, which creates /run/user/<uid>, does not hide the daemons that were started before it.
-        temporary = f"/tmp/{DEFAULT_APP}-runtime-{os.geteuid()}"  # noqa: S108 - its owner is checked at each use
-        if _is_own_dir(temporary):
+        uid = os.geteuid()
+        temporary = f"/tmp/{DEFAULT_APP}-runtime-{uid}"  # noqa: S108 - its owner is checked at each use
+        if (squatter := _owner(temporary)) == uid:
             return temporary, "it exists already, from before this user's login directory did"
         home = trust.home()
         if home is not None and sys.platform == "darwin":
             return f"{home}/Library/Caches/TemporaryItems/{DEFAULT_APP}", "the platform's directory for the user"
         fallback = None if home is None else f"{home}/.local/state/{DEFAULT_APP}/run"
-        if fallback is not None and _is_own_dir(fallback):
+        if fallback is not None and _owner(fallback) == uid:
             return fallback, f"it exists already, from when another user had {temporary}"
-        login = f"/run/user/{os.geteuid()}"
-        if _is_own_dir(login):
+        login = f"/run/user/{uid}"
+        if _owner(login) == uid:
             return f"{login}/{DEFAULT_APP}", "the user's login directory exists"
-        if fallback is not None and _is_anothers(temporary):
+        if fallback is not None and squatter is not None:
             return fallback, f"another user has {temporary}"
         return temporary, f"{login} does not exist"
 
-    def _is_own_dir(path: str) -> bool:
+    def _owner(path: str) -> int | None:
         try:
-            info = os.lstat(path)
+            return os.lstat(path).st_uid
         except OSError:
-            return False
-        return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-
-    def _is_anothers(path: str) -> bool:
-        try:
-            return os.lstat(path).st_uid != os.geteuid()
-        except OSError:
-            return False
+            return None
