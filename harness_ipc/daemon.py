@@ -171,11 +171,10 @@ def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
     """Do as `asyncio.run`, but wait only a while for tasks that go on when they are cancelled."""
-    loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(main)
-    finally:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
         try:
+            loop.run_until_complete(main)
+        finally:
             if left := asyncio.all_tasks(loop):
                 for task in left:
                     task.cancel()
@@ -184,8 +183,6 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
                 logger.error("task did not stop within %g s of cancellation: %r", CANCEL_PERIOD, task)
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
-        finally:
-            loop.close()
 
 
 async def _do_nothing() -> None:

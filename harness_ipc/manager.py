@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import client
@@ -30,7 +31,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Literal
 
 # Seconds for a start: an app may load a model or wait for a browser.
@@ -79,38 +80,31 @@ def _ensure(
     name: str, command: Command, timeout: float, version: str | None, on_mismatch: str, namespace: Namespace
 ) -> DaemonStatus:
     deadline = deadline_after(timeout)
-    directory = namespace.runtime_dir
     check_name(name)
-    files.create_private_dir(directory, tighten=True)
-    if (status := _find_usable(name, command, version, on_mismatch, deadline, namespace)) is not None:
+    files.create_private_dir(namespace.runtime_dir, tighten=True)
+    find_usable = partial(_find_usable, name, command, version, on_mismatch, deadline, namespace)
+    if (status := find_usable()) is not None:
         return _with_differences(status, command, namespace)
+    # Held by the one process that starts.
+    lock = NameLock(os.path.join(namespace.runtime_dir, f"{name}.start"))
+    tries, is_ours = _TRIES, False
     try:
-        with _lock_start(name, deadline, directory):
-            tries, is_ours = _TRIES, False
-            while (status := _find_usable(name, command, version, on_mismatch, deadline, namespace)) is None:
-                # A process that has the name is starting, or still draining.
-                if not lifetime.cleanup_endpoint(name, namespace=namespace):
-                    wait_until_retry(deadline)
-                elif not (is_ours := start(name, command, deadline, namespace)) and not (tries := tries - 1):
-                    raise StartFailed(
-                        f"{name!r} is not running in {directory}, but its command line says that it is, somewhere: its program "
-                        "must call run_daemon without `namespace`, or with the same one"
-                    )
+        while not lock.try_acquire():
+            wait_until_retry(deadline)
+        while (status := find_usable()) is None:
+            # A process that has the name is starting, or still draining.
+            if not lifetime.cleanup_endpoint(name, namespace=namespace):
+                wait_until_retry(deadline)
+            elif not (is_ours := start(name, command, deadline, namespace)) and not (tries := tries - 1):
+                raise StartFailed(
+                    f"{name!r} is not running in {namespace.runtime_dir}, but its command line says that it is, somewhere: its "
+                    "program must call run_daemon without `namespace`, or with the same one"
+                )
     except StartTimeout:
         raise _still_starting(name, timeout, namespace) from None
-    return status if is_ours else _with_differences(status, command, namespace)
-
-
-@contextlib.contextmanager
-def _lock_start(name: str, deadline: float, directory: str) -> Iterator[None]:
-    """Be the one process that starts `name`. Raises `StartTimeout`, `StartFailed` and `UnsafeDirectory`."""
-    lock = NameLock(os.path.join(directory, f"{name}.start"))
-    while not lock.try_acquire():
-        wait_until_retry(deadline)
-    try:
-        yield
     finally:
         lock.release()
+    return status if is_ours else _with_differences(status, command, namespace)
 
 
 def _still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
