@@ -42,7 +42,10 @@ class LoopAcceptor:
             connection, full = accepted
             session = self._server.new_session(connection, full)
             self._server.deadlines.set(session, self._server.handshake_timeout(session))
-            session.adopt(LoopTransport(connection, session))
+            transport = LoopTransport(connection, session)
+            session.adopt(transport)
+            # Most clients have sent something by now: one iteration of the loop less.
+            transport.on_readable()
         elif self._server.admission.is_paused():
             self._loop.remove_reader(self._listener.fileno())
             self._loop.call_later(PAUSE, self._resume)
@@ -80,9 +83,10 @@ class LoopTransport:
         self._chunks: deque[memoryview] = deque()
         self.unsent = 0
         self._reading_paused = False
-        self._loop.add_reader(connection.fileno(), self._on_readable)
+        self._loop.add_reader(connection.fileno(), self.on_readable)
 
-    def _on_readable(self) -> None:
+    def on_readable(self) -> None:
+        """Read what has arrived."""
         try:
             data = self._connection.read()
         except (OSError, MemoryError) as error:
@@ -136,7 +140,7 @@ class LoopTransport:
         """Deliver data again."""
         if self._reading_paused:
             self._reading_paused = False
-            self._loop.add_reader(self._connection.fileno(), self._on_readable)
+            self._loop.add_reader(self._connection.fileno(), self.on_readable)
 
     def close(self) -> None:
         """Close the socket at once. Closing twice is no error."""

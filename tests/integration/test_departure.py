@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from harness_ipc import DaemonTimeout, aconnect_daemon, connect_daemon, ping, request, start_daemon_server
+from tests.marks import needs_posix
 from tests.processes import PATIENCE, spawn_python
 from tests.wire import dial_daemon
 
@@ -109,7 +110,7 @@ async def ask_and_be_cancelled(handler: Handler) -> None:
 DEPARTURES = pytest.mark.parametrize(
     "depart",
     [
-        pytest.param(ask_and_be_killed("SIGKILL"), id="killed"),
+        pytest.param(ask_and_be_killed("SIGKILL"), id="killed", marks=needs_posix),
         pytest.param(ask_and_be_killed("SIGTERM"), id="terminated"),
         pytest.param(ask_and_close, id="closed"),
         pytest.param(ask_and_time_out, id="timeout"),
