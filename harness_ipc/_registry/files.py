@@ -32,9 +32,6 @@ _SHARING_STEP = 0.01
 
 ANOTHER_PLACE = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
 
-# What link(2) fails with on a file system without hard links, or in a sandbox.
-_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-
 # O_NONBLOCK: a FIFO in a file's place must not hang the open.
 NOFOLLOW_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -63,12 +60,12 @@ def check_private_dir(path: str, *, forbidden: int = _PRIVATE) -> bool:
 
 def list_private_dir(path: str) -> list[str]:
     """Return the names in the directory `path`, or none if it is missing. Raises `UnsafeDirectory` or `ResourceExhausted`."""
+    if not check_private_dir(path):
+        return []
     try:
-        return os.listdir(path) if check_private_dir(path) else []
+        return os.listdir(path)
     except FileNotFoundError:
         return []
-    except HarnessIPCError:
-        raise
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -190,15 +187,6 @@ def move_if_absent(draft: str, path: str) -> bool:
         retry_on_sharing_violation(os.rename if sys.platform == "win32" else os.link, draft, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # For a moment the path has an empty file, which keeps other processes from creating one.
-        try:
-            write_private_file(path, b"")
-        except FileExistsError:
-            return False
-        os.replace(draft, path)
     return True
 
 
@@ -225,8 +213,8 @@ else:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW_FLAGS, 0o600)
 
 
-def open_private_log(path: str, *_: object) -> int:
-    """Open the log `path` for appending, mode 0600, never through a link; in the form of `open`'s opener.
+def open_private_log(path: str) -> int:
+    """Open the log `path` for appending, mode 0600, never through a link, and return the descriptor.
 
     Its directory is made if it is missing; others may read that, but not write. A log that others can only read is tightened.
     """
@@ -238,8 +226,7 @@ def open_private_log(path: str, *_: object) -> int:
             file_fingerprint(path)
         raise log_failure(path, "opened", error) from error
     try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            _tighten(path, descriptor, _PRIVATE)
+        _tighten(path, descriptor, _PRIVATE)
         trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
         _set_mode(descriptor)
     except BaseException:
@@ -257,10 +244,7 @@ def log_failure(path: str, what: str, error: OSError) -> StartFailed:
 
 
 def open_log_for_reading(path: str) -> BinaryIO:
-    """Open the log `path` as a private file is read: no link is followed, and only a regular file of this user is opened.
-
-    Raises as `read_private_file` does.
-    """
+    """Open the log `path` as a private file is opened. Raises as `read_private_file` does."""
     check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     return open(open_private_file(path), "rb")
 
