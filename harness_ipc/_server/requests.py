@@ -197,6 +197,12 @@ class Requests:
             request._cancelled = True
             task.cancel()
 
+    def cancel_all(self) -> None:
+        """Cancel all requests: those whose callers have gone for the second time."""
+        for task, request in list(self.tasks.items()):
+            request._cancelled = True
+            task.cancel()
+
     async def _run(self, request: CurrentRequest) -> None:
         limit: int | None = self._max_message
         try:

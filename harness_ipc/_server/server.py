@@ -193,9 +193,12 @@ class DaemonServer:
         self._acceptor.close()
         for session in self.admission.all():
             session.leave()
-        with contextlib.suppress(RuntimeError):  # a loop that was closed before runs no request
+        try:
             self._loop.call_later(self.options.grace_period, self._cancel_requests)
             self._loop.call_soon(self.check_closed)
+        except RuntimeError:  # a loop that was closed before runs no request, and nobody waits
+            if self._release:
+                self._registration.release()
 
     async def wait_closed(self) -> None:
         """Wait until the server has closed: requests in flight are done, or cancelled after the grace period.
@@ -307,8 +310,7 @@ class DaemonServer:
             logger.warning("%d requests are still running after %g s: cancelling them", in_flight, seconds)
         for session in self.admission.all():
             session.cancel()
-        for task in list(self.requests.tasks):
-            task.cancel()
+        self.requests.cancel_all()
         self._loop.call_later(CANCEL_PERIOD, self._abandon_requests)
 
     def _abandon_requests(self) -> None:
@@ -316,5 +318,8 @@ class DaemonServer:
             return
         for session in self.admission.all():
             session.abandon()
-        self.requests.tasks.clear()
+        if self.requests.tasks:
+            count, seconds = len(self.requests.tasks), CANCEL_PERIOD
+            logger.error("%d requests did not stop within %g s of cancellation: they are left behind", count, seconds)
+            self.requests.tasks.clear()
         self.check_closed()

@@ -144,10 +144,9 @@ class Session:
             self.close()
 
     def cancel(self) -> None:
-        """Cancel the request in flight. It is still answered."""
+        """Take note that the request in flight is cancelled. It is still answered."""
         if self._task is not None and self.protocol.state == ACTIVE:
             self.protocol.cancel()
-            self._server.requests.cancel(self._task)
 
     def abandon(self) -> None:
         """Close, whatever is in flight: with an error in place of a reply that has not come."""
