@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, TypeAlias
 
 import pytest
@@ -27,17 +27,17 @@ from harness_ipc import (
     MessageTooLarge,
     ProtocolError,
     RemoteError,
-    auth,
     connect_daemon,
     daemon_status,
     identify,
     ping,
     request,
-    transport,
 )
-from harness_ipc._server.server import acquire_name
+from harness_ipc._protocol.handshake import Keys
+from tests import scripted
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
+from tests.scripted import Generation
 
 # What takes so long does not end by itself while a test runs.
 NEVER = 3600.0
@@ -348,39 +348,17 @@ def test_a_closed_client_is_closed(client: Client) -> None:
 Served: TypeAlias = "Connection[Any, Any]"
 
 
-@contextlib.contextmanager
-def scripted_daemon(serve: Callable[[Served, auth.Keys], None]) -> Iterator[None]:
-    """Be a daemon that takes one connection after the other and does with it what the test wants."""
-    registration = acquire_name("test")
-    address = registration.record.address
-    keys = auth.Keys(registration.record.authkey, address)
-    over = threading.Event()
-    with Listener(address, transport.FAMILY) as listener, ThreadPoolExecutor(1) as pool:
-        registration.publish(app_version=None, max_message=1 << 26)
-
-        def accept() -> None:
-            while True:
-                with listener.accept() as connection, contextlib.suppress(EOFError, BrokenPipeError):
-                    if over.is_set():
-                        return
-                    serve(connection, keys)
-
-        job = pool.submit(accept)
-        try:
-            yield
-        finally:
-            over.set()
-            transport.dial(address, transport.deadline_after(PATIENCE)).close()
-            job.result(PATIENCE)
-            registration.release()
+def scripted_daemon(serve: Callable[[Served, Keys], None]) -> contextlib.AbstractContextManager[Generation]:
+    """Be a daemon that does with each connection what the test wants."""
+    return scripted.daemon(lambda served: serve(served.connection, served.daemon.keys))
 
 
-def prove(connection: Served, keys: auth.Keys) -> None:
+def prove(connection: Served, keys: Keys) -> None:
     answer_challenge(connection, keys.daemon)
     deliver_challenge(connection, keys.client)
 
 
-def answer_all(connection: Served, keys: auth.Keys) -> None:
+def answer_all(connection: Served, keys: Keys) -> None:
     """Be a daemon whose every result is 1, until the client goes away."""
     prove(connection, keys)
     while True:
@@ -390,7 +368,7 @@ def answer_all(connection: Served, keys: auth.Keys) -> None:
 
 @pytest.mark.parametrize("reply", [b"", b"{", b"[1]", b"null", b'{"result": NaN}', b'{"result": "\xff"}', b'{"a":' * 100_000])
 def test_a_reply_that_is_no_message_is_an_error_and_the_next_one_is_read(reply: bytes) -> None:
-    def serve(connection: Served, keys: auth.Keys) -> None:
+    def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         while True:
             message = json.loads(connection.recv_bytes())
@@ -406,7 +384,7 @@ def test_a_reply_that_is_no_message_is_an_error_and_the_next_one_is_read(reply: 
 def test_a_client_that_is_refused_knows_it_when_it_connects(verdict: bytes | None, error: type[Exception]) -> None:
     refused = threading.Event()
 
-    def serve(connection: Served, keys: auth.Keys) -> None:
+    def serve(connection: Served, keys: Keys) -> None:
         if refused.is_set():
             answer_all(connection, keys)
         refused.set()
@@ -424,7 +402,7 @@ def test_a_client_that_is_refused_knows_it_when_it_connects(verdict: bytes | Non
 
 
 def test_a_daemon_that_hangs_up_instead_of_a_reply_is_an_error_and_not_an_empty_reply() -> None:
-    def serve(connection: Served, keys: auth.Keys) -> None:
+    def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         connection.recv_bytes()
 
@@ -488,7 +466,7 @@ LARGE = {"text": "x" * 40_000_000}
 def test_an_error_says_whether_the_request_may_have_run(
     serve: Callable[[Served], None], params: dict[str, Any], kind: type[HarnessIPCError], maybe_executed: bool, kept: bool
 ) -> None:
-    def prove_and_serve(connection: Served, keys: auth.Keys) -> None:
+    def prove_and_serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         if kept:
             connection.recv_bytes()
@@ -511,19 +489,19 @@ def test_an_error_says_whether_the_request_may_have_run(
     assert caught.value.maybe_executed is maybe_executed
 
 
-def refuse_proof(connection: Served, keys: auth.Keys) -> None:
+def refuse_proof(connection: Served, keys: Keys) -> None:
     answer_challenge(connection, keys.daemon)
     connection.send_bytes(b"#CHALLENGE#{sha256}" + bytes(32))
     connection.recv_bytes()
     connection.send_bytes(b"#FAILURE#")
 
 
-def hang_up_before_proof(connection: Served, keys: auth.Keys) -> None:
+def hang_up_before_proof(connection: Served, keys: Keys) -> None:
     connection.recv_bytes()
 
 
 @pytest.mark.parametrize(("serve", "kind"), [(refuse_proof, AuthenticationFailed), (hang_up_before_proof, ConnectionLost)])
-def test_a_request_without_a_proof_has_not_run(serve: Callable[[Served, auth.Keys], None], kind: type[HarnessIPCError]) -> None:
+def test_a_request_without_a_proof_has_not_run(serve: Callable[[Served, Keys], None], kind: type[HarnessIPCError]) -> None:
     with scripted_daemon(serve), pytest.raises(kind) as caught:
         request("test", {}, timeout=PATIENCE)
     assert not caught.value.maybe_executed
@@ -554,7 +532,7 @@ class Reopening:
         self.may_go_on = threading.Event()
         self.requests: list[Any] = []
 
-    def __call__(self, connection: Served, keys: auth.Keys) -> None:
+    def __call__(self, connection: Served, keys: Keys) -> None:
         if not self.hung_up.is_set():
             prove(connection, keys)
             connection.recv_bytes()
@@ -602,7 +580,7 @@ with connect_daemon("test") as client:
 
 @needs_posix
 def test_a_daemon_that_hangs_up_on_a_long_request_kills_nobody() -> None:
-    def serve(connection: Served, keys: auth.Keys) -> None:
+    def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         # More of the request will not fit into the socket: the client is in the middle of sending it.
         assert connection.poll(PATIENCE)

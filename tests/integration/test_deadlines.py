@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,24 +20,21 @@ import pytest
 from harness_ipc import (
     ConnectionLost,
     DaemonTimeout,
-    HarnessIPCError,
     aconnect_daemon,
-    auth,
     connect_daemon,
     identify,
     ping,
     request,
-    transport,
 )
 from harness_ipc._registry import records
-from harness_ipc._server.server import acquire_name
+from tests import scripted
 from tests.marks import needs_linux, needs_posix
 from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Behaviour = Callable[["FakeDaemon", transport.Connection], None]
+    Behaviour = Callable[["FakeDaemon", Connection[Any, Any]], None]
     Asking = Callable[[dict[str, Any], float], None]
 
 TIMEOUT = 0.2
@@ -222,42 +220,17 @@ def test_signals_do_not_end_the_wait_for_a_stopped_daemon(daemon: DaemonProcess,
 
 
 class FakeDaemon:
-    """Somebody who has a daemon's record and key, and behaves on each connection as the test says."""
+    """A daemon that behaves on each connection as the test says."""
 
     def __init__(self, behave: Behaviour) -> None:
-        self.behave = behave
-        self.behaved = threading.Event()
         self.over = threading.Event()
-        self.registration = acquire_name("fake")
-        address = self.registration.record.address
-        self.listener = transport.Listener(address)
-        self.registration.publish(app_version=None, max_message=1 << 26)
-        self.keys = auth.Keys(self.registration.record.authkey, address)
-        self.threads = [threading.Thread(target=self.accept)]
-        self.threads[0].start()
+        self.generation = scripted.Generation(lambda served: behave(self, served.connection))
 
-    def accept(self) -> None:
-        while True:
-            # Woken at the end by an error or by a connection, as the system likes.
-            with contextlib.suppress(OSError, HarnessIPCError):
-                thread = threading.Thread(target=self.serve, args=[self.listener.accept()])
-                self.threads.append(thread)
-                thread.start()
-            if self.over.is_set():
-                return
+    def prove(self, connection: Connection[Any, Any]) -> None:
+        answer_challenge(connection, self.generation.keys.daemon)
+        deliver_challenge(connection, self.generation.keys.client)
 
-    def serve(self, connection: transport.Connection) -> None:
-        # The client hangs up when it has had enough.
-        with connection, contextlib.suppress(EOFError, OSError, HarnessIPCError):
-            connection.deadline = transport.deadline_after(PATIENCE)
-            if not self.over.is_set():
-                self.behave(self, connection)
-
-    def prove(self, connection: transport.Connection) -> None:
-        auth.challenge_client(connection, self.keys)
-        transport.flush(connection)
-
-    def trickle(self, connection: transport.Connection, size: int) -> None:
+    def trickle(self, connection: Connection[Any, Any], size: int) -> None:
         """Send a frame of `size` bytes, a byte at a time."""
         for byte in struct.pack("!i", size) + bytes(size):
             os.write(connection.fileno(), bytes([byte]))
@@ -266,61 +239,57 @@ class FakeDaemon:
 
     def close(self) -> None:
         self.over.set()
-        self.listener.wake()
-        for thread in self.threads:
-            thread.join(PATIENCE)
-        self.listener.close()
-        self.registration.release()
+        self.generation.close()
 
 
-def trickle_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+def trickle_proof(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.trickle(connection, 200)
 
 
-def trickle_reply(fake: FakeDaemon, connection: transport.Connection) -> None:
+def trickle_reply(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     close_after_request(fake, connection)
     fake.trickle(connection, 1000)
 
 
-def read_a_little_at_a_time(fake: FakeDaemon, connection: transport.Connection) -> None:
+def read_a_little_at_a_time(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.prove(connection)
     while not fake.over.wait(TIMEOUT / 10):
         with contextlib.suppress(BlockingIOError):
             os.read(connection.fileno(), 10_000)
 
 
-def say_nothing(fake: FakeDaemon, connection: transport.Connection) -> None:
+def say_nothing(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.over.wait(PATIENCE)
 
 
-def prove_and_say_nothing(fake: FakeDaemon, connection: transport.Connection) -> None:
+def prove_and_say_nothing(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.prove(connection)
     fake.over.wait(PATIENCE)
 
 
-def close_at_once(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_at_once(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     pass
 
 
-def close_in_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_in_proof(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     os.write(connection.fileno(), struct.pack("!i", 40) + b"half")
 
 
-def close_after_proof(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_after_proof(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.prove(connection)
 
 
-def close_after_request(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_after_request(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     fake.prove(connection)
     connection.recv_bytes()
 
 
-def close_in_header(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_in_header(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     close_after_request(fake, connection)
     os.write(connection.fileno(), b"\0\0")
 
 
-def close_in_reply(fake: FakeDaemon, connection: transport.Connection) -> None:
+def close_in_reply(fake: FakeDaemon, connection: Connection[Any, Any]) -> None:
     close_after_request(fake, connection)
     os.write(connection.fileno(), struct.pack("!i", 100) + b'{"result": ')
 
@@ -332,17 +301,17 @@ def fake(request: pytest.FixtureRequest) -> Iterator[FakeDaemon]:
 
 
 def ask_once(message: dict[str, Any], timeout: float) -> None:
-    request("fake", message, timeout=timeout)
+    request("test", message, timeout=timeout)
 
 
 def ask_kept(message: dict[str, Any], timeout: float) -> None:
-    with connect_daemon("fake", timeout=timeout) as client:
+    with connect_daemon("test", timeout=timeout) as client:
         client.request(message, timeout=timeout)
 
 
 def ask_async(message: dict[str, Any], timeout: float) -> None:
     async def main() -> None:
-        async with await aconnect_daemon("fake", timeout=timeout) as client:
+        async with await aconnect_daemon("test", timeout=timeout) as client:
             await client.request(message, timeout=timeout)
 
     asyncio.run(main())
@@ -385,5 +354,5 @@ def test_a_daemon_that_hangs_up_is_a_lost_connection(fake: FakeDaemon, message: 
 
 @pytest.mark.parametrize("fake", [say_nothing, prove_and_say_nothing, close_at_once, close_after_request], indirect=True)
 def test_no_fault_of_a_daemon_is_an_error_of_ping(fake: FakeDaemon) -> None:
-    assert ping("fake", timeout=TIMEOUT) is False
-    assert identify("fake", timeout=TIMEOUT) is None
+    assert ping("test", timeout=TIMEOUT) is False
+    assert identify("test", timeout=TIMEOUT) is None
