@@ -13,14 +13,14 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from math import inf
 from multiprocessing import connection as stock
 from pathlib import Path
 from typing import Any
 
-from harness_ipc import Namespace, _calls, auth, cli, daemon_status, log_path, runtime_path, transport
+from harness_ipc import Namespace, _calls, cli, daemon_status, log_path, runtime_path
 from harness_ipc._protocol import messages
 from harness_ipc._protocol.framing import StreamFraming
+from harness_ipc._protocol.handshake import MAX_FRAME, ClientHandshake, Keys, ServerHandshake, receive_verdict
 from harness_ipc._registry import files, records
 from harness_ipc.errors import (
     DaemonNotRunning,
@@ -35,7 +35,7 @@ from harness_ipc.errors import (
 NAME = "fuzz"
 KEY = bytes(range(1, 33))
 ADDRESS = "/run/user/1000/harness-ipc/0123456789abcdef.sock"
-KEYS = auth.Keys(KEY, ADDRESS)
+KEYS = Keys(KEY, ADDRESS)
 # Bytes: no target needs more.
 MOST = 32 * 1024
 # Bytes in a frame.
@@ -99,8 +99,6 @@ def frames(data: bytes) -> None:
 class Peer:
     """The other end of a handshake: it says what its script has, and keeps what it is told."""
 
-    deadline = inf
-
     def __init__(self, script: bytes, key: bytes) -> None:
         self._script = io.BytesIO(script)
         self._key = key
@@ -110,11 +108,6 @@ class Peer:
 
     def send_bytes(self, frame: bytes) -> None:
         self.heard.append(bytes(frame))
-
-    hold = send_bytes
-
-    def try_flush(self) -> None:
-        """Nothing is held."""
 
     def recv_bytes(self, limit: int) -> bytes:
         head = self._script.read(2)
@@ -153,17 +146,29 @@ def answer_to(challenge: bytes, key: bytes) -> bytes:
     return bytes(told[0])
 
 
+def shake_hands(peer: Peer, handshake: ClientHandshake | ServerHandshake) -> None:
+    try:
+        while not (handshake.may_send if isinstance(handshake, ClientHandshake) else handshake.done):
+            for frame in handshake.output:
+                peer.send_bytes(frame)
+            handshake.output.clear()
+            handshake.receive_frame(peer.recv_bytes(MAX_FRAME))
+    finally:
+        for frame in handshake.output:
+            peer.send_bytes(frame)
+
+
 def challenge(data: bytes) -> None:
     """Prove ourselves to a peer and have it prove itself: the first byte says in which role."""
     role, script = data[0] % 3 if data else 0, data[1:MOST]
-    peer: Any = Peer(script, KEYS.client if role == 1 else KEYS.daemon)
-    step: Callable[[], None] = (
-        lambda: auth.challenge_daemon(peer, KEYS),
-        lambda: auth.challenge_client(peer, KEYS),
-        lambda: auth.confirm(peer),
-    )[role]
+    peer = Peer(script, KEYS.client if role == 1 else KEYS.daemon)
     try:
-        step()
+        if role == 2:
+            receive_verdict(peer.recv_bytes(MAX_FRAME))
+        else:
+            shake_hands(peer, ClientHandshake(KEYS) if role == 0 else ServerHandshake(KEYS))
+    except EOFError:
+        pass
     except HarnessIPCError as error:
         check_text(error)
     else:
@@ -233,7 +238,7 @@ def record(data: bytes) -> None:
         "schema": 2,
         "name": NAME,
         "generation": "0" * 32,
-        "family": transport.FAMILY,
+        "family": "AF_PIPE" if sys.platform == "win32" else "AF_UNIX",
         "address": nowhere,
         "authkey": KEY.hex(),
         # No system has it: nothing is to be found of a living process.

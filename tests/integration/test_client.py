@@ -641,7 +641,7 @@ def test_a_client_imports_little_more_than_a_bare_socket_needs(daemon: DaemonPro
     if os.name == "posix":
         assert imported <= LEAN
     else:
-        assert not imported & {"asyncio", "concurrent", "filelock", "platformdirs", "psutil"}
+        assert not imported & {"asyncio", "concurrent", "filelock", "multiprocessing", "platformdirs", "psutil"}
 
 
 TIDY = """

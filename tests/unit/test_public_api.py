@@ -6,22 +6,23 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import harness_ipc
-from harness_ipc import auth, transport
-from harness_ipc._protocol import messages
-from harness_ipc._server.server import acquire_name
+from harness_ipc import transport
+from tests import scripted
 
 ROOT = Path(harness_ipc.__file__).parents[1]
 # What a client has no use for: each costs milliseconds of every short-lived process.
-HEAVY = {"asyncio", "filelock", "psutil", "platformdirs", "typing", "logging", "pathlib", "subprocess", "tempfile"}
-# What multiprocessing.connection brings with it anyway differs from one Python to the next.
-GIVEN = "import json, sys, multiprocessing.connection; given = set(sys.modules)"
+HEAVY = {
+    *("asyncio", "dataclasses", "filelock", "logging", "multiprocessing", "pathlib", "platformdirs", "psutil", "subprocess"),
+    *("tempfile", "typing"),
+}
+# What these bring with them differs from one Python to the next.
+GIVEN = "import hmac, json, socket, sys, threading; given = set(sys.modules)"
 MODULES = "sorted(set(sys.modules) - given)"
 
 
@@ -94,28 +95,8 @@ def test_looking_for_a_daemon_that_is_not_there_leaves_no_trace(tmp_path: Path, 
 
 
 def test_finding_connecting_and_asking_import_nothing_heavy(tmp_path: Path) -> None:
-    registration = acquire_name("d")
-    address = registration.record.address
-    listener = transport.Listener(address)
-
-    def answer_one() -> Any:
-        with listener.accept() as connection:
-            connection.deadline = transport.deadline_after(60)
-            auth.challenge_client(connection, auth.Keys(registration.record.authkey, address))
-            message = messages.decode(transport.receive(connection, 1000))
-            transport.send(connection, messages.encode({"result": message}, 1000))
-            return message
-
-    try:
-        registration.publish(app_version=None, max_message=1000)
-        with ThreadPoolExecutor(1) as executor:
-            answered = executor.submit(answer_one)
-            try:
-                reply, loaded = run_fresh(f'[harness_ipc.request("d", {{"a": 1}}), {MODULES}]', "harness_ipc", tmp_path)
-            finally:
-                listener.wake()
-        assert answered.result() == {"a": 1}
-    finally:
-        listener.close()
-    assert reply == {"result": {"a": 1}}
+    with scripted.daemon(scripted.answer_all) as daemon:
+        reply, loaded = run_fresh(f'[harness_ipc.request("test", {{"a": 1}}), {MODULES}]', "harness_ipc", tmp_path)
+    assert daemon.requests == [{"a": 1}]
+    assert reply == {"result": daemon.registration.record.generation}
     assert HEAVY & set(loaded) == set()
