@@ -147,6 +147,7 @@ class LoopTransport:
         descriptor = self._connection.fileno()
         if descriptor >= 0:
             self._loop.remove_reader(descriptor)
-            self._loop.remove_writer(descriptor)
-            self._chunks.clear()
+            if self._chunks:
+                self._loop.remove_writer(descriptor)
+                self._chunks.clear()
             self._connection.close()
