@@ -6,7 +6,7 @@ import time
 from math import inf
 
 from ._transport import deadline_after
-from .errors import ExpectedMore, ProtocolError, RemoteError
+from .errors import Busy, ConnectionLost, ExpectedMore, HarnessIPCError, ProtocolError, RemoteError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +53,18 @@ def result_of(reply: Message) -> Any:
             'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
         )
     return reply["result"]
+
+
+def error_of_channel(reply: Message, name: str) -> HarnessIPCError | None:
+    """Return the error that the channel of the daemon `name`, and not its handler, has sent, if that is what `reply` is."""
+    error: Any = reply.get("error")
+    if not isinstance(error, dict) or "executed" not in error:
+        return None
+    if error["executed"] is False and error.get("type") == Busy.__name__:
+        return Busy(f"the daemon {name!r} takes no request now, {error.get('message')}: try again later")
+    if error["executed"] is True and error.get("type") == "DaemonStopping":
+        return ConnectionLost(str(error.get("message")))
+    return None
 
 
 def _remote_error(error: Any) -> RemoteError:

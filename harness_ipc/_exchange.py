@@ -7,9 +7,11 @@ never wait, so `client` runs them to their end without a loop.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from functools import partial
 
+from ._calls import error_of_channel
 from ._pool import Link, start_daemon
 from ._protocol import messages
 from ._protocol.handshake import Keys
@@ -30,7 +32,7 @@ from .errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol, TypeVar
+    from typing import Protocol, TypeVar
 
     from ._pool import Pool
     from ._protocol.messages import Message
@@ -112,6 +114,10 @@ class Exchange:
 
     def close(self) -> None:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
+        if self._state.pid != os.getpid():
+            # The forked child's copy closes itself, and its copy of the guard may be held for ever.
+            self._link = None
+            return
         with self._state.guard:
             link, self._link = self._link, None
             if link is not None:
@@ -133,12 +139,18 @@ class Exchange:
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `ClientClosed`, `AuthenticationFailed`, `DaemonNotRunning` and so on,
         with `maybe_executed` set.
         """
-        begin = self._begin if self._link is None else time.monotonic()
+        if self._link is None:
+            begin, self._state = self._begin, self._pool.own_state()
+        else:
+            begin = time.monotonic()
         has_more = False
         try:
             remaining(self.deadline)
             reply = await (self._receive(self._link) if self._link is not None else self._ask_until_answered())
-            self._raise_channels_error(reply)
+            if self._link is not None and (failure := error_of_channel(reply, self._pool.name)) is not None:
+                # The daemon ends the connection after it.
+                self._link.protocol.close()
+                raise failure
             has_more = self.is_streaming
             return reply
         except HarnessIPCError as error:
@@ -302,19 +314,3 @@ class Exchange:
             protocol.receive_data(await self._io.receive(link.connection, protocol.frame_limit))
             event = protocol.next_event()
         return event
-
-    def _raise_channels_error(self, reply: Message) -> None:
-        """Raise the error that the channel, and not the handler, has sent. The daemon ends the connection after it."""
-        error: Any = reply.get("error")
-        if not isinstance(error, dict) or "executed" not in error:
-            return
-        failure: HarnessIPCError | None = None
-        if error["executed"] is False and error.get("type") == Busy.__name__:
-            text = f"the daemon {self._pool.name!r} takes no request now, {error.get('message')}: try again later"
-            failure = Busy(text)
-        elif error["executed"] is True and error.get("type") == "DaemonStopping":
-            failure = ConnectionLost(str(error.get("message")))
-        if failure is not None:
-            assert self._link is not None
-            self._link.protocol.close()
-            raise failure

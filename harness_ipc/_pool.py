@@ -95,7 +95,8 @@ class Pool:
         state = self.own_state()
         state.closed = True
         with state.guard:
-            for link in state.open:
+            # A copy: a signal handler may change it.
+            for link in list(state.open):
                 link.connection.abort()
             while state.idle:
                 self.drop(state, state.idle.pop())
@@ -114,6 +115,8 @@ class Pool:
                 if not state.idle:
                     return None
                 link = state.idle.pop()
+                # Its exchange adds it again. If that is interrupted before, nobody has it, and it closes itself.
+                state.open.discard(link)
             # The daemon says goodbye unasked, and nothing else: a readable idle connection is at its end.
             if link.record.generation not in left and not link.connection.is_readable():
                 return link
