@@ -134,7 +134,7 @@ def read_private_file(path: str, limit: int) -> bytes:
     Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
     `ResourceExhausted` if this process has no free descriptor or memory.
     """
-    descriptor = open_private_file(path)
+    descriptor = _open_private_file(path)
     try:
         # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
         return os.read(descriptor, min(limit, os.fstat(descriptor).st_size) + 1)
@@ -144,8 +144,7 @@ def read_private_file(path: str, limit: int) -> bytes:
         os.close(descriptor)
 
 
-def open_private_file(path: str) -> int:
-    """Open the file `path` for reading and return the descriptor. Raises as `read_private_file` does."""
+def _open_private_file(path: str) -> int:
     try:
         descriptor = retry_on_sharing_violation(os.open, path, os.O_RDONLY | NOFOLLOW_FLAGS)
     except FileNotFoundError:
@@ -246,7 +245,7 @@ def log_failure(path: str, what: str, error: OSError) -> StartFailed:
 def open_log_for_reading(path: str) -> BinaryIO:
     """Open the log `path` as a private file is opened. Raises as `read_private_file` does."""
     check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
-    return open(open_private_file(path), "rb")
+    return open(_open_private_file(path), "rb")
 
 
 def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_PATIENCE) -> T:

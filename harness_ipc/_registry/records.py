@@ -28,31 +28,21 @@ MAX_RECORD = 256 * 1024
 _END_OF_TIME = 253_402_300_800
 _KEY_BYTES = 32
 
-_NUMBER = (int, float)
+_TEXT, _NUMBER, _INTEGER = (str,), (int, float), (int,)
 _Types = dict[str, tuple[type, ...]]
 # In every schema, for ever: with these, any version can ping, report and stop a daemon of any other.
-_LASTING: _Types = {"name": (str,), "generation": (str,), "address": (str,), "pid": (int,), "create_time": _NUMBER}
+_LASTING: _Types = {**dict.fromkeys(("name", "generation", "address"), _TEXT), "pid": _INTEGER, "create_time": _NUMBER}
 _REQUIRED: _Types = {
-    "family": (str,),
-    "version": (str,),
-    "python": (str,),
+    **dict.fromkeys(("family", "version", "python", "state"), _TEXT),
     "started_at": _NUMBER,
     "argv": (list,),
     "environment": (dict,),
-    "state": (str,),
 }
 # Lasting too are `authkey`, `start_ticks` and `boot_id`. Not every system has the latter, and `cwd` may have been removed.
 _OPTIONAL: _Types = {
-    "authkey": (str,),
-    "start_ticks": (int,),
-    "boot_id": (str,),
-    "pid_namespace": (str,),
-    "time_namespace": (str,),
-    "app_version": (str,),
-    "cwd": (str,),
-    "detached": (str,),
+    **dict.fromkeys(("authkey", "boot_id", "pid_namespace", "time_namespace", "app_version", "cwd", "detached"), _TEXT),
+    **dict.fromkeys(("start_ticks", "max_message"), _INTEGER),
     "leaves_cwd": (bool,),
-    "max_message": (int,),
 }
 
 
