@@ -134,7 +134,7 @@ def read_private_file(path: str, limit: int) -> bytes:
     Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
     `ResourceExhausted` if this process has no free descriptor or memory.
     """
-    descriptor = _open_private_file(path)
+    descriptor = _open_for_reading(path)
     try:
         # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
         return os.read(descriptor, min(limit, os.fstat(descriptor).st_size) + 1)
@@ -144,22 +144,19 @@ def read_private_file(path: str, limit: int) -> bytes:
         os.close(descriptor)
 
 
-def _open_private_file(path: str) -> int:
+def open_log_for_reading(path: str) -> BinaryIO:
+    """Open the log `path` as a private file is opened. Raises as `read_private_file` does."""
+    check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
+    return open(_open_for_reading(path), "rb")
+
+
+def _open_for_reading(path: str) -> int:
     try:
-        descriptor = retry_on_sharing_violation(os.open, path, os.O_RDONLY | NOFOLLOW_FLAGS)
-    except FileNotFoundError:
+        return retry_on_sharing_violation(open_private_file, path, os.O_RDONLY)
+    except (FileNotFoundError, HarnessIPCError):
         raise
     except OSError as error:
-        if error.errno not in EXHAUSTED:
-            # A link or another user's file: say so, not that it can't be opened.
-            file_fingerprint(path)
         raise _unreadable(path, error) from error
-    try:
-        trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _unreadable(path: str, error: OSError) -> HarnessIPCError:
@@ -172,10 +169,47 @@ def _unreadable(path: str, error: OSError) -> HarnessIPCError:
     return ConnectionLost(f"{path} can't be read: {error.strerror}")
 
 
+def open_private_file(path: str, flags: int, *, tighten: bool = False) -> int:
+    """Open the file `path` with `flags`, never through a link, and return the descriptor. A new file has mode 0600.
+
+    Raises `UnsafeDirectory` if it is not a regular file of this user alone, and `OSError`. One that others can only read is
+    tightened if `tighten`.
+    """
+    try:
+        descriptor = _open(path, flags | NOFOLLOW_FLAGS)
+    except OSError as error:
+        if error.errno not in EXHAUSTED:
+            # A link or another user's file: say so, not that it can't be opened.
+            with contextlib.suppress(FileNotFoundError):
+                file_fingerprint(path)
+        raise
+    try:
+        if tighten:
+            _tighten(path, descriptor, _PRIVATE)
+        trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
+        if flags & os.O_CREAT and sys.platform != "win32":
+            # The umask may have taken away even the owner's rights.
+            os.fchmod(descriptor, 0o600)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _open(path: str, flags: int) -> int:
+    if sys.platform == "win32" and flags & os.O_APPEND:
+        import _winapi
+        import msvcrt
+
+        # FILE_GENERIC_WRITE without FILE_WRITE_DATA, and FILE_READ_ATTRIBUTES: each write goes to the end, a child's too, to
+        # which O_APPEND means nothing. FILE_SHARE_READ and FILE_SHARE_WRITE; OPEN_ALWAYS.
+        return msvcrt.open_osfhandle(_winapi.CreateFile(path, 0x120194, 3, 0, 4, 0, 0), os.O_WRONLY | os.O_APPEND)
+    return os.open(path, flags, 0o600)
+
+
 def write_private_file(path: str, data: bytes) -> None:
     """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW_FLAGS, 0o600), "wb") as file:
-        _set_mode(file.fileno())
+    with open(open_private_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(data)
 
 
@@ -195,23 +229,6 @@ def remove(path: str) -> None:
         retry_on_sharing_violation(os.unlink, path)
 
 
-if sys.platform == "win32":
-
-    def _open_append(path: str) -> int:
-        import _winapi
-        import msvcrt
-
-        # FILE_GENERIC_WRITE without FILE_WRITE_DATA, and FILE_READ_ATTRIBUTES: each write goes to the end, a child's too, to
-        # which O_APPEND means nothing. FILE_SHARE_READ and FILE_SHARE_WRITE; OPEN_ALWAYS.
-        handle = _winapi.CreateFile(path, 0x120194, 3, 0, 4, 0, 0)
-        return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND)
-
-else:
-
-    def _open_append(path: str) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW_FLAGS, 0o600)
-
-
 def open_private_log(path: str) -> int:
     """Open the log `path` for appending, mode 0600, never through a link, and return the descriptor.
 
@@ -219,19 +236,11 @@ def open_private_log(path: str) -> int:
     """
     create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY, tighten=True)
     try:
-        descriptor = _open_append(path)
-    except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            file_fingerprint(path)
-        raise log_failure(path, "opened", error) from error
-    try:
-        _tighten(path, descriptor, _PRIVATE)
-        trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
-        _set_mode(descriptor)
-    except BaseException:
-        os.close(descriptor)
+        return open_private_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, tighten=True)
+    except HarnessIPCError:
         raise
-    return descriptor
+    except OSError as error:
+        raise log_failure(path, "opened", error) from error
 
 
 def log_failure(path: str, what: str, error: OSError) -> StartFailed:
@@ -240,12 +249,6 @@ def log_failure(path: str, what: str, error: OSError) -> StartFailed:
     return StartFailed(
         f"the log {path} can't be {what}: {error.strerror}; {todo}set HARNESS_IPC_LOG_DIR to a directory that you can write"
     )
-
-
-def open_log_for_reading(path: str) -> BinaryIO:
-    """Open the log `path` as a private file is opened. Raises as `read_private_file` does."""
-    check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
-    return open(_open_private_file(path), "rb")
 
 
 def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_PATIENCE) -> T:
@@ -269,9 +272,3 @@ def start_failures(what: str, remedy: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StartFailed(f"{what}: {error.strerror}; {remedy}") from error
-
-
-def _set_mode(descriptor: int) -> None:
-    # The umask may have taken away even the owner's rights.
-    if sys.platform != "win32":
-        os.fchmod(descriptor, 0o600)

@@ -8,6 +8,7 @@ import os
 import sys
 
 from .._descriptors import close_in_child
+from ..errors import HarnessIPCError
 from . import files
 
 # The errors of a lock that another process has. Wine sets no errno.
@@ -58,14 +59,11 @@ class NameLock:
     def _try_acquire(self) -> bool:
         while True:
             try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | files.NOFOLLOW_FLAGS, 0o600)
-            except OSError as error:
-                if sys.platform == "win32" and isinstance(error, PermissionError):
+                descriptor = files.open_private_file(self._path, os.O_RDWR | os.O_CREAT)
+            except PermissionError as error:
+                if sys.platform == "win32" and not isinstance(error, HarnessIPCError):
                     # Another process has opened it for itself alone.
                     return False
-                with contextlib.suppress(FileNotFoundError):
-                    # Raises UnsafeDirectory for a link or another user's file.
-                    files.file_fingerprint(self._path)
                 raise
             current = False
             try:
@@ -91,9 +89,6 @@ class NameLock:
                     return False
             except FileNotFoundError:
                 return False
-            if info.st_mode & 0o600 != 0o600:
-                # The umask has taken away even the owner's rights.
-                os.fchmod(descriptor, 0o600)
         return True
 
     def share_directory(self) -> None:
