@@ -490,7 +490,7 @@ def _load_app(specification: str) -> Any:
 
     module_name, path = _split_app(specification)
     # What this process imports later: some of it tries modules of other systems, which the current directory might have.
-    for late in ("filelock", "multiprocessing.connection", "pathlib", "platformdirs", "psutil", "shlex", "tempfile"):
+    for late in ("multiprocessing.connection", "pathlib", "platformdirs", "psutil", "shlex", "tempfile"):
         importlib.import_module(late)
     # Last: a file there may be the app, or a module of the app's, but takes the place of no other module.
     with contextlib.suppress(OSError):  # it may have been removed
