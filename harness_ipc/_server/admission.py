@@ -103,6 +103,8 @@ class Admission:
             self._log.warning("refused a client: %s", error)
             return None
         except OSError as error:
+            if error.errno == errno.EBADF:  # the server has been closed meanwhile
+                return None
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 self._log.error("can't accept connections for now: %s", error)
                 self._pause()

@@ -154,7 +154,9 @@ class StandBy(threading.Thread):
                 self._answer_pings()
                 self._expire()
         except Exception:
-            logger.exception("the thread that stands by failed")
+            # The listener may have been closed at any moment.
+            if not self._server.is_draining:
+                logger.exception("the thread that stands by failed")
         finally:
             for session in list(self._deadlines):
                 self._say_goodbye(session)

@@ -230,6 +230,8 @@ class Requests:
             self._finish(request, _cancelled_reply(request), None)
 
     def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
+        # A task that the handler has left behind can't report into the next request.
+        request._more = False
         if request._is_app_request:
             self.counters.end("error" in reply)
         if self._hooks.before_reply is not None:

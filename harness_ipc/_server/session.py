@@ -55,8 +55,8 @@ class Session:
         self.accepted_at = time.monotonic()
         self.full = full
         self._task: asyncio.Task[None] | None = None
-        # Waits until what is unsent has been taken.
-        self._drained: asyncio.Future[None] | None = None
+        # Set when what is unsent has been taken: handlers that send items wait for it.
+        self._drained = asyncio.Event()
 
     @property
     def peer(self) -> PeerCredentials:
@@ -92,8 +92,7 @@ class Session:
     def on_drained(self) -> None:
         """Go on: the system has taken all that was to be sent."""
         try:
-            if self._drained is not None and not self._drained.done():
-                self._drained.set_result(None)
+            self._drained.set()
             if self.protocol.state == LEAVING:
                 self.close()
             elif self.protocol.state == REPLYING:
@@ -116,8 +115,8 @@ class Session:
             return
         self.protocol.send_item(frame)
         if not self._flush() and self.transport.unsent > _MAX_UNSENT:
-            self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
+            self._drained.clear()
+            await self._drained.wait()
 
     def send_reply(self, frame: bytes) -> None:
         """Send the final reply. One that comes after the client has gone is dropped."""
@@ -167,8 +166,7 @@ class Session:
                 transport.write(self.protocol.data_to_send())
         self.protocol.close()
         self._server.remove(self, transport.close)
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._drained.set()
         if self._task is not None and self._server.options.cancel_on_disconnect:
             self._server.requests.cancel(self._task)
 

@@ -89,6 +89,23 @@ class Service:
         in_thread = await asyncio.to_thread(lambda: current_request().method)
         return {"result": [asked.method, asked.peer.pid, asked.cancelled, None if left == inf else left, in_thread]}
 
+    async def together(self, n: int, size: int) -> dict[str, Any]:
+        await asyncio.gather(*(report([i, "x" * size]) for i in range(n)))
+        return {"result": "all"}
+
+    async def leave_behind(self) -> dict[str, Any]:
+        self.left_behind = asyncio.create_task(self.report_later())
+        return {"result": "left"}
+
+    async def report_later(self) -> None:
+        await self.may_end.wait()
+        await report("too late")
+
+    async def wait_for_the_left_behind(self) -> dict[str, Any]:
+        self.may_end.set()
+        await self.left_behind
+        return {"result": "done"}
+
     async def cancelled(self) -> dict[str, Any]:
         asked = current_request()
         try:
@@ -157,6 +174,35 @@ def test_progress_is_sent_to_those_who_ask_for_it() -> None:
         async with serving():
             await asyncio.to_thread(talk)
         await report("nobody asks")
+
+    asyncio.run(main())
+
+
+def test_tasks_of_a_handler_report_at_once_to_a_slow_reader() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            seen: list[Any] = []
+            assert client.call("together", n=20, size=100_000, on_progress=seen.append) == "all"
+            assert sorted(i for i, _ in seen) == [*range(20)]
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+
+    asyncio.run(main())
+
+
+def test_a_task_that_a_handler_leaves_behind_reports_to_nobody() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            seen: list[Any] = []
+            assert client.call("leave_behind", on_progress=seen.append) == "left"
+            assert client.call("wait_for_the_left_behind", on_progress=seen.append) == "done"
+            assert seen == []
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
 
     asyncio.run(main())
 
