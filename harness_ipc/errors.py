@@ -8,7 +8,7 @@ HarnessIPCError
 ├── StartFailed            RuntimeError            a daemon could not start
 ├── IncompatibleDaemon     RuntimeError            a daemon whose record has another schema
 ├── AuthenticationFailed   PermissionError         the peer has another key, or is another user
-├── Busy                   RuntimeError            the daemon takes no request now: it is full, or stopping
+├── Busy                   RuntimeError            the daemon is full; the text names the limit
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
 ├── ConnectionLost         ConnectionError         the peer went away in the middle
 ├── ClientClosed           RuntimeError            this client was closed
@@ -90,7 +90,7 @@ class AuthenticationFailed(HarnessIPCError, PermissionError):
 
 
 class Busy(HarnessIPCError, RuntimeError):
-    """The daemon is full (the text names the limit) or stopping. The request did not run: it may be sent again."""
+    """The daemon is full; the text names the limit. The request did not run: it may be sent again later."""
 
 
 class DaemonTimeout(HarnessIPCError, TimeoutError):
