@@ -144,16 +144,6 @@ def private_path(name: str, ext: str, namespace: Namespace | None = None) -> str
     return f"{directory}{os.sep}{name}.{ext}"
 
 
-def runtime_root() -> tuple[str, str]:
-    """Return the runtime directory of the default application and, for people, why it is this one.
-
-    Raises `UnsafeDirectory` if no place can be told, with the variable to set.
-    """
-    if override := os.environ.get(_RUNTIME_VARIABLE):
-        return override, f"{_RUNTIME_VARIABLE} is set"
-    return _default_root()
-
-
 def private_temporary_dir() -> str:
     """Return the short directory for a socket whose path would be too long in the runtime directory. Raises `StartFailed`."""
     import tempfile
@@ -198,49 +188,48 @@ def _platform_log_dir(app: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-if sys.platform == "win32":
+def runtime_root() -> tuple[str, str]:
+    """Return the runtime directory of the default application and, for people, why it is this one.
 
-    def _default_root() -> tuple[str, str]:
+    Raises `UnsafeDirectory` if no place can be told, with the variable to set.
+    """
+    if override := os.environ.get(_RUNTIME_VARIABLE):
+        return override, f"{_RUNTIME_VARIABLE} is set"
+    if sys.platform == "win32":
         # Not in AppData: Python from the Store is shown a copy of that, and other programs would not find its daemons.
-        home = os.path.expanduser("~")
-        if not os.path.isabs(home):
-            raise UnsafeDirectory(
-                f"there is no home directory for the records: set USERPROFILE or {_RUNTIME_VARIABLE}",
-                path=home,
-                remedy=trust.elsewhere(),
-            )
+        profile = os.path.expanduser("~")
+        if not os.path.isabs(profile):
+            text = f"there is no home directory for the records: set USERPROFILE or {_RUNTIME_VARIABLE}"
+            raise UnsafeDirectory(text, path=profile, remedy=trust.elsewhere())
         import ctypes
 
         # What an elevated process makes belongs to the administrators: other processes of the user can't even read it.
         if ctypes.windll.shell32.IsUserAnAdmin():
-            return os.path.join(home, ".harness-ipc", "run-elevated"), "the directory of elevated processes"
-        return os.path.join(home, ".harness-ipc", "run"), "in your profile"
+            return os.path.join(profile, ".harness-ipc", "run-elevated"), "the directory of elevated processes"
+        return os.path.join(profile, ".harness-ipc", "run"), "in your profile"
+    # XDG_RUNTIME_DIR, TMPDIR and HOME differ between a login, cron, ssh, sudo and a sandbox of one user, and two directories
+    # would be two daemons: what exists decides. A directory stays in use once it is there, so that a later login, which creates
+    # /run/user/<uid>, does not hide the daemons that were started before it.
+    uid = os.geteuid()
+    temporary = f"/tmp/{DEFAULT_APP}-runtime-{uid}"  # noqa: S108 - its owner is checked at each use
+    if (squatter := _owner(temporary)) == uid:
+        return temporary, "it exists already, from before this user's login directory did"
+    home = trust.home()
+    if home is not None and sys.platform == "darwin":
+        return f"{home}/Library/Caches/TemporaryItems/{DEFAULT_APP}", "the platform's directory for the user"
+    fallback = None if home is None else f"{home}/.local/state/{DEFAULT_APP}/run"
+    if fallback is not None and _owner(fallback) == uid:
+        return fallback, f"it exists already, from when another user had {temporary}"
+    login = f"/run/user/{uid}"
+    if _owner(login) == uid:
+        return f"{login}/{DEFAULT_APP}", "the user's login directory exists"
+    if fallback is not None and squatter is not None:
+        return fallback, f"another user has {temporary}"
+    return temporary, f"{login} does not exist"
 
-else:
 
-    def _default_root() -> tuple[str, str]:
-        # XDG_RUNTIME_DIR, TMPDIR and HOME differ between a login, cron, ssh, sudo and a sandbox of one user, and two
-        # directories would be two daemons: what exists decides. A directory stays in use once it is there, so that a later
-        # login, which creates /run/user/<uid>, does not hide the daemons that were started before it.
-        uid = os.geteuid()
-        temporary = f"/tmp/{DEFAULT_APP}-runtime-{uid}"  # noqa: S108 - its owner is checked at each use
-        if (squatter := _owner(temporary)) == uid:
-            return temporary, "it exists already, from before this user's login directory did"
-        home = trust.home()
-        if home is not None and sys.platform == "darwin":
-            return f"{home}/Library/Caches/TemporaryItems/{DEFAULT_APP}", "the platform's directory for the user"
-        fallback = None if home is None else f"{home}/.local/state/{DEFAULT_APP}/run"
-        if fallback is not None and _owner(fallback) == uid:
-            return fallback, f"it exists already, from when another user had {temporary}"
-        login = f"/run/user/{uid}"
-        if _owner(login) == uid:
-            return f"{login}/{DEFAULT_APP}", "the user's login directory exists"
-        if fallback is not None and squatter is not None:
-            return fallback, f"another user has {temporary}"
-        return temporary, f"{login} does not exist"
-
-    def _owner(path: str) -> int | None:
-        try:
-            return os.lstat(path).st_uid
-        except OSError:
-            return None
+def _owner(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_uid
+    except OSError:
+        return None
