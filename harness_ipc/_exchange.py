@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 # Starts of a daemon for one request: each may be followed by the end of that daemon.
 _MAX_STARTS = 3
-_CONNECT = "accept a connection"
+_CONNECT, _ANSWER = "accept a connection", "answer"
 
 
 def _describe(message: Message) -> str:
@@ -79,7 +79,7 @@ class Exchange:
     """
 
     __slots__ = (
-        *("_awaited", "_begin", "_cancelled", "_frame", "_io", "_left", "_link", "_operation", "_pool", "_sent"),
+        *("_awaited", "_begin", "_cancelled", "_frame", "_io", "_left", "_link", "_message", "_pool", "_sent"),
         *("_state", "deadline"),
     )
 
@@ -90,15 +90,15 @@ class Exchange:
         self.deadline = deadline
         self._pool = pool
         self._io = io
-        self._state = pool.own_state()
+        self._state = pool.state
         self._link: Link | None = None
         self._cancelled = False
         # Whether the request is on its way on `_link`, and the generations that did not run theirs.
         self._sent = False
         self._left: set[str] = set()
-        # What the daemon is to do, for the text of a timeout; and what it is waited for now, if that is not said otherwise.
-        self._operation = _CONNECT if message is None else _describe(message)
-        self._awaited: str | None = self._operation
+        # For the text of a timeout: the request, and what the daemon is waited for instead of its reply.
+        self._message = message
+        self._awaited: str | None = _ANSWER if message is not None else _CONNECT
 
     @property
     def is_streaming(self) -> bool:
@@ -114,10 +114,12 @@ class Exchange:
 
     def close(self) -> None:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
-        if self._state.pid != os.getpid():
-            # The forked child's copy closes itself, and its copy of the guard may be held for ever.
-            self._link = None
-            return
+        if self._state.pid == os.getpid():
+            self._release()
+        # A forked child's copy closes itself, and its copy of the guard may be held for ever.
+        self._link = None
+
+    def _release(self) -> None:
         with self._state.guard:
             link, self._link = self._link, None
             if link is not None:
@@ -147,11 +149,12 @@ class Exchange:
         try:
             remaining(self.deadline)
             reply = await (self._receive(self._link) if self._link is not None else self._ask_until_answered())
-            if self._link is not None and (failure := error_of_channel(reply, self._pool.name)) is not None:
+            assert self._link is not None
+            if "error" in reply and (failure := error_of_channel(reply, self._pool.name)) is not None:
                 # The daemon ends the connection after it.
                 self._link.protocol.close()
                 raise failure
-            has_more = self.is_streaming
+            has_more = self._link.protocol.state == STREAMING
             return reply
         except HarnessIPCError as error:
             self._complete(error, begin)
@@ -159,7 +162,7 @@ class Exchange:
         finally:
             # Only a link that waits for nothing is kept: a late reply must not be taken for the next request's.
             if not has_more:
-                self.close()
+                self._release()
 
     def _complete(self, error: HarnessIPCError, begin: float) -> None:
         """Set what `error` says of the request. Raises `ClientClosed` in place of a connection that we closed ourselves."""
@@ -169,7 +172,8 @@ class Exchange:
             self._check(maybe_executed=error.maybe_executed)
         if isinstance(error, DaemonTimeout) and self._awaited is not None:
             waited = f"timed out after {round(time.monotonic() - begin, 1):g} s waiting for the daemon {self._pool.name!r}"
-            error.args = (f"{waited} to {self._awaited}: allow a longer timeout, or see its status",)
+            awaited = _describe(self._message) if self._awaited is _ANSWER and self._message else self._awaited
+            error.args = (f"{waited} to {awaited}: allow a longer timeout, or see its status",)
 
     def _may_have_run(self) -> bool:
         return self._sent and self._link is not None and self._link.connection.all_sent
@@ -185,7 +189,6 @@ class Exchange:
         """Send the request to one generation after another, for as long as it does not run, and return the first reply."""
         failure: HarnessIPCError | None = None
         while True:
-            self._check()
             link = None if self._frame is None else self._pool.take_idle(self._state, self._left)
             if link is None:
                 link = await self._open(failure)
@@ -198,7 +201,7 @@ class Exchange:
                 failure = error.failure
                 self._left.add(link.record.generation)
                 self._sent = False
-                self.close()
+                self._release()
 
     def _hold(self, link: Link) -> None:
         with self._state.guard:
@@ -212,6 +215,7 @@ class Exchange:
         The daemon has proved itself then. Before that nothing that fails has run. `reason` is why the last one that was asked
         did not run the request, unless it has said goodbye.
         """
+        self._check()
         pool = self._pool
         again, starts, failed = bool(self._left), 0, None
         failure: HarnessIPCError | None = None
@@ -233,7 +237,7 @@ class Exchange:
                 return await self._connect(record)
             except (DaemonNotRunning, ConnectionLost) as error:
                 self._check()
-                self.close()
+                self._release()
                 again, failed, failure = True, record.generation, error
 
     async def _start(self) -> None:
@@ -275,11 +279,12 @@ class Exchange:
             messages.check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
             protocol.send_request(self._frame)
             connection.deadline = self.deadline
-            self._awaited = self._operation
+            self._awaited = _ANSWER
         connection.all_sent = False
         self._sent = self._frame is not None
         try:
-            await self._io.send(connection, protocol.data_to_send())
+            if not connection.send_now(protocol.data_to_send()):
+                await self._io.send(connection, [])
         except ConnectionLost as error:
             # The daemon may have said goodbye before it closed the connection.
             try:
@@ -294,23 +299,18 @@ class Exchange:
     async def _receive(self, link: Link) -> Message:
         if self._frame is not None:
             link.connection.deadline = self.deadline
-        had_item = link.protocol.state == STREAMING
-        event = await self._next_event(link)
-        if event == VERDICT:
-            if self._frame is None:
+        protocol = link.protocol
+        had_item = protocol.state == STREAMING
+        event = protocol.next_event() if protocol.buffered else None
+        while event is None or event == VERDICT:
+            if event is None:
+                protocol.receive_data(await self._io.receive(link.connection, protocol.frame_limit))
+            elif self._frame is None:
                 return {}
-            event = await self._next_event(link)
+            event = protocol.next_event()
         if event == GOODBYE:
             if had_item:
                 raise ConnectionLost("the daemon stopped in the middle of a stream")
             raise _NotRun
         assert isinstance(event, dict)
-        return event
-
-    async def _next_event(self, link: Link) -> str | Message:
-        protocol = link.protocol
-        event = protocol.next_event() if protocol.buffered else None
-        while event is None:
-            protocol.receive_data(await self._io.receive(link.connection, protocol.frame_limit))
-            event = protocol.next_event()
         return event

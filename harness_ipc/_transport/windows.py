@@ -83,6 +83,11 @@ if sys.platform == "win32":
             except OSError as error:
                 raise lost(error) from error
 
+        def send_now(self, chunks: list[bytes]) -> bool:
+            """Send `chunks`, and return True: a pipe can't send without waiting."""
+            self.send(chunks)
+            return True
+
         def receive(self, limit: int) -> bytes:
             """Return the next message, of up to `limit` bytes.
 
