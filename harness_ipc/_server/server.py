@@ -82,24 +82,21 @@ async def start_daemon_server(
     """
     for seconds in (handshake_timeout, grace_period):
         deadline_after(seconds)
-    options = Options(max_connections, max_message, handshake_timeout, grace_period, cancel_on_disconnect)
     release = registration is None
     registration = registration or acquire_name(name, namespace=namespace)
-    try:
-        listener = Listener(registration.record.address)
-        try:
-            server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-            hooks = Hooks(health, server.pong, after_request, server.check_closed)
-            server.requests = Requests(handler, hooks, max_message)
-            registration.publish(app_version=app_version, max_message=max_message)
-            server._start()
-        except BaseException:
-            listener.close()
-            raise
-    except BaseException:
+    keys = Keys(registration.record.authkey, registration.record.address)
+    options = Options(keys, max_connections, max_message, handshake_timeout, grace_period, cancel_on_disconnect)
+    with contextlib.ExitStack() as undo:
         if release:
-            registration.release()
-        raise
+            undo.callback(registration.release)
+        listener = Listener(registration.record.address)
+        undo.callback(listener.close)
+        server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
+        hooks = Hooks(health, server.pong, after_request, server.check_closed)
+        server.requests = Requests(handler, hooks, max_message)
+        registration.publish(app_version=app_version, max_message=max_message)
+        server._start()
+        undo.pop_all()
     return server, registration.record.address
 
 
@@ -116,8 +113,9 @@ def acquire_name(name: str, *, namespace: Namespace | None = None, **optional: A
 
 
 class Options(NamedTuple):
-    """See `start_daemon_server`."""
+    """The keys of this generation; for the others see `start_daemon_server`."""
 
+    keys: Keys
     max_connections: int
     max_message: int
     handshake_timeout: float
@@ -140,7 +138,6 @@ class DaemonServer:
         on_shutdown: Callable[[], None] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._keys = Keys(registration.record.authkey, registration.record.address)
         self._registration = registration
         self._release = release
         self._on_shutdown = on_shutdown or self.close
@@ -239,7 +236,7 @@ class DaemonServer:
 
     def new_session(self, connection: Connection | Port, full: str | None = None) -> Session:
         """Return a session for a connection that was just accepted."""
-        protocol = ServerProtocol(self._keys, connection.framing(), self.options.max_message)
+        protocol = ServerProtocol(self.options.keys, connection.framing(), self.options.max_message)
         session = Session(self, protocol, connection, full)
         self.admission.add(session)
         return session
