@@ -71,10 +71,9 @@ def find_process(identity: Identity) -> psutil.Process | None:
     import psutil
 
     # psutil raises OverflowError for a pid that no system can have.
-    with contextlib.suppress(psutil.Error, OverflowError):
+    with contextlib.suppress(psutil.Error, OverflowError, OSError):
         process = psutil.Process(pid)
-        found = process_identity(pid)
-        if found is not None and _is_same(identity, found) and process.status() != psutil.STATUS_ZOMBIE:
+        if _is_same(identity, _identify(pid)) and process.status() != psutil.STATUS_ZOMBIE:
             return process
     return None
 
