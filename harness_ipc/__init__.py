@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from ._blocking import Stream
 from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
 from ._text import escape_control
@@ -35,7 +36,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._aclient import AsyncClient, aconnect_daemon
+    from ._aclient import AsyncClient, AsyncStream, aconnect_daemon
     from ._registry.lifetime import cleanup_endpoint
     from ._registry.processes import is_same_process, process_identity
     from ._server.requests import CurrentRequest, current_request, report
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _LOADED_WHEN_NAMED = {
     "App": "daemon",
     "AsyncClient": "_aclient",
+    "AsyncStream": "_aclient",
     "CurrentRequest": "_server.requests",
     "DaemonServer": "_server.server",
     "DaemonStatus": "_status",
@@ -72,6 +74,7 @@ __all__ = [
     "AlreadyRunning",
     "App",
     "AsyncClient",
+    "AsyncStream",
     "AuthenticationFailed",
     "Busy",
     "Client",
@@ -93,6 +96,7 @@ __all__ = [
     "RemoteError",
     "ResourceExhausted",
     "StartFailed",
+    "Stream",
     "UnsafeDirectory",
     "__version__",
     "aconnect_daemon",
