@@ -15,11 +15,12 @@ import tempfile
 import threading
 import time
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import answer_challenge
+from multiprocessing.connection import Client, answer_challenge
 from typing import TYPE_CHECKING, Any
 
-from . import auth, client, transport
+from . import client
 from ._protocol import messages
+from ._protocol.handshake import MAX_FRAME, role_key
 from ._registry import records
 from .errors import HarnessIPCError, StartFailed
 
@@ -227,15 +228,12 @@ def _play_client() -> dict[str, Any]:
 def _play_intruder() -> dict[str, Any]:
     """Ignore that the daemon proves itself, and answer its challenge with another key."""
     record = records.load(_NAME)
-    with transport.dial(record.address, transport.deadline_after(_PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(_PATIENCE)
+    with Client(record.address) as connection:
         connection.send_bytes(b"#CHALLENGE#" + os.urandom(20))
-        connection.recv_bytes(256)
+        connection.recv_bytes(MAX_FRAME)
         connection.send_bytes(b"#WELCOME#")
-        # To the standard functions a connection is what has send_bytes and recv_bytes.
-        link: Any = connection
         try:
-            answer_challenge(link, auth.role_key(os.urandom(32), "client", record.address))
+            answer_challenge(connection, role_key(os.urandom(32), "client", record.address))
         except (AuthenticationError, EOFError, OSError) as error:
             return {"refused": True, "verdict": f"refused ({error or type(error).__name__})"}
         return {"refused": False, "verdict": "let in"}
@@ -244,10 +242,10 @@ def _play_intruder() -> dict[str, Any]:
 def _play_silent() -> dict[str, Any]:
     start = time.monotonic()
     record = records.load(_NAME)
-    with transport.dial(record.address, transport.deadline_after(_PATIENCE)) as connection:
-        connection.deadline = transport.deadline_after(_PATIENCE)
+    with Client(record.address) as connection:
         try:
-            connection.recv_bytes(256)
+            if connection.poll(_PATIENCE):
+                connection.recv_bytes(MAX_FRAME)
         except EOFError:
             return {"refused": True, "verdict": f"dropped after {time.monotonic() - start:.1f} s"}
         return {"refused": False, "verdict": "was answered"}

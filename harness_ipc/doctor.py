@@ -21,11 +21,14 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from . import __version__, _status, auth, transport
+from . import __version__, _status, _transport
+from ._protocol.handshake import Keys
+from ._protocol.session import READY, ClientProtocol, ServerProtocol
 from ._registry import files, lifetime, processes, records, trust
 from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
 from ._text import escape_control
-from .errors import DaemonNotRunning, HarnessIPCError, UnsafeDirectory
+from ._transport import listen
+from .errors import ConnectionLost, DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +39,8 @@ _DEPENDENCIES = ("platformdirs", "filelock", "psutil")
 _ROUND_TRIP = 5.0
 # Bytes free below which records and logs can't be written for long.
 _LOW_SPACE = 1024 * 1024
-_FRAME = b"are you there?"
+_QUESTION, _ANSWER = b'{"question":1}', b'{"answer":1}'
+_MAX_MESSAGE = 64
 # Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
 _NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
 _OF_A_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.(json|[0-9a-f]{32}\.tmp)")
@@ -199,7 +203,7 @@ if sys.platform == "win32":
         return None
 
 else:
-    from ._posix import MAX_ADDRESS
+    MAX_ADDRESS = listen.MAX_ADDRESS
 
     def _socket_path(namespace: Namespace) -> Iterator[Finding]:
         topic = "socket path"
@@ -235,44 +239,72 @@ def _round_trip(_: Namespace) -> Iterator[Finding]:
         except (HarnessIPCError, OSError) as error:
             # Often only one side knows why the connection broke.
             text = "; the other side: ".join(map(_describe, [error, *errors]))
-            yield Finding("failure", "round trip", f"over {transport.FAMILY} it failed: {text}")
+            yield Finding("failure", "round trip", f"over {listen.FAMILY} it failed: {text}")
             return
-    text = f"over {transport.FAMILY}, connected, mutually proved and answered in {seconds * 1000:.1f} ms"
+    text = f"over {listen.FAMILY}, connected, mutually proved and answered in {seconds * 1000:.1f} ms"
     yield Finding("ok", "round trip", text)
 
 
 def _timed_round_trip(directory: str, errors: list[Exception]) -> float:
-    address = transport.new_address(directory, records.new_generation_id())
-    keys = auth.Keys(os.urandom(32), address)
-    deadline = transport.deadline_after(_ROUND_TRIP)
-    listener = transport.Listener(address)
-    echo = threading.Thread(target=_echo, args=(listener, keys, deadline, errors), name="harness-ipc-doctor", daemon=True)
-    echo.start()
+    address = listen.new_address(directory, records.new_generation_id())
+    keys = Keys(os.urandom(32), address)
+    deadline = _transport.deadline_after(_ROUND_TRIP)
+    listener = listen.Listener(address)
+    daemon = threading.Thread(target=_answer, args=(listener, keys, deadline, errors), name="harness-ipc-doctor", daemon=True)
+    daemon.start()
     try:
         start = time.perf_counter()
-        with transport.dial(address, deadline) as connection:
-            connection.deadline = deadline
-            auth.challenge_daemon(connection, keys)
-            transport.send(connection, _FRAME)
-            auth.confirm(connection)
-            if transport.receive(connection, len(_FRAME)) != _FRAME:
-                raise HarnessIPCError("another frame came back than was sent")
-            return time.perf_counter() - start
+        _ask(address, keys, deadline)
+        return time.perf_counter() - start
     finally:
-        if echo.is_alive():
+        if daemon.is_alive():
             listener.wake()
-            echo.join(_ROUND_TRIP)
+            daemon.join(_ROUND_TRIP)
         listener.close()
 
 
-def _echo(listener: transport.Listener, keys: auth.Keys, deadline: float, errors: list[Exception]) -> None:
+def _ask(address: str, keys: Keys, deadline: float) -> None:
+    connection = _transport.connect(address, deadline)
     try:
-        with listener.accept() as connection:
-            connection.deadline = deadline
-            auth.challenge_client(connection, keys)
-            transport.send(connection, transport.receive(connection, len(_FRAME)))
+        connection.deadline = deadline
+        protocol = ClientProtocol(keys, _transport.Framing(), _MAX_MESSAGE)
+        while not isinstance(event := protocol.next_event(), dict):
+            if event == READY:
+                protocol.send_request(_QUESTION)
+            connection.send(protocol.data_to_send())
+            if event is None:
+                protocol.receive_data(connection.receive(protocol.frame_limit))
+        if event != json.loads(_ANSWER):
+            raise HarnessIPCError("another reply came back than was sent")
+    finally:
+        connection.close()
+
+
+def _answer(listener: listen.Listener, keys: Keys, deadline: float, errors: list[Exception]) -> None:
+    try:
+        with contextlib.closing(listener.accept_port()) as port:
+            protocol = ServerProtocol(keys, port.framing(), _MAX_MESSAGE)
+            while not isinstance(event := protocol.next_event(), dict):
+                if event is None:
+                    _write(port, protocol, deadline)
+                    data = port.wait(deadline, reading=True, limit=protocol.max_frame)
+                    if data == b"":
+                        raise ConnectionLost("the peer closed the connection")
+                    if data is not None:
+                        protocol.receive_data(data)
+                    _transport.remaining(deadline)
+            protocol.send_reply(_ANSWER)
+            _write(port, protocol, deadline)
     except (HarnessIPCError, OSError) as error:
         errors.append(error)
+
+
+def _write(port: listen.Port, protocol: ServerProtocol, deadline: float) -> None:
+    for chunk in protocol.data_to_send():
+        port.begin_write(chunk)
+        while port.is_writing:
+            _transport.remaining(deadline)
+            port.wait(deadline, reading=False, limit=0)
 
 
 # Daemons and what dead ones left.
@@ -360,7 +392,7 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
 def _nobody_listens(address: str) -> bool:
     # A daemon that ends withdraws its record a moment before its socket.
     try:
-        transport.dial(address, transport.deadline_after(_ROUND_TRIP)).close()
+        _transport.connect(address, _transport.deadline_after(_ROUND_TRIP)).close()
     except DaemonNotRunning:
         return True
     except HarnessIPCError:

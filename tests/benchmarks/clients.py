@@ -18,7 +18,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import harness_ipc
-from harness_ipc import transport
+from harness_ipc._transport import deadline_after
+from tests.wire import FrameConnection
 
 from .servers import AUTHKEY, BUSY_PERIOD, Message, receive_frame, send_frame
 
@@ -69,12 +70,12 @@ def connect_floor_for_bytes(address: str) -> Connected:
 
 
 def connect_transport(address: str) -> Connected:
-    connection = transport.dial(address, transport.deadline_after(_PATIENCE))
+    connection = FrameConnection(address)
 
     def ask(data: bytes) -> bytes:
-        connection.deadline = transport.deadline_after(_PATIENCE)
-        transport.send(connection, data)
-        return transport.receive(connection, 2 * len(data))
+        connection.connection.deadline = deadline_after(_PATIENCE)
+        connection.send_bytes(data)
+        return connection.recv_bytes()
 
     return ask, connection.close
 
@@ -167,7 +168,7 @@ CONTESTANTS = {
     "mypy.ipc": Contestant(connect_mypy, needs="mypy", at_once=False),
 }
 # Those that carry bytes.
-CARRIERS = {"floor, bytes": Contestant(connect_floor_for_bytes), "harness_ipc.transport": Contestant(connect_transport)}
+CARRIERS = {"floor, bytes": Contestant(connect_floor_for_bytes), "harness_ipc._transport": Contestant(connect_transport)}
 
 
 def message_and_reply(name: str, size: int) -> tuple[Any, Any]:

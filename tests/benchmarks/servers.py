@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from math import inf
 from typing import Any
 
-from harness_ipc import transport
+from harness_ipc._transport import listen
 
 Message = dict[str, Any]
 
@@ -129,13 +130,19 @@ def serve_floor(address: str, respond: Callable[[Any], Any] = lambda frame: answ
 def serve_transport(address: str) -> None:
     """The package's frames alone: no proof, no JSON, no loop."""
 
-    def serve(connection: transport.Connection) -> None:
-        while True:
-            transport.send(connection, transport.receive(connection, _MOST_MESSAGE))
+    def serve(port: listen.Port) -> None:
+        framing = port.framing()
+        while data := port.wait(inf, reading=True, limit=_MOST_MESSAGE):
+            framing.feed(data)
+            while (frame := framing.next_frame(_MOST_MESSAGE)) is not None:
+                for chunk in framing.encode([frame]):
+                    port.begin_write(chunk)
+                    while port.is_writing:
+                        port.wait(inf, reading=False, limit=0)
 
-    listener = transport.Listener(address)
+    listener = listen.Listener(address)
     ready(address)
-    serve_threads(listener.accept, serve, warm=True)
+    serve_threads(listener.accept_port, serve, warm=True)
 
 
 async def serve_lines(address: str) -> None:
@@ -248,7 +255,7 @@ SERVERS: dict[str, Callable[[str], Any]] = {
     "floor, bytes": partial(serve_floor, respond=lambda frame: frame),
     "U": serve_lines,
     "harness_ipc": serve_harness_ipc,
-    "harness_ipc.transport": serve_transport,
+    "harness_ipc._transport": serve_transport,
     "multiprocessing.connection": serve_stdlib,
     "multiprocessing.managers": serve_managers,
     "Pyro5": serve_pyro5,

@@ -253,7 +253,7 @@ def cold_start(bench: Bench) -> list[Row]:
 
 
 JSON_ECHO = ("floor", OURS)
-BYTES_ECHO = ("floor, bytes", "harness_ipc.transport")
+BYTES_ECHO = ("floor, bytes", "harness_ipc._transport")
 WORKLOADS: dict[str, Callable[[Bench], list[Row]]] = {
     "one shot": partial(all_contestants, kept=False),
     "kept connection": partial(all_contestants, kept=True),

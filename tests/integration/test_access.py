@@ -17,7 +17,7 @@ import pytest
 from harness_ipc import (
     StartFailed,
     UnsafeDirectory,
-    auth,
+    _transport,
     cleanup_endpoint,
     connect_daemon,
     identify,
@@ -27,8 +27,8 @@ from harness_ipc import (
     run_daemon,
     runtime_dir,
     runtime_path,
-    transport,
 )
+from harness_ipc._protocol.handshake import role_key
 from harness_ipc._registry import records
 from tests.marks import needs_posix, needs_root
 from tests.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
@@ -57,7 +57,7 @@ def try_with_the_key(address: str, authkey: str) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(address)
         with Connection(sock.detach()) as connection:
-            deliver_challenge(connection, auth.role_key(bytes.fromhex(authkey), "daemon", address))
+            deliver_challenge(connection, role_key(bytes.fromhex(authkey), "daemon", address))
 
 
 # What the stranger may try, by name: each is done in a process of its own, and tells what it came to.
@@ -68,7 +68,7 @@ ATTEMPTS: dict[str, Callable[..., object]] = {
     "ping": lambda: ping(NAME),
     "clean up": lambda: cleanup_endpoint(NAME),
     "serve": lambda: run_daemon(App(), NAME),
-    "dial": lambda address: transport.dial(address, transport.deadline_after(PATIENCE)).close(),
+    "dial": lambda address: _transport.connect(address, _transport.deadline_after(PATIENCE)).close(),
     "raw": try_raw,
     "with the key": try_with_the_key,
     "open": lambda path: open(path, "rb").close(),

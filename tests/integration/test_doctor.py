@@ -22,14 +22,13 @@ import pytest
 from harness_ipc import (
     __version__,
     _status,
-    auth,
     doctor,
     runtime_dir,
     runtime_path,
-    transport,
 )
 from harness_ipc._registry import records
 from harness_ipc._server.server import acquire_name
+from harness_ipc._transport import listen
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
 from tests.marks import needs_posix, needs_root, needs_windows
@@ -121,7 +120,7 @@ def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monk
     topics = [line[9:].partition(":")[0] for line in lines]
     expected = ["python", "harness_ipc", "platformdirs", "filelock", "psutil", "processes"]
     expected += ["runtime directory", "log directory"]
-    expected += ["socket path"] if transport.FAMILY == "AF_UNIX" else []
+    expected += ["socket path"] if listen.FAMILY == "AF_UNIX" else []
     assert topics == [*expected, "round trip", "daemons", "leftovers"]
     assert f"OK       harness_ipc: {__version__}, " in seen.stdout
     run = private_directories / "run"
@@ -307,8 +306,8 @@ def test_a_socket_without_a_record(private_directories: Path, monkeypatch: pytes
     run = private_directories / "it's"
     run.mkdir(mode=0o700)
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(run))
-    address = transport.new_address(str(run), records.new_generation_id())
-    listener = transport.Listener(address)
+    address = listen.new_address(str(run), records.new_generation_id())
+    listener = listen.Listener(address)
     # Of a daemon that has just withdrawn its record, perhaps.
     assert troubles() == []
     os.rename(address, run / "kept")
@@ -521,17 +520,17 @@ def test_no_socket_can_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(address: str) -> NoReturn:
         raise StartFailed("a sandbox may forbid it")
 
-    monkeypatch.setattr(transport, "Listener", refuse)
+    monkeypatch.setattr(listen, "Listener", refuse)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "round trip")
     assert trouble.text.endswith("it failed: StartFailed: a sandbox may forbid it")
 
 
 def test_the_other_side_says_why_the_round_trip_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(connection: object, keys: object) -> NoReturn:
+    def refuse(*_: object) -> NoReturn:
         raise AuthenticationFailed("as told")
 
-    monkeypatch.setattr(auth, "challenge_client", refuse)
+    monkeypatch.setattr(doctor, "ServerProtocol", refuse)
     before = threading.active_count()
     (trouble,) = troubles()
     assert trouble.topic == "round trip"
@@ -542,7 +541,12 @@ def test_the_other_side_says_why_the_round_trip_failed(monkeypatch: pytest.Monke
 def test_a_round_trip_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ROUND_TRIP", 0.1)
     done = threading.Event()
-    monkeypatch.setattr(auth, "challenge_client", lambda connection, keys: done.wait(60.0))
+
+    def hang(*_: object) -> NoReturn:
+        done.wait(60.0)
+        raise AuthenticationFailed("too late")
+
+    monkeypatch.setattr(doctor, "ServerProtocol", hang)
     (trouble,) = troubles()
     done.set()
     assert trouble.topic == "round trip"
@@ -584,12 +588,11 @@ def test_interrupted_it_says_nothing_and_leaves_nothing(private_directories: Pat
     monkeypatch.setenv("TMPDIR", str(private_directories))
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "run"))
     program = (
-        "from harness_ipc import auth, doctor\n"
-        "import threading\n"
-        "def silent(connection, keys):\n"
+        "from harness_ipc import doctor\n"
+        "def silent(port, protocol, deadline):\n"
         "    print('ready', flush=True)\n"
-        "    connection.recv_bytes(256) and connection.recv_bytes(256)\n"
-        "auth.challenge_client = silent\n"
+        "    while port.wait(deadline, reading=True, limit=256): pass\n"
+        "doctor._write = silent\n"
         "try: doctor.examine()\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
     )

@@ -20,8 +20,8 @@ from harness_ipc._protocol import messages
 from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._protocol.session import PROVED, ServerProtocol
+from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import AuthenticationFailed
-from harness_ipc.server import acquire_name
 from tests.marks import needs_posix
 from tests.processes import PATIENCE
 

@@ -87,9 +87,9 @@ def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
 
 DIES_BEFORE_IT_PUBLISHES = """
 import os, sys
-from harness_ipc import transport
 from harness_ipc._server.server import acquire_name
-listener = transport.Listener(acquire_name(sys.argv[1]).record.address)
+from harness_ipc._transport.listen import Listener
+listener = Listener(acquire_name(sys.argv[1]).record.address)
 os._exit(0)
 """
 

@@ -24,7 +24,7 @@ STRANGER = 12345
 # As another user, whose daemon is a forked child: he may have no access to this interpreter, and all is imported before.
 AS_USER = """
 import importlib, json, os, sys, time, traceback
-for module in "asyncio filelock platformdirs psutil queue shlex tempfile harness_ipc._stock encodings.ascii".split():
+for module in "asyncio filelock platformdirs psutil queue shlex tempfile harness_ipc._server.pump encodings.ascii".split():
     importlib.import_module(module)
 import harness_ipc
 from harness_ipc import cli, doctor, manager, run_daemon

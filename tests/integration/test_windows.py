@@ -45,13 +45,12 @@ from harness_ipc import (
     spawn_kwargs,
     start_daemon_server,
     stop_daemon,
-    transport,
 )
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc._server.server import acquire_name
-from harness_ipc._transport import deadline_after
+from harness_ipc._transport import deadline_after, listen
 from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
 from tests.marks import needs_windows
 from tests.processes import PATIENCE, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
@@ -250,7 +249,7 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
 def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
     files.create_private_dir(Namespace().runtime_dir)
-    listener = transport.Listener(transport.new_address("", records.new_generation_id()))
+    listener = listen.Listener(listen.new_address("", records.new_generation_id()))
     make, second_began = _winapi.CreateNamedPipe, threading.Event()
     calls: list[int] = []
 
@@ -266,9 +265,9 @@ def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypa
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
         patched.setattr(_winapi, "CreateNamedPipe", create_named_pipe)
-        accepts = [pool.submit(listener.accept)]
+        accepts = [pool.submit(listener.accept_port)]
         wait_until(lambda: bool(calls))
-        accepts.append(pool.submit(listener.accept))
+        accepts.append(pool.submit(listener.accept_port))
         try:
             for _ in range(2):
                 before = sum(accept.done() for accept in accepts)
@@ -278,7 +277,7 @@ def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypa
             for _ in range(3):
                 listener.wake()
         for accept in accepts:
-            stack.enter_context(accept.result(PATIENCE))
+            stack.callback(accept.result(PATIENCE).close)
     listener.close()
     assert_a_daemon_serves()
 

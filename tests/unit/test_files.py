@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness_ipc import cleanup_endpoint, list_daemons, runtime_dir, transport
+from harness_ipc import _transport, cleanup_endpoint, list_daemons, runtime_dir
 from harness_ipc._registry import files, records, trust
 from harness_ipc._server.server import acquire_name
+from harness_ipc._transport import listen
 from harness_ipc.errors import HarnessIPCError, ResourceExhausted, StartFailed, UnsafeDirectory
 from tests.marks import needs_linux, needs_posix, needs_root
 
@@ -555,7 +556,7 @@ def test_a_log_that_others_can_only_read_is_tightened_by_writers_alone(
 # The socket's path, which the operating system limits.
 
 if sys.platform != "win32":
-    from harness_ipc._posix import MAX_ADDRESS
+    from harness_ipc._transport.listen import MAX_ADDRESS
 
     def directory_for(base: Path, size: int) -> str:
         """Return a new directory in `base` in which a socket's path has `size` bytes."""
@@ -574,12 +575,12 @@ if sys.platform != "win32":
 
     def test_the_longest_path_binds_and_connects(private_directories: Path) -> None:
         directory = directory_for(private_directories, MAX_ADDRESS)
-        address = transport.new_address(directory, records.new_generation_id())
+        address = listen.new_address(directory, records.new_generation_id())
         assert os.path.dirname(address) == directory
         assert len(os.fsencode(address)) == MAX_ADDRESS
-        listener = transport.Listener(address)
+        listener = listen.Listener(address)
         try:
-            transport.dial(address, transport.deadline_after(60)).close()
+            _transport.connect(address, _transport.deadline_after(60)).close()
         finally:
             listener.close()
 
@@ -589,16 +590,16 @@ if sys.platform != "win32":
             directory = directory_for(private_directories, MAX_ADDRESS + 1)
         else:
             directory = f"{private_directories}/{'d' * 200 if deep == 'long' else 'é' * 40}"
-        address = transport.new_address(directory, records.new_generation_id())
+        address = listen.new_address(directory, records.new_generation_id())
         assert os.path.dirname(address) == str(temporary)
         assert mode(temporary) == 0o700
-        transport.Listener(address).close()
+        listen.Listener(address).close()
 
     def test_the_short_directory_is_checked_like_the_other(temporary: Path) -> None:
         temporary.mkdir()
         temporary.chmod(0o777)
         with pytest.raises(UnsafeDirectory) as caught:
-            transport.new_address("/d" * 100, records.new_generation_id())
+            listen.new_address("/d" * 100, records.new_generation_id())
         assert caught.value.remedy == f"chmod 700 {temporary}"
 
     def test_when_both_are_too_long_the_error_says_what_to_set(
@@ -606,6 +607,6 @@ if sys.platform != "win32":
     ) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(private_directories / ("t" * 100)))
         with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR") as caught:
-            transport.new_address(str(private_directories / ("d" * 100)), records.new_generation_id())
+            listen.new_address(str(private_directories / ("d" * 100)), records.new_generation_id())
         assert str(MAX_ADDRESS) in str(caught.value)
         assert list(private_directories.iterdir()) == []

@@ -204,5 +204,57 @@ def test_the_protocol_imports_nothing_that_does_io() -> None:
                 assert node.attr == "urandom"
 
 
-def test_the_roles_have_different_keys() -> None:
-    assert role_key(bytes(32), "daemon", ADDRESS) != role_key(bytes(32), "client", ADDRESS)
+@pytest.mark.parametrize(
+    ("key", "accepted"),
+    [
+        (KEYS.daemon, True),
+        (KEYS.client, False),
+        (bytes(range(32)), False),
+        (Keys(bytes(range(32)), ADDRESS + "x").daemon, False),
+    ],
+    ids=["the daemon's own", "another client's", "the bare key's", "a daemon's elsewhere"],
+)
+def test_a_squatter_cannot_pass_anothers_answer_on_as_the_daemons(key: bytes, accepted: bool) -> None:
+    client = ClientHandshake(KEYS)
+    answer = mac(key, nonce_in(sent(client)[0]))
+    if accepted:
+        client.receive_frame(answer)
+    else:
+        with pytest.raises(AuthenticationFailed):
+            client.receive_frame(answer)
+
+
+@pytest.mark.parametrize("one_key_for_both_roles", [True, False])
+def test_a_client_cannot_let_the_daemon_answer_its_own_challenge(one_key_for_both_roles: bool) -> None:
+    keys = Keys(bytes(range(32)), ADDRESS)
+    if one_key_for_both_roles:
+        keys.client = keys.daemon
+    first, second = ServerHandshake(keys), ServerHandshake(keys)
+    first.receive_frame(CHALLENGE + NONCE)
+    first.receive_frame(WELCOME)
+    second.receive_frame(sent(first)[1])
+    answer = sent(second)[0]
+    # Under one key the trick works: which shows that this is the trick.
+    if one_key_for_both_roles:
+        first.receive_frame(answer)
+        assert first.done
+    else:
+        with pytest.raises(AuthenticationFailed):
+            first.receive_frame(answer)
+
+
+def test_every_role_address_and_generation_has_a_key_of_its_own() -> None:
+    derived = [
+        role_key(key, role, address)
+        for key in (bytes(range(32)), bytes(32))
+        for role in ("daemon", "client")
+        for address in (ADDRESS, ADDRESS + "x", r"\\.\pipe\harness-ipc-0", "/tmp/\udcff.sock")
+    ]
+    assert len(set(derived)) == len(derived)
+    assert {len(key) for key in derived} == {32}
+
+
+def test_keys_are_not_shown() -> None:
+    for key in (bytes(range(32)), KEYS.daemon, KEYS.client):
+        assert repr(key) not in repr(KEYS)
+        assert key.hex() not in repr(KEYS)

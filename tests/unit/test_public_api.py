@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import harness_ipc
-from harness_ipc import transport
 from tests import scripted
 
 ROOT = Path(harness_ipc.__file__).parents[1]
@@ -59,32 +58,6 @@ def test_the_import_is_light_and_leaves_no_trace(module: str, tmp_path: Path, pr
     assert HEAVY & set(loaded) == set()
     assert list(tmp_path.iterdir()) == []
     assert list(private_directories.iterdir()) == []
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="multiprocessing.connection itself imports tempfile when it is used")
-@pytest.mark.parametrize("before", [False, True])
-def test_the_standard_librarys_tempfile_is_imported_when_it_is_used_and_is_itself(before: bool, tmp_path: Path) -> None:
-    source = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-{"import tempfile" if before else ""}
-import harness_ipc._stock
-from multiprocessing import connection
-assert ("tempfile" in sys.modules) == {before}
-assert connection.arbitrary_address({transport.FAMILY!r})
-found = sys.modules["tempfile"]
-import tempfile
-assert tempfile is found and connection.tempfile.mktemp is tempfile.mktemp
-assert type(tempfile) is type(sys)
-try:
-    connection.tempfile.nonesuch
-except AttributeError as error:
-    assert "nonesuch" in str(error)
-else:
-    raise AssertionError
-"""
-    environment = {**os.environ, **{variable: str(tmp_path) for variable in ("TMPDIR", "TEMP", "TMP")}}
-    subprocess.run([sys.executable, "-I", "-S", "-B", "-W", "error", "-c", source], env=environment, timeout=60, check=True)
 
 
 def test_looking_for_a_daemon_that_is_not_there_leaves_no_trace(tmp_path: Path, private_directories: Path) -> None:

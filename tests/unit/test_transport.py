@@ -1,4 +1,4 @@
-"""Connections over real sockets and pipes: whole frames, limits, deadlines that hold, typed errors when they break."""
+"""Connections over real sockets and pipes: deadlines that hold, typed errors when they break, peers of this user alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +17,15 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-from harness_ipc import Namespace, transport
+from harness_ipc import Namespace
 from harness_ipc._registry import files, records
+from harness_ipc._transport import Connection, PeerCredentials, connect, deadline_after, listen, remaining
 from harness_ipc.errors import (
     AuthenticationFailed,
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
     HarnessIPCError,
-    MessageTooLarge,
     ResourceExhausted,
     StartFailed,
 )
@@ -39,14 +38,13 @@ PATIENCE = 30.0
 # A deadline that is meant to pass.
 SHORT = 0.05
 MIB = 1024 * 1024
-SIZES = [0, 1, 4091, 4092, 4093, 4095, 4096, 4097, 16383, 16384, 16385, 65535, 65536, 65537, MIB, 5 * MIB + 1]
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[transport.Listener]:
+def listening() -> Iterator[listen.Listener]:
     directory = Namespace().runtime_dir
     files.create_private_dir(directory)
-    listener = transport.Listener(transport.new_address(directory, records.new_generation_id()))
+    listener = listen.Listener(listen.new_address(directory, records.new_generation_id()))
     try:
         yield listener
     finally:
@@ -54,23 +52,14 @@ def listening() -> Iterator[transport.Listener]:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[tuple[transport.Connection, transport.Connection]]:
+def connected() -> Iterator[tuple[Connection, listen.Port]]:
     """Yield the client's and the daemon's end of a connection; nothing on either blocks for ever."""
-    deadline = time.monotonic() + PATIENCE
-    with listening() as listener, transport.dial(listener.address, deadline) as client, listener.accept() as daemon:
-        client.deadline = daemon.deadline = deadline
-        yield client, daemon
-
-
-@contextlib.contextmanager
-def raw_peer() -> Iterator[tuple[socket.socket, transport.Connection]]:
-    """Yield a socket that may send anything, and the daemon's end of its connection."""
-    with listening() as listener, socket.socket(socket.AF_UNIX) as raw:
-        raw.connect(listener.address)
-        raw.settimeout(PATIENCE)
-        with listener.accept() as daemon:
-            daemon.deadline = time.monotonic() + PATIENCE
-            yield raw, daemon
+    with listening() as listener, ThreadPoolExecutor(1) as executor:
+        accepted = executor.submit(listener.accept_port)
+        with contextlib.closing(connect(listener.address, deadline_after(PATIENCE))) as client:
+            client.deadline = deadline_after(PATIENCE)
+            with contextlib.closing(accepted.result(PATIENCE)) as port:
+                yield client, port
 
 
 @contextlib.contextmanager
@@ -79,120 +68,45 @@ def in_thread(call: Callable[..., T], *arguments: Any) -> Iterator[Future[T]]:
         yield executor.submit(call, *arguments)
 
 
-def send_all(connection: transport.Connection, *frames: bytes) -> None:
-    for frame in frames:
-        transport.send(connection, frame)
+def write(port: listen.Port, data: bytes) -> None:
+    port.begin_write(data)
+    while port.is_writing:
+        assert port.wait(deadline_after(PATIENCE), reading=False, limit=0) is None
 
 
-def header(size: int) -> bytes:
-    return struct.pack("!i", size)
+def read(port: listen.Port, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = port.wait(deadline_after(PATIENCE), reading=True, limit=size)
+        assert piece
+        data += piece
+    return data
 
 
-def raw_frame(payload: bytes) -> bytes:
-    return header(len(payload)) + payload
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65535, 65536, 65537, MIB, 5 * MIB + 1])
+def test_what_is_sent_arrives_in_both_directions(size: int) -> None:
+    data = os.urandom(size)
+    with connected() as (client, port):
+        with in_thread(client.send, [data]) as sent:
+            assert read(port, size) == data
+            sent.result()
+        assert client.all_sent
+        with in_thread(write, port, data) as written:
+            received = b""
+            while len(received) < size:
+                received += client.receive(size)
+            assert received == data
+            written.result()
+        assert not client.is_readable()
 
 
-# Frames.
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_frame_of_any_size_arrives_whole_and_alone(size: int) -> None:
-    payload = os.urandom(size)
-    with connected() as (client, daemon):
-        for sender, receiver in ((client, daemon), (daemon, client)):
-            with in_thread(send_all, sender, payload, b"next"):
-                assert transport.receive(receiver, size) == payload
-                assert transport.receive(receiver, 4) == b"next"
-            assert not receiver.readable_now()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_what_is_held_goes_first_and_is_not_forgotten(size: int) -> None:
-    payload = os.urandom(size)
-    with connected() as (client, daemon):
-        client.hold(b"first")
-        client.hold(b"second")
-        with in_thread(transport.send, client, payload):
-            assert [transport.receive(daemon, MIB * 6) for _ in range(3)] == [b"first", b"second", payload]
-        # A receive that has to wait sends it too: else both sides would wait.
-        client.hold(b"question")
-        with in_thread(transport.receive, client, 10) as answer:
-            assert transport.receive(daemon, 10) == b"question"
-            transport.send(daemon, b"answer")
-            assert answer.result() == b"answer"
-        client.hold(b"last")
-        transport.flush(client)
-        assert transport.receive(daemon, 10) == b"last"
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_what_was_sent_without_waiting_arrives_whole(size: int) -> None:
-    payload = os.urandom(size)
-
-    def send_as_far_as_it_goes(connection: transport.Connection) -> None:
-        for _ in range(5):
-            if connection.try_send(payload):
-                transport.flush(connection)
-            else:
-                transport.send(connection, payload)
-
-    with connected() as (client, daemon), in_thread(send_as_far_as_it_goes, daemon) as sent:
-        for _ in range(5):
-            assert transport.receive(client, size) == payload
-        sent.result()
-
-
-@needs_posix
-def test_sending_without_waiting_keeps_what_a_peer_does_not_read_for_the_flush() -> None:
-    frames = [os.urandom(60_000) for _ in range(20)]
-    with connected() as (client, daemon):
-        assert all(daemon.try_send(frame) for frame in frames)
-        with in_thread(transport.flush, daemon) as flushed:
-            for frame in frames:
-                assert transport.receive(client, 60_000) == frame
-            flushed.result()
-        assert all(daemon.try_send(frame) for frame in frames)
-        daemon.deadline = time.monotonic() + SHORT
-        with pytest.raises(DaemonTimeout):
-            transport.flush(daemon)
-
-
-def test_a_frame_at_the_limit_is_received_and_one_above_it_is_too_large() -> None:
-    with connected() as (client, daemon):
-        transport.send(client, b"x" * 1000)
-        assert len(transport.receive(daemon, 1000)) == 1000
-        transport.send(client, b"x" * 1001)
-        with pytest.raises(MessageTooLarge) as caught:
-            transport.receive(daemon, 1000)
-        if sys.platform != "win32":
-            assert (caught.value.size, caught.value.limit) == (1001, 1000)
-
-
-@needs_posix
-@pytest.mark.parametrize(
-    "size", [header(2**31 - 1), header(-1) + struct.pack("!Q", 2**63), header(-1) + struct.pack("!Q", 1001)]
-)
-def test_an_announcement_above_the_limit_is_refused_before_anything_is_read(size: bytes) -> None:
-    with raw_peer() as (raw, daemon):
-        raw.sendall(size)
-        with pytest.raises(MessageTooLarge) as caught:
-            transport.receive(daemon, 1000)
-    assert caught.value.size is not None
-    assert caught.value.size > 1000
-
-
-@needs_posix
-def test_frames_that_arrive_in_one_piece_are_received_one_by_one() -> None:
-    with raw_peer() as (raw, daemon):
-        raw.sendall(
-            raw_frame(b"one") + raw_frame(b"") + raw_frame(b"two") + header(-1) + struct.pack("!Q", 2) + b"xy" + header(3)
-        )
-        assert transport.receive(daemon, 10) == b"one"
-        assert daemon.readable_now()
-        assert [transport.receive(daemon, 10) for _ in range(3)] == [b"", b"two", b"xy"]
-        raw.sendall(b"end")
-        assert transport.receive(daemon, 10) == b"end"
-        assert not daemon.readable_now()
+def test_a_wait_ends_when_it_is_woken_and_at_its_deadline() -> None:
+    with connected() as (_, port):
+        port.wake()
+        assert port.wait(deadline_after(PATIENCE), reading=True, limit=10) is None
+        deadline = deadline_after(SHORT)
+        assert port.wait(deadline, reading=True, limit=10) is None
+        assert time.monotonic() >= deadline - 0.001
 
 
 # Deadlines.
@@ -200,116 +114,64 @@ def test_frames_that_arrive_in_one_piece_are_received_one_by_one() -> None:
 
 def test_a_deadline_bounds_a_receive_and_a_send() -> None:
     with connected() as (client, _):
-        for block in (lambda: transport.receive(client, 10), lambda: transport.send(client, bytes(20 * MIB))):
+        for block in (lambda: client.receive(10), lambda: client.send([bytes(20 * MIB)])):
             client.deadline = time.monotonic() + SHORT
             with pytest.raises(DaemonTimeout):
                 block()
             assert client.deadline <= time.monotonic() < client.deadline + PATIENCE / 2
-
-
-@needs_posix
-@pytest.mark.parametrize("start", [header(MIB), header(-1) + struct.pack("!Q", MIB)], ids=["header", "long header"])
-@pytest.mark.parametrize("at_once", [True, False])
-def test_a_peer_that_trickles_does_not_extend_the_deadline(start: bytes, at_once: bool) -> None:
-    ended = threading.Event()
-
-    def trickle(raw: socket.socket) -> None:
-        if at_once:
-            raw.sendall(start)
-        # It ends, so that a deadline which is extended shows as another error and not as a hang.
-        for byte in (b"" if at_once else start) + b"x" * 50:
-            if ended.wait(SHORT):
-                return
-            raw.sendall(bytes([byte]))
-        raw.shutdown(socket.SHUT_WR)
-
-    with raw_peer() as (raw, daemon), in_thread(trickle, raw):
-        daemon.deadline = time.monotonic() + 6 * SHORT
-        try:
-            with pytest.raises(DaemonTimeout):
-                transport.receive(daemon, MIB)
-        finally:
-            ended.set()
+        assert not client.all_sent
 
 
 @pytest.mark.parametrize("timeout", [-1.0, -0.001, float("nan"), float("-inf")])
 def test_a_timeout_is_a_number_of_seconds_from_zero_on(timeout: float) -> None:
     with pytest.raises(ValueError, match="timeout"):
-        transport.deadline_after(timeout)
+        deadline_after(timeout)
 
 
 def test_the_deadline_is_kept_in_monotonic_time() -> None:
     before = time.monotonic()
-    assert before + 10 <= transport.deadline_after(10) <= time.monotonic() + 10
-    assert 0 < transport.remaining(before + PATIENCE) <= PATIENCE
-    assert transport.remaining(float("inf")) == float("inf")
+    assert before + 10 <= deadline_after(10) <= time.monotonic() + 10
+    assert 0 < remaining(before + PATIENCE) <= PATIENCE
+    assert remaining(float("inf")) == float("inf")
     with pytest.raises(DaemonTimeout):
-        transport.remaining(before)
+        remaining(before)
 
 
 # The ways to break.
 
 
-@needs_posix
-@pytest.mark.parametrize(
-    "sent",
-    [b"", header(5)[:1], header(5)[:3], header(5), raw_frame(b"hello")[:-1], header(-1), header(-1) + b"\0" * 7,
-     header(-2), header(-(2**31))],
-    ids=lambda sent: sent.hex(),
-)  # fmt: skip
-def test_a_stream_that_ends_or_makes_no_sense_is_a_lost_connection(sent: bytes) -> None:
-    with raw_peer() as (raw, daemon):
-        raw.sendall(sent)
-        if not sent.startswith(b"\x80") and sent != header(-2):
-            raw.close()
-        with pytest.raises(ConnectionLost):
-            transport.receive(daemon, 100)
-
-
 def test_a_peer_that_has_gone_is_a_lost_connection_for_both_directions() -> None:
-    with connected() as (client, daemon):
-        transport.send(daemon, b"last words")
-        daemon.close()
-        daemon.close()
-        assert transport.receive(client, 100) == b"last words"
-        assert client.readable_now()
+    with connected() as (client, port):
+        write(port, b"last words")
+        port.close()
+        port.close()
+        assert client.receive(100) == b"last words"
+        assert client.is_readable()
         with pytest.raises(ConnectionLost):
-            transport.receive(client, 100)
-        for payload in (b"short", bytes(MIB)):
+            client.receive(100)
+        for data in (b"short", bytes(MIB)):
             with pytest.raises(ConnectionLost):
-                transport.send(client, payload)
+                client.send([data])
+
+
+def test_a_client_that_has_gone_is_the_end() -> None:
+    with connected() as (client, port):
+        client.send([b"last words"])
+        client.close()
+        client.close()
+        assert read(port, 10) == b"last words"
+        assert port.wait(deadline_after(PATIENCE), reading=True, limit=10) == b""
 
 
 @pytest.mark.parametrize("blocked", ["receive", "send"])
 def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str) -> None:
     with connected() as (client, _):
-        block = (transport.receive, client, 10) if blocked == "receive" else (transport.send, client, bytes(20 * MIB))
+        block = (client.receive, 10) if blocked == "receive" else (client.send, [bytes(20 * MIB)])
         with in_thread(*block) as result:
             client.abort()
             with pytest.raises(ConnectionLost):
                 result.result()
         client.abort()
-
-
-def test_finishing_still_delivers_what_has_arrived() -> None:
-    with connected() as (client, daemon):
-        for frame in (b"one", b"two" * 1000):
-            transport.send(client, frame)
-        daemon.finish_receiving()
-        assert transport.receive(daemon, MIB) == b"one"
-        # In the middle, too, replies can be sent.
-        transport.send(daemon, b"reply")
-        assert transport.receive(client, 10) == b"reply"
-        assert transport.receive(daemon, MIB) == b"two" * 1000
-        with pytest.raises(ConnectionLost):
-            transport.receive(daemon, MIB)
-
-
-def test_finishing_ends_a_receive_in_another_thread() -> None:
-    with connected() as (_, daemon), in_thread(transport.receive, daemon, 10) as result:
-        daemon.finish_receiving()
-        with pytest.raises(ConnectionLost):
-            result.result()
 
 
 # Dial and listen.
@@ -319,7 +181,7 @@ def test_dialing_nobody_is_no_daemon(private_directories: Path) -> None:
     with listening() as listener:
         pass
     with pytest.raises(DaemonNotRunning):
-        transport.dial(listener.address, time.monotonic() + PATIENCE)
+        connect(listener.address, time.monotonic() + PATIENCE)
 
 
 @needs_posix
@@ -340,12 +202,12 @@ def test_dialing_what_is_no_daemon_is_typed(address: str, kind: type[Exception],
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(private_directories / "dead.sock"))
     with pytest.raises(kind):
-        transport.dial(f"{private_directories}/{address}", time.monotonic() + PATIENCE)
+        connect(f"{private_directories}/{address}", time.monotonic() + PATIENCE)
 
 
 def test_dialing_keeps_a_deadline_that_has_passed() -> None:
     with listening() as listener, pytest.raises(DaemonTimeout):
-        transport.dial(listener.address, time.monotonic() - 1)
+        connect(listener.address, time.monotonic() - 1)
 
 
 @needs_linux
@@ -358,11 +220,11 @@ def test_dialing_a_full_accept_queue_ends_at_the_deadline() -> None:
                 break
         deadline = time.monotonic() + SHORT
         with pytest.raises(DaemonTimeout):
-            transport.dial(listener.address, deadline)
+            connect(listener.address, deadline)
         assert deadline <= time.monotonic() + 0.01
         # Room again: it serves again.
-        listener.accept().close()
-        transport.dial(listener.address, time.monotonic() + PATIENCE).close()
+        listener.accept_port().close()
+        connect(listener.address, time.monotonic() + PATIENCE).close()
 
 
 @needs_linux
@@ -376,16 +238,16 @@ def test_dialing_without_a_free_descriptor_is_typed() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
         try:
             with pytest.raises(ResourceExhausted, match=os.strerror(errno.EMFILE)):
-                transport.dial(listener.address, time.monotonic() + PATIENCE)
+                connect(listener.address, time.monotonic() + PATIENCE)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("accepting", [1, 3])
 def test_waking_ends_every_accept_and_closing_removes_the_address(accepting: int) -> None:
-    def accept(listener: transport.Listener) -> None:
+    def accept(listener: listen.Listener) -> None:
         with contextlib.suppress(OSError):
-            listener.accept().close()
+            listener.accept_port().close()
 
     with listening() as listener:
         with ThreadPoolExecutor(accepting) as executor:
@@ -398,8 +260,8 @@ def test_waking_ends_every_accept_and_closing_removes_the_address(accepting: int
         listener.close()
         listener.close()
         with pytest.raises(DaemonNotRunning):
-            transport.dial(listener.address, time.monotonic() + PATIENCE)
-        if transport.FAMILY == "AF_UNIX":
+            connect(listener.address, time.monotonic() + PATIENCE)
+        if listen.FAMILY == "AF_UNIX":
             assert not os.path.exists(listener.address)
 
 
@@ -410,7 +272,7 @@ def test_the_socket_is_private_under_any_umask() -> None:
         try:
             with listening() as listener:
                 assert stat.S_IMODE(os.stat(listener.address).st_mode) == 0o600
-                transport.dial(listener.address, time.monotonic() + PATIENCE).close()
+                connect(listener.address, time.monotonic() + PATIENCE).close()
         finally:
             os.umask(previous)
 
@@ -420,9 +282,9 @@ def test_an_address_that_cannot_be_bound_is_a_failed_start(private_directories: 
     with listening() as listener:
         for address in (listener.address, str(private_directories / "missing" / "a.sock"), "d" * 200):
             with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR"):
-                transport.Listener(address)
+                listen.Listener(address)
         # The one that was there is not disturbed.
-        transport.dial(listener.address, time.monotonic() + PATIENCE).close()
+        connect(listener.address, time.monotonic() + PATIENCE).close()
 
 
 # Who is there.
@@ -430,8 +292,8 @@ def test_an_address_that_cannot_be_bound_is_a_failed_start(private_directories: 
 
 @needs_linux
 def test_the_kernel_says_who_is_at_the_other_end() -> None:
-    with connected() as (client, daemon):
-        for peer in (client.peer, daemon.peer):
+    with connected() as (client, port):
+        for peer in (client.peer, port.peer):
             assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid())
 
 
@@ -445,14 +307,14 @@ def test_another_users_end_is_refused_even_where_modes_let_it_through(stranger: 
         if stranger == "daemon":
             os.seteuid(12345)
         try:
-            listener = transport.Listener(address)
+            listener = listen.Listener(address)
         finally:
             os.seteuid(0)
         stack.callback(listener.close)
         os.chmod(address, 0o666)
         if stranger == "daemon":
             with pytest.raises(AuthenticationFailed, match="12345"):
-                transport.dial(address, time.monotonic() + PATIENCE)
+                connect(address, time.monotonic() + PATIENCE)
         else:
             raw = stack.enter_context(socket.socket(socket.AF_UNIX))
             os.seteuid(12345)
@@ -461,16 +323,19 @@ def test_another_users_end_is_refused_even_where_modes_let_it_through(stranger: 
             finally:
                 os.seteuid(0)
             with pytest.raises(AuthenticationFailed, match="12345"):
-                listener.accept()
+                listener.accept_port()
             # The next one is served.
-            transport.dial(address, time.monotonic() + PATIENCE).close()
-            listener.accept().close()
+            connect(address, time.monotonic() + PATIENCE).close()
+            listener.accept_port().close()
 
 
 if sys.platform != "win32":
-    from harness_ipc import _posix
+    from harness_ipc._transport import dial
 
-    def test_the_credentials_of_darwin_are_read_where_its_headers_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ENDS = pytest.mark.parametrize("module", [dial, listen], ids=["client", "daemon"])
+
+    @ENDS
+    def test_credentials_of_darwin_are_where_its_headers_put_them(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         class DarwinSocket:
             def getsockopt(self, level: int, option: int, size: int) -> bytes:
                 # sys/un.h and sys/ucred.h: struct xucred is version, uid, a short number of groups, and sixteen groups.
@@ -480,9 +345,10 @@ if sys.platform != "win32":
                 return answer
 
         monkeypatch.setattr(sys, "platform", "darwin")
-        assert _posix._credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
+        assert module.peer_credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
 
-    def test_a_socket_of_darwin_is_told_not_to_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    @ENDS
+    def test_a_socket_of_darwin_is_told_not_to_signal(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         told = []
 
         class DarwinSocket(socket.socket):
@@ -491,6 +357,6 @@ if sys.platform != "win32":
 
         monkeypatch.setattr(sys, "platform", "darwin")
         left, right = socket.socketpair()
-        with right, _posix.Connection(DarwinSocket(fileno=left.detach()), transport.PeerCredentials(None, None)):
+        with right, contextlib.closing(module.Connection(DarwinSocket(fileno=left.detach()), PeerCredentials(None, None))):
             # sys/socket.h: SOL_SOCKET is 0xffff there, SO_NOSIGPIPE 0x1022.
             assert told == [(socket.SOL_SOCKET, 0x1022, 1)]
