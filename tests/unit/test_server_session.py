@@ -1,0 +1,187 @@
+"""The daemon's session as rows: frames in, events, frames out, and the state; each transition, and what is refused."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from typing import Any
+
+import pytest
+
+from harness_ipc._protocol import session
+from harness_ipc._protocol.framing import StreamFraming
+from harness_ipc._protocol.session import PROVED, ServerProtocol
+from harness_ipc.errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError
+
+from .test_session import CHALLENGE, FAILURE, FAREWELL, ITEM, KEYS, LIMIT, NONCE, REPLY, REQUEST, WELCOME, sent, stream
+
+STATES = ["HELLO", "ANSWERED", "IDLE", "ACTIVE", "CANCELLING", "REPLYING", "LEAVING", "CLOSED"]
+MESSAGE = {"method": "m"}
+
+
+def answer_to(frames: list[bytes]) -> bytes:
+    """Return the client's right proof, given what the daemon has sent."""
+    nonce = frames[1].removeprefix(CHALLENGE)
+    return stream(WELCOME, b"{sha256}" + hmac.digest(KEYS.client, nonce, "sha256"))
+
+
+def server_in(state: str) -> ServerProtocol:
+    """Return a daemon's session in `state`, with nothing to send."""
+    server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
+    if state != "HELLO":
+        server.receive_data(stream(CHALLENGE + NONCE))
+        assert server.next_event() is None
+        frames = sent(server)
+    if state not in ("HELLO", "ANSWERED"):
+        server.receive_data(answer_to(frames))
+        assert server.next_event() == PROVED
+        assert sent(server) == [WELCOME]
+    if state in ("ACTIVE", "CANCELLING", "REPLYING"):
+        server.receive_data(stream(REQUEST))
+        assert server.next_event() == MESSAGE
+    if state == "CANCELLING":
+        server.cancel()
+    if state == "REPLYING":
+        server.send_reply(REPLY)
+    if state == "LEAVING":
+        server.leave()
+    if state == "CLOSED":
+        server.close()
+    sent(server)
+    assert server.state == state
+    return server
+
+
+VERBS = {
+    "reply": lambda server: server.send_reply(REPLY),
+    "reply taken": ServerProtocol.reply_taken,
+    "cancel": ServerProtocol.cancel,
+    "leave": ServerProtocol.leave,
+    "fail": lambda server: server.fail(ProtocolError("as told")),
+    "close": ServerProtocol.close,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_table_says_what_the_daemon_may_do_in_each_state(state: str, verb: str) -> None:
+    server = server_in(state)
+    if (afterwards := session._SERVER_STATES.get((state, verb))) is None:
+        with pytest.raises(RuntimeError, match=state):
+            VERBS[verb](server)
+        assert (server.state, sent(server)) == (state, [])
+    else:
+        VERBS[verb](server)
+        assert server.state == afterwards
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_goodbye_takes_the_place_of_what_was_not_sent(state: str) -> None:
+    if (state, "leave") not in session._SERVER_STATES:
+        return
+    server = server_in(state)
+    server.leave()
+    assert sent(server) == ([] if state == "HELLO" else [FAREWELL])
+    server.receive_data(stream(REQUEST))
+    assert (server.next_event(), server.buffered) == (None, 0)
+
+
+def test_a_goodbye_stands_in_place_of_the_verdict() -> None:
+    server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
+    server.receive_data(stream(CHALLENGE + NONCE))
+    assert server.next_event() is None
+    server.receive_data(answer_to(sent(server)))
+    assert server.next_event() == PROVED
+    server.leave()
+    assert sent(server) == [FAREWELL]
+
+
+def test_the_handshake_and_a_request_may_come_split_at_any_byte() -> None:
+    first = stream(CHALLENGE + NONCE)
+    for cut in range(len(first) + 1):
+        server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
+        for data in (first[:cut], first[cut:]):
+            server.receive_data(data)
+            assert server.next_event() is None
+        assert server.state == "ANSWERED"
+        frames = sent(server)
+        second = answer_to(frames) + stream(REQUEST)
+        place = cut * len(second) // len(first)
+        found: list[Any] = []
+        for data in (second[:place], second[place:]):
+            server.receive_data(data)
+            while (event := server.next_event()) is not None:
+                found.append(event)
+        assert found == [PROVED, MESSAGE]
+        server.send_reply(REPLY)
+        assert sent(server) == [WELCOME, REPLY]
+
+
+@pytest.mark.parametrize(
+    ("state", "frame"),
+    [
+        ("HELLO", WELCOME),
+        ("HELLO", REQUEST),
+        ("HELLO", bytes(257)),
+        ("ANSWERED", FAILURE),
+        ("ANSWERED", REQUEST),
+        ("ANSWERED", bytes(257)),
+    ],
+)
+def test_a_client_that_does_not_prove_itself_is_refused(state: str, frame: bytes) -> None:
+    server = server_in(state)
+    server.receive_data(stream(frame))
+    with pytest.raises(AuthenticationFailed):
+        server.next_event()
+    assert (server.state, server.next_event()) == ("CLOSED", None)
+
+
+def test_a_client_with_a_wrong_proof_is_told() -> None:
+    server = server_in("ANSWERED")
+    server.receive_data(stream(WELCOME, b"{sha256}" + bytes(32)))
+    with pytest.raises(AuthenticationFailed):
+        server.next_event()
+    assert (server.state, sent(server)) == ("CLOSED", [FAILURE])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(stream(bytes(LIMIT + 1)), MessageTooLarge), (b"\xff\xff\xff\xfe", ProtocolError)],
+    ids=["large", "negative"],
+)
+def test_a_frame_that_cannot_be_skipped_ends_the_session_with_a_reason(data: bytes, kind: type[HarnessIPCError]) -> None:
+    server = server_in("IDLE")
+    server.receive_data(data)
+    with pytest.raises(kind):
+        server.next_event()
+    (frame,) = sent(server)
+    error = json.loads(frame)["error"]
+    assert (error["type"], error["executed"], server.state) == (kind.__name__, False, "LEAVING")
+
+
+@pytest.mark.parametrize("frame", [b"{", b"[1]", b"", b"\xff"])
+def test_a_request_that_cannot_be_read_is_answered_and_the_next_one_served(frame: bytes) -> None:
+    server = server_in("IDLE")
+    server.receive_data(stream(frame, REQUEST))
+    assert isinstance(server.next_event(), ProtocolError)
+    server.send_reply(REPLY)
+    server.reply_taken()
+    assert server.next_event() == MESSAGE
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "CANCELLING", "REPLYING"])
+def test_what_is_read_ahead_waits_until_the_reply_is_taken(state: str) -> None:
+    server = server_in(state)
+    server.receive_data(stream(REQUEST))
+    assert (server.next_event(), server.buffered) == (None, len(stream(REQUEST)))
+    if state != "REPLYING":
+        server.send_item(ITEM)
+        server.send_reply(REPLY)
+        assert sent(server) == [ITEM, REPLY]
+        assert server.next_event() is None
+    server.reply_taken()
+    assert (server.next_event(), server.buffered) == (MESSAGE, 0)
+
+
+def test_a_handshakes_frames_are_short() -> None:
+    assert [server_in(state).max_frame for state in ("HELLO", "ANSWERED", "IDLE", "ACTIVE")] == [256, 256, LIMIT, LIMIT]
