@@ -119,7 +119,8 @@ def test_a_deadline_bounds_a_receive_and_a_send() -> None:
             with pytest.raises(DaemonTimeout):
                 block()
             assert client.deadline <= time.monotonic() < client.deadline + PATIENCE / 2
-        assert not client.all_sent
+        # In a pipe, one that is cancelled may have arrived.
+        assert client.all_sent is (sys.platform == "win32")
 
 
 @pytest.mark.parametrize("timeout", [-1.0, -0.001, float("nan"), float("-inf")])
