@@ -208,8 +208,11 @@ def check_app(app: App | Handler) -> _Functions:
     elif not callable(app):
         raise TypeError(f"app must be an async function or an object with an async handle(), not {type(app).__name__}")
     for key, function in functions.items():
-        # An object may be called like a function.
-        if not any(map(inspect.iscoroutinefunction, (function, getattr(type(function), "__call__", None)))):  # noqa: B004
+        # An object may be called like a function, and a handler be an async generator.
+        called = (function, getattr(type(function), "__call__", None))  # noqa: B004
+        if not any(map(inspect.iscoroutinefunction, called)) and not (
+            key == "handle" and any(map(inspect.isasyncgenfunction, called))
+        ):
             name = getattr(function, "__qualname__", key)
             raise TypeError(f"{name} is not async: write `async def {name.rpartition('.')[2].strip('<>')}(...)`")
     return _Functions(**functions)

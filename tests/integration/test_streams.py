@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from harness_ipc import (
     report,
     request,
     start_daemon_server,
+    stop_daemon,
 )
 from tests.processes import PATIENCE, wait_until
 from tests.wire import dial_daemon
@@ -157,6 +159,26 @@ def test_a_coroutine_may_return_a_generator() -> None:
             assert await asyncio.to_thread(talk) == [0, 1, 2]
 
     asyncio.run(main())
+
+
+GENERATOR = """
+import sys
+from harness_ipc import run_daemon
+
+async def count(message):
+    for i in range(message["params"]["n"]):
+        yield i
+
+run_daemon(count, "counter", idle_timeout=60)
+"""
+
+
+def test_a_daemons_handler_may_be_a_generator() -> None:
+    with connect_daemon("counter", start=[sys.executable, "-c", GENERATOR]) as client:
+        assert list(client.stream("count", n=3)) == [0, 1, 2]
+        with pytest.raises(ExpectedMore):
+            client.call("count", n=3)
+    assert stop_daemon("counter")
 
 
 def test_progress_is_sent_to_those_who_ask_for_it() -> None:
