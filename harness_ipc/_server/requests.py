@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
+from .._transport import deadline_after
 from ..errors import ExpectedMore, ProtocolError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class CurrentRequest:
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         seconds = message.get("timeout")
-        self._deadline = time.monotonic() + seconds if isinstance(seconds, (int, float)) and seconds >= 0 else inf
+        self._deadline = deadline_after(seconds) if isinstance(seconds, (int, float)) and seconds >= 0 else inf
 
     @property
     def peer(self) -> PeerCredentials:

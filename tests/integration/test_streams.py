@@ -388,6 +388,21 @@ def test_a_handler_knows_its_request() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("timeout", ["1e999", "1" + "0" * 400, "-1", "true", "null", '"soon"', "[1]"])
+def test_any_timeout_in_a_message_is_the_handlers_own(timeout: str) -> None:
+    def talk() -> Any:
+        with dial_daemon("test") as connection:
+            connection.send_bytes(f'{{"method": "tell", "params": {{}}, "timeout": {timeout}}}'.encode())
+            return json.loads(connection.recv_bytes())
+
+    async def main() -> None:
+        async with serving():
+            reply = await asyncio.to_thread(talk)
+            assert reply.get("error", {}).get("type") == "ProtocolError" or reply["result"][0] == "tell"
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_handler_is_told_that_nobody_waits() -> None:
     async def main() -> None:
         async with serving() as service, await aconnect_daemon("test") as client:
