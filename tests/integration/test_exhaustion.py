@@ -337,13 +337,17 @@ def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_i
 def test_a_message_that_finds_no_memory_is_a_typed_error_and_the_daemon_serves_on(room: float) -> None:
     with watched() as daemon, connect_daemon(NAME) as client:
         text = "x" * (40 * MIB)
+        failed: set[str] = set()
         for method, params in (("echo", {"text": text}), ("fill", {"size": len(text)})):
             with daemon.limited("RLIMIT_AS", daemon.memory() + int(room * len(text))):
                 outcomes = {fate(lambda: client.call(method, timeout=PATIENCE, **params)) for _ in range(2)}  # noqa: B023
-                assert outcomes <= {"ConnectionLost", "RemoteError"} if method == "echo" else {"answered", "RemoteError"}
+                # Memory is reserved for threads in pieces that are larger than the message: the largest room may be enough.
+                may_be_answered = method == "fill" or room > 3
+                assert outcomes <= {"ConnectionLost", "RemoteError"} | ({"answered"} if may_be_answered else set()), outcomes
+                failed |= outcomes - {"answered"}
                 assert client.call("echo", n=1) == {"n": 1}
                 assert is_served()
-        assert log_lines("MemoryError") or log_lines("the reply can't be sent")
+        assert not failed or log_lines("MemoryError") or log_lines("the reply can't be sent")
         # With enough of it, the same is no matter.
         assert client.call("echo", text=text, timeout=PATIENCE) == {"text": text}
 
