@@ -140,9 +140,9 @@ class StandBy(threading.Thread):
 
     def run(self) -> None:
         """Serve until the server drains."""
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._selector.register(self._server.admission.listener, selectors.EVENT_READ)
         try:
+            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._selector.register(self._server.admission.listener, selectors.EVENT_READ)
             while not self._server.is_draining:
                 for key, _ in self._selector.select(self._timeout()):
                     if isinstance(key.data, Session):

@@ -299,6 +299,20 @@ def test_a_task_of_the_app_that_exits_ends_the_daemon_and_answers_its_requests()
 # Threads.
 
 
+def test_a_server_may_be_closed_as_soon_as_it_serves() -> None:
+    """Also before its threads have taken their first step."""
+
+    async def main() -> None:
+        for _ in range(200):
+            server, _ = await start_daemon_server(Waiting(), "test")
+            server.close()
+            await server.wait_closed()
+        async with serving():
+            assert await serves()
+
+    run(main)
+
+
 def test_closing_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
