@@ -17,6 +17,7 @@ import psutil
 
 from harness_ipc import connect_daemon, request, stop_daemon
 
+from . import concurrency
 from .clients import CONTESTANTS, PING, PONG, ask_by_line
 from .report import OURS, Row, compare, make_row
 from .servers import BE_BUSY
@@ -82,8 +83,12 @@ class Bench(contextlib.ExitStack):
 
     def serve(self, name: str, address: str) -> tuple[Process, str]:
         """Start a server and return its address: for our daemon the name, for others a path of that name."""
-        server = self.process("servers", name, address if name == OURS else os.path.join(self._directory, address))
+        server = self.process("servers", name, address if name == OURS else self.place(address))
         return server, server.expect("ready")
+
+    def place(self, name: str) -> str:
+        """Return where a server is: for our daemon the name, for others a path of that name."""
+        return name if name == OURS else os.path.join(self._directory, name)
 
     def client(self, name: str) -> Process:
         """Start a client of the one server of its kind, which answers at once."""
@@ -267,6 +272,10 @@ WORKLOADS: dict[str, Callable[[Bench], list[Row]]] = {
     "busy loop": busy_loop,
     "fresh process": fresh_process,
     "cold start": cold_start,
+    "50 calls of 0.1 s at once": concurrency.calls_at_once,
+    "16 threads, 320 calls of 10 ms": concurrency.threads_at_once,
+    **{f"stream of {kind}": partial(concurrency.stream, kind=kind) for kind in concurrency.STREAMS},
+    "departure": concurrency.departure,
 }
 
 

@@ -63,7 +63,7 @@ def test_ratios_are_to_the_reference_by_the_measure_that_was_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "peer", "verdicts"), [(170, 171, ["pass", "pass"]), (171, 172, ["over", "pass"]), (150, 149, ["pass", "over"])]
+    ("ours", "peer", "verdicts"), [(120, 121, ["pass", "pass"]), (121, 122, ["over", "pass"]), (110, 109, ["pass", "over"])]
 )
 def test_what_is_at_a_limit_passes_and_what_is_beyond_is_over(ours: float, peer: float, verdicts: list[str]) -> None:
     rows = [_row("U", 100), _row("harness_ipc", ours), _row("peer", peer), _row("floor", 1), _row("other", 2, same_job=False)]
@@ -71,7 +71,7 @@ def test_what_is_at_a_limit_passes_and_what_is_beyond_is_over(ours: float, peer:
     assert [limit["verdict"] for limit in limits] == verdicts
     assert limits[1]["what"].endswith("(peer)")
     more_is_better = [
-        report.make_row("8 clients, kept", name, [rate], "requests/s") for name, rate in (("U", 100), ("harness_ipc", 229))
+        report.make_row("8 clients, kept", name, [rate], "requests/s") for name, rate in (("U", 100), ("harness_ipc", 279))
     ]
     (limit,) = report.judge(report.compare(more_is_better, {"U": "U"}))
     assert limit["verdict"] == "over"
