@@ -147,8 +147,7 @@ class DaemonServer:
         self.probe = LoopProbe()
         self._acceptor = ThreadAcceptor(self) if USE_PUMP else LoopAcceptor(self)
         self.is_draining = False
-        # Done when nothing of it is left.
-        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._closed: asyncio.Future[None] = self._loop.create_future()  # done when nothing of it is left
 
     @property
     def record(self) -> records.Record:
@@ -316,7 +315,6 @@ class DaemonServer:
         for session in self.admission.all():
             session.abandon()
         if self.requests.tasks:
-            count, seconds = len(self.requests.tasks), CANCEL_PERIOD
-            logger.error("%d requests did not stop within %g s of cancellation: they are left behind", count, seconds)
+            logger.error("%d requests did not stop within %g s of cancellation", len(self.requests.tasks), CANCEL_PERIOD)
             self.requests.tasks.clear()
         self.check_closed()
