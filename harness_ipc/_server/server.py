@@ -89,11 +89,9 @@ async def start_daemon_server(
     with contextlib.ExitStack() as undo:
         if release:
             undo.callback(registration.release)
-        listener = Listener(registration.record.address)
-        undo.callback(listener.close)
+        listener = undo.enter_context(contextlib.closing(Listener(registration.record.address)))
         server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-        hooks = Hooks(health, server.pong, after_request, server.check_closed)
-        server.requests = Requests(handler, hooks, max_message)
+        server.requests = Requests(handler, Hooks(health, server.pong, after_request, server.check_closed), max_message)
         registration.publish(app_version=app_version, max_message=max_message)
         server._start()
         undo.pop_all()

@@ -10,17 +10,19 @@ import errno
 import os
 import select
 import socket
-import struct
 import sys
 import time
 from math import ceil, inf
+from typing import TYPE_CHECKING
 
 from .._descriptors import close_in_child
 from .._protocol.framing import StreamFraming
 from .._registry import files
 from .._registry.namespace import private_temporary_dir
 from ..errors import AuthenticationFailed, ConnectionLost, StartFailed
-from .base import PeerCredentials
+
+if TYPE_CHECKING:
+    from .base import PeerCredentials
 
 __all__ = ["FAMILY", "Connection", "Listener", "Port", "lacking_descriptors", "new_address"]
 
@@ -49,6 +51,8 @@ else:
     # The one private seam of multiprocessing.connection: the Listener's socket. The Connection that its own accept() returns
     # can't give its descriptor away.
     from multiprocessing import connection as _stock
+
+    from .dial import peer_credentials
 
     FAMILY = "AF_UNIX"
 
@@ -298,15 +302,3 @@ else:
         except BaseException:
             sock.close()
             raise
-
-    def peer_credentials(sock: socket.socket) -> PeerCredentials:
-        if sys.platform == "linux":
-            # struct ucred, unix(7).
-            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return PeerCredentials(pid, uid & 0xFFFFFFFF)
-        if sys.platform == "darwin":
-            # sys/un.h: SOL_LOCAL 0, LOCAL_PEERCRED 1 (struct xucred: version, uid, ...), LOCAL_PEERPID 2.
-            _, uid = struct.unpack_from("2I", sock.getsockopt(0, 1, 76))
-            (pid,) = struct.unpack("i", sock.getsockopt(0, 2, 4))
-            return PeerCredentials(pid, uid)
-        return PeerCredentials(None, None)
