@@ -51,7 +51,7 @@ class PumpTransport:
         self._undelivered = 0
         self._reading_paused = False
         self._closing = threading.Event()
-        # Bytes that the system has not taken; the loop's own count.
+        # Bytes that the system has not taken, counted in the loop.
         self.unsent = 0
 
     def write(self, chunks: list[bytes]) -> bool:

@@ -69,7 +69,7 @@ def run(main: Callable[[AsyncClient], Awaitable[None]], *, refuse_threads: bool 
 
     before = set(threading.enumerate())
     asyncio.run(in_time())
-    # Whoever cancels waits for no thread; it ends a moment later.
+    # A cancelled call waits for no thread; it ends a moment later.
     wait_until(lambda: set(threading.enumerate()) == before)
 
 

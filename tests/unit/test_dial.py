@@ -151,6 +151,7 @@ def test_nobody_at_an_address_is_no_daemon(private_directories: Path) -> None:
         ("dead.sock", DaemonNotRunning),
         ("file", DaemonNotRunning),
         ("file/below.sock", DaemonNotRunning),
+        ("missing/a.sock", DaemonNotRunning),
         ("d" * 200, HarnessIPCError),
         ("nul \0.sock", HarnessIPCError),
     ],

@@ -25,8 +25,6 @@ from harness_ipc.errors import (
     ConnectionLost,
     DaemonNotRunning,
     DaemonTimeout,
-    HarnessIPCError,
-    ResourceExhausted,
     StartFailed,
 )
 from tests.marks import needs_linux, needs_posix, needs_root
@@ -185,27 +183,6 @@ def test_dialing_nobody_is_no_daemon(private_directories: Path) -> None:
         connect(listener.address, time.monotonic() + PATIENCE)
 
 
-@needs_posix
-@pytest.mark.parametrize(
-    ("address", "kind"),
-    [
-        ("dead.sock", DaemonNotRunning),
-        ("file", DaemonNotRunning),
-        ("file/below.sock", DaemonNotRunning),
-        ("missing/a.sock", DaemonNotRunning),
-        ("d" * 200, HarnessIPCError),
-        ("nul \0.sock", HarnessIPCError),
-    ],
-    ids=ascii,
-)
-def test_dialing_what_is_no_daemon_is_typed(address: str, kind: type[Exception], private_directories: Path) -> None:
-    (private_directories / "file").touch()
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(private_directories / "dead.sock"))
-    with pytest.raises(kind):
-        connect(f"{private_directories}/{address}", time.monotonic() + PATIENCE)
-
-
 def test_dialing_keeps_a_deadline_that_has_passed() -> None:
     with listening() as listener, pytest.raises(DaemonTimeout):
         connect(listener.address, time.monotonic() - 1)
@@ -226,22 +203,6 @@ def test_dialing_a_full_accept_queue_ends_at_the_deadline() -> None:
         # Room again: it serves again.
         listener.accept_port().close()
         connect(listener.address, time.monotonic() + PATIENCE).close()
-
-
-@needs_linux
-def test_dialing_without_a_free_descriptor_is_typed() -> None:
-    import resource
-
-    with listening() as listener:
-        free = os.dup(0)
-        os.close(free)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-        try:
-            with pytest.raises(ResourceExhausted, match=os.strerror(errno.EMFILE)):
-                connect(listener.address, time.monotonic() + PATIENCE)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("accepting", [1, 3])
