@@ -147,8 +147,8 @@ def test_a_call_above_the_limit_waits_and_is_cancelled_or_times_out_unrun(daemon
         with pytest.raises(DaemonTimeout, match="64 other calls"):
             await client.call("sleep", seconds=0, tag="late", timeout=0.1)
         await cancel(queued[0])
-        await cancel(running[0])
         await cancel(queued[2])
+        await cancel(running[0])
         assert await queued[1] == "queued 1"
         for task in running[1:]:
             task.cancel()
