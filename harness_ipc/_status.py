@@ -44,7 +44,9 @@ class DaemonStatus:
 
     `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
     "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use). `argv` and
-    `cwd` are those of the start, `environment` the names of the variables that the starter added.
+    `cwd` are those of the start, `environment` the names of the variables that the starter added. `healthy` is False if the
+    app's `health` raised an error or returned an "error", True if it returned anything else, and None if the app has no
+    `health` or did not answer, in which case `health` has the error of asking.
     """
 
     name: str
@@ -69,6 +71,7 @@ class DaemonStatus:
     cwd: str | None = None
     environment: list[str] | None = None
     app: str = DEFAULT_APP
+    healthy: bool | None = None
 
     @property
     def alive(self) -> bool:
@@ -154,7 +157,7 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
         return status(state="incompatible", problem=str(incompatible), **known), incompatible
     found = _with_answer(record, pong)
     if health and found["state"] == "running":
-        found["health"] = _health(name, timeout, namespace)
+        found["health"], found["healthy"] = _ask_health(name, timeout, namespace)
     return status(**known, **found), None
 
 
@@ -189,15 +192,14 @@ def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str,
     return {"state": "unresponsive", "problem": problem}
 
 
-def _health(name: str, timeout: float, namespace: Namespace) -> dict[str, Any] | None:
+def _ask_health(name: str, timeout: float, namespace: Namespace) -> tuple[dict[str, Any] | None, bool | None]:
+    """Return `DaemonStatus.health` and `DaemonStatus.healthy`."""
     try:
         reply = client.request(name, {"meta": messages.HEALTH}, timeout=timeout, namespace=namespace)
     except HarnessIPCError as error:
-        return messages.error_reply(error)
-    if "error" in reply:
-        return {"error": reply["error"]}
-    health = reply.get("health")
-    return health if isinstance(health, dict) else None
+        return messages.error_reply(error), None
+    health = {"error": reply["error"]} if "error" in reply else reply.get("health")
+    return (health, "error" not in health) if isinstance(health, dict) else (None, None)
 
 
 def published_generation(name: str, namespace: Namespace) -> str | None:

@@ -326,7 +326,8 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
     if status.idle is not None and status.loop_lag is not None:
         yield "loop", f"idle for {_duration(status.idle)}, lag {status.loop_lag * 1000:.1f} ms"
     if status.health is not None:
-        yield "health", json.dumps(status.health)
+        verdict = {True: "healthy: ", False: "not healthy: ", None: ""}[status.healthy]
+        yield "health", verdict + json.dumps(status.health)
     if status.argv is not None:
         import shlex
 

@@ -41,7 +41,11 @@ _thread = threading.local()
 
 @runtime_checkable
 class App(Protocol):
-    """A daemon's application. It may also have ``async health() -> dict``: whether what it depends on answers."""
+    """A daemon's application.
+
+    It may also have ``async health() -> dict``: whether what it depends on answers. It is unhealthy if that raises an error, or
+    returns a dict with an "error".
+    """
 
     async def start(self) -> None:
         """Acquire resources: called once, before the daemon can be found."""

@@ -269,7 +269,7 @@ def test_the_status_of_a_running_daemon() -> None:
     ]
     # Aligned: two spaces, the title, and the text from the same column on.
     assert all(re.match(r"  \w[\w ]{8} \S", line) for line in lines[1:])
-    assert '  health    {"upstream": "fine"}' in lines
+    assert '  health    healthy: {"upstream": "fine"}' in lines
     assert "  requests  1 answered, 1 with an error; connections: 1" in lines
 
 

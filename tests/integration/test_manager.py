@@ -88,7 +88,7 @@ def test_a_running_daemon_tells_all_about_itself() -> None:
     assert status.since is not None
     assert before - 1 <= status.since <= time.time() + 1
     assert (status.requests, status.errors) == (2, 1)
-    assert status.health == {"well": True}
+    assert (status.health, status.healthy) == ({"well": True}, True)
     for number in (status.uptime, status.loop_lag, status.idle, status.connections):
         assert number is not None
         assert 0 <= number < PATIENCE
@@ -98,13 +98,29 @@ def test_a_running_daemon_tells_all_about_itself() -> None:
     assert_one_daemon()
 
 
-def test_a_daemon_whose_health_fails_is_running_all_the_same() -> None:
-    ensure(then="async def sick(self): raise LookupError('no upstream')\nApp.health = sick")
+@pytest.mark.parametrize(
+    ("health", "answer", "healthy"),
+    [
+        ("raise LookupError('no upstream')", {"error": {"type": "LookupError", "message": "no upstream"}}, False),
+        ("return {'error': 'no upstream', 'words': 3}", {"error": "no upstream", "words": 3}, False),
+        ("return {}", {}, True),
+        ("return None", None, None),
+    ],
+)
+def test_health_does_not_change_the_state(health: str, answer: Any, healthy: bool | None) -> None:
+    ensure(then=f"async def health(self): {health}\nApp.health = health")
     status = daemon_status("test")
-    assert status.state == "running"
-    assert status.health is not None
-    assert status.health["error"]["message"] == "no upstream"
+    assert (status.state, status.health, status.healthy) == ("running", answer, healthy)
     assert_one_daemon()
+
+
+def test_without_an_answer_nothing_is_known_of_the_health() -> None:
+    ensure(then="async def hang(self): await asyncio.Event().wait()\nApp.health = hang")
+    status = daemon_status("test", timeout=0.3)
+    assert (status.state, status.healthy) == ("running", None)
+    assert status.health is not None
+    assert status.health["error"]["type"] == "DaemonTimeout"
+    assert daemon_status("absent").healthy is None
 
 
 def test_a_daemon_that_somebody_started_by_hand_is_found_and_stopped() -> None:
