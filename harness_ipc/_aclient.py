@@ -18,7 +18,7 @@ from ._workers import Workers
 from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, START_TIMEOUT, Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
     from .client import Command
+    from .errors import RemoteError
 
 # None where threads block: a loop can't watch a pipe that it did not open.
 _LOOP_IO: IO | None = None
@@ -40,6 +41,7 @@ async def aconnect_daemon(
     *,
     start: Command | None = None,
     start_timeout: float = START_TIMEOUT,
+    errors: Iterable[type[RemoteError]] = (),
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -52,6 +54,7 @@ async def aconnect_daemon(
             name,
             start=start,
             start_timeout=start_timeout,
+            errors=errors,
             timeout=timeout,
             request_timeout=request_timeout,
             max_message=max_message,
@@ -112,7 +115,7 @@ class AsyncClient:
         deadline = self._client.deadline_for(timeout)
         message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
         if on_progress is None:
-            return result_of(await self._ask(message, deadline))
+            return result_of(await self._ask(message, deadline), self._client._pool.error_classes)
         async with AsyncStream(self._exchange(message, deadline), None, self._run) as stream:
             async for item in stream:
                 on_progress(item)

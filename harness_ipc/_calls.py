@@ -10,10 +10,13 @@ from .errors import Busy, ConnectionLost, ExpectedMore, HarnessIPCError, Protoco
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from ._exchange import Exchange
     from ._protocol.messages import Message
+
+    ErrorClasses = dict[str, type[RemoteError]]
 
 
 def check_request(message: Message) -> Message:
@@ -44,10 +47,24 @@ def call_message(method: str, params: Message | None, kwargs: Message, deadline:
     return message
 
 
-def result_of(reply: Message) -> Any:
-    """Return ``reply["result"]``. Raises `RemoteError` for ``reply["error"]`` and `ProtocolError` if it has neither."""
+def error_classes(errors: Iterable[type[RemoteError]]) -> ErrorClasses:
+    """Return `errors` by their names. Raises `TypeError` for other classes, and `ValueError` if two have the same name."""
+    classes: ErrorClasses = {}
+    for kind in errors:
+        if not (isinstance(kind, type) and issubclass(kind, RemoteError)):
+            raise TypeError(f"errors has {kind!r}, which is not a subclass of RemoteError")
+        if classes.setdefault(kind.__name__, kind) is not kind:
+            raise ValueError(f"errors has two classes {kind.__name__!r}: the daemon's reply names an error by that alone")
+    return classes
+
+
+def result_of(reply: Message, classes: ErrorClasses) -> Any:
+    """Return ``reply["result"]``.
+
+    Raises for ``reply["error"]`` the class of its type in `classes`, or `RemoteError`; `ProtocolError` if it has neither.
+    """
     if "error" in reply:
-        raise _remote_error(reply["error"])
+        raise _remote_error(reply["error"], classes)
     if "result" not in reply:
         raise ProtocolError(
             'the reply has neither "result" nor "error": use request() for replies of another form', maybe_executed=True
@@ -67,12 +84,16 @@ def error_of_channel(reply: Message, name: str) -> HarnessIPCError | None:
     return None
 
 
-def _remote_error(error: Any) -> RemoteError:
+def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     if not isinstance(error, dict):
         return RemoteError(str(error))
     text, kind = str(error.get("message", error)), str(error.get("type", ""))
     if error.get("executed") is not False:
-        return RemoteError(text, type=kind)
+        known = classes.get(kind, RemoteError)
+        # Not known(...): an application's class may take other arguments.
+        made = known.__new__(known, text)
+        RemoteError.__init__(made, text, type=kind, data=error.get("data"))
+        return made
     # Only the channel says that a request did not run, so such an error is of its own types.
     known = ExpectedMore if kind == ExpectedMore.__name__ else RemoteError
     return known(text, type=kind, maybe_executed=False)
@@ -105,7 +126,7 @@ class Items:
         """Take a reply. Return whether it was an item, now in `_item`. Raises as `result_of` does."""
         self._ended = not self._exchange.is_streaming
         if self._ended:
-            self.result = result_of(reply)
+            self.result = result_of(reply, self._exchange.error_classes)
             return False
         self._item = reply.get("result")
         return True

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol, TypeVar
 
+    from ._calls import ErrorClasses
     from ._pool import Pool
     from ._protocol.messages import Message
     from ._registry.records import Record
@@ -68,7 +69,6 @@ class _NotRun(Exception):
     """What was sent to this generation has not run and will not run: it has said goodbye, or `failure` says what happened."""
 
     def __init__(self, failure: HarnessIPCError | None = None) -> None:
-        super().__init__()
         self.failure = failure
 
 
@@ -104,6 +104,11 @@ class Exchange:
     def is_streaming(self) -> bool:
         """Whether the last reply was an item, and another reply follows."""
         return self._link is not None and self._link.protocol.state == STREAMING
+
+    @property
+    def error_classes(self) -> ErrorClasses:
+        """The classes for the errors of the daemon's handler."""
+        return self._pool.error_classes
 
     def cancel(self) -> None:
         """End the exchange at once, from any thread. What was sent may still run in the daemon."""

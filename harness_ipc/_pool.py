@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._calls import ErrorClasses
     from ._protocol.session import ClientProtocol
     from ._registry.namespace import Namespace
     from ._transport import Connection
@@ -67,6 +68,7 @@ class Pool:
         generation: str | None = None,
         start: Sequence[str | os.PathLike[str]] | None = None,
         start_timeout: float = 0.0,
+        error_classes: ErrorClasses | None = None,
         max_idle: int = 8,
     ) -> None:
         self.name = name
@@ -77,6 +79,7 @@ class Pool:
         self.generation = generation
         self.start = start
         self.start_timeout = start_timeout
+        self.error_classes = error_classes or {}
         self.max_idle = max_idle
         # Of the generation that was connected last.
         self.record: records.Record

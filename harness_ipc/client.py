@@ -6,7 +6,7 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 from __future__ import annotations
 
 from ._blocking import Stream, blocking, run
-from ._calls import call_message, check_request, result_of
+from ._calls import call_message, check_request, error_classes, result_of
 from ._exchange import Exchange
 from ._pool import Pool
 from ._protocol import messages
@@ -15,6 +15,7 @@ from .errors import (
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
+    RemoteError,
     ResourceExhausted,
     UnsafeDirectory,
 )
@@ -22,7 +23,7 @@ from .errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -44,6 +45,7 @@ def connect_daemon(
     *,
     start: Command | None = None,
     start_timeout: float = START_TIMEOUT,
+    errors: Iterable[type[RemoteError]] = (),
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -59,6 +61,10 @@ def connect_daemon(
     With `start`, the command line of a program that calls `run_daemon` with this name, a daemon that is absent is started, now
     and before each later call: see `ensure_daemon`. `start_timeout` seconds are for a start alone; no other timeout counts it.
 
+    `errors` are classes, derived from `RemoteError`, that a call raises when the daemon answers with an error whose type is the
+    class's name, so that ``except NotIndexed`` works on both sides. Their own ``__init__`` is not called: they have `message`,
+    `type`, `data` and `maybe_executed`.
+
     `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own, with
     at most `timeout` of it for connecting (`float("inf")` waits for ever); `max_message` is the limit of a message in either
     direction, in bytes; `namespace` is that of the daemon's application, and None the default one.
@@ -71,6 +77,7 @@ def connect_daemon(
         name,
         start=start,
         start_timeout=start_timeout,
+        errors=errors,
         timeout=timeout,
         request_timeout=request_timeout,
         max_message=max_message,
@@ -94,6 +101,7 @@ class Client:
         *,
         start: Command | None = None,
         start_timeout: float = START_TIMEOUT,
+        errors: Iterable[type[RemoteError]] = (),
         timeout: float = CONNECT_TIMEOUT,
         request_timeout: float = REQUEST_TIMEOUT,
         max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -109,6 +117,7 @@ class Client:
             max_message=max_message,
             start=start,
             start_timeout=start_timeout,
+            error_classes=error_classes(errors),
         )
 
     @property
@@ -160,7 +169,7 @@ class Client:
         message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
         exchange = Exchange(self._pool, blocking, message, deadline)
         if on_progress is None:
-            return result_of(run(exchange.only_reply()))
+            return result_of(run(exchange.only_reply()), self._pool.error_classes)
         with Stream(exchange, None) as stream:
             for item in stream:
                 on_progress(item)

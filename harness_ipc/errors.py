@@ -21,7 +21,13 @@ HarnessIPCError
 All of them survive pickling and copying with their attributes.
 """
 
+from __future__ import annotations
+
 import errno
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # What this process, or the whole system, has run out of: descriptors, memory, buffers.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -123,13 +129,15 @@ class ProtocolError(HarnessIPCError, ValueError):
 
 
 class RemoteError(HarnessIPCError, RuntimeError):
-    """The daemon answered with an error. `type` is the name of the exception there."""
+    """The daemon answered with an error: `type` and `message` are of the exception there, `data` is any JSON, or None."""
 
     maybe_executed = True
 
-    def __init__(self, message: str, *, type: str = "", maybe_executed: bool | None = None) -> None:
+    def __init__(self, message: str, *, type: str = "", data: Any = None, maybe_executed: bool | None = None) -> None:
         super().__init__(message, maybe_executed=maybe_executed)
+        self.message = message
         self.type = type
+        self.data = data
 
 
 class ExpectedMore(RemoteError, TypeError):

@@ -195,7 +195,7 @@ def message(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert messages.decode(messages.encode(decoded)) == decoded
     try:
-        assert _calls.result_of(decoded) == decoded["result"]
+        assert _calls.result_of(decoded, {"KeyError": RemoteError}) == decoded["result"]
     except (RemoteError, ProtocolError):
         assert "error" in decoded or "result" not in decoded
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from harness_ipc import (
     ProtocolError,
     RemoteError,
     _transport,
+    aconnect_daemon,
     connect_daemon,
     request,
 )
@@ -148,6 +150,60 @@ def test_an_error_ends_a_stream_after_its_items() -> None:
         assert caught.value.maybe_executed
         assert list(stream) == []
         assert daemon.connections == 1
+
+
+class NotIndexed(RemoteError, LookupError):
+    def __init__(self, folder: str, line: int) -> None:
+        super().__init__(f"{folder} is not indexed", data=[folder, line])
+
+
+NOT_INDEXED = {"type": "NotIndexed", "message": "src is not indexed", "data": ["src", 3]}
+
+
+def test_an_error_is_raised_as_the_registered_class_of_its_name() -> None:
+    replies = produce(*items(1), {"error": NOT_INDEXED})
+
+    def ask_blocking() -> Iterator[BaseException]:
+        with connect_daemon("test", errors=[NotIndexed]) as client:
+            for ask in (lambda: client.call("m", on_progress=print), lambda: list(client.stream("m"))):
+                with pytest.raises(LookupError) as caught:
+                    ask()
+                yield caught.value
+
+    async def ask_async() -> BaseException:
+        async with await aconnect_daemon("test", errors=[NotIndexed]) as client:
+            with pytest.raises(LookupError) as caught:
+                await client.call("m", on_progress=print)
+            return caught.value
+
+    with scripted.daemon(replies):
+        errors = [*ask_blocking(), asyncio.run(ask_async())]
+    with scripted.daemon(produce({"error": NOT_INDEXED})), connect_daemon("test", errors=[NotIndexed]) as client:
+        with pytest.raises(LookupError) as caught:
+            client.call("m")
+        errors.append(caught.value)
+    for error in errors:
+        assert isinstance(error, NotIndexed)
+        assert (error.type, error.message, error.data) == ("NotIndexed", "src is not indexed", ["src", 3])
+        assert error.maybe_executed
+        assert "src is not indexed" in str(error)
+
+
+@pytest.mark.parametrize("reply", [{**NOT_INDEXED, "type": "Other"}, {**NOT_INDEXED, "executed": False}, "text"])
+def test_other_errors_are_remote_errors(reply: Any) -> None:
+    with scripted.daemon(produce({"error": reply})), connect_daemon("test", errors=[NotIndexed]) as client:
+        with pytest.raises(RemoteError) as caught:
+            client.call("m")
+        assert type(caught.value) is RemoteError
+
+
+def test_classes_that_can_not_be_registered_are_refused_at_once() -> None:
+    for wrong in (ValueError, "NotIndexed", RemoteError("instance")):
+        with pytest.raises(TypeError, match="not a subclass of RemoteError"):
+            connect_daemon("test", errors=[wrong])  # type: ignore[list-item]
+    same_name = type("NotIndexed", (RemoteError,), {})
+    with pytest.raises(ValueError, match="two classes 'NotIndexed'"):
+        connect_daemon("test", errors=[NotIndexed, same_name])
 
 
 def never_ends(served: Served) -> None:

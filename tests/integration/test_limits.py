@@ -180,7 +180,7 @@ def test_a_reply_that_cannot_be_read_is_an_error_too(daemon: DaemonProcess) -> N
 def test_an_exception_with_a_text_above_the_limit_is_an_error_too() -> None:
     above = pytest.raises(RemoteError, match="above the limit of 1000 bytes")
     with spawn_daemon("limits", max_message=1000), one_connection() as client, above:
-        result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}))  # 998 bytes, and 1004 in the reply
+        result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}), {})  # 998 bytes, and 1004 in the reply
 
 
 def is_served() -> bool:

@@ -51,7 +51,10 @@ INSTANCES: list[tuple[HarnessIPCError, dict[str, object]]] = [
     (ResourceExhausted("text"), {}),
     (MessageTooLarge("text", size=10, limit=9, maybe_executed=True), {"size": 10, "limit": 9, "maybe_executed": True}),
     (ProtocolError("text", maybe_executed=True), {"maybe_executed": True}),
-    (RemoteError("text", type="KeyError", maybe_executed=False), {"type": "KeyError", "maybe_executed": False}),
+    (
+        RemoteError("text", type="KeyError", data=[1], maybe_executed=False),
+        {"message": "text", "type": "KeyError", "data": [1], "maybe_executed": False},
+    ),
     (ExpectedMore("text", type="ExpectedMore"), {"type": "ExpectedMore"}),
 ]
 KINDS = pytest.mark.parametrize(("error", "attributes"), INSTANCES, ids=[type(error).__name__ for error, _ in INSTANCES])
