@@ -122,7 +122,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     """End the daemon `name`, and return whether there was one, when its process is gone, its lock free and its record removed.
 
     It is asked to, and has `timeout` seconds to finish what is in flight; then it is terminated, then killed. Only the very
-    process that the record names is ever signalled.
+    process that the record names is ever signalled, and not if it is this one.
 
     Raises `DaemonTimeout` if it does not end, because the system holds it or it can't be identified, `AuthenticationFailed` if
     it is not ours, `IncompatibleDaemon`, `UnsafeDirectory` or `InvalidName`.
@@ -132,7 +132,8 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
         record = records.read(name, again=True, namespace=namespace)
     except DaemonNotRunning:
         record = None
-    known = record is not None and processes.is_same_process(record.public())
+    own = record is not None and record.pid == os.getpid()
+    known = not own and record is not None and processes.is_same_process(record.public())
     asked = False
     if record is not None:
         # Also if its process is not found: the key proves that the daemon is the record's.
@@ -150,6 +151,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
             break
         if not sleep_until_retry(deadline):
             why = "no record says which process has its lock" if record is None else processes.why_unknown(record.public())
+            why = "this process serves it: close its server" if own else why
             why = f"{why}; nothing was signalled" if why else "another process than the record's has its lock"
             raise DaemonTimeout(f"timed out after {seconds:g} s waiting for the daemon {name!r} to stop: {why}")
     return asked or known

@@ -52,7 +52,7 @@ def _run(script: Path) -> str:
 def test_every_python_block_is_a_file_that_a_test_runs() -> None:
     assert _README.count("```python") == len(_FILES)
     # visit.py is run where there is a browser, in tests/browser.
-    programs = ["ask", "careful", "embedded", "ensure", "index", "namespaces", "service", "visit", "wire"]
+    programs = ["ask", "careful", "embedded", "ensure", "index", "namespaces", "service", "test_words", "visit", "wire"]
     assert sorted(_FILES) == [f"{program}.py" for program in programs]
     assert sorted(_COMMANDS) == ["demo", "tests"]
     assert _README.count("```sh") == len(_COMMANDS)
@@ -103,6 +103,12 @@ def test_making_sure_that_a_daemon_runs(snippets: Path) -> None:
 
 def test_a_daemon_in_a_namespace(snippets: Path) -> None:
     assert _run(snippets / "namespaces.py") == "{'result': 4}\n"
+
+
+def test_the_tests_of_a_daemon(snippets: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_words.py"]
+    result = subprocess.run(command, cwd=snippets, capture_output=True, text=True, timeout=PATIENCE)
+    assert "2 passed" in result.stdout, result.stdout
 
 
 def _json_of(*arguments: str) -> Any:
@@ -176,7 +182,7 @@ def test_the_table_of_errors_is_complete() -> None:
 @needs_posix
 @needs_network
 def test_the_set_up_command_on_a_fresh_checkout(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "README.md", "LICENSE", "harness_ipc"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "harness_ipc", "_harness_ipc_pytest.py"):
         source = _ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
