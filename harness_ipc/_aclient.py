@@ -20,12 +20,12 @@ from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, START_TIMEOUT, Client
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
-    from typing import Self
+    from typing import Literal, Self
 
     from ._exchange import IO
+    from ._pool import Start
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
-    from .client import Command
     from .errors import RemoteError
 
 # None where threads block: a loop can't watch a pipe that it did not open.
@@ -39,8 +39,10 @@ if sys.platform != "win32":
 async def aconnect_daemon(
     name: str,
     *,
-    start: Command | None = None,
+    start: Start | None = None,
     start_timeout: float = START_TIMEOUT,
+    version: str | None = None,
+    on_mismatch: Literal["error", "restart"] = "error",
     errors: Iterable[type[RemoteError]] = (),
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
@@ -54,6 +56,8 @@ async def aconnect_daemon(
             name,
             start=start,
             start_timeout=start_timeout,
+            version=version,
+            on_mismatch=on_mismatch,
             errors=errors,
             timeout=timeout,
             request_timeout=request_timeout,

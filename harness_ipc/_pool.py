@@ -12,16 +12,24 @@ import time
 from ._protocol.session import IDLE
 from ._registry import records
 from ._transport import remaining
-from .errors import DaemonNotRunning, DaemonTimeout
+from .errors import DaemonNotRunning, DaemonTimeout, IncompatibleDaemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
     from ._calls import ErrorClasses
     from ._protocol.session import ClientProtocol
     from ._registry.namespace import Namespace
     from ._transport import Connection
+
+    Command = str | Sequence[str | os.PathLike[str]]
+    Start = Command | Callable[[], object]
+
+
+class _WrongVersion(DaemonNotRunning):
+    """A daemon of another version than the wanted one runs, and may be replaced."""
 
 
 class Link:
@@ -54,7 +62,9 @@ class State:
 class Pool:
     """The connections of one client, for any number of exchanges at once. At most `max_idle` are kept between them.
 
-    With `generation`, no other one is asked. With `start`, a command line, a daemon that is absent or says goodbye is started.
+    With `generation`, no other one is asked. With `start`, a daemon that is absent or says goodbye is started: by a command
+    line, an app or a function. `start_options` are arguments of `ensure_daemon`: `timeout`, and `version`, which also a daemon
+    that runs must have, with `on_mismatch`.
     """
 
     def __init__(
@@ -66,8 +76,8 @@ class Pool:
         max_message: int,
         any_schema: bool = False,
         generation: str | None = None,
-        start: Sequence[str | os.PathLike[str]] | None = None,
-        start_timeout: float = 0.0,
+        start: Start | None = None,
+        start_options: dict[str, Any] | None = None,
         error_classes: ErrorClasses | None = None,
         max_idle: int = 8,
     ) -> None:
@@ -78,7 +88,7 @@ class Pool:
         self.any_schema = any_schema
         self.generation = generation
         self.start = start
-        self.start_timeout = start_timeout
+        self.start_options = start_options or {}
         self.error_classes = error_classes or {}
         self.max_idle = max_idle
         # Of the generation that was connected last.
@@ -109,6 +119,12 @@ class Pool:
         record = records.load(self.name, again=again, any_schema=self.any_schema, namespace=self.namespace)
         if self.generation not in (None, record.generation):
             raise DaemonNotRunning(f"the daemon {self.name!r} has been replaced by another generation")
+        wanted = self.start_options.get("version")
+        if wanted is not None and (found := record.public().get("app_version")) != wanted:
+            text = f"the daemon {self.name!r} that runs has version {found}, not {wanted}"
+            if self.start_options.get("on_mismatch") == "restart":
+                raise _WrongVersion(text)
+            raise IncompatibleDaemon(f"{text}: restart it, or use that version")
         return record
 
     def take_idle(self, state: State, left: set[str]) -> Link | None:
@@ -144,27 +160,56 @@ class Pool:
 
 
 def start_daemon(pool: Pool, deadline: float) -> float:
-    """Have the daemon of `pool`, which has a start command, run; return `deadline`, later by the seconds of the start.
+    """Have the daemon of `pool`, which has a start, run; return `deadline`, later by the seconds of the start.
 
-    Waiting for a predecessor that drains does not move the deadline. Raises what `ensure_daemon` does.
+    Waiting for a predecessor that drains does not move the deadline. Raises what `ensure_daemon` or the start function does.
     """
-    from ._registry import processes
     from ._registry.namespace import Namespace
     from .manager import ensure_daemon
+
+    assert pool.start is not None
+    _wait_for_predecessor(pool, deadline)
+    begin = time.monotonic()
+    namespace = pool.namespace or Namespace()
+    if callable(pool.start):
+        _call_start(pool, pool.start, namespace)
+    else:
+        ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
+    return deadline + time.monotonic() - begin
+
+
+def _call_start(pool: Pool, start: Callable[[], object], namespace: Namespace) -> None:
+    from .manager import stop_daemon
+
+    try:
+        pool.load(again=True)
+    except _WrongVersion:
+        stop_daemon(pool.name, namespace=namespace)
+    except DaemonNotRunning:
+        pass
+    if hasattr(result := start(), "__await__"):
+        if hasattr(result, "close"):
+            result.close()  # no warning that it was never awaited
+        raise TypeError(f"start must return once the daemon runs, and returned {type(result).__name__}: use a plain function")
+    try:
+        pool.load(again=True)
+    except DaemonNotRunning as error:
+        kind = IncompatibleDaemon if isinstance(error, _WrongVersion) else DaemonNotRunning
+        raise kind(f"the start function has returned, but {error}") from None
+
+
+def _wait_for_predecessor(pool: Pool, deadline: float) -> None:
+    from ._registry import processes
 
     while True:
         try:
             record = records.read(pool.name, again=True, namespace=pool.namespace)
         except DaemonNotRunning:
-            break
+            return
         if record.state != records.DRAINING or processes.find_process(record.public()) is None:
-            break
+            return
         try:
             time.sleep(min(0.01, remaining(deadline)))
         except DaemonTimeout:
             text = f"the daemon {pool.name!r}, pid {record.pid}, was still stopping at the deadline: allow a longer timeout"
             raise DaemonTimeout(text) from None
-    begin = time.monotonic()
-    assert pool.start is not None
-    ensure_daemon(pool.name, pool.start, timeout=pool.start_timeout, namespace=pool.namespace or Namespace())
-    return deadline + time.monotonic() - begin

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ._registry.namespace import Namespace
     from ._registry.records import Record
 
-# What is imported, perhaps from the current directory.
-_MODULE = re.compile(r"-m|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+# "package.module:app", as `harness-ipc serve` takes it. What is imported, perhaps from the current directory.
+_APP = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_MODULE = re.compile(rf"-m|{_APP.pattern}")
 # Options of CPython whose value is the next word (`python --help`).
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 # Exits with 3 if there is no such module. `-m` looks in the current directory first, `serve` last.
@@ -53,6 +54,12 @@ _LOOK_INTERVAL = 0.05
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
+def app_argv(name: str, app: str) -> list[str]:
+    """Return the command line of a process that serves `app`, "package.module:app", as the daemon `name`."""
+    # -P: `python -m` would import our own modules from the current directory first.
+    return [sys.executable, "-P", "-m", __package__, "serve", app, f"--name={name}"]
+
+
 class Command(NamedTuple):
     """How a daemon is started. `cwd` is None where that was removed; with `leaves_cwd` the daemon does not stay there."""
 
@@ -63,12 +70,19 @@ class Command(NamedTuple):
 
     @classmethod
     def make(
-        cls, argv: Sequence[str | os.PathLike[str]], cwd: str | os.PathLike[str] | None, environment: Mapping[str, str] | None
+        cls,
+        name: str,
+        argv: str | Sequence[str | os.PathLike[str]],
+        cwd: str | os.PathLike[str] | None,
+        environment: Mapping[str, str] | None,
     ) -> Command:
         """Return the command of `ensure_daemon`'s arguments. Raises `TypeError` and `ValueError`, which say what to write."""
+        if isinstance(argv, str) and _APP.fullmatch(argv):
+            argv = app_argv(name, argv)
         if isinstance(argv, (str, bytes, os.PathLike)):
             raise TypeError(
-                f"argv must be a list of words, not {argv!r}: write [sys.executable, '-m', 'package'], or use shlex.split"
+                f"argv must be a list of words or 'package.module:app', not {argv!r}: write [sys.executable, '-m', 'package'], "
+                "or use shlex.split"
             )
         words = [os.fsdecode(word) for word in argv]
         if not words:
@@ -157,7 +171,7 @@ def _python_target(argv: Sequence[str]) -> tuple[str, str]:
             next(words, None)
         elif word == "-m":
             module = next(words, "")
-            apps = [word.partition(":")[0] for word in words if module == __package__ and _MODULE.fullmatch(word)]
+            apps = [word.partition(":")[0] for word in words if module == __package__ and _APP.fullmatch(word)]
             return ("app", apps[0]) if apps else ("module", module)
         elif not word.startswith("-"):
             return "script", word

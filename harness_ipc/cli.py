@@ -258,12 +258,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace) -> int:
+    from ._start import app_argv
     from .manager import ensure_daemon
 
     _split_app(options.app)
-    # -P: `python -m` would import our own modules from the current directory first.
-    application = [f"--app={options.application}"] if options.application else []
-    argv = [sys.executable, "-P", "-m", "harness_ipc", *application, "serve", options.app, f"--name={options.name}"]
+    argv = app_argv(options.name, options.app)
     if options.idle_timeout is not None:
         argv += ["--idle-timeout", str(options.idle_timeout)]
     with _progress("starting", options):

@@ -22,15 +22,14 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Any, Literal, Self
 
+    from ._pool import Start
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
 
-    Command = Sequence[str | os.PathLike[str]]
 
 # Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
 CONNECT_TIMEOUT = 5.0
@@ -43,8 +42,10 @@ START_TIMEOUT = 60.0
 def connect_daemon(
     name: str,
     *,
-    start: Command | None = None,
+    start: Start | None = None,
     start_timeout: float = START_TIMEOUT,
+    version: str | None = None,
+    on_mismatch: Literal["error", "restart"] = "error",
     errors: Iterable[type[RemoteError]] = (),
     timeout: float = CONNECT_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
@@ -58,8 +59,11 @@ def connect_daemon(
         print(daemon.call("search", query="needle"))
     ```
 
-    With `start`, the command line of a program that calls `run_daemon` with this name, a daemon that is absent is started, now
-    and before each later call: see `ensure_daemon`. `start_timeout` seconds are for a start alone; no other timeout counts it.
+    With `start`, a daemon that is absent is started, now and before each later call. It is a command line or an app, such as
+    "my_package.index:app", as `ensure_daemon` takes them, or a function without arguments that returns once the daemon runs,
+    which several threads and processes may call at once. `start_timeout` seconds are for a start alone, unless it is a
+    function; no other timeout counts it. `version` is what the daemon's `app_version` must be: if another one runs,
+    `on_mismatch` says whether that is an error, or the daemon is stopped and started again.
 
     `errors` are classes, derived from `RemoteError`, that a call raises when the daemon answers with an error whose type is the
     class's name, so that ``except NotIndexed`` works on both sides. Their own ``__init__`` is not called: they have `message`,
@@ -71,12 +75,14 @@ def connect_daemon(
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
     `UnsafeDirectory`, `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and with `start` what
-    `ensure_daemon` does.
+    `ensure_daemon` or the function does.
     """
     client = Client(
         name,
         start=start,
         start_timeout=start_timeout,
+        version=version,
+        on_mismatch=on_mismatch,
         errors=errors,
         timeout=timeout,
         request_timeout=request_timeout,
@@ -99,8 +105,10 @@ class Client:
         self,
         name: str,
         *,
-        start: Command | None = None,
+        start: Start | None = None,
         start_timeout: float = START_TIMEOUT,
+        version: str | None = None,
+        on_mismatch: Literal["error", "restart"] = "error",
         errors: Iterable[type[RemoteError]] = (),
         timeout: float = CONNECT_TIMEOUT,
         request_timeout: float = REQUEST_TIMEOUT,
@@ -108,6 +116,8 @@ class Client:
         namespace: Namespace | None = None,
     ) -> None:
         """Take what `connect_daemon` does, and connect with the first request."""
+        if on_mismatch == "restart" and start is None:
+            raise ValueError("on_mismatch='restart' needs a start: what the daemon is started with")
         self.name = name
         self.request_timeout = request_timeout
         self._pool = Pool(
@@ -116,7 +126,7 @@ class Client:
             connect_timeout=timeout,
             max_message=max_message,
             start=start,
-            start_timeout=start_timeout,
+            start_options={"timeout": start_timeout, "version": version, "on_mismatch": on_mismatch},
             error_classes=error_classes(errors),
         )
 
@@ -237,7 +247,7 @@ def request(
     name: str,
     message: Message,
     *,
-    start: Command | None = None,
+    start: Start | None = None,
     start_timeout: float = START_TIMEOUT,
     timeout: float = REQUEST_TIMEOUT,
     max_message: int = messages.DEFAULT_MAX_MESSAGE,
@@ -260,7 +270,7 @@ def request(
         max_message=max_message,
         any_schema=any_schema,
         start=start,
-        start_timeout=start_timeout,
+        start_options={"timeout": start_timeout},
         max_idle=0,
     )
     return run(Exchange(pool, blocking, message, deadline).only_reply())

@@ -47,7 +47,7 @@ _TRIES = 3
 
 def ensure_daemon(
     name: str,
-    argv: Sequence[str | os.PathLike[str]],
+    argv: str | Sequence[str | os.PathLike[str]],
     *,
     timeout: float = START_TIMEOUT,
     env: Mapping[str, str] | None = None,
@@ -59,10 +59,12 @@ def ensure_daemon(
     """Return the state of the daemon `name`, once it runs: it is started with the command line `argv` if it does not.
 
     ```python
+    ensure_daemon("index", "my_package.index:app")
     ensure_daemon("index", [sys.executable, "-m", "my_index"])
     ```
 
-    The program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
+    `argv` is the name of an app, which ``harness-ipc serve`` then runs with this interpreter, or the words of a command line
+    whose program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
     is detached, has the null device as standard input, and its standard output and error go into the log. `env` is added
     to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
     is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. `namespace` says where the daemon
@@ -72,7 +74,7 @@ def ensure_daemon(
     `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
     `ValueError` for a command line that is a string, or empty.
     """
-    command = Command.make(argv, cwd, env)
+    command = Command.make(name, argv, cwd, env)
     return _ensure(name, command, timeout, version, on_mismatch, namespace or Namespace())
 
 
@@ -82,8 +84,8 @@ def _ensure(
     deadline = deadline_after(timeout)
     check_name(name)
     files.create_private_dir(namespace.runtime_dir, tighten=True)
-    find_usable = partial(_find_usable, name, command, version, on_mismatch, deadline, namespace)
-    if (status := find_usable()) is not None:
+    find_usable = partial(_find_usable, name, command, version, deadline=deadline, namespace=namespace)
+    if (status := find_usable(on_mismatch)) is not None:
         return _with_differences(status, command, namespace)
     # Held by the one process that starts.
     lock = NameLock(os.path.join(namespace.runtime_dir, f"{name}.start"))
@@ -91,7 +93,8 @@ def _ensure(
     try:
         while not lock.try_acquire():
             wait_until_retry(deadline)
-        while (status := find_usable()) is None:
+        # What this command line starts has its version: starting it again would not change that.
+        while (status := find_usable("error" if is_ours and on_mismatch == "restart" else on_mismatch)) is None:
             # A process that has the name is starting, or still draining.
             if not lifetime.cleanup_endpoint(name, namespace=namespace):
                 wait_until_retry(deadline)
@@ -186,7 +189,7 @@ def restart_daemon(
 
 
 def _find_usable(
-    name: str, command: Command, version: str | None, on_mismatch: str, deadline: float, namespace: Namespace
+    name: str, command: Command, version: str | None, on_mismatch: str, *, deadline: float, namespace: Namespace
 ) -> DaemonStatus | None:
     """Return the state of a daemon that is there and may be used, or None if one has to be started."""
     status, error = probe(name, min(STATUS_TIMEOUT, remaining(deadline)), namespace, health=False)

@@ -241,6 +241,10 @@ def test_another_version_of_the_app_is_an_error_replaced_or_accepted(base: Path)
     assert second.pid != first.pid
     assert (second.app_version, second.pid) == ("2", identify("test"))
     assert started(base) == [first.pid, second.pid]
+    # Not again and again: what this command line starts has its version.
+    with pytest.raises(IncompatibleDaemon, match="has version 1, not 3"):
+        ensure_daemon("test", command(options="app_version='1'"), version="3", on_mismatch="restart")
+    assert len(started(base)) == 3
     assert_one_daemon()
 
 

@@ -16,10 +16,12 @@ from harness_ipc import (
     Client,
     DaemonNotRunning,
     DaemonTimeout,
+    IncompatibleDaemon,
     StartFailed,
     aconnect_daemon,
     connect_daemon,
     daemon_status,
+    ensure_daemon,
     request,
     stop_daemon,
 )
@@ -40,18 +42,20 @@ class App:
             file.write(f"{{message['n']}}\\n")
         return {{"result": os.getpid()}}
 
-run_daemon(App(), "test", idle_timeout={idle}, grace_period={grace})
+if __name__ == "__main__":
+    run_daemon(App(), "test", idle_timeout={idle}, grace_period={grace}, app_version={version!r})
 """
 
 
 class Daemon:
     """The command line of a daemon, and the numbers of the requests that it has run, in whatever generation."""
 
-    def __init__(self, directory: Path, **options: float) -> None:
+    def __init__(self, directory: Path, **options: Any) -> None:
         self._log = directory / "ran"
         self._log.touch()
-        settings = {"slow": 0.0, "idle": 3600.0, "grace": 5.0, **options}
-        self.command = [sys.executable, "-c", PROGRAM.format(log=str(self._log), **settings)]
+        settings = {"slow": 0.0, "idle": 3600.0, "grace": 5.0, "version": None, **options}
+        self.program = PROGRAM.format(log=str(self._log), **settings)
+        self.command = [sys.executable, "-c", self.program]
 
     @property
     def ran(self) -> list[int]:
@@ -66,19 +70,28 @@ def ended(private_directories: Path) -> Iterator[None]:
     kill_all()
 
 
-def ask_once(command: list[str], n: int, **options: Any) -> Any:
-    return request("test", {"n": n}, start=command, **options)["result"]
+def ask_once(start: Any, n: int, **options: Any) -> Any:
+    return request("test", {"n": n}, start=start, **options)["result"]
 
 
-def ask_async(command: list[str], n: int) -> Any:
+def ask_kept(start: Any, n: int, **options: Any) -> Any:
+    with connect_daemon("test", start=start, **options) as client:
+        return client.request({"n": n})["result"]
+
+
+def ask_async(start: Any, n: int, **options: Any) -> Any:
     async def main() -> Any:
-        async with await aconnect_daemon("test", start=command) as client:
+        async with await aconnect_daemon("test", start=start, **options) as client:
             return (await client.request({"n": n}))["result"]
 
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("ask", [ask_once, ask_async])
+CLIENTS = pytest.mark.parametrize("ask", [ask_kept, ask_async])
+ALL = pytest.mark.parametrize("ask", [ask_once, ask_kept, ask_async])
+
+
+@ALL
 def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
     pid = ask(daemon.command, 1)
@@ -95,6 +108,89 @@ def test_a_kept_client_starts_it_again(tmp_path: Path) -> None:
         assert stop_daemon("test")
         assert client.request({"n": 2})["result"] == client.pid != first
     assert daemon.ran == [1, 2]
+
+
+@ALL
+def test_an_app_is_started_by_its_name(ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Daemon(tmp_path)
+    (tmp_path / "service.py").write_text(daemon.program, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    pid = ask("service:App", 1)
+    assert ask("service:App", 2) == pid == ensure_daemon("test", "service:App").pid
+    assert daemon.ran == [1, 2]
+    assert stop_daemon("test")
+    with pytest.raises(StartFailed, match="service:Missing can't be loaded"):
+        ask("service:Missing", 3)
+
+
+@ALL
+def test_a_function_starts_the_daemon(ask: Any, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    calls: list[int] = []
+
+    def start() -> None:
+        calls.append(1)
+        ensure_daemon("test", daemon.command)
+
+    pid = ask(start, 1)
+    assert ask(start, 2) == pid
+    assert stop_daemon("test")
+    assert ask(start, 3) != pid
+    assert (len(calls), daemon.ran) == (2, [1, 2, 3])
+
+
+@ALL
+def test_what_a_start_function_does_wrong_is_told(ask: Any) -> None:
+    async def start() -> None: ...
+
+    def fail() -> None:
+        raise OSError("no such unit")
+
+    with pytest.raises(TypeError, match="returned coroutine"):
+        ask(start, 1)
+    with pytest.raises(OSError, match="no such unit"):
+        ask(fail, 1)
+    with pytest.raises(DaemonNotRunning, match="the start function has returned, but no daemon 'test' is running") as caught:
+        ask(lambda: None, 1)
+    assert not caught.value.maybe_executed
+
+
+def function_starting(daemon: Daemon) -> Any:
+    return lambda: ensure_daemon("test", daemon.command)
+
+
+@CLIENTS
+@pytest.mark.parametrize("form", [lambda daemon: daemon.command, function_starting])
+def test_another_version_is_an_error_or_replaced(ask: Any, form: Any, tmp_path: Path) -> None:
+    old, new = form(Daemon(tmp_path, version="1")), form(Daemon(tmp_path, version="2"))
+    pid = ask(old, 1, version="1")
+    for start in (None, new):
+        with pytest.raises(IncompatibleDaemon, match="'test' that runs has version 1, not 2") as caught:
+            ask(start, 2, version="2")
+        assert not caught.value.maybe_executed
+    second = ask(new, 3, version="2", on_mismatch="restart")
+    assert second != pid
+    assert ask(new, 4, version="2", on_mismatch="restart") == second
+    # What is started has still another one.
+    with pytest.raises(IncompatibleDaemon, match="has version 1, not 3"):
+        ask(old, 5, version="3", on_mismatch="restart")
+    assert Daemon(tmp_path).ran == [1, 3, 4]
+
+
+def test_a_client_that_may_restart_needs_a_start() -> None:
+    with pytest.raises(ValueError, match="needs a start"):
+        connect_daemon("test", version="1", on_mismatch="restart")
+
+
+def test_a_kept_client_does_not_ask_another_version(tmp_path: Path) -> None:
+    old, new = Daemon(tmp_path, version="1"), Daemon(tmp_path, version="2")
+    with connect_daemon("test", start=old.command, version="1") as client:
+        client.request({"n": 1})
+        assert stop_daemon("test")
+        ensure_daemon("test", new.command)
+        with pytest.raises(IncompatibleDaemon, match="has version 2, not 1"):
+            client.request({"n": 2})
+    assert old.ran == [1]
 
 
 def test_without_a_start_command_nothing_is_started(tmp_path: Path) -> None:
