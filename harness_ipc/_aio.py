@@ -91,7 +91,8 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            # Not if the deadline has come together with the cancellation.
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self.give_back()
             raise
         finally:

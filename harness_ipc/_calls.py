@@ -109,9 +109,10 @@ class Items:
         self._timeout = timeout
         self._item: Any = None
         self._ended = False
+        self._receiving = False
 
     def __del__(self) -> None:
-        self._end()
+        self._exchange.close()
 
     def _may_begin(self) -> bool:
         """Return whether there may be another reply, and give it its time. What fails meanwhile ends the stream."""
@@ -119,11 +120,12 @@ class Items:
             return False
         if self._timeout is not None:
             self._exchange.deadline = deadline_after(self._timeout)
-        self._ended = True
+        self._ended = self._receiving = True
         return True
 
     def _has_item(self, reply: Message) -> bool:
         """Take a reply. Return whether it was an item, now in `_item`. Raises as `result_of` does."""
+        self._receiving = False
         self._ended = not self._exchange.is_streaming
         if self._ended:
             self.result = result_of(reply, self._exchange.error_classes)
@@ -133,4 +135,8 @@ class Items:
 
     def _end(self) -> None:
         self._ended = True
-        self._exchange.close()
+        if self._receiving:
+            # A task, or the frame below a signal handler, that waits for an item closes the connection itself.
+            self._exchange.cancel()
+        else:
+            self._exchange.close()

@@ -112,10 +112,11 @@ class Exchange:
 
     def cancel(self) -> None:
         """End the exchange at once, from any thread. What was sent may still run in the daemon."""
-        with self._state.guard:
-            self._cancelled = True
-            if self._link is not None:
-                self._link.connection.abort()
+        if self._state.pid == os.getpid():
+            with self._state.guard:
+                self._cancelled = True
+                if self._link is not None:
+                    self._link.connection.abort()
 
     def close(self) -> None:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
@@ -167,7 +168,7 @@ class Exchange:
         finally:
             # Only a link that waits for nothing is kept: a late reply must not be taken for the next request's.
             if not has_more:
-                self._release()
+                self.close()
 
     def _complete(self, error: HarnessIPCError, begin: float) -> None:
         """Set what `error` says of the request. Raises `ClientClosed` in place of a connection that we closed ourselves."""

@@ -252,6 +252,8 @@ class Requests:
                 error = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
                 return messages.error_reply(error) if is_coroutine else messages.not_executed(error)
             async for item in answer:
+                if request._cancelled:  # and it goes on: it is closed where it is
+                    raise asyncio.CancelledError
                 frame = messages.encode(messages.item_reply(item), self._max_message)
                 await request._caller.send_item(frame)
         return {"result": None}

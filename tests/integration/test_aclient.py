@@ -160,6 +160,25 @@ def test_a_call_above_the_limit_waits_and_is_cancelled_or_times_out_unrun(daemon
     run(main)
 
 
+def test_a_call_that_is_cancelled_at_its_deadline_gives_back_no_turn_of_another(daemon: DaemonProcess) -> None:
+    async def main(client: AsyncClient) -> None:
+        running = [await begin(client, f"running {n}") for n in range(64)]
+        late = asyncio.create_task(client.call("echo", timeout=0.1))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.15, late.cancel)
+        # Both are due in one iteration of the loop.
+        time.sleep(0.2)
+        await asyncio.wait({late})
+        assert late.cancelled()
+        with pytest.raises(DaemonTimeout, match="64 other calls"):
+            await client.call("echo", timeout=0.1)
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+
+    run(main)
+
+
 def test_one_client_serves_one_event_loop_after_another(daemon: DaemonProcess) -> None:
     client = AsyncClient(Client("test", timeout=PATIENCE, request_timeout=PATIENCE, max_message=2**20))
     for n in range(3):
@@ -359,6 +378,17 @@ async def be_cancelled(client: AsyncClient) -> None:
     await cancel(waiting)
 
 
+async def be_closed_by_another_task(client: AsyncClient) -> None:
+    stream = client.stream("m")
+    assert await anext(stream) == 0
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0.05)
+    await stream.close()
+    with pytest.raises(ClientClosed) as caught:
+        await waiting
+    assert caught.value.maybe_executed
+
+
 async def wait_too_long(client: AsyncClient) -> None:
     stream = client.stream("m", timeout=0.2)
     assert await anext(stream) == 0
@@ -367,7 +397,9 @@ async def wait_too_long(client: AsyncClient) -> None:
     assert caught.value.maybe_executed
 
 
-@pytest.mark.parametrize("leave", [leave_the_block, leave_the_loop, close_twice, be_cancelled, wait_too_long])
+@pytest.mark.parametrize(
+    "leave", [leave_the_block, leave_the_loop, close_twice, be_cancelled, be_closed_by_another_task, wait_too_long]
+)
 def test_a_stream_that_is_left_early_ends_its_connection(leave: Callable[[AsyncClient], Awaitable[None]]) -> None:
     async def main() -> None:
         async with await aconnect_daemon("test") as client:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,7 @@ from harness_ipc import (
     request,
 )
 from tests import scripted
+from tests.marks import needs_posix
 from tests.processes import PATIENCE, spawn_daemon
 from tests.scripted import Served, answer_all
 
@@ -244,6 +248,22 @@ def fail_in_the_callback(client: Client) -> None:
         client.call("m", on_progress=fail)
 
 
+def be_closed_by_a_signal_handler(client: Client) -> None:
+    stream = client.stream("m")
+    assert next(stream) == 1
+    before = signal.signal(signal.SIGINT, lambda *_: stream.close())
+    assert sys.platform != "win32"
+    timer = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    try:
+        timer.start()
+        # None if the signal was early.
+        with contextlib.suppress(ClientClosed):
+            assert next(stream, None) is None
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
 def wait_too_long(client: Client) -> None:
     stream = client.stream("m", timeout=SHORT)
     assert next(stream) == 1
@@ -263,7 +283,16 @@ def close_the_client(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "leave", [leave_the_block, leave_the_loop, close_twice, fail_in_the_callback, wait_too_long, close_the_client]
+    "leave",
+    [
+        leave_the_block,
+        leave_the_loop,
+        close_twice,
+        fail_in_the_callback,
+        pytest.param(be_closed_by_a_signal_handler, marks=needs_posix),
+        wait_too_long,
+        close_the_client,
+    ],
 )
 def test_a_stream_that_is_left_early_ends_its_connection(leave: Callable[[Client], None]) -> None:
     departed.clear()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -44,6 +45,7 @@ class Service:
         self.made = 0
         self.ended: list[str] = []
         self.may_end = asyncio.Event()
+        self.has_left = threading.Event()
 
     def __call__(self, message: dict[str, Any]) -> Any:
         return getattr(self, message["method"])(**message["params"])
@@ -77,6 +79,31 @@ class Service:
         for i in range(n):
             await report({"done": i, "total": n})
         return {"result": "all"}
+
+    async def yield_many(self) -> AsyncIterator[int]:
+        yield 0
+        # The loop is blocked: it can't notice the departure before the next item.
+        self.has_left.wait(PATIENCE)
+        for i in range(10_000):
+            yield i
+        self.ended.append("done")
+
+    async def report_many(self) -> dict[str, Any]:
+        await report(0)
+        self.has_left.wait(PATIENCE)
+        for i in range(10_000):
+            await report(i)
+        self.ended.append("done")
+        return {"result": None}
+
+    async def ignore_cancellation(self) -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 0
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self.may_end.wait()
+        finally:
+            self.ended.append("closed")
 
     async def generator(self, n: int) -> AsyncIterator[Any]:
         return self.count(n)
@@ -307,6 +334,36 @@ def test_leaving_a_stream_cancels_its_producer(size: int) -> None:
             await asyncio.to_thread(leave)
             await asyncio.to_thread(wait_until, lambda: service.ended != [])
             assert service.ended in (["cancelled"], ["closed"])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("method", ["yield_many", "report_many"])
+def test_a_producer_that_waits_for_nothing_notices_a_departure(method: str) -> None:
+    async def main() -> None:
+        async with serving() as service:
+
+            def leave() -> None:
+                with dial_daemon("test") as connection:
+                    connection.send_bytes(json.dumps({"method": method, "params": {}, "more": True}).encode())
+                    connection.recv_bytes()
+                service.has_left.set()
+
+            await asyncio.to_thread(leave)
+        assert service.ended == []
+
+    asyncio.run(main())
+
+
+def test_a_generator_that_ignores_its_cancellation_is_closed_at_its_next_item() -> None:
+    def leave() -> None:
+        with connect_daemon("test") as client, client.stream("ignore_cancellation") as stream:
+            assert next(stream) == 0
+
+    async def main() -> None:
+        async with serving() as service:
+            await asyncio.to_thread(leave)
+            await asyncio.to_thread(wait_until, lambda: service.ended == ["closed"])
 
     asyncio.run(main())
 
