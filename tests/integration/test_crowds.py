@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import random
 import struct
@@ -10,17 +11,19 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from harness_ipc import connect_daemon, request, stop_daemon
+from harness_ipc import connect_daemon, log_path, request, stop_daemon
 from harness_ipc._registry import records
+from tests import crowd
 from tests.managed import kill_all
 from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, spawn_daemon, wait_until
+from tests.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
 from tests.wire import FrameConnection, dial_daemon
 
 CROWD = 200
@@ -137,3 +140,59 @@ def test_threads_beside_restarts_lose_nothing(race: Path) -> None:
     assert stops > 0
     # Each once: what was answered ran, and nothing twice.
     assert sorted(int(line) for line in (race / "ran").read_text().split()) == sorted(answered)
+
+
+@needs_posix
+@pytest.mark.parametrize("driver", ["loop", "pump"])
+def test_clients_that_leave_die_and_cancel_beside_drains_lose_nothing(driver: str, race: Path) -> None:
+    failures: list[BaseException] = []
+
+    def census() -> tuple[int, int, int]:
+        """Return how many tasks, threads and descriptors the daemon has, with one client."""
+        with connect_daemon(crowd.NAME, start=crowd.start_command(race, driver), timeout=PATIENCE) as client:
+            tasks, threads = client.call("census")
+            return tasks, threads, psutil.Process(client.pid).num_fds()
+
+    def run_clients() -> None:
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                with spawn_python("-m", "tests.crowd", "client", str(race), driver, str(left)) as client:
+                    assert client.process.wait(left + PATIENCE) == 0
+        except BaseException as failure:
+            failures.append(failure)
+
+    tasks, threads, descriptors = census()
+    deadline = time.monotonic() + SECONDS
+    clients = [threading.Thread(target=run_clients) for _ in range(8)]
+    for client in clients:
+        client.start()
+    stops = 0
+    while time.monotonic() < deadline:
+        threading.Event().wait(random.uniform(0.2, 1.5))
+        stops += stop_daemon(crowd.NAME, timeout=PATIENCE)
+    for client in clients:
+        client.join()
+    assert failures == []
+    assert stops > 0
+    check_told(race)
+    # Each thread of a pump that accepts stays.
+    warm = 8 if driver == "pump" else 0
+    wait_until(lambda: all(map(operator.le, census(), (tasks, threads + warm, descriptors))))
+    assert "Traceback" not in log_path(crowd.NAME).read_text(encoding="utf-8")
+    stop_daemon(crowd.NAME, timeout=PATIENCE)
+
+
+def check_told(directory: Path) -> None:
+    """What got a result ran once, what did not run said so, and nothing ran twice or was lost."""
+    ran = Counter((directory / "ran").read_text().split())
+    told: Counter[str] = Counter()
+    for file in directory.glob("told.*"):
+        lines = [line.split() for line in file.read_text().splitlines()]
+        fates = {words[1]: words for words in lines}
+        told.update(words[0] for words in fates.values())
+        for name, (word, _, *error) in fates.items():
+            assert word in ("begin", "result", "left"), (name, word, error)
+            assert ran[name] in ([1] if word == "result" else [0, 1]), (name, word)
+    assert max(ran.values()) == 1
+    assert told["result"]
+    assert told["left"]
