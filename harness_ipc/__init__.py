@@ -8,9 +8,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from ._blocking import Stream
 from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
+from ._stream import AsyncStream, Stream
 from ._text import escape_control
 from ._transport import PeerCredentials
 from .client import Client, connect_daemon, identify, ping, request
@@ -36,7 +36,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._aclient import AsyncClient, AsyncStream, aconnect_daemon
+    from ._aclient import AsyncClient, aconnect_daemon
     from ._registry.lifetime import cleanup_endpoint
     from ._registry.processes import is_same_process, process_identity
     from ._server.requests import CurrentRequest, current_request, report
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 _LOADED_WHEN_NAMED = {
     "App": "daemon",
     "AsyncClient": "_aclient",
-    "AsyncStream": "_aclient",
     "CurrentRequest": "_server.requests",
     "DaemonServer": "_server.server",
     "DaemonStatus": "_status",

@@ -5,33 +5,95 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
+from math import inf
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._aio import Turns
-from ._blocking import blocking, run
-from ._calls import Items, call_message, check_request, result_of
-from ._exchange import Exchange
+from ._calls import call_message, check_request
+from ._exchange import BLOCKING, IO, Exchange, run
 from ._protocol import messages
-from ._transport import deadline_after
+from ._stream import AsyncStream
+from ._transport import remaining
 from ._workers import Workers
 from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, START_TIMEOUT, Client
+from .errors import DaemonTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
-    from typing import Literal, Self
+    from typing import Literal, Self, TypeVar
 
-    from ._exchange import IO
     from ._pool import Start
     from ._protocol.messages import Message
     from ._registry.namespace import Namespace
+    from ._registry.records import Record
     from .errors import RemoteError
 
+    T = TypeVar("T")
+
+# Calls of one client at once in one loop; more wait in their order.
+_MAX_CALLS = 64
+# Seconds until a daemon that has no room for a connection is asked again: nothing announces that it has.
+_CONNECT_INTERVAL = 0.01
 # None where threads block: a loop can't watch a pipe that it did not open.
 _LOOP_IO: IO | None = None
+
 if sys.platform != "win32":
-    from ._aio import LoopIO
+    from ._transport.dial import Connection, connect_now
+
+    class LoopIO(IO):
+        """Waits in the running loop, which watches a socket while it is waited for. Idle ones belong to no loop."""
+
+        async def connect(self, address: str, deadline: float) -> Connection:
+            while (connection := connect_now(address)) is None:
+                await asyncio.sleep(min(_CONNECT_INTERVAL, remaining(deadline)))
+            return connection
+
+        async def send(self, connection: Connection, chunks: list[bytes]) -> None:
+            while not connection.send_now(chunks):
+                chunks = []
+                loop = asyncio.get_running_loop()
+                await _wait(connection, loop.add_writer, loop.remove_writer)
+
+        async def receive(self, connection: Connection, limit: int) -> bytes:
+            while (data := connection.receive_now(limit)) is None:
+                loop = asyncio.get_running_loop()
+                await _wait(connection, loop.add_reader, loop.remove_reader)
+            return data
+
+        async def run(self, function: Callable[[], T]) -> T:
+            workers = Workers()
+            try:
+                return await workers.run(function)
+            finally:
+                workers.close()
+
+        def check(self, record: Record) -> None:
+            """Do nothing: the loop turns while it waits for a daemon of its own."""
+
+    async def _wait(connection: Connection, watch: Callable[..., object], unwatch: Callable[[int], object]) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        # Of time.monotonic(): a loop may have a clock of its own.
+        seconds = connection.deadline - time.monotonic()
+        timer = None if seconds == inf else loop.call_later(max(0.0, seconds), _fail, ready)
+        descriptor = connection.fileno()
+        watch(descriptor, _succeed, ready)
+        try:
+            await ready
+        finally:
+            unwatch(descriptor)
+            if timer is not None:
+                timer.cancel()
+
+    def _succeed(ready: asyncio.Future[None]) -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    def _fail(ready: asyncio.Future[None]) -> None:
+        if not ready.done():
+            ready.set_exception(DaemonTimeout("the deadline passed"))
 
     _LOOP_IO = LoopIO()
 
@@ -50,7 +112,6 @@ async def aconnect_daemon(
     namespace: Namespace | None = None,
 ) -> AsyncClient:
     """Connect as `connect_daemon` does, without blocking the event loop."""
-    deadline = deadline_after(timeout)
     client = AsyncClient(
         Client(
             name,
@@ -66,8 +127,8 @@ async def aconnect_daemon(
         )
     )
     try:
-        exchange = client._exchange(None, deadline)
-        await client._run(exchange, exchange.only_reply)
+        exchange = client._exchange(None, timeout)
+        await client._run(exchange, exchange.reply)
     except BaseException:
         # Not waited for: a caller that cancels this wants it to end.
         client._begin_close()
@@ -83,7 +144,7 @@ class AsyncClient:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._workers = Workers()
 
     @property
@@ -103,7 +164,7 @@ class AsyncClient:
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """See `Client.request`; the timeout also counts the wait for a turn where 64 calls run."""
-        return await self._ask(check_request(message), self._client.deadline_for(timeout))
+        return await self._ask(self._exchange(check_request(message), timeout))
 
     async def call(
         self,
@@ -116,11 +177,11 @@ class AsyncClient:
         **kwargs: Any,
     ) -> Any:
         """See `Client.call`."""
-        deadline = self._client.deadline_for(timeout)
-        message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
+        timeout = self._client.request_timeout if timeout is None else timeout
+        exchange = self._exchange(call_message(method, params, kwargs, timeout, more=on_progress is not None), timeout)
         if on_progress is None:
-            return result_of(await self._ask(message, deadline), self._client._pool.error_classes)
-        async with AsyncStream(self._exchange(message, deadline), None, self._run) as stream:
+            return exchange.result_of(await self._ask(exchange))
+        async with AsyncStream(self._run, exchange) as stream:
             async for item in stream:
                 on_progress(item)
         return stream.result
@@ -137,9 +198,8 @@ class AsyncClient:
         ```
         """
         timeout = self._client.request_timeout if timeout is None else timeout
-        deadline = deadline_after(timeout)
-        message = call_message(method, params, kwargs, deadline, more=True)
-        return AsyncStream(self._exchange(message, deadline), timeout, self._run)
+        message = call_message(method, params, kwargs, timeout, more=True)
+        return AsyncStream(self._run, self._exchange(message, timeout), timeout)
 
     async def close(self) -> None:
         """See `Client.close`. It returns when the connections are closed and threads, if there were any, have ended."""
@@ -158,60 +218,38 @@ class AsyncClient:
         self._client.close()
         self._workers.close()
 
-    def _exchange(self, message: Message | None, deadline: float) -> Exchange:
-        return Exchange(self._client._pool, _LOOP_IO or blocking, message, deadline)
+    def _exchange(self, message: Message | None, timeout: float | None) -> Exchange:
+        timeout = self._client.request_timeout if timeout is None else timeout
+        return Exchange(self._client._pool, message, timeout, _LOOP_IO or BLOCKING)
 
-    async def _ask(self, message: Message, deadline: float) -> Message:
+    async def _ask(self, exchange: Exchange) -> Message:
         loop = asyncio.get_running_loop()
         if (turns := self._turns.get(loop)) is None:
-            turns = self._turns[loop] = Turns()
-        await turns.take(deadline)
+            turns = self._turns[loop] = asyncio.Semaphore(_MAX_CALLS)
+        if turns.locked():
+            try:
+                async with asyncio.timeout(None if exchange.deadline == inf else remaining(exchange.deadline)):
+                    await turns.acquire()
+            except TimeoutError:
+                raise DaemonTimeout(
+                    f"{_MAX_CALLS} other calls of this client ran until the deadline: use another client, or wait longer"
+                ) from None
+        else:
+            await turns.acquire()
         try:
-            exchange = self._exchange(message, deadline)
-            return await self._run(exchange, exchange.only_reply)
+            return await self._run(exchange, exchange.reply)
         finally:
-            turns.give_back()
+            turns.release()
 
-    async def _run(self, exchange: Exchange, receive: Callable[[], Coroutine[Any, Any, Message]]) -> Message:
-        """Return what `receive`, a method of `exchange`, does. When this is cancelled, the exchange ends at once."""
+    async def _run(self, exchange: Exchange, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what `function`, which uses `exchange`, does. When this is cancelled, the exchange ends at once."""
         if _LOOP_IO is not None:
-            return await receive()
+            return await function()
         if self._workers.pid != os.getpid():
             # Threads don't survive a fork.
             self._workers = Workers()
         try:
-            return await self._workers.run(lambda: run(receive()))
+            return await self._workers.run(lambda: run(function()))
         except asyncio.CancelledError:
             exchange.cancel()
             raise
-
-
-class AsyncStream(Items):
-    """The items of a stream: an asynchronous iterator and context manager. Made by `AsyncClient.stream`.
-
-    `result` is the final result once there are no more items: None for a method that yields.
-    """
-
-    def __init__(self, exchange: Exchange, timeout: float | None, run: Callable[..., Coroutine[Any, Any, Message]]) -> None:
-        super().__init__(exchange, timeout)
-        self._run = run
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._may_begin() and self._has_item(await self._run(self._exchange, self._exchange.reply)):
-            return self._item
-        raise StopAsyncIteration
-
-    async def close(self) -> None:
-        """End the stream, and its connection if items are left. Closing twice is no error."""
-        self._end()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()

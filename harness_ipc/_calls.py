@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from math import inf
 
-from ._transport import deadline_after
 from .errors import Busy, ConnectionLost, ExpectedMore, HarnessIPCError, ProtocolError, RemoteError
 
 TYPE_CHECKING = False
@@ -13,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from ._exchange import Exchange
     from ._protocol.messages import Message
 
     ErrorClasses = dict[str, type[RemoteError]]
@@ -28,8 +25,8 @@ def check_request(message: Message) -> Message:
     return message
 
 
-def call_message(method: str, params: Message | None, kwargs: Message, deadline: float, *, more: bool = False) -> Message:
-    """Return the message of a call, or with `more` of a stream.
+def call_message(method: str, params: Message | None, kwargs: Message, timeout: float, *, more: bool = False) -> Message:
+    """Return the message of a call that has `timeout` seconds, or with `more` of a stream.
 
     Raises `TypeError` if `params` is no dict, or has a name that `kwargs` has.
     """
@@ -40,8 +37,8 @@ def call_message(method: str, params: Message | None, kwargs: Message, deadline:
             raise TypeError(f"the parameter {twice[0]!r} is given twice")
         kwargs = {**params, **kwargs}
     message: Message = {"method": method, "params": kwargs}
-    if deadline != inf:
-        message["timeout"] = round(max(0.0, deadline - time.monotonic()), 3)
+    if timeout < inf:
+        message["timeout"] = round(float(timeout), 3)
     if more:
         message["more"] = True
     return message
@@ -97,46 +94,3 @@ def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     # Only the channel says that a request did not run, so such an error is of its own types.
     known = ExpectedMore if kind == ExpectedMore.__name__ else RemoteError
     return known(text, type=kind, maybe_executed=False)
-
-
-class Items:
-    """What the blocking and the asynchronous iterator over a stream share: where the stream is, and its result."""
-
-    def __init__(self, exchange: Exchange, timeout: float | None) -> None:
-        self.result: Any = None
-        self._exchange = exchange
-        # Seconds between two items; None if the exchange has a deadline for them all.
-        self._timeout = timeout
-        self._item: Any = None
-        self._ended = False
-        self._receiving = False
-
-    def __del__(self) -> None:
-        self._exchange.close()
-
-    def _may_begin(self) -> bool:
-        """Return whether there may be another reply, and give it its time. What fails meanwhile ends the stream."""
-        if self._ended:
-            return False
-        if self._timeout is not None:
-            self._exchange.deadline = deadline_after(self._timeout)
-        self._ended = self._receiving = True
-        return True
-
-    def _has_item(self, reply: Message) -> bool:
-        """Take a reply. Return whether it was an item, now in `_item`. Raises as `result_of` does."""
-        self._receiving = False
-        self._ended = not self._exchange.is_streaming
-        if self._ended:
-            self.result = result_of(reply, self._exchange.error_classes)
-            return False
-        self._item = reply.get("result")
-        return True
-
-    def _end(self) -> None:
-        self._ended = True
-        if self._receiving:
-            # A task, or the frame below a signal handler, that waits for an item closes the connection itself.
-            self._exchange.cancel()
-        else:
-            self._exchange.close()

@@ -1,22 +1,23 @@
 """One request and its replies: which generation is asked, what follows a goodbye, and whether the request may have run.
 
-It does no I/O of its own. `IO` is blocking for `client` and an event loop's for `_aclient`: the coroutines of a blocking one
-never wait, so `client` runs them to their end without a loop.
+It waits by an `IO`, here the blocking one. Its coroutines never wait for a loop then: `run` takes them to their end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from functools import partial
+from functools import lru_cache, partial
 
-from ._calls import error_of_channel
+from . import _transport
+from ._calls import error_of_channel, result_of
 from ._pool import Link, start_daemon
 from ._protocol import messages
 from ._protocol.handshake import Keys
 from ._protocol.session import GOODBYE, STREAMING, VERDICT, ClientProtocol
-from ._transport import Framing, deadline_after, remaining
+from ._transport import Framing, deadline_after, remaining, serving_threads
 from .errors import (
     AuthenticationFailed,
     Busy,
@@ -31,10 +32,9 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Protocol, TypeVar
+    from collections.abc import Callable, Coroutine
+    from typing import Any, TypeVar
 
-    from ._calls import ErrorClasses
     from ._pool import Pool
     from ._protocol.messages import Message
     from ._registry.records import Record
@@ -42,73 +42,86 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-    class IO(Protocol):
-        """What a driver does for an exchange. Errors are those of `_transport`."""
-
-        async def connect(self, address: str, deadline: float) -> Connection: ...
-        async def send(self, connection: Connection, chunks: list[bytes]) -> None: ...
-        async def receive(self, connection: Connection, limit: int) -> bytes: ...
-        async def run(self, function: Callable[[], T]) -> T:
-            """Run a blocking function."""
-
-        def check(self, record: Record) -> None:
-            """Raise `RuntimeError` if waiting for this daemon here would never end."""
-
-
 # Starts of a daemon for one request: each may be followed by the end of that daemon.
 _MAX_STARTS = 3
-_CONNECT, _ANSWER = "accept a connection", "answer"
+
+# A process that asks again and again derives the keys of a generation once.
+_derive_keys = lru_cache(maxsize=8)(Keys)
 
 
-def _describe(message: Message) -> str:
-    operation = str(message.get("method") or message.get("meta") or "a request")
-    return f"answer {operation[:50]!a}"
+class IO:
+    """How an exchange waits: by blocking. Errors are those of `_transport`."""
+
+    async def connect(self, address: str, deadline: float) -> Connection:
+        return _transport.connect(address, deadline)
+
+    async def send(self, connection: Connection, chunks: list[bytes]) -> None:
+        connection.send(chunks)
+
+    async def receive(self, connection: Connection, limit: int) -> bytes:
+        return connection.receive(limit)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run a function that blocks."""
+        return function()
+
+    def check(self, record: Record) -> None:
+        """Raise `RuntimeError` if waiting for this daemon here would never end."""
+        if record.pid == os.getpid() and serving_threads.get(record.address) == threading.get_ident():
+            raise RuntimeError(
+                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
+                "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
+            )
 
 
-class _NotRun(Exception):
-    """What was sent to this generation has not run and will not run: it has said goodbye, or `failure` says what happened."""
+BLOCKING = IO()
 
-    def __init__(self, failure: HarnessIPCError | None = None) -> None:
-        self.failure = failure
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine of an exchange that blocks."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a blocking coroutine waited")
 
 
 class Exchange:
-    """One request and its replies; without a message, just the opening of a connection.
+    """One request and its replies; without a message, the opening of a connection.
 
-    `deadline` is a monotonic time; it may be moved between two replies. Call `close` at the end, also after an error.
+    `deadline` is a monotonic time. Call `close` at the end, also after an error.
     """
 
     __slots__ = (
-        *("_awaited", "_begin", "_cancelled", "_frame", "_io", "_left", "_link", "_message", "_pool", "_sent"),
+        *("_awaited", "_begin", "_cancelled", "_frame", "_io", "_link", "_message", "_pool", "_refused", "_sent"),
         *("_state", "deadline"),
     )
 
-    def __init__(self, pool: Pool, io: IO, message: Message | None, deadline: float) -> None:
-        self._begin = time.monotonic()
+    def __init__(self, pool: Pool, message: Message | None, timeout: float, io: IO = BLOCKING) -> None:
+        self.set_timeout(timeout)
         # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
         self._frame = None if message is None else messages.encode(message)
-        self.deadline = deadline
+        self._message = message
         self._pool = pool
         self._io = io
         self._state = pool.state
         self._link: Link | None = None
         self._cancelled = False
-        # Whether the request is on its way on `_link`, and the generations that did not run theirs.
+        # Whether the request is on its way on `_link`, and for each generation that did not run it the error that says so.
         self._sent = False
-        self._left: set[str] = set()
-        # For the text of a timeout: the request, and what the daemon is waited for instead of its reply.
-        self._message = message
-        self._awaited: str | None = _ANSWER if message is not None else _CONNECT
+        self._refused: dict[str, HarnessIPCError] = {}
+        # What the daemon is waited for, for the text of a timeout: "" for the reply.
+        self._awaited: str | None = "accept a connection" if message is None else ""
 
-    @property
-    def is_streaming(self) -> bool:
-        """Whether the last reply was an item, and another reply follows."""
-        return self._link is not None and self._link.protocol.state == STREAMING
+    def set_timeout(self, timeout: float) -> None:
+        """Have the next reply, or the only one, come within `timeout` seconds from now. Raises `ValueError`."""
+        self._begin = time.monotonic()
+        self.deadline = deadline_after(timeout)
 
-    @property
-    def error_classes(self) -> ErrorClasses:
-        """The classes for the errors of the daemon's handler."""
-        return self._pool.error_classes
+    def result_of(self, reply: Message) -> Any:
+        """Return the result in a final reply. Raises the error in it, by the client's classes, and `ProtocolError`."""
+        return result_of(reply, self._pool.error_classes)
 
     def cancel(self) -> None:
         """End the exchange at once, from any thread. What was sent may still run in the daemon."""
@@ -121,25 +134,14 @@ class Exchange:
     def close(self) -> None:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
         if self._state.pid == os.getpid():
-            self._release()
+            with self._state.guard:
+                link, self._link = self._link, None
+                if link is not None:
+                    if self._cancelled:  # perhaps after its reply had come
+                        link.protocol.close()
+                    self._pool.check_in(self._state, link)
         # A forked child's copy closes itself, and its copy of the guard may be held for ever.
         self._link = None
-
-    def _release(self) -> None:
-        with self._state.guard:
-            link, self._link = self._link, None
-            if link is not None:
-                if self._cancelled:  # perhaps after its reply had come
-                    link.protocol.close()
-                self._pool.check_in(self._state, link)
-
-    async def only_reply(self) -> Message:
-        """Return the reply to a request that asks for one. Raises what `reply` does."""
-        reply = await self.reply()
-        if self.is_streaming:
-            self.close()
-            raise ProtocolError("the daemon sent an item of a stream in place of a reply", maybe_executed=True)
-        return reply
 
     async def reply(self) -> Message:
         """Return the next reply; the first time, send the request. The connection is given back after the final one.
@@ -147,39 +149,33 @@ class Exchange:
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `ClientClosed`, `AuthenticationFailed`, `DaemonNotRunning` and so on,
         with `maybe_executed` set.
         """
-        if self._link is None:
-            begin, self._state = self._begin, self._pool.own_state()
-        else:
-            begin = time.monotonic()
         has_more = False
         try:
             remaining(self.deadline)
-            reply = await (self._receive(self._link) if self._link is not None else self._ask_until_answered())
-            assert self._link is not None
-            if "error" in reply and (failure := error_of_channel(reply, self._pool.name)) is not None:
-                # The daemon ends the connection after it.
-                self._link.protocol.close()
-                raise failure
-            has_more = self._link.protocol.state == STREAMING
+            if self._link is None:
+                self._state = self._pool.own_state()
+            while (reply := await self._ask(self._link or self._take_idle() or await self._open())) is None:
+                pass
+            has_more = reply.get("continues") is True and not self._cancelled
             return reply
         except HarnessIPCError as error:
-            self._complete(error, begin)
+            self._complete(error)
             raise
         finally:
-            # Only a link that waits for nothing is kept: a late reply must not be taken for the next request's.
             if not has_more:
                 self.close()
 
-    def _complete(self, error: HarnessIPCError, begin: float) -> None:
+    def _complete(self, error: HarnessIPCError) -> None:
         """Set what `error` says of the request. Raises `ClientClosed` in place of a connection that we closed ourselves."""
         # A refused proof, or a refused request, has not run.
         error.maybe_executed = self._may_have_run() and not isinstance(error, (AuthenticationFailed, Busy))
         if isinstance(error, ConnectionLost):
             self._check(maybe_executed=error.maybe_executed)
         if isinstance(error, DaemonTimeout) and self._awaited is not None:
-            waited = f"timed out after {round(time.monotonic() - begin, 1):g} s waiting for the daemon {self._pool.name!r}"
-            awaited = _describe(self._message) if self._awaited is _ANSWER and self._message else self._awaited
-            error.args = (f"{waited} to {awaited}: allow a longer timeout, or see its status",)
+            message, seconds = self._message or {}, round(time.monotonic() - self._begin, 1)
+            operation = str(message.get("method") or message.get("meta") or "a request")
+            awaited = f"the daemon {self._pool.name!r} to {self._awaited or f'answer {operation[:50]!a}'}"
+            error.args = (f"timed out after {seconds:g} s waiting for {awaited}: allow a longer timeout, or see its status",)
 
     def _may_have_run(self) -> bool:
         return self._sent and self._link is not None and self._link.connection.all_sent
@@ -191,76 +187,64 @@ class Exchange:
         if self._cancelled:
             raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
 
-    async def _ask_until_answered(self) -> Message:
-        """Send the request to one generation after another, for as long as it does not run, and return the first reply."""
-        failure: HarnessIPCError | None = None
-        while True:
-            link = None if self._frame is None else self._pool.take_idle(self._state, self._left)
-            if link is None:
-                link = await self._open(failure)
-            else:
-                self._hold(link)
-                self._io.check(link.record)
-            try:
-                return await self._ask(link)
-            except _NotRun as error:
-                failure = error.failure
-                self._left.add(link.record.generation)
-                self._sent = False
-                self._release()
-
-    def _hold(self, link: Link) -> None:
-        with self._state.guard:
-            self._link = link
-            self._state.open.add(link)
+    def _take_idle(self) -> Link | None:
+        """Return a kept connection of a generation that may run the request, or None. Others are closed."""
+        state = self._state
+        while state.idle and self._frame is not None:
+            with state.guard:
+                if not state.idle:
+                    break
+                self._link = link = state.idle.pop()
+                state.busy.add(link)
             self._check()
+            if serving_threads:
+                self._io.check(link.record)
+            # The daemon says goodbye unasked, and nothing else: a readable idle connection is at its end.
+            if link.record.generation not in self._refused and not link.connection.is_readable():
+                return link
+            link.protocol.close()
+            self.close()
+        return None
 
-    async def _open(self, reason: HarnessIPCError | None) -> Link:
+    async def _open(self) -> Link:
         """Connect to a generation that was not asked: the one of the record, its successor, or one that is started.
 
-        The daemon has proved itself then. Before that nothing that fails has run. `reason` is why the last one that was asked
-        did not run the request, unless it has said goodbye.
+        The daemon has proved itself then. Before that nothing that fails has run.
         """
         self._check()
-        pool = self._pool
-        again, starts, failed = bool(self._left), 0, None
-        failure: HarnessIPCError | None = None
+        starts, refused = 0, dict(self._refused)
         while True:
             try:
-                record = pool.load(again=again)
-                if failure is not None and record.generation == failed:
-                    raise failure
-                if record.generation in self._left:
-                    raise reason or DaemonNotRunning(f"the daemon {pool.name!r} is stopping: start it again")
+                record = self._pool.load(again=bool(starts or refused), refused=refused)
             except (DaemonNotRunning, ConnectionLost):
-                if pool.start is None or starts == _MAX_STARTS:
+                if self._pool.start is None or starts == _MAX_STARTS:
                     raise
                 starts += 1
-                await self._start()
-                again, failure = True, None
+                self._awaited = None
+                self.deadline = await self._io.run(partial(start_daemon, self._pool, self.deadline))
+                self._check()
+                refused = dict(self._refused)
                 continue
             try:
                 return await self._connect(record)
             except (DaemonNotRunning, ConnectionLost) as error:
                 self._check()
-                self._release()
-                again, failed, failure = True, record.generation, error
-
-    async def _start(self) -> None:
-        self._awaited = None
-        self.deadline = await self._io.run(partial(start_daemon, self._pool, self.deadline))
-        self._check()
+                self.close()
+                refused[record.generation] = error
 
     async def _connect(self, record: Record) -> Link:
         io, pool = self._io, self._pool
         io.check(record)
-        self._awaited = _CONNECT
+        self._awaited = "accept a connection"
         deadline = min(self.deadline, deadline_after(pool.connect_timeout))
         # Before the daemon is woken, which then waits for what they are for.
-        protocol = ClientProtocol(Keys(record.authkey, record.address), Framing(), pool.max_message)
+        protocol = ClientProtocol(_derive_keys(record.authkey, record.address), Framing(), pool.max_message)
         link = Link(await io.connect(record.address, deadline), protocol, record)
         pool.record = record
-        self._hold(link)
+        with self._state.guard:
+            self._link = link
+            self._state.busy.add(link)
+        self._check()
         link.connection.deadline = deadline
         try:
             while protocol.next_event() is None:
@@ -278,45 +262,56 @@ class Exchange:
         self._check()
         return link
 
-    async def _ask(self, link: Link) -> Message:
-        connection, protocol = link.connection, link.protocol
-        if self._frame is not None:
-            # Not earlier: what the daemon's limit is was not known before.
-            messages.check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
-            protocol.send_request(self._frame)
-            connection.deadline = self.deadline
-            self._awaited = _ANSWER
-        connection.all_sent = False
-        self._sent = self._frame is not None
+    async def _ask(self, link: Link) -> Message | None:
+        """Send the request, unless that is done, and return the next reply; None if this generation does not run it."""
+        connection, protocol, io = link.connection, link.protocol, self._io
+        had_item, broken = protocol.state == STREAMING, None
+        connection.deadline = self.deadline
         try:
-            if not connection.send_now(protocol.data_to_send()):
-                await self._io.send(connection, [])
-        except ConnectionLost as error:
-            # The daemon may have said goodbye before it closed the connection.
-            try:
-                return await self._receive(link)
-            except ConnectionLost:
-                self._check()
-                if self._may_have_run():
-                    raise error from None
-                raise _NotRun(error) from None
-        return await self._receive(link)
+            if not had_item:
+                if self._frame is not None:
+                    # Not earlier: what the daemon's limit is was not known before.
+                    messages.check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
+                    protocol.send_request(self._frame)
+                    self._awaited = ""
+                connection.all_sent = False
+                self._sent = self._frame is not None
+                try:
+                    if not connection.send_now(protocol.data_to_send()):
+                        await io.send(connection, [])
+                except ConnectionLost as error:
+                    broken = error  # the daemon may have said goodbye before it closed the connection
+            event = protocol.next_event() if protocol.buffered else None
+            while event is None or event == VERDICT:
+                if event is None:
+                    protocol.receive_data(await io.receive(connection, self._pool.max_message))
+                elif self._frame is None:
+                    return {}
+                event = protocol.next_event()
+        except ConnectionLost:
+            if broken is None:
+                raise
+            self._check()
+            if self._may_have_run():
+                raise broken from None
+            event = GOODBYE
+        if isinstance(event, dict):
+            if "error" in event or "continues" in event:
+                self._check_reply(link, event)
+            return event
+        if had_item:
+            raise ConnectionLost("the daemon stopped in the middle of a stream")
+        stopping = DaemonNotRunning(f"the daemon {self._pool.name!r} is stopping: start it again")
+        self._refused[link.record.generation] = broken or stopping
+        self._sent = False
+        self.close()
+        return None
 
-    async def _receive(self, link: Link) -> Message:
-        if self._frame is not None:
-            link.connection.deadline = self.deadline
-        protocol = link.protocol
-        had_item = protocol.state == STREAMING
-        event = protocol.next_event() if protocol.buffered else None
-        while event is None or event == VERDICT:
-            if event is None:
-                protocol.receive_data(await self._io.receive(link.connection, protocol.frame_limit))
-            elif self._frame is None:
-                return {}
-            event = protocol.next_event()
-        if event == GOODBYE:
-            if had_item:
-                raise ConnectionLost("the daemon stopped in the middle of a stream")
-            raise _NotRun
-        assert isinstance(event, dict)
-        return event
+    def _check_reply(self, link: Link, reply: Message) -> None:
+        """Raise the error that the channel, and not the handler, has sent, or `ProtocolError` for an item that nobody wants."""
+        if (failure := error_of_channel(reply, self._pool.name)) is not None:
+            # The daemon ends the connection after it.
+            link.protocol.close()
+            raise failure
+        if link.protocol.state == STREAMING and "more" not in (self._message or {}):
+            raise ProtocolError("the daemon sent an item of a stream in place of a reply")

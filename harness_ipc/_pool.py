@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._protocol.session import ClientProtocol
     from ._registry.namespace import Namespace
     from ._transport import Connection
+    from .errors import HarnessIPCError
 
     Command = str | Sequence[str | os.PathLike[str]]
     Start = Command | Callable[[], object]
@@ -54,8 +55,9 @@ class State:
         self.pid = os.getpid()
         self.closed = False
         self.guard = threading.RLock()
-        # All links, and those that no exchange uses, the last one used at the end.
-        self.open: set[Link] = set()
+        # Links that an exchange uses, and those that none uses, the last one used at the end. One that is in neither, because
+        # an exception came in between, closes itself.
+        self.busy: set[Link] = set()
         self.idle: list[Link] = []
 
 
@@ -109,16 +111,21 @@ class Pool:
         state.closed = True
         with state.guard:
             # A copy: a signal handler may change it.
-            for link in list(state.open):
+            for link in list(state.busy):
                 link.connection.abort()
             while state.idle:
-                self.drop(state, state.idle.pop())
+                state.idle.pop().connection.close()
 
-    def load(self, *, again: bool) -> records.Record:
-        """Return the record of the daemon that is to be asked. Raises what `records.load` does."""
+    def load(self, *, again: bool, refused: dict[str, HarnessIPCError] | None = None) -> records.Record:
+        """Return the record of the daemon that is to be asked.
+
+        Raises what `records.load` does, and for a generation in `refused` the error there.
+        """
         record = records.load(self.name, again=again, any_schema=self.any_schema, namespace=self.namespace)
         if self.generation not in (None, record.generation):
             raise DaemonNotRunning(f"the daemon {self.name!r} has been replaced by another generation")
+        if refused and record.generation in refused:
+            raise refused[record.generation]
         wanted = self.start_options.get("version")
         if wanted is not None and (found := record.public().get("app_version")) != wanted:
             text = f"the daemon {self.name!r} that runs has version {found}, not {wanted}"
@@ -127,35 +134,15 @@ class Pool:
             raise IncompatibleDaemon(f"{text}: restart it, or use that version")
         return record
 
-    def take_idle(self, state: State, left: set[str]) -> Link | None:
-        """Return a kept link, or None. Links to the generations in `left` are closed."""
-        while True:
-            with state.guard:
-                if not state.idle:
-                    return None
-                link = state.idle.pop()
-                # Its exchange adds it again. If that is interrupted before, nobody has it, and it closes itself.
-                state.open.discard(link)
-            # The daemon says goodbye unasked, and nothing else: a readable idle connection is at its end.
-            if link.record.generation not in left and not link.connection.is_readable():
-                return link
-            self.drop(state, link)
-
     def check_in(self, state: State, link: Link) -> None:
-        """Keep a link that is no longer used, or close it."""
-        with state.guard:
-            is_idle = link.protocol.state == IDLE and not link.protocol.buffered
-            if is_idle and not state.closed and len(state.idle) < self.max_idle:
-                state.idle.append(link)
-            else:
-                self.drop(state, link)
-
-    @staticmethod
-    def drop(state: State, link: Link) -> None:
-        """Close a link."""
-        # Under the guard, so that nobody aborts a descriptor that has become another file's.
-        with state.guard:
-            state.open.discard(link)
+        """Keep a link that is no longer used, or close it. Call it under the guard."""
+        state.busy.discard(link)
+        # A late reply must not be taken for the next request's: only a link that waits for nothing is kept.
+        is_idle = link.protocol.state == IDLE and not link.protocol.buffered
+        if is_idle and not state.closed and len(state.idle) < self.max_idle:
+            state.idle.append(link)
+        else:
+            # Under the guard, so that nobody aborts a descriptor that has become another file's.
             link.connection.close()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from .errors import ClientClosed, ResourceExhausted
@@ -17,106 +17,79 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Seconds for an idle thread.
-_IDLE_PERIOD = 10.0
+    Jobs = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
+
+# Threads that wait for another function.
+_MAX_IDLE = 8
 
 
 class Workers:
-    """Threads that are kept for a while when they have run a function. They belong to one process."""
+    """Threads of one process. At most 8 are kept idle, the last one used first."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        # Guards what follows; held for a few instructions. Each put of `_jobs` has one thread that takes it.
+        # Guards what follows; held for a few instructions.
         self._guard = threading.RLock()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = 0
-        self._idle = 0
         self._closed = False
-        self._on_end: list[Callable[[], None]] = []
+        self._idle: list[Jobs] = []
+        # Each is done when its thread has ended.
+        self._ends: set[Future[None]] = set()
 
     async def run(self, function: Callable[[], T]) -> T:
         """Return the result of `function`, which goes on if this is cancelled.
 
         Raises `ResourceExhausted` if no thread can be started, and `ClientClosed`.
         """
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        def job() -> None:
-            outcome: Any
-            try:
-                outcome, failed = function(), False
-            except BaseException as error:
-                outcome, failed = error, True
-            _settle_from_thread(done, outcome, failed)
-
-        self._submit(job)
-        return await done
-
-    def close(self) -> None:
-        """Have the threads end when they have run what was submitted."""
-        with self._guard:
-            self._closed = True
-            for _ in range(self._idle):
-                self._jobs.put(None)
-            self._idle = 0
-
-    async def wait_closed(self) -> None:
-        """Wait until no thread is left."""
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with self._guard:
-            if not self._threads:
-                return
-            self._on_end.append(lambda: _settle_from_thread(ended, None, False))
-        await ended
-
-    def _submit(self, job: Callable[[], None]) -> None:
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()
         with self._guard:
             if self._closed:
                 raise ClientClosed("this client is closed: connect again")
-            if self._idle:
-                self._idle -= 1
-            else:
-                self._threads += 1
-                try:
-                    threading.Thread(target=self._work, name="harness-ipc-client", daemon=True).start()
-                except RuntimeError as error:
-                    self._threads -= 1
-                    text = f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
-                    raise ResourceExhausted(text) from error
-            self._jobs.put(job)
+            jobs = self._idle.pop() if self._idle else self._start()
+            jobs.put((function, done))
+        return await asyncio.wrap_future(done)
 
-    def _work(self) -> None:
-        while (job := self._next_job()) is not None:
-            job()
-            del job
-            with self._guard:
-                if self._closed:
-                    break
-                self._idle += 1
+    def close(self) -> None:
+        """Have the threads end when they have run what they were given."""
         with self._guard:
-            self._threads -= 1
-            callbacks = [] if self._threads else self._on_end
-        for callback in callbacks:
-            callback()
+            self._closed = True
+            while self._idle:
+                self._idle.pop().put(None)
 
-    def _next_job(self) -> Callable[[], None] | None:
+    async def wait_closed(self) -> None:
+        """Wait until no thread is left."""
+        with self._guard:
+            ends = [asyncio.wrap_future(end) for end in self._ends]
+        await asyncio.gather(*ends)
+
+    def _start(self) -> Jobs:
+        jobs: Jobs = queue.SimpleQueue()
+        end: Future[None] = Future()
+        end.set_running_or_notify_cancel()
         try:
-            return self._jobs.get(timeout=_IDLE_PERIOD)
-        except queue.Empty:
+            threading.Thread(target=self._work, args=(jobs, end), name="harness-ipc-client", daemon=True).start()
+        except RuntimeError as error:
+            text = f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
+            raise ResourceExhausted(text) from error
+        self._ends.add(end)
+        return jobs
+
+    def _work(self, jobs: Jobs, end: Future[None]) -> None:
+        is_kept = True
+        while is_kept and (job := jobs.get()) is not None:
+            function, done = job
+            try:
+                result = function()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+                del result
+            del job, function, done
             with self._guard:
-                if self._idle:
-                    self._idle -= 1
-                    return None
-        # It has just been given to one of those that wait, and there is no other.
-        return self._jobs.get()
-
-
-def _settle_from_thread(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
-    # A loop that was closed meanwhile has nobody waiting.
-    with contextlib.suppress(RuntimeError):
-        done.get_loop().call_soon_threadsafe(_settle, done, outcome, failed)
-
-
-def _settle(done: asyncio.Future[Any], outcome: Any, failed: bool) -> None:
-    if not done.done():
-        done.set_exception(outcome) if failed else done.set_result(outcome)
+                is_kept = not self._closed and len(self._idle) < _MAX_IDLE
+                if is_kept:
+                    self._idle.append(jobs)
+        with self._guard:
+            self._ends.discard(end)
+        end.set_result(None)

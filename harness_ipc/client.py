@@ -5,12 +5,11 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
-from ._blocking import Stream, blocking, run
-from ._calls import call_message, check_request, error_classes, result_of
-from ._exchange import Exchange
+from ._calls import call_message, check_request, error_classes
+from ._exchange import Exchange, run
 from ._pool import Pool
 from ._protocol import messages
-from ._transport import deadline_after
+from ._stream import Stream
 from .errors import (
     HarnessIPCError,
     IncompatibleDaemon,
@@ -89,7 +88,7 @@ def connect_daemon(
         max_message=max_message,
         namespace=namespace,
     )
-    run(Exchange(client._pool, blocking, None, deadline_after(timeout)).only_reply())
+    run(Exchange(client._pool, None, timeout).reply())
     return client
 
 
@@ -155,8 +154,8 @@ class Client:
         run. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing was sent. A message with "more" is refused:
         use `stream`. `Busy` is not repeated here: the caller knows whether to wait.
         """
-        deadline = self.deadline_for(timeout)
-        return run(Exchange(self._pool, blocking, check_request(message), deadline).only_reply())
+        timeout = self.request_timeout if timeout is None else timeout
+        return run(Exchange(self._pool, check_request(message), timeout).reply())
 
     def call(
         self,
@@ -175,12 +174,12 @@ class Client:
 
         Raises `RemoteError` for ``reply["error"]``, `TypeError` for a parameter that is given twice, and what `request` does.
         """
-        deadline = self.deadline_for(timeout)
-        message = call_message(method, params, kwargs, deadline, more=on_progress is not None)
-        exchange = Exchange(self._pool, blocking, message, deadline)
+        timeout = self.request_timeout if timeout is None else timeout
+        message = call_message(method, params, kwargs, timeout, more=on_progress is not None)
+        exchange = Exchange(self._pool, message, timeout)
         if on_progress is None:
-            return result_of(run(exchange.only_reply()), self._pool.error_classes)
-        with Stream(exchange, None) as stream:
+            return exchange.result_of(run(exchange.reply()))
+        with Stream(exchange) as stream:
             for item in stream:
                 on_progress(item)
         return stream.result
@@ -200,9 +199,8 @@ class Client:
         Raises `TypeError` for a parameter that is given twice, and while it is iterated what `call` does.
         """
         timeout = self.request_timeout if timeout is None else timeout
-        deadline = deadline_after(timeout)
-        message = call_message(method, params, kwargs, deadline, more=True)
-        return Stream(Exchange(self._pool, blocking, message, deadline), timeout)
+        message = call_message(method, params, kwargs, timeout, more=True)
+        return Stream(Exchange(self._pool, message, timeout), timeout)
 
     def close(self) -> None:
         """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.
@@ -220,10 +218,6 @@ class Client:
     def __repr__(self) -> str:
         return f"<Client {self.name!r} {'closed' if self._pool.state.closed else 'open'}>"
 
-    def deadline_for(self, timeout: float | None) -> float:
-        """Return the monotonic time at which a call that begins now ends. Raises `ValueError`."""
-        return deadline_after(self.request_timeout if timeout is None else timeout)
-
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
     """Ask that generation of the daemon `name`, and no other, to shut down. Return whether it said that it will.
@@ -240,7 +234,7 @@ def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespac
         generation=generation,
         max_idle=0,
     )
-    return "shutdown" in run(Exchange(pool, blocking, {"meta": messages.SHUTDOWN}, deadline_after(timeout)).only_reply())
+    return "shutdown" in run(Exchange(pool, {"meta": messages.SHUTDOWN}, timeout).reply())
 
 
 def request(
@@ -259,7 +253,6 @@ def request(
 
     Raises what `connect_daemon` and `Client.request` raise.
     """
-    deadline = deadline_after(timeout)
     check_request(message)
     # Every version answers these.
     any_schema = message.get("meta") in (messages.PING, messages.SHUTDOWN)
@@ -273,7 +266,7 @@ def request(
         start_options={"timeout": start_timeout},
         max_idle=0,
     )
-    return run(Exchange(pool, blocking, message, deadline).only_reply())
+    return run(Exchange(pool, message, timeout).reply())
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:

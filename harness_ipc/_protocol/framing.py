@@ -58,7 +58,8 @@ class StreamFraming:
                 return None
             (size,) = _LONG_LENGTH.unpack_from(self._data, body)
             body += _LONG_LENGTH.size
-        check_size(size, limit)
+        if not 0 <= size <= limit:
+            check_size(size, limit)
         end = body + size
         if self.buffered < end - self._start:
             self._wanted = end - self._start
