@@ -1,4 +1,4 @@
-"""A daemon's start command, and one start by it: its process, and what it or its log says of how that went."""
+"""One start of a daemon: its process, and what it or its log says of how that went."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from . import startup
 from ._descriptors import open_standard_streams
@@ -22,29 +19,10 @@ from ._transport import deadline_after
 from .errors import AlreadyRunning, StartFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
+    from ._command import Command
     from ._registry.namespace import Namespace
-    from ._registry.records import Record
 
-# "package.module:app", as `harness-ipc serve` takes it. What is imported, perhaps from the current directory.
-_APP = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_MODULE = re.compile(rf"-m|{_APP.pattern}")
-# Options of CPython whose value is the next word (`python --help`).
-_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-# Exits with 3 if there is no such module. `-m` looks in the current directory first, `serve` last.
-_FIND_MODULE = """
-import importlib.util, sys
-sys.path.insert(0 if sys.argv[2] == "module" else len(sys.path), "")
-try:
-    found = importlib.util.find_spec(sys.argv[1])
-except ModuleNotFoundError:
-    found = None
-sys.exit(3 if found is None else 0)
-"""
-# Seconds for an interpreter to find a module, whose packages it has to import; and for a child that has said why it fails to
-# print its traceback and end.
-_FIND_PERIOD = 10.0
+# Seconds for a child that has said why it fails to print its traceback and end.
 _EXIT_PERIOD = 2.0
 # Bytes.
 _LOG_TAIL = 4096
@@ -54,151 +32,42 @@ _LOOK_INTERVAL = 0.05
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
-def app_argv(name: str, app: str) -> list[str]:
-    """Return the command line of a process that serves `app`, "package.module:app", as the daemon `name`."""
-    # -P: `python -m` would import our own modules from the current directory first.
-    return [sys.executable, "-P", "-m", __package__, "serve", app, f"--name={name}"]
-
-
-class Command(NamedTuple):
-    """How a daemon is started. `cwd` is None where that was removed; with `leaves_cwd` the daemon does not stay there."""
-
-    argv: list[str]
-    cwd: str | None
-    environment: Mapping[str, str]
-    leaves_cwd: bool
-
-    @classmethod
-    def make(
-        cls,
-        name: str,
-        argv: str | Sequence[str | os.PathLike[str]],
-        cwd: str | os.PathLike[str] | None,
-        environment: Mapping[str, str] | None,
-    ) -> Command:
-        """Return the command of `ensure_daemon`'s arguments. Raises `TypeError` and `ValueError`, which say what to write."""
-        if isinstance(argv, str) and _APP.fullmatch(argv):
-            argv = app_argv(name, argv)
-        if isinstance(argv, (str, bytes, os.PathLike)):
-            raise TypeError(
-                f"argv must be a list of words or 'package.module:app', not {argv!r}: write [sys.executable, '-m', 'package'], "
-                "or use shlex.split"
-            )
-        words = [os.fsdecode(word) for word in argv]
-        if not words:
-            raise ValueError("argv is empty: write a program and its arguments, as [sys.executable, '-m', 'package']")
-        added = {os.fsdecode(name): os.fsdecode(value) for name, value in (environment or {}).items()}
-        directory = None
-        with contextlib.suppress(OSError):
-            directory = os.path.abspath(os.getcwd() if cwd is None else cwd)
-        return cls(words, directory, added, cwd is None)
-
-    @classmethod
-    def of(cls, record: Record) -> Command:
-        """Return the command that started the daemon of `record`."""
-        fields = record.public()
-        return cls(fields["argv"], fields.get("cwd"), record.environment, bool(fields.get("leaves_cwd")))
-
-    def find_program(self, word: str) -> str | None:
-        """Return the path of the program `word`, or None if there is none that can be executed."""
-        if os.path.dirname(word):
-            word = os.path.join(self.cwd or "", word)
-        return shutil.which(word, path=self.environment.get("PATH", os.environ.get("PATH")))
-
-    def find_obstacle(self) -> str | None:
-        """Return why a daemon can't be started, as far as that can be told without running its program, or None."""
-        if self.cwd is not None and not (os.path.isdir(self.cwd) and os.access(self.cwd, os.X_OK)):
-            return f"its directory {self.cwd} is gone"
-        program = self.find_program(self.argv[0])
-        if program is None:
-            return f"its program {self.argv[0]!a} is gone or can't be executed"
-        interpreter = _interpreter(program)
-        if interpreter is not None and self.find_program(interpreter) is None:
-            return f"the interpreter {interpreter!a} of its program {program!a} is gone"
-        kind, target = _python_target(self.argv)
-        if kind == "script" and not os.path.exists(os.path.join(self.cwd or "", target)):
-            return f"its script {target!a} is gone"
-        if kind in ("module", "app") and not self._has_module(program, target, kind):
-            return f"its module {target!a} is gone"
-        return None
-
-    def _has_module(self, python: str, module: str, kind: str) -> bool:
-        argv = [python, "-P", "-c", _FIND_MODULE, module, kind]
-        environment = {**os.environ, **self.environment}
-        try:
-            done = subprocess.run(argv, cwd=self.cwd, env=environment, capture_output=True, timeout=_FIND_PERIOD)
-        except (OSError, subprocess.SubprocessError):
-            return True  # unknown: the start will tell
-        return done.returncode != 3
-
-    def find_differences(self, wanted: Command) -> Iterator[str]:
-        """Yield how interpreter, command line, directory and added environment differ from those that are wanted."""
-        program, *words = self._absolute_words()
-        wanted_program, *wanted_words = wanted._absolute_words()
-        if program != wanted_program:
-            yield f"it was started by {program}, not by {wanted_program}"
-        if words != wanted_words:
-            yield f"its command line is {shlex.join(self.argv)}"
-        elif self.cwd != wanted.cwd and any(map(_MODULE.fullmatch, words)):
-            yield f"its directory is {self.cwd}, not {wanted.cwd}"
-        if names := {name for name, _ in self.environment.items() ^ wanted.environment.items()}:
-            yield f"it was started with other values of {', '.join(sorted(names))}"
-
-    def _absolute_words(self) -> list[str]:
-        """Return the words, of which those that name a file are absolute."""
-        program, *words = self.argv
-        if not os.path.dirname(program):
-            program = self.find_program(program) or program
-        paths = [os.path.normpath(os.path.join(self.cwd or "", word)) for word in (program, *words)]
-        return [path if os.path.isfile(path) else word for path, word in zip(paths, self.argv, strict=True)]
-
-
-def _interpreter(program: str) -> str | None:
-    """Return the interpreter that the first line of a script names. Windows has none."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError), open(program, "rb") as file:
-            line = file.readline(256)
-            if line.startswith(b"#!") and (words := os.fsdecode(line[2:]).split()):
-                return words[0]
-    return None
-
-
-def _python_target(argv: Sequence[str]) -> tuple[str, str]:
-    """Return the "script", "module" or module of an "app" that an interpreter is to run, and its name; else two empty texts."""
-    words = iter(argv[1:] if os.path.basename(argv[0]).lower().startswith("python") else ())
-    for word in words:
-        if word in _WITH_VALUE:
-            next(words, None)
-        elif word == "-m":
-            module = next(words, "")
-            apps = [word.partition(":")[0] for word in words if module == __package__ and _APP.fullmatch(word)]
-            return ("app", apps[0]) if apps else ("module", module)
-        elif not word.startswith("-"):
-            return "script", word
-        elif word == "-" or (not word.startswith("--") and set(word) & {"c", "m"}):
-            break
-    return "", ""
-
-
 class StartTimeout(Exception):
     """The deadline of a start has passed."""
 
 
-def wait_until_retry(deadline: float) -> None:
-    """Wait a moment for what nothing announces. Raises `StartTimeout`."""
-    if not sleep_until_retry(deadline):
-        raise StartTimeout
+class StartWait:
+    """A wait of `timeout` seconds for the daemon `name` to start."""
+
+    def __init__(self, name: str, timeout: float, namespace: Namespace) -> None:
+        """Begin the wait. Raises `ValueError`."""
+        self.name = name
+        self.namespace = namespace
+        self.timeout = timeout
+        self._deadline = deadline_after(timeout)
+
+    def remaining(self) -> float:
+        """Return the seconds that are left. Raises `StartTimeout` if none are."""
+        if (seconds := self._deadline - time.monotonic()) <= 0:
+            raise StartTimeout
+        return seconds
+
+    def pause(self) -> None:
+        """Wait a moment for what nothing announces. Raises `StartTimeout`."""
+        if not sleep_until_retry(self._deadline):
+            raise StartTimeout
 
 
-def start(name: str, command: Command, deadline: float, namespace: Namespace) -> bool:
+def start(command: Command, wait: StartWait) -> bool:
     """Start the daemon and wait until it is ready. Return False if another process already has the name.
 
     Raises `StartFailed` and `StartTimeout`.
     """
+    name, namespace = wait.name, wait.namespace
     log = str(log_path(name, namespace=namespace))
     child, offset = _spawn(command, log, namespace)
     try:
-        message = _next_message(name, child, deadline, namespace)
+        message = _next_message(child, wait)
         state = message.get("state")
         if state == "published" or message.get("type") == AlreadyRunning.__name__:
             return state == "published"
@@ -243,22 +112,22 @@ def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Ch
         os.close(descriptor)
 
 
-def _next_message(name: str, child: startup.Child, deadline: float, namespace: Namespace) -> startup.StartMessage:
+def _next_message(child: startup.Child, wait: StartWait) -> startup.StartMessage:
     """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
 
     Raises `StartTimeout`.
     """
     while True:
         ended = child.process.poll() is not None
-        if (message := child.next_message(min(_LOOK_INTERVAL, deadline - time.monotonic()))) is not None:
+        if (message := child.next_message(min(_LOOK_INTERVAL, wait.remaining()))) is not None:
             return message
         # A program that closed what it inherited, or whose wrapper did.
-        if probe(name, STATUS_TIMEOUT, namespace, health=False)[0].alive:
+        if probe(wait.name, STATUS_TIMEOUT, wait.namespace, health=False)[0].alive:
             return {"state": "published"}
         # One that made itself a daemon has ended well, and has left the process that will be it.
         if ended and not (child.process.returncode == 0 and child.has_descendants()):
             return {"state": "ended", "status": child.process.returncode}
-        wait_until_retry(deadline)
+        wait.pause()
 
 
 def _wait_for_exit(child: startup.Child) -> None:

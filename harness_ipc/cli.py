@@ -258,7 +258,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace) -> int:
-    from ._start import app_argv
+    from ._command import app_argv
     from .manager import ensure_daemon
 
     _split_app(options.app)

@@ -44,7 +44,7 @@ class App(Protocol):
     """A daemon's application.
 
     It may also have ``async health() -> dict``: whether what it depends on answers. It is unhealthy if that raises an error, or
-    returns a dict with an "error".
+    returns a dict with an "error". None stands for an empty dict.
     """
 
     async def start(self) -> None:

@@ -10,16 +10,16 @@ import contextlib
 import os
 import time
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import client
+from ._command import Command
 from ._registry import files, lifetime, processes, records
 from ._registry.locks import NameLock
-from ._registry.namespace import Namespace, check_name, log_path
-from ._start import Command, StartTimeout, start, wait_until_retry
+from ._registry.namespace import Namespace, check_name
+from ._start import StartTimeout, StartWait, start
 from ._status import STATUS_TIMEOUT, DaemonStatus, probe, published_generation, sleep_until_retry
-from ._transport import deadline_after, remaining
+from ._transport import deadline_after
 from .errors import (
     AuthenticationFailed,
     DaemonNotRunning,
@@ -54,6 +54,7 @@ def ensure_daemon(
     cwd: str | None = None,
     version: str | None = None,
     on_mismatch: Literal["error", "restart", "accept"] = "error",
+    on_unhealthy: Literal["accept", "restart"] = "accept",
     namespace: Namespace | None = None,
 ) -> DaemonStatus:
     """Return the state of the daemon `name`, once it runs: it is started with the command line `argv` if it does not.
@@ -67,57 +68,72 @@ def ensure_daemon(
     whose program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
     is detached, has the null device as standard input, and its standard output and error go into the log. `env` is added
     to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
-    is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. `namespace` says where the daemon
-    is; `run_daemon` in the child takes it from here.
+    is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. With `on_unhealthy="restart"` a
+    daemon that is found and says that it is unhealthy (`DaemonStatus.healthy` is False) is restarted; one that does not answer
+    is not. `namespace` says where the daemon is; `run_daemon` in the child takes it from here.
 
     Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
     `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
     `ValueError` for a command line that is a string, or empty.
     """
     command = Command.make(name, argv, cwd, env)
-    return _ensure(name, command, timeout, version, on_mismatch, namespace or Namespace())
+    accepted = _Accepted(version, on_mismatch, on_unhealthy)
+    return _ensure(command, accepted, StartWait(check_name(name), timeout, namespace or Namespace()))
 
 
-def _ensure(
-    name: str, command: Command, timeout: float, version: str | None, on_mismatch: str, namespace: Namespace
-) -> DaemonStatus:
-    deadline = deadline_after(timeout)
-    check_name(name)
+class _Accepted(NamedTuple):
+    """Which running daemons `ensure_daemon` returns, and what is done with others: see there."""
+
+    version: str | None = None
+    on_mismatch: str = "error"
+    on_unhealthy: str = "accept"
+
+
+def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonStatus:
+    name, namespace = wait.name, wait.namespace
     files.create_private_dir(namespace.runtime_dir, tighten=True)
-    find_usable = partial(_find_usable, name, command, version, deadline=deadline, namespace=namespace)
-    if (status := find_usable(on_mismatch)) is not None:
-        return _with_differences(status, command, namespace)
     # Held by the one process that starts.
     lock = NameLock(os.path.join(namespace.runtime_dir, f"{name}.start"))
     tries, is_ours = _TRIES, False
     try:
+        if (status := _find_usable(command, accepted, wait)) is not None:
+            return _with_differences(status, command, namespace)
+        # At most one daemon is ended for its health by this call: the next one may be as ill, and others use it already.
+        accepted = accepted._replace(on_unhealthy="accept")
         while not lock.try_acquire():
-            wait_until_retry(deadline)
-        # What this command line starts has its version: starting it again would not change that.
-        while (status := find_usable("error" if is_ours and on_mismatch == "restart" else on_mismatch)) is None:
+            wait.pause()
+        while (status := _find_usable(command, accepted, wait)) is None:
             # A process that has the name is starting, or still draining.
             if not lifetime.cleanup_endpoint(name, namespace=namespace):
-                wait_until_retry(deadline)
-            elif not (is_ours := start(name, command, deadline, namespace)) and not (tries := tries - 1):
+                wait.pause()
+            elif is_ours := start(command, wait):
+                # What this command line starts has its version: starting it again would not change that.
+                on_mismatch = "error" if accepted.on_mismatch == "restart" else accepted.on_mismatch
+                accepted = accepted._replace(on_mismatch=on_mismatch)
+            elif not (tries := tries - 1):
                 raise StartFailed(
                     f"{name!r} is not running in {namespace.runtime_dir}, but its command line says that it is, somewhere: its "
                     "program must call run_daemon without `namespace`, or with the same one"
                 )
     except StartTimeout:
-        raise _still_starting(name, timeout, namespace) from None
+        raise _start_timeout(wait) from None
     finally:
         lock.release()
     return status if is_ours else _with_differences(status, command, namespace)
 
 
-def _still_starting(name: str, timeout: float, namespace: Namespace) -> DaemonTimeout:
-    status = probe(name, STATUS_TIMEOUT, namespace, health=False)[0]
-    doing = "another process is starting it, or its predecessor has not ended"
+def _start_timeout(wait: StartWait) -> DaemonTimeout:
+    status = probe(wait.name, STATUS_TIMEOUT, wait.namespace, health=False)[0]
+    doing = "no process has its name yet"
     if status.state == "starting" and status.since is not None:
         doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
+    elif status.alive:
+        doing = f"pid {status.pid} has its name by now"
+    elif status.state == "absent" and status.pid is not None:
+        doing = f"pid {status.pid}, its predecessor, is still stopping"
     return DaemonTimeout(
-        f"timed out after {timeout:g} s waiting for the daemon {name!r} to start: {doing}; allow a longer timeout, or see its "
-        f"log {log_path(name, namespace=namespace)}"
+        f"timed out after {wait.timeout:g} s waiting for the daemon {wait.name!r} to start: {doing}; allow a longer timeout, "
+        f"or see its log {status.log_path}"
     )
 
 
@@ -182,29 +198,31 @@ def restart_daemon(
     _check_can_start(name, command)
     try:
         stop_daemon(name, timeout=stop_timeout, namespace=namespace)
-        return _ensure(name, command, timeout, None, "error", namespace)
+        return _ensure(command, _Accepted(), StartWait(name, timeout, namespace))
     except BaseException:
         lifetime.restore_record(record, namespace)
         raise
 
 
-def _find_usable(
-    name: str, command: Command, version: str | None, on_mismatch: str, *, deadline: float, namespace: Namespace
-) -> DaemonStatus | None:
-    """Return the state of a daemon that is there and may be used, or None if one has to be started."""
-    status, error = probe(name, min(STATUS_TIMEOUT, remaining(deadline)), namespace, health=False)
+def _find_usable(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonStatus | None:
+    """Return the state of a daemon that is there and may be used, or None if one has to be started. Raises `StartTimeout`."""
+    name, namespace, (version, on_mismatch, on_unhealthy) = wait.name, wait.namespace, accepted
+    status, error = probe(name, min(STATUS_TIMEOUT, wait.remaining()), namespace, health=on_unhealthy == "restart")
     if error is not None:
         raise error
     if not status.alive:
         return None
-    if version is None or status.app_version == version or on_mismatch == "accept":
-        return status
-    if on_mismatch != "restart":
+    is_other_version = version not in (None, status.app_version) and on_mismatch != "accept"
+    if is_other_version and on_mismatch != "restart":
         raise IncompatibleDaemon(
             f"the daemon {name!r} that runs has version {status.app_version}, not {version}: restart it, or accept it"
         )
+    if not is_other_version and (on_unhealthy != "restart" or status.healthy is not False):
+        return status
     _check_can_start(name, command)
-    stop_daemon(name, namespace=namespace)
+    # Another process may have replaced it meanwhile.
+    if published_generation(name, namespace) == status.generation:
+        stop_daemon(name, namespace=namespace)
     return None
 
 

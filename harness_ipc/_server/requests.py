@@ -260,8 +260,12 @@ class Requests:
 
     async def _answer_builtin(self, request: CurrentRequest) -> tuple[Message, int | None]:
         if request._message["meta"] == messages.HEALTH:
-            health = self._hooks.health
-            return {"health": await health() if health is not None else None}, self._max_message
+            answer: Any = None
+            if self._hooks.health is not None and (answer := await self._hooks.health()) is None:
+                answer = {}  # there is a health, and it has found no fault
+            if not isinstance(answer, (dict, type(None))):
+                raise TypeError(f"health returned {type(answer).__name__}: return a dict, or raise an error")
+            return {"health": answer}, self._max_message
         since = time.monotonic()
         await asyncio.sleep(0)  # one iteration of the loop
         # A limit below the channel's own replies does not hold for them.

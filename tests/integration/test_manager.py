@@ -23,6 +23,7 @@ from harness_ipc import (
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
+    StartFailed,
     __version__,
     daemon_alive,
     daemon_status,
@@ -104,7 +105,12 @@ def test_a_running_daemon_tells_all_about_itself() -> None:
         ("raise LookupError('no upstream')", {"error": {"type": "LookupError", "message": "no upstream"}}, False),
         ("return {'error': 'no upstream', 'words': 3}", {"error": "no upstream", "words": 3}, False),
         ("return {}", {}, True),
-        ("return None", None, None),
+        ("pass", {}, True),
+        (
+            "return False",
+            {"error": {"type": "TypeError", "message": "health returned bool: return a dict, or raise an error"}},
+            False,
+        ),
     ],
 )
 def test_health_does_not_change_the_state(health: str, answer: Any, healthy: bool | None) -> None:
@@ -121,6 +127,10 @@ def test_without_an_answer_nothing_is_known_of_the_health() -> None:
     assert status.health is not None
     assert status.health["error"]["type"] == "DaemonTimeout"
     assert daemon_status("absent").healthy is None
+    stop_daemon("test")
+    ensure(then="del App.health")
+    status = daemon_status("test")
+    assert (status.state, status.health, status.healthy) == ("running", None, None)
 
 
 def test_a_daemon_that_somebody_started_by_hand_is_found_and_stopped() -> None:
@@ -222,6 +232,52 @@ def test_a_daemon_under_sigstop_is_unresponsive_and_can_be_stopped() -> None:
     assert_none_left()
 
 
+# Its health.
+
+ILL = """
+async def health(self):
+    if (folder / "hang").exists():
+        await asyncio.Event().wait()
+    if (folder / "ill").exists():
+        raise LookupError("no upstream")
+App.health = health
+"""
+
+
+def test_an_unhealthy_daemon_is_accepted_or_restarted_once(base: Path) -> None:
+    argv = command(then=ILL)
+    first = ensure_daemon("test", argv, on_unhealthy="restart")
+    assert ensure_daemon("test", argv, on_unhealthy="restart").healthy is True
+    (base / "ill").touch()
+    assert ensure_daemon("test", argv).pid == first.pid
+    second = ensure_daemon("test", argv, on_unhealthy="restart")
+    # It is as ill, and still the one that this call has started.
+    assert started(base) == [first.pid, second.pid]
+    assert daemon_status("test").healthy is False
+    assert_one_daemon()
+
+
+def test_an_unhealthy_daemon_that_can_not_be_started_again_is_not_stopped(base: Path) -> None:
+    pid = ensure(then=ILL).pid
+    (base / "ill").touch()
+    with pytest.raises(StartFailed, match="was not stopped"):
+        ensure_daemon("test", [str(base / "missing")], on_unhealthy="restart")
+    assert identify("test") == pid
+
+
+def test_a_daemon_that_does_not_answer_is_not_unhealthy(base: Path) -> None:
+    argv = command(then=ILL)
+    pid = ensure_daemon("test", argv).pid
+    (base / "hang").touch()
+    status = ensure_daemon("test", argv, on_unhealthy="restart")
+    assert (status.pid, status.healthy) == (pid, None)
+    wedge(base)
+    wait_until(lambda: daemon_status("test").state == "unresponsive", 4.0)
+    assert ensure_daemon("test", argv, on_unhealthy="restart").pid == pid == identify("test")
+    with at_once():
+        assert stop_daemon("test", timeout=0.2) is True
+
+
 # Versions, and starting again.
 
 
@@ -298,14 +354,13 @@ def test_a_stop_ends_a_request_that_does_not_end(base: Path) -> None:
 
 
 def test_a_daemon_that_drains_already_for_long_can_be_stopped(base: Path) -> None:
-    ensure(options="grace_period=3600")
+    pid = ensure(options="grace_period=3600").pid
     with in_flight(base) as job:
         assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
         wait_until(lambda: records.read("test").state == "draining")
         with at_once():
-            with pytest.raises(DaemonTimeout) as caught:
+            with pytest.raises(DaemonTimeout, match=rf"pid {pid}, its predecessor, is still stopping"):
                 ensure_daemon("test", command(), timeout=0.5)
-            assert "\n" not in str(caught.value)
             stop_daemon("test", timeout=0.2)
         assert isinstance(job.exception(PATIENCE), ConnectionLost)
     assert_none_left()

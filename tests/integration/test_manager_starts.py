@@ -299,6 +299,17 @@ def test_a_timeout_names_the_daemon_the_operation_and_the_seconds(base: Path) ->
     ensure_daemon("test", argv)
 
 
+def test_a_deadline_that_has_passed_names_what_was_waited_for(base: Path) -> None:
+    text = r"^timed out after 0 s waiting for the daemon 'test' to start: {}; allow a longer timeout, or see its log .*$"
+    with pytest.raises(DaemonTimeout, match=text.format("no process has its name yet")):
+        ensure_daemon("test", command(), timeout=0)
+    assert started(base) == []
+    pid = ensure().pid
+    with pytest.raises(DaemonTimeout, match=text.format(f"pid {pid} has its name by now")):
+        ensure_daemon("test", command(), timeout=0)
+    assert_one_daemon()
+
+
 @pytest.mark.parametrize(
     ("then", "type", "reason", "text"),
     [
