@@ -40,6 +40,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def end_child(pid: int, error: BaseException | None = None) -> None:
+    """End this process, as `error` says, unless it is `pid`, which has forked it.
+
+    It must not go on with the event loop of its parent: both would change what one epoll watches, and read one wake-up pipe.
+    """
+    if os.getpid() == pid:
+        return
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        import logging
+
+        logging.getLogger(__name__).error("a forked process failed", exc_info=error)
+        status = 1
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(status & 0xFF)
+
+
 def open_standard_streams() -> None:
     """Open those of descriptors 0, 1 and 2 that are closed on the null device, before a file or a pipe gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):

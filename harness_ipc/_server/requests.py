@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
+import os
 import threading
 import time
-from contextlib import aclosing
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from .._descriptors import end_child
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
 from .._transport import deadline_after
@@ -171,6 +173,7 @@ class Requests:
         self._handler = handler
         self._hooks = hooks
         self._max_message = max_message
+        self._pid = os.getpid()
         # The application's requests in flight.
         self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
         self.counters = Counters()
@@ -215,12 +218,14 @@ class Requests:
             reply = _cancelled_reply(request)
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
+            end_child(self._pid, error)
             reply = messages.error_reply(error)
             if request._is_app_request:
                 self._log.exception("the handler failed", error)
             else:
                 # A monitor asks often: no traceback each time.
                 self._log.warning("health check failed: %s: %s", *reply["error"].values(), error=error)
+        end_child(self._pid)
         if request._task is not None and self.tasks.pop(request._task, None) is not None:
             request._task.remove_done_callback(self._on_done)
         self._finish(request, reply, limit)
@@ -247,7 +252,8 @@ class Requests:
             answer = await answer
             if not hasattr(answer, "__anext__"):
                 return messages.check_reply(answer)
-        async with aclosing(answer):
+        # An iterator that is no generator has nothing to close.
+        async with contextlib.aclosing(answer) if hasattr(answer, "aclose") else contextlib.nullcontext():
             if not request._more:
                 error = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
                 return messages.error_reply(error) if is_coroutine else messages.not_executed(error)

@@ -17,6 +17,7 @@ from harness_ipc import (
     connect_daemon,
     daemon_status,
     ensure_daemon,
+    log_path,
     request,
     runtime_dir,
     stop_daemon,
@@ -63,6 +64,15 @@ class App:
                 if pid == 0:
                     time.sleep(3600)
                 return {"result": pid}
+            case "leave":
+                pid = os.fork()
+                if pid == 0:
+                    print("a child says this", end="")
+                    how = message["how"]
+                    if how == "return":
+                        return {"result": "the child's"}
+                    raise ValueError("the child's") if how == "raise" else SystemExit(how)
+                return {"result": (await loop.run_in_executor(None, os.waitpid, pid, 0))[1]}
             case "terminate":
                 self.children[-1].terminate()
                 self.children[-1].join()
@@ -140,3 +150,16 @@ def test_worker_has_no_socket_and_no_lock(daemon: int) -> None:
             return len(sockets) > 2 or any(file.startswith(str(runtime_dir())) for file in files)
 
         wait_until(lambda: not has_ours())
+
+
+@pytest.mark.parametrize(("how", "status"), [("return", 0), (None, 0), (3, 3), ("a text", 1), ("raise", 1)])
+def test_a_child_that_leaves_its_handler_ends(daemon: int, how: object, status: int) -> None:
+    reply = request("test", {"method": "leave", "how": how}, timeout=PATIENCE)
+    assert os.waitstatus_to_exitcode(reply["result"]) == status
+    assert request("test", {"method": "ask"}) == {"result": daemon}
+    log = log_path("test").read_text(encoding="utf-8")
+    assert "a child says this" in log
+    assert ("Traceback" in log) is (how == "raise")
+    # The daemon's loop is still woken by its threads.
+    with at_once():
+        assert stop_daemon("test")

@@ -38,6 +38,22 @@ pytestmark = pytest.mark.usefixtures("driver")
 NEVER = 3600.0
 
 
+class Countdown:
+    """An asynchronous iterator that is no generator: it can't be closed."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __aiter__(self) -> Countdown:
+        return self
+
+    async def __anext__(self) -> int:
+        if not self.n:
+            raise StopAsyncIteration
+        self.n -= 1
+        return self.n
+
+
 class Service:
     """Streams `n` items of `size` characters, reports progress, or answers; `made` and `ended` tell how far it came."""
 
@@ -104,6 +120,9 @@ class Service:
                     await self.may_end.wait()
         finally:
             self.ended.append("closed")
+
+    def iterator(self, n: int) -> AsyncIterator[int]:
+        return Countdown(n)
 
     async def generator(self, n: int) -> AsyncIterator[Any]:
         return self.count(n)
@@ -198,6 +217,20 @@ async def count(message):
 
 run_daemon(count, "counter", idle_timeout=60)
 """
+
+
+def test_an_iterator_that_is_no_generator_is_a_stream() -> None:
+    def talk() -> None:
+        with connect_daemon("test") as client:
+            assert list(client.stream("iterator", n=3)) == [2, 1, 0]
+            with pytest.raises(ExpectedMore):
+                client.call("iterator", n=3)
+
+    async def main() -> None:
+        async with serving():
+            await asyncio.to_thread(talk)
+
+    asyncio.run(main())
 
 
 def test_a_daemons_handler_may_be_a_generator() -> None:
