@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -16,10 +15,11 @@ from .._transport.listen import lacking_descriptors
 from ..errors import AuthenticationFailed, DaemonTimeout, HarnessIPCError, MessageTooLarge
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from .._transport.listen import Connection, Listener
-    from .session import Session
+    from .session import Host, Session
 
 logger = logging.getLogger(__name__)
 
@@ -32,44 +32,35 @@ PAUSE = 0.1
 
 
 class Deadlines:
-    """When connections are closed that do not go on. In the loop's thread."""
+    """Closes the connections of one event loop that do not go on in time: see `Session.due`."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._due: dict[Session, float] = {}
+    def __init__(self, loop: asyncio.AbstractEventLoop, sessions: Callable[[], list[Session]]) -> None:
+        self._loop = loop
+        self._sessions = sessions
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, session: Session, seconds: float) -> None:
-        """Close `session` in so many seconds, unless a deadline of it is running or `clear` comes before."""
-        if session in self._due or seconds == inf:
-            return
-        due = self._due[session] = self._loop.time() + seconds
-        if self._timer is None or due < self._timer.when():
-            self._schedule(due)
-
-    def clear(self, session: Session) -> None:
-        """Let `session` take its time."""
-        self._due.pop(session, None)
-
-    def cancel(self) -> None:
-        """Forget them all."""
-        self._due.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        """Close `session` in so many seconds, unless it has a deadline already, or sets `due` to infinity before."""
+        if session.due == inf and seconds < inf:
+            session.due = self._loop.time() + seconds
+            self._schedule(session.due)
 
     def _schedule(self, due: float) -> None:
         if self._timer is not None:
+            if self._timer.when() <= due:
+                return
             self._timer.cancel()
         self._timer = self._loop.call_at(due, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
         now = self._loop.time()
-        for session in [session for session, due in self._due.items() if due <= now]:
-            del self._due[session]
-            session.close(DaemonTimeout("it did not prove itself, or send the rest of a message, in time"))
-        if self._due and self._timer is None:
-            self._schedule(min(self._due.values()))
+        sessions = self._sessions()
+        for session in sessions:
+            if session.due <= now:
+                session.close(DaemonTimeout("it did not prove itself, or send the rest of a message, in time"))
+        if (due := min((session.due for session in sessions if session.due > now), default=inf)) < inf:
+            self._schedule(due)
 
 
 class Admission:
@@ -200,3 +191,7 @@ class Admission:
         """Return all connections."""
         with self._lock:
             return [*self._pending, *self._sessions]
+
+    def hosted_by(self, host: Host) -> list[Session]:
+        """Return the connections of `host`, in its own thread."""
+        return [session for session in self.all() if session.host is host]

@@ -1,89 +1,122 @@
-"""The event loop's own sockets, on POSIX: it accepts, reads and writes without blocking, and no connection costs a thread."""
+"""Sockets in event loops, on POSIX: they accept, read and write without blocking, and no connection costs a thread."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import deque
 from typing import TYPE_CHECKING
 
 from .admission import PAUSE
-from .greet import StandBy
 
 if TYPE_CHECKING:
-    from .._protocol.messages import Message
+    import asyncio
+
     from .._transport.listen import Connection
-    from ..errors import ProtocolError
     from .server import DaemonServer
-    from .session import Session
+    from .session import Host, Session
+
+# Seconds that a client waits for a loop that accepts nothing before the greeter accepts it.
+_LOOP_PATIENCE = 0.1
 
 
 class LoopAcceptor:
-    """Accepts in the loop. A stand-by thread does while the loop is blocked."""
+    """Accepts in the server's loop. The greeter does while that is blocked."""
+
+    has_ended = True
 
     def __init__(self, server: DaemonServer) -> None:
-        self._loop = asyncio.get_running_loop()
         self._server = server
         self._listener = server.admission.listener
-        self._stand_by = StandBy(server, self._adopt)
+        self._descriptor = self._listener.fileno()
+        # How many had been accepted when the loop was found to be blocked.
+        self._stalled_at = -1
 
     def start(self) -> None:
-        """Begin. Raises `RuntimeError` if no thread can be started."""
-        self._stand_by.start()
+        """Begin."""
         self._resume()
-
-    def _resume(self) -> None:
-        if not self._server.is_draining:
-            self._loop.add_reader(self._listener.fileno(), self._on_client)
-
-    def _on_client(self) -> None:
-        accepted = self._server.admission.accept()
-        if accepted is not None:
-            connection, full = accepted
-            session = self._server.new_session(connection, full)
-            self._server.deadlines.set(session, self._server.handshake_timeout(session))
-            transport = LoopTransport(connection, session)
-            session.adopt(transport)
-            # Most clients have sent something by now: one iteration of the loop less.
-            transport.on_readable()
-        elif self._server.admission.is_paused():
-            self._loop.remove_reader(self._listener.fileno())
-            self._loop.call_later(PAUSE, self._resume)
-
-    def _adopt(self, session: Session, connection: Connection, message: Message | ProtocolError) -> None:
-        session.adopt(LoopTransport(connection, session), message)
+        self._server.greeter.loop.call_soon_threadsafe(self._stand_by)
 
     def close(self) -> None:
         """Accept nobody any more."""
         with contextlib.suppress(RuntimeError):  # a loop that was closed before watches nothing
-            self._loop.remove_reader(self._listener.fileno())
+            self._server.loop.remove_reader(self._descriptor)
+            self._server.greeter.loop.call_soon_threadsafe(self._server.greeter.loop.remove_reader, self._descriptor)
         self._listener.close()
-        self._stand_by.close()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether its thread serves nobody any more."""
-        return self._stand_by.has_ended
 
     def join(self) -> None:
-        """Wait for its thread."""
-        self._stand_by.join()
+        """Do nothing: it has no thread."""
+
+    def _resume(self) -> None:
+        if not self._server.is_draining:
+            self._server.loop.add_reader(self._descriptor, self._on_client)
+
+    def _on_client(self) -> None:
+        if not self._accept(self._server) and self._server.admission.is_paused():
+            self._server.loop.remove_reader(self._descriptor)
+            self._server.loop.call_later(PAUSE, self._resume)
+
+    def _accept(self, host: Host) -> bool:
+        """Accept a client for the loop of `host`. Return whether there was one."""
+        if (accepted := self._server.admission.accept()) is None:
+            return False
+        connection, full = accepted
+        session = self._server.new_session(connection, full)
+        transport = LoopTransport(connection, session)
+        session.begin(host, transport)
+        # Most clients have sent something by now: one iteration of the loop less.
+        transport.on_readable()
+        return True
+
+    # In the greeter's thread.
+
+    def _stand_by(self) -> None:
+        if not self._server.is_draining:
+            with contextlib.suppress(OSError):  # it has been closed meanwhile
+                self._server.greeter.loop.add_reader(self._descriptor, self._on_waiting_client)
+
+    def _on_waiting_client(self) -> None:
+        admission = self._server.admission
+        if self._stalled_at == admission.accepted and self._accept(self._server.greeter):
+            self._stalled_at = admission.accepted
+        else:
+            # The server's loop is faster if it is not blocked. It may also pause on purpose.
+            self._server.greeter.loop.remove_reader(self._descriptor)
+            self._server.greeter.loop.call_later(_LOOP_PATIENCE, self._look_again, admission.accepted)
+
+    def _look_again(self, accepted: int) -> None:
+        admission = self._server.admission
+        self._stand_by()
+        if admission.accepted == accepted and not admission.is_paused():
+            self._stalled_at = accepted
 
 
 class LoopTransport:
-    """A `Session`'s socket, watched by the loop until it is closed: its end is noticed while a request is in flight."""
+    """A `Session`'s socket, watched by a loop until it is closed: its end is noticed while a request is in flight."""
 
     __slots__ = ("_chunks", "_connection", "_loop", "_reading_paused", "_session", "unsent")
 
+    _loop: asyncio.AbstractEventLoop
+
     def __init__(self, connection: Connection, session: Session) -> None:
-        self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._session = session
         # What the system has not taken yet, and how many bytes that is.
         self._chunks: deque[memoryview] = deque()
         self.unsent = 0
         self._reading_paused = False
-        self._loop.add_reader(connection.fileno(), self.on_readable)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Watch the socket in `loop`, in whose thread this is called."""
+        self._loop = loop
+        loop.add_reader(self._connection.fileno(), self.on_readable)
+        if self._chunks:
+            loop.add_writer(self._connection.fileno(), self._on_writable)
+
+    def detach(self) -> None:
+        """Stop watching it."""
+        self._loop.remove_reader(self._connection.fileno())
+        if self._chunks:
+            self._loop.remove_writer(self._connection.fileno())
 
     def on_readable(self) -> None:
         """Read what has arrived."""
@@ -144,10 +177,7 @@ class LoopTransport:
 
     def close(self) -> None:
         """Close the socket at once. Closing twice is no error."""
-        descriptor = self._connection.fileno()
-        if descriptor >= 0:
-            self._loop.remove_reader(descriptor)
-            if self._chunks:
-                self._loop.remove_writer(descriptor)
-                self._chunks.clear()
+        if self._connection.fileno() >= 0:
+            self.detach()
+            self._chunks.clear()
             self._connection.close()

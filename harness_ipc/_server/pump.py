@@ -6,26 +6,22 @@ arrives and sends what the loop queues. It never waits for a reply.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from math import inf
 from typing import TYPE_CHECKING
 
-from .._protocol import messages
-from .._protocol.session import IDLE, MAX_READ_AHEAD, REPLYING
 from .._rate_limit import RateLimitedLogger
-from .._transport import deadline_after
-from ..errors import DaemonTimeout, HarnessIPCError
-from .greet import greet
+from ..errors import HarnessIPCError
 
 if TYPE_CHECKING:
-    from .._protocol.messages import Message
+    import asyncio
+    from collections.abc import Callable
+    from typing import Any
+
     from .._transport.listen import Port
-    from ..errors import ProtocolError
     from .server import DaemonServer
     from .session import Session
 
@@ -38,27 +34,37 @@ _PAUSE = 0.1
 
 
 class PumpTransport:
-    """A `Session`'s transport: the loop's side of a pump. `run` is the thread's."""
+    """A `Session`'s transport: its loop's side of a pump. `run` is the thread's."""
 
-    def __init__(self, port: Port, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, port: Port, session: Session) -> None:
         self._port = port
         self._session = session
-        self._loop = loop
-        self._limit = session.protocol.max_frame
-        # Guards what follows: chunks to write, bytes that were read and that the session has not got yet.
-        self._lock = threading.Lock()
+        # What the loop has not been told yet, and the loop; none while the session is handed over.
+        self._events: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Chunks to write.
         self._queue: deque[bytes] = deque()
-        self._undelivered = 0
         self._reading_paused = False
+        # Data was read that the session has not got yet: no more is read until it has.
+        self._undelivered = False
         self._closing = threading.Event()
         # Bytes that the system has not taken, counted in the loop.
         self.unsent = 0
 
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to `loop`, in whose thread this is called."""
+        self._loop = loop
+        loop.call_soon(self._deliver, loop)
+
+    def detach(self) -> None:
+        """Belong to no loop, until `attach`."""
+        self._loop = None
+
     def write(self, chunks: list[bytes]) -> bool:
         """Write in order. Return whether the system has taken all: only if there is nothing to write."""
-        with self._lock:
-            self._queue += chunks
-        self.unsent += sum(map(len, chunks))
+        for chunk in chunks:
+            self._queue.append(chunk)
+            self.unsent += len(chunk)
         self._port.wake()
         return not self.unsent
 
@@ -77,16 +83,23 @@ class PumpTransport:
         self._closing.set()
         self._port.wake()
 
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
+        # An event may hand the session over: the other loop is told of the next ones.
+        while self._events and self._loop is loop:
+            callback, argument = self._events.popleft()
+            callback(argument)
+
     def _on_taken(self, size: int) -> None:
         self.unsent -= size
         if not self.unsent:
             self._session.on_drained()
 
     def _on_data(self, data: bytes) -> None:
-        with self._lock:
-            self._undelivered -= len(data)
         self._session.on_data(data)
+        self._undelivered = False
         self._port.wake()
+
+    # In the thread.
 
     def run(self) -> None:
         """Pump until the connection ends, or `close`, then close it."""
@@ -96,7 +109,7 @@ class PumpTransport:
         except Exception as raised:
             error = raised
         try:
-            self._loop.call_soon_threadsafe(self._session.on_lost, error)
+            self._tell(self._session.on_lost, error)
             self._closing.wait()
             # What is left says why the connection is closed: as far as that goes at once.
             while not self._port.is_writing and self._begin_write():
@@ -106,37 +119,41 @@ class PumpTransport:
         finally:
             self._port.close()
 
+    def _tell(self, callback: Callable[[Any], None], argument: Any) -> None:
+        # First the event: a loop that the session is handed over to looks for it.
+        self._events.append((callback, argument))
+        if (loop := self._loop) is not None:
+            loop.call_soon_threadsafe(self._deliver, loop)
+
     def _pump(self) -> None:
         writing = 0
         while not self._closing.is_set():
             if not self._port.is_writing:
                 if writing:
-                    self._loop.call_soon_threadsafe(self._on_taken, writing)
+                    self._tell(self._on_taken, writing)
                 if writing := self._begin_write():
                     continue
-            reading = not self._reading_paused and self._undelivered < MAX_READ_AHEAD
-            data = self._port.wait(inf, reading=reading, limit=self._limit)
+            reading = not (self._reading_paused or self._undelivered)
+            data = self._port.wait(inf, reading=reading, limit=self._session.protocol.max_frame)
             if data:
-                with self._lock:
-                    self._undelivered += len(data)
-                self._loop.call_soon_threadsafe(self._on_data, data)
+                self._undelivered = True
+                self._tell(self._on_data, data)
             elif data is not None:
                 return
 
     def _begin_write(self) -> int:
         """Begin to write the next chunk, and return its size, or 0 if there is none."""
-        with self._lock:
-            chunk = self._queue.popleft() if self._queue else b""
-        if chunk:
-            self._port.begin_write(chunk)
+        if not self._queue:
+            return 0
+        chunk = self._queue.popleft()
+        self._port.begin_write(chunk)
         return len(chunk)
 
 
 class ThreadAcceptor:
-    """Accepts in threads, each of which then serves the connection that it got: greets the client, and pumps."""
+    """Accepts in threads, each of which then pumps for the connection that it got. The greeter hosts it first."""
 
     def __init__(self, server: DaemonServer) -> None:
-        self._loop = asyncio.get_running_loop()
         self._server = server
         self._listener = server.admission.listener
         self._log = RateLimitedLogger(logger)
@@ -145,8 +162,6 @@ class ThreadAcceptor:
         # The thread that left `_threads` last: it may still run, and joins the one that left before it.
         self._last_to_leave: threading.Thread | None = None
         self._accepting = 0
-        # The connections whose clients have not asked the loop anything yet.
-        self._greeting: set[Port] = set()
         self._closing = threading.Event()
 
     def start(self) -> None:
@@ -167,11 +182,8 @@ class ThreadAcceptor:
             raise
 
     def close(self) -> None:
-        """Accept nobody any more; say goodbye to those who have not asked anything."""
+        """Accept nobody any more."""
         self._closing.set()
-        with self._lock:
-            for port in self._greeting:
-                port.wake()
         self._wake_accepting()
 
     def _wake_accepting(self) -> None:
@@ -182,7 +194,7 @@ class ThreadAcceptor:
         if accepting:
             # Again: a wake-up is a connection on some systems, which another thread may have got.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_later(_PAUSE, self._wake_accepting)
+                self._server.loop.call_later(_PAUSE, self._wake_accepting)
         else:
             self._listener.close()
 
@@ -211,7 +223,7 @@ class ThreadAcceptor:
             if previous is not None:
                 previous.join()
             with contextlib.suppress(RuntimeError):  # a loop that was closed before waits for nothing
-                self._loop.call_soon_threadsafe(self._server.check_closed)
+                self._server.loop.call_soon_threadsafe(self._server.check_closed)
 
     def _accept_one(self) -> bool:
         """Accept one connection and serve it to its end. Return whether this thread should accept another one."""
@@ -257,63 +269,10 @@ class ThreadAcceptor:
 
     def _serve(self, port: Port) -> None:
         session = self._server.new_session(port)
-        with self._lock:
-            self._greeting.add(port)
+        transport = PumpTransport(port, session)
         try:
-            request = self._greet(port, session)
-        except Exception as error:
-            request = None
-            self._server.admission.log_end(session, error)
-            with contextlib.suppress(Exception):
-                self._send(port, session, deadline_after(_PAUSE))
-        finally:
-            with self._lock:
-                self._greeting.discard(port)
-        if request is None:
+            self._server.greeter.loop.call_soon_threadsafe(session.begin, self._server.greeter, transport)
+        except RuntimeError:  # it was closed
             self._server.remove(session, port.close)
-            return
-        transport = PumpTransport(port, session, self._loop)
-        try:
-            self._loop.call_soon_threadsafe(session.adopt, transport, request)
-        except RuntimeError:  # the loop was closed
-            self._server.remove(session, port.close)
-            return
-        transport.run()
-
-    def _greet(self, port: Port, session: Session) -> Message | ProtocolError | None:
-        """Serve the client until its first request that is the loop's, and return that, or None at the end."""
-        deadline = deadline_after(self._server.options.handshake_timeout)
-        while True:
-            request = greet(self._server, session)
-            if isinstance(request, dict) and request.get("meta") == messages.PING:
-                pong = self._server.pong(*self._server.probe.wait())
-                session.protocol.send_reply(messages.encode(pong))
-            elif request is not None:
-                return request
-            if session.protocol.state in (IDLE, REPLYING):
-                deadline = inf
-            self._send(port, session, deadline_after(self._server.options.handshake_timeout))
-            replied = session.protocol.state == REPLYING
-            if replied:
-                session.protocol.reply_taken()
-            if self._closing.is_set() or (replied and session.full):
-                session.protocol.leave()
-                self._send(port, session, deadline_after(_PAUSE))
-                return None
-            if replied:
-                continue
-            data = port.wait(deadline, reading=True, limit=session.protocol.max_frame)
-            if data:
-                session.protocol.receive_data(data)
-            elif data is not None:
-                return None
-            elif time.monotonic() >= deadline:
-                raise DaemonTimeout("it did not prove itself in time")
-
-    def _send(self, port: Port, session: Session, deadline: float) -> None:
-        for chunk in session.protocol.data_to_send():
-            port.begin_write(chunk)
-            while port.is_writing:
-                port.wait(deadline, reading=False, limit=0)
-                if time.monotonic() >= deadline:
-                    raise DaemonTimeout("it does not read")
+        else:
+            transport.run()

@@ -60,7 +60,7 @@ class CurrentRequest:
     def __init__(self, caller: Caller, message: Message) -> None:
         self._caller = caller
         self._message = message
-        self._is_app_request = message.get("meta") not in (messages.PING, messages.HEALTH)
+        self._is_app_request = message.get("meta") != messages.HEALTH
         # The channel's: the handler does not see it.
         self._more = message.pop("more", False) is True
         self._cancelled = False
@@ -149,10 +149,9 @@ class Counters:
 
 
 class Hooks(NamedTuple):
-    """What requests need of others: the app's health, the reply to a ping of so many seconds, and calls around each reply."""
+    """What requests need of others: the app's health, and calls around each reply."""
 
     health: Callable[[], Awaitable[Message]] | None
-    pong: Callable[[float], Message]
     before_reply: Callable[[], None] | None
     after_reply: Callable[[], None]
 
@@ -208,12 +207,8 @@ class Requests:
             task.cancel()
 
     async def _run(self, request: CurrentRequest) -> None:
-        limit: int | None = self._max_message
         try:
-            if request._is_app_request:
-                reply = await self._call_handler(request)
-            else:
-                reply, limit = await self._answer_builtin(request)
+            reply = await (self._call_handler(request) if request._is_app_request else self._ask_health())
         except (asyncio.CancelledError, GeneratorExit):
             reply = _cancelled_reply(request)
         except BaseException as error:
@@ -228,21 +223,21 @@ class Requests:
         end_child(self._pid)
         if request._task is not None and self.tasks.pop(request._task, None) is not None:
             request._task.remove_done_callback(self._on_done)
-        self._finish(request, reply, limit)
+        self._finish(request, reply)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         # An abandoned one is in nobody's way any more.
         if (request := self.tasks.pop(task, None)) is not None:
-            self._finish(request, _cancelled_reply(request), None)
+            self._finish(request, _cancelled_reply(request))
 
-    def _finish(self, request: CurrentRequest, reply: Message, limit: int | None) -> None:
+    def _finish(self, request: CurrentRequest, reply: Message) -> None:
         # A task that the handler has left behind can't report into the next request.
         request._more = False
         if request._is_app_request:
             self.counters.end("error" in reply)
         if self._hooks.before_reply is not None:
             self._hooks.before_reply()
-        request._caller.send_reply(self._encode(reply, limit))
+        request._caller.send_reply(self._encode(reply))
         self._hooks.after_reply()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
@@ -264,23 +259,18 @@ class Requests:
                 await request._caller.send_item(frame)
         return {"result": None}
 
-    async def _answer_builtin(self, request: CurrentRequest) -> tuple[Message, int | None]:
-        if request._message["meta"] == messages.HEALTH:
-            answer: Any = None
-            if self._hooks.health is not None and (answer := await self._hooks.health()) is None:
-                answer = {}  # there is a health, and it has found no fault
-            if not isinstance(answer, (dict, type(None))):
-                raise TypeError(f"health returned {type(answer).__name__}: return a dict, or raise an error")
-            return {"health": answer}, self._max_message
-        since = time.monotonic()
-        await asyncio.sleep(0)  # one iteration of the loop
-        # A limit below the channel's own replies does not hold for them.
-        return self._hooks.pong(time.monotonic() - since), None
+    async def _ask_health(self) -> Message:
+        answer: Any = None
+        if self._hooks.health is not None and (answer := await self._hooks.health()) is None:
+            answer = {}  # there is a health, and it has found no fault
+        if not isinstance(answer, (dict, type(None))):
+            raise TypeError(f"health returned {type(answer).__name__}: return a dict, or raise an error")
+        return {"health": answer}
 
-    def _encode(self, reply: Message, limit: int | None) -> bytes:
+    def _encode(self, reply: Message) -> bytes:
         """Return the frame of `reply`, or of the error that it can't be one."""
         try:
-            return messages.encode(reply, limit)
+            return messages.encode(reply, self._max_message)
         except BaseException as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
             self._log.error("the reply can't be sent: %s: %s", *sorry["error"].values(), error=error)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from .. import __version__
@@ -20,7 +21,7 @@ from .._transport import deadline_after, serving_threads
 from .._transport.listen import FAMILY, Listener, new_address
 from ..errors import Busy, StartFailed
 from .admission import MIN_HANDSHAKE_TIME, Admission, Deadlines
-from .greet import LoopProbe
+from .greet import Greeter
 from .loop import LoopAcceptor
 from .pump import ThreadAcceptor
 from .requests import Hooks, Requests
@@ -91,7 +92,8 @@ async def start_daemon_server(
             undo.callback(registration.release)
         listener = undo.enter_context(contextlib.closing(Listener(registration.record.address)))
         server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
-        server.requests = Requests(handler, Hooks(health, server.pong, after_request, server.check_closed), max_message)
+        undo.callback(server.greeter.stop)
+        server.requests = Requests(handler, Hooks(health, after_request, server.check_closed), max_message)
         registration.publish(app_version=app_version, max_message=max_message)
         server._start()
         undo.pop_all()
@@ -135,17 +137,19 @@ class DaemonServer:
         release: bool,
         on_shutdown: Callable[[], None] | None,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._registration = registration
         self._release = release
         self._on_shutdown = on_shutdown or self.close
         self.options = options
         self.admission = Admission(listener, options.max_connections)
-        self.deadlines = Deadlines()
-        self.probe = LoopProbe()
+        self.deadlines = Deadlines(self.loop, lambda: self.admission.hosted_by(self))
+        self.greeter = Greeter(self)
+        # When the loop was last seen to be responsive, if `beat` is called.
+        self.beat_at: float | None = None
         self._acceptor = ThreadAcceptor(self) if USE_PUMP else LoopAcceptor(self)
         self.is_draining = False
-        self._closed: asyncio.Future[None] = self._loop.create_future()  # done when nothing of it is left
+        self._closed: asyncio.Future[None] = self.loop.create_future()  # done when nothing of it is left
 
     @property
     def record(self) -> records.Record:
@@ -164,7 +168,7 @@ class DaemonServer:
 
     def beat(self) -> None:
         """Record that the loop is responsive. Called every few seconds, it lets a ping tell since when the loop is blocked."""
-        self.probe.beat()
+        self.beat_at = time.monotonic()
 
     def is_reachable(self) -> bool:
         """Whether the record and the socket, by which clients find this server, are still there and still its own."""
@@ -185,12 +189,12 @@ class DaemonServer:
         serving_threads.pop(self.record.address, None)
         self._registration.drain()
         self._acceptor.close()
-        for session in self.admission.all():
-            session.leave()
+        self._for_each(Session.leave)
         try:
-            self._loop.call_later(self.options.grace_period, self._cancel_requests)
-            self._loop.call_soon(self.check_closed)
+            self.loop.call_later(self.options.grace_period, self._cancel_requests)
+            self.loop.call_soon(self.check_closed)
         except RuntimeError:  # a loop that was closed before runs no request, and nobody waits
+            self.greeter.stop()
             if self._release:
                 self._registration.release()
 
@@ -201,6 +205,7 @@ class DaemonServer:
         """
         await asyncio.shield(self._closed)
         self._acceptor.join()
+        self.greeter.join()
 
     async def serve_forever(self) -> None:
         """Serve until the server is closed by somebody, or this is cancelled, which closes it."""
@@ -224,6 +229,7 @@ class DaemonServer:
     def _start(self) -> None:
         serving_threads[self.record.address] = threading.get_ident()
         try:
+            self.greeter.start()
             self._acceptor.start()
         except RuntimeError as error:
             self._acceptor.close()
@@ -247,43 +253,59 @@ class DaemonServer:
         self.admission.remove(session, close)
         if self.is_draining:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self.check_closed)
+                self.loop.call_soon_threadsafe(self.check_closed)
 
-    def answer_builtin(self, session: Session, message: Message) -> bytes | None:
-        """Return the reply to a request that needs no turn of the loop, from any thread, or None if it is not one."""
+    def answer_builtin(self, session: Session, message: Message) -> bool:
+        """Answer a request that needs no handler, in the thread of the session's host. Return False if it is not one."""
         verb = message.get("meta")
-        if verb == messages.SHUTDOWN:
+        if verb == messages.PING and session.host is not None:
+            session.host.start_ping(session)
+        elif verb == messages.SHUTDOWN:
             logger.info("shutdown requested by pid %s", session.peer.pid)
-            self._loop.call_soon_threadsafe(self._on_shutdown)
-            return messages.encode({"shutdown": True})
-        if session.full is None:
-            return None
-        if verb == messages.PING:
-            return messages.encode(self.pong(*self.probe.last(), full=session.full))
-        self.admission.log_full(session)
-        return messages.encode(messages.not_executed(Busy(session.full)))
+            self.loop.call_soon_threadsafe(self._on_shutdown)
+            session.send_reply(messages.encode({"shutdown": True}))
+        elif session.full is not None:
+            self.admission.log_full(session)
+            session.send_reply(messages.encode(messages.not_executed(Busy(session.full))))
+        else:
+            return False
+        return True
 
-    def pong(self, lag: float, responsive: bool = True, *, full: str | None = None) -> Message:
-        """Return the reply to a ping, from any thread. `full` is the limit for which the client is turned away.
+    def start_request(self, session: Session, message: Message) -> asyncio.Task[None]:
+        """Start a request that is the app's, or `health`."""
+        if self.beat_at is not None:
+            self.beat()
+        return self.requests.start(session, message)
 
-        `lag` is the seconds that the loop took to answer, or since when it has not.
-        """
+    def start_ping(self, session: Session) -> None:
+        """Answer a ping in the loop's next iteration."""
+        self.loop.call_soon(self.send_pong, session, time.monotonic())
+
+    def send_pong(self, session: Session, since: float, responsive: bool = True) -> None:
+        """Reply to a ping, in the thread of the session's host: within how many seconds the loop answered, or has not."""
         usage = self.requests.counters.usage()
-        return {
+        pong = {
             "pong": True,
             "pid": self.record.pid,
             "generation": self.record.generation,
             "version": __version__,
             "responsive": responsive,
-            "loop_lag": lag,
+            "loop_lag": time.monotonic() - since,
             "connections": self.admission.connections,
             "requests": usage.requests,
             "errors": usage.errors,
             "idle": usage.idle,
-            "full": full,
+            "full": session.full,
         }
+        session.send_reply(messages.encode(pong))
 
     # The end.
+
+    def _for_each(self, do: Callable[[Session], None]) -> None:
+        """Call `do` with each connection, in the thread of its host."""
+        for session in self.admission.hosted_by(self):
+            do(session)
+        self.greeter.for_each(do)
 
     def check_closed(self) -> None:
         """See whether a drain is done, in the loop's thread."""
@@ -291,7 +313,7 @@ class DaemonServer:
             return
         if self.admission.all() or self.requests.tasks or not self._acceptor.has_ended:
             return
-        self.deadlines.cancel()
+        self.greeter.stop()
         if self._release:
             self._registration.release()
         self._closed.set_result(None)
@@ -302,16 +324,14 @@ class DaemonServer:
         if self.requests.tasks:
             in_flight, seconds = len(self.requests.tasks), self.options.grace_period
             logger.warning("%d requests are still running after %g s: cancelling them", in_flight, seconds)
-        for session in self.admission.all():
-            session.cancel()
+        self._for_each(Session.cancel)
         self.requests.cancel_all()
-        self._loop.call_later(CANCEL_PERIOD, self._abandon_requests)
+        self.loop.call_later(CANCEL_PERIOD, self._abandon_requests)
 
     def _abandon_requests(self) -> None:
         if self._closed.done():
             return
-        for session in self.admission.all():
-            session.abandon()
+        self._for_each(Session.abandon)
         if self.requests.tasks:
             logger.error("%d requests did not stop within %g s of cancellation", len(self.requests.tasks), CANCEL_PERIOD)
             self.requests.tasks.clear()

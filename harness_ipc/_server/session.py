@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from .._protocol import messages
@@ -17,12 +18,31 @@ if TYPE_CHECKING:
     from .._protocol.session import ServerProtocol
     from .._transport import PeerCredentials
     from .._transport.listen import Connection, Port
+    from .admission import Deadlines
     from .server import DaemonServer
 
+    class Host(Protocol):
+        """An event loop and what it does with requests: the server, or its greeter."""
+
+        loop: asyncio.AbstractEventLoop
+        deadlines: Deadlines
+
+        def start_request(self, session: Session, message: Message) -> asyncio.Task[None] | None:
+            """Start a request that is the app's, or `health`."""
+
+        def start_ping(self, session: Session) -> None:
+            """Answer a ping."""
+
     class Transport(Protocol):
-        """What carries the bytes: the loop's socket, or a pump. Its methods belong to the loop's thread."""
+        """What carries the bytes: a loop's socket, or a pump. Its methods belong to the loop's thread."""
 
         unsent: int
+
+        def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+            """Belong to `loop`, in whose thread this is called."""
+
+        def detach(self) -> None:
+            """Belong to no loop, until `attach`."""
 
         def write(self, chunks: list[bytes]) -> bool:
             """Write in order. Return whether the system has taken all; otherwise `Session.on_drained` is called when it has."""
@@ -47,18 +67,25 @@ _IN_FLIGHT = (ACTIVE, CANCELLING, REPLYING)
 
 
 class Session:
-    """A connection of the daemon's, from its acceptance to its end. `full` is the limit that keeps its client out, or None."""
+    """A connection of the daemon's, from its acceptance to its end. `full` is the limit that keeps its client out, or None.
+
+    `host` has it, and only the thread of `host`'s loop touches it; None while it is handed over. `due` is when it is closed if
+    it does not go on: see `Deadlines`.
+    """
+
+    host: Host | None = None
+    transport: Transport | None = None
+    due = inf
 
     def __init__(self, server: DaemonServer, protocol: ServerProtocol, connection: Connection | Port, full: str | None) -> None:
         self._server = server
         self.protocol = protocol
         self.connection = connection
-        self.transport: Transport | None = None
         self.accepted_at = time.monotonic()
         self.full = full
         self._task: asyncio.Task[None] | None = None
-        # Set when what is unsent has been taken: handlers that send items wait for it.
-        self._drained = asyncio.Event()
+        # Set when what is unsent has been taken, if handlers that send items wait for it.
+        self._drained: asyncio.Event | None = None
         self._items = 0
 
     @property
@@ -66,16 +93,30 @@ class Session:
         """The process at the other end, by the kernel."""
         return self.connection.peer
 
-    def adopt(self, transport: Transport, message: Message | ProtocolError | None = None) -> None:
-        """Begin in the loop: with `message`, if that was received before, and with what the protocol has read ahead."""
-        self.transport = transport
+    def begin(self, host: Host, transport: Transport) -> None:
+        """Begin with the handshake, in the thread of `host`."""
+        host.deadlines.set(self, self._server.handshake_timeout(self))
+        self._adopt(host, transport, None)
+
+    def move(self, host: Host, message: Message) -> None:
+        """Hand over to another host, once, at a message boundary: with `message`, and with what the protocol has read ahead."""
+        transport, self.transport, self.host = self.transport, None, None
+        assert transport is not None
+        transport.detach()
         try:
+            host.loop.call_soon_threadsafe(self._adopt, host, transport, message)
+        except RuntimeError:  # it has been closed
+            self.transport = transport
+            raise
+
+    def _adopt(self, host: Host, transport: Transport, message: Message | None) -> None:
+        self.host, self.transport = host, transport
+        try:
+            transport.attach(host.loop)
             if self._server.is_draining:
                 self._say_goodbye()
             elif message is not None:
                 self._start(message)
-            else:
-                self._advance()
         except Exception as error:
             self.close(error)
 
@@ -95,7 +136,7 @@ class Session:
     def on_drained(self) -> None:
         """Go on: the system has taken all that was to be sent."""
         try:
-            self._drained.set()
+            self._release_waiters()
             if self.protocol.state == LEAVING:
                 self.close()
             elif self.protocol.state == REPLYING:
@@ -103,6 +144,11 @@ class Session:
                 self._next()
         except Exception as error:
             self.close(error)
+
+    def _release_waiters(self) -> None:
+        if self._drained is not None:
+            self._drained.set()
+            self._drained = None
 
     def on_lost(self, error: Exception | None = None) -> None:
         """The client has gone, or can't be read any more. What it has sent and what does not run yet is dropped."""
@@ -122,7 +168,7 @@ class Session:
             return
         self.protocol.send_item(frame)
         if not self._flush() and self.transport.unsent > _MAX_UNSENT:
-            self._drained.clear()
+            self._drained = self._drained or asyncio.Event()
             await self._drained.wait()
 
     def send_reply(self, frame: bytes) -> None:
@@ -173,7 +219,7 @@ class Session:
                 transport.write(self.protocol.data_to_send())
         self.protocol.close()
         self._server.remove(self, transport.close)
-        self._drained.set()
+        self._release_waiters()
         if self._task is not None and self._server.options.cancel_on_disconnect:
             self._server.requests.cancel(self._task)
 
@@ -184,38 +230,36 @@ class Session:
         if event is PROVED:
             self._server.admission.admit(self)
             if not self.full:
-                self._server.deadlines.clear(self)
+                self.due = inf
             event = self.protocol.next_event()
         if event is None:
             # Our verdict too, unless it can travel with the reply to a request that came with the proof.
             self._flush()
-            if self.protocol.buffered and self.protocol.state == IDLE:
-                self._server.deadlines.set(self, FRAME_TIMEOUT)
+            if self.host is not None and self.protocol.buffered and self.protocol.state == IDLE:
+                self.host.deadlines.set(self, FRAME_TIMEOUT)
         else:
             assert not isinstance(event, str)
             self._start(event)
 
     def _start(self, message: Message | ProtocolError) -> None:
+        assert self.host is not None
         if not self.full:
-            self._server.deadlines.clear(self)
+            self.due = inf
         if isinstance(message, ProtocolError):
             self.send_reply(unreadable_reply(message))
-        elif (reply := self._server.answer_builtin(self, message)) is not None:
-            self.send_reply(reply)
-        else:
-            self._server.probe.renew()
-            task = self._server.requests.start(self, message)
-            if not task.done():
+        elif not (self.full or "meta" in message) or not self._server.answer_builtin(self, message):
+            task = self.host.start_request(self, message)
+            if task is not None and not task.done():
                 self._task = task
 
     def _next(self) -> None:
         if self._server.is_draining or self.full:
             self.leave()
-        elif self.transport is not None:
+        elif self.transport is not None and self.host is not None:
             self.transport.resume_reading()
             if self.protocol.buffered:
                 # Not at once: as many requests as came together would recurse, and keep the loop from the other clients.
-                asyncio.get_running_loop().call_soon(self._go_on)
+                self.host.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         try:

@@ -146,8 +146,8 @@ def test_worker_has_no_socket_and_no_lock(daemon: int) -> None:
             except FileNotFoundError:  # it is just closing them
                 return True
             sockets = [file for file in files if file.startswith("socket:")]
-            # The pair that wakes the child's copy of the event loop is asyncio's own.
-            return len(sockets) > 2 or any(file.startswith(str(runtime_dir())) for file in files)
+            # The pairs that wake the child's copies of the event loops are asyncio's own.
+            return len(sockets) > 4 or any(file.startswith(str(runtime_dir())) for file in files)
 
         wait_until(lambda: not has_ours())
 
