@@ -15,6 +15,7 @@ from . import _transport
 from ._calls import error_of_channel, result_of
 from ._pool import Link, start_daemon
 from ._protocol import messages
+from ._protocol.framing import check_size
 from ._protocol.handshake import Keys
 from ._protocol.session import GOODBYE, STREAMING, VERDICT, ClientProtocol
 from ._transport import Framing, deadline_after, remaining, serving_threads
@@ -271,7 +272,7 @@ class Exchange:
             if not had_item:
                 if self._frame is not None:
                     # Not earlier: what the daemon's limit is was not known before.
-                    messages.check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
+                    check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
                     protocol.send_request(self._frame)
                     self._awaited = ""
                 connection.all_sent = False

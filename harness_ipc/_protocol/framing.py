@@ -119,7 +119,8 @@ class PipeFraming:
             return None
         frame = self._frames.popleft()
         self.buffered -= len(frame)
-        check_size(len(frame), limit)
+        if len(frame) > limit:
+            check_size(len(frame), limit)
         return frame
 
     def clear(self) -> None:
@@ -134,12 +135,12 @@ class PipeFraming:
 
 
 def check_size(size: int, limit: int) -> None:
-    """Raise `MessageTooLarge` if the peer's frame of `size` bytes is above `limit`, `ProtocolError` if it makes no sense."""
+    """Raise `MessageTooLarge` if a message of `size` bytes, sent or announced, is above `limit`, `ProtocolError` below 0."""
     if size < 0:
         raise ProtocolError("the peer sent a frame of a negative length: it does not speak this protocol")
     if size > limit:
         raise MessageTooLarge(
-            f"the peer sent a message of {size} bytes, above the limit of {limit} bytes: raise max_message on both sides",
+            f"a message of {size} bytes is above the limit of {limit} bytes: send less, or raise max_message on both sides",
             size=size,
             limit=limit,
         )

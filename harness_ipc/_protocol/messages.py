@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ..errors import MessageTooLarge, ProtocolError
+from ..errors import ProtocolError
+from .framing import check_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _reject_constant(constant: str) -> NoReturn:
 # page text has and UTF-8 has not.
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=True, separators=(",", ":"))
 _decoder = json.JSONDecoder(parse_constant=_reject_constant)
+_WHITESPACE = " \t\n\r"
 
 
 def encode(message: Message, limit: int | None = None) -> bytes:
@@ -47,25 +49,18 @@ def encode(message: Message, limit: int | None = None) -> bytes:
         frame = _encoder.encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"this message can't be sent as JSON: {_one_line(error)}") from error
-    if limit is not None:
+    if limit is not None and len(frame) > limit:
         check_size(len(frame), limit)
     return frame
-
-
-def check_size(size: int, limit: int) -> None:
-    """Raise `MessageTooLarge` if `size` bytes are above `limit`."""
-    if size > limit:
-        raise MessageTooLarge(
-            f"a message of {size} bytes is above the limit of {limit} bytes: send less, or raise max_message on both sides",
-            size=size,
-            limit=limit,
-        )
 
 
 def decode(frame: bytes) -> Message:
     """Return the JSON object in `frame`. Raises `ProtocolError` for anything else."""
     try:
-        message = _decoder.decode(frame.decode("utf-8"))
+        text = frame.decode("utf-8").strip(_WHITESPACE)
+        message, end = _decoder.raw_decode(text)  # without the two searches for whitespace of decode()
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except ProtocolError:
         raise
     except (ValueError, RecursionError) as error:

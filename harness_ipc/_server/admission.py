@@ -10,6 +10,7 @@ import time
 from math import inf
 from typing import TYPE_CHECKING
 
+from .._descriptors import close_in_child
 from .._rate_limit import RateLimitedLogger
 from .._transport.listen import lacking_descriptors
 from ..errors import AuthenticationFailed, DaemonTimeout, HarnessIPCError, MessageTooLarge
@@ -76,6 +77,12 @@ class Admission:
         self._pending: dict[Session, None] = {}
         self._sessions: dict[Session, None] = {}
         self._paused_until = 0.0
+        close_in_child(self)
+
+    def close_inherited(self) -> None:
+        """Close a forked child's copies of the connections. Without the lock, which a thread may have had that is not there."""
+        for session in (*self._pending, *self._sessions):
+            session.connection.close()
 
     def accept(self) -> tuple[Connection, str | None] | None:
         """Accept a client without waiting; None if nobody is there, or `is_paused`.

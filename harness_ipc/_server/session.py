@@ -136,7 +136,8 @@ class Session:
     def on_drained(self) -> None:
         """Go on: the system has taken all that was to be sent."""
         try:
-            self._release_waiters()
+            if self._drained is not None:
+                self._release_waiters()
             if self.protocol.state == LEAVING:
                 self.close()
             elif self.protocol.state == REPLYING:
@@ -146,9 +147,9 @@ class Session:
             self.close(error)
 
     def _release_waiters(self) -> None:
-        if self._drained is not None:
-            self._drained.set()
-            self._drained = None
+        assert self._drained is not None
+        self._drained.set()
+        self._drained = None
 
     def on_lost(self, error: Exception | None = None) -> None:
         """The client has gone, or can't be read any more. What it has sent and what does not run yet is dropped."""
@@ -219,7 +220,8 @@ class Session:
                 transport.write(self.protocol.data_to_send())
         self.protocol.close()
         self._server.remove(self, transport.close)
-        self._release_waiters()
+        if self._drained is not None:
+            self._release_waiters()
         if self._task is not None and self._server.options.cancel_on_disconnect:
             self._server.requests.cancel(self._task)
 
@@ -255,11 +257,10 @@ class Session:
     def _next(self) -> None:
         if self._server.is_draining or self.full:
             self.leave()
-        elif self.transport is not None and self.host is not None:
+        elif self.transport is not None and self.host is not None and self.protocol.buffered:
             self.transport.resume_reading()
-            if self.protocol.buffered:
-                # Not at once: as many requests as came together would recurse, and keep the loop from the other clients.
-                self.host.loop.call_soon(self._go_on)
+            # Not at once: as many requests as came together would recurse, and keep the loop from the other clients.
+            self.host.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         try:

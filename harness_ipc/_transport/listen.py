@@ -71,7 +71,6 @@ else:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
             self.peer = peer
             self._read_size = _FIRST_READ
-            close_in_child(self)
 
         def read(self) -> bytes | None:
             """Return what has arrived, None if that is nothing, or b"" at the end. Raises `OSError`."""
@@ -103,8 +102,6 @@ else:
             """Close the socket. Closing twice is no error."""
             self._socket.close()
 
-        close_inherited = close
-
     class Port:
         """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
 
@@ -118,7 +115,6 @@ else:
             self._wake, self._woken = socket.socketpair()
             self._wake.setblocking(False)
             self._woken.setblocking(False)
-            close_in_child(self)
 
         @property
         def is_writing(self) -> bool:
@@ -168,8 +164,6 @@ else:
             self._connection.close()
             self._wake.close()
             self._woken.close()
-
-        close_inherited = close
 
     class Listener:
         """A bound and listening socket that only this user can reach; several threads may accept at once."""

@@ -268,7 +268,7 @@ def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess
         assert (error["type"], error["executed"]) == ("MessageTooLarge", False)
         assert is_dropped(connection)
     log = log_path("victim").read_text(encoding="utf-8")
-    assert f"a message of {size} bytes, above the limit of {64 * 2**20} bytes" in log
+    assert f"a message of {size} bytes is above the limit of {64 * 2**20} bytes" in log
 
 
 @needs_posix

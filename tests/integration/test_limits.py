@@ -92,7 +92,7 @@ def test_the_limit_is_exact() -> None:
 
 def test_a_client_with_a_lower_limit_refuses_a_larger_reply_and_goes_on(daemon: DaemonProcess) -> None:
     with connect_daemon("limits", max_message=1000) as client:
-        with pytest.raises(MessageTooLarge, match="of 2013 bytes, above the limit of 1000 bytes"):
+        with pytest.raises(MessageTooLarge, match="of 2013 bytes is above the limit of 1000 bytes"):
             client.call("fill", size=2000)
         with pytest.raises(MessageTooLarge):
             client.call("echo", text="x" * 1000)
