@@ -65,31 +65,66 @@ _CLIENT_STATES = {
 }
 
 
-class ServerProtocol:
+class _Protocol:
+    """What both sides have: what has arrived, what is to be sent, and the state."""
+
+    __slots__ = ("_frames", "_max_message", "_output", "state")
+
+    _states: dict[tuple[str, str], str]
+    _misuse: type[Exception]
+
+    def __init__(self, framing: Framing, max_message: int) -> None:
+        self.state = HELLO
+        self._frames = framing
+        self._max_message = max_message
+        self._output: list[bytes] = []
+
+    def receive_data(self, data: bytes) -> None:
+        """Add what arrived: any bytes of a stream, or one message of a pipe."""
+        self._frames.feed(data)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that arrived and are not yet part of an event: of a client without a request, a reason to close."""
+        return self._frames.buffered
+
+    def data_to_send(self) -> list[bytes]:
+        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
+        output, self._output = self._output, []
+        return self._frames.encode(output)
+
+    def close(self) -> None:
+        """The connection has ended, or must end at once."""
+        self._move("close")
+        self._frames.clear()
+
+    def _move(self, event: str) -> None:
+        try:
+            self.state = self._states[self.state, event]
+        except KeyError:
+            raise self._misuse(f"unexpected {event} in the state {self.state}") from None
+
+
+class ServerProtocol(_Protocol):
     """The daemon's side of one connection.
 
     Give it what arrives (`receive_data`), take events (`next_event`) until there is none, send `data_to_send()`. An error that
     `next_event` raises ends the connection: send what there is to send, which says why, and close.
     """
 
-    __slots__ = ("_frames", "_handshake", "_max_message", "_output", "state")
+    __slots__ = ("_handshake",)
+
+    _states = _SERVER_STATES
+    _misuse = RuntimeError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
-        self.state = HELLO
-        self._frames = framing
+        super().__init__(framing, max_message)
         self._handshake = ServerHandshake(keys)
-        self._max_message = max_message
-        self._output: list[bytes] = []
 
     def receive_data(self, data: bytes) -> None:
-        """Add what arrived: any bytes of a stream, or one message of a pipe. What comes after a goodbye is dropped."""
+        """Add what arrived. What comes after a goodbye is dropped."""
         if self.state not in (LEAVING, CLOSED):
             self._frames.feed(data)
-
-    @property
-    def buffered(self) -> int:
-        """Bytes that arrived and are not yet part of an event."""
-        return self._frames.buffered
 
     @property
     def max_frame(self) -> int:
@@ -176,44 +211,20 @@ class ServerProtocol:
         self._frames.clear()
         self._output = [messages.GOODBYE_FRAME] if self.state == LEAVING else []
 
-    def close(self) -> None:
-        """The connection has ended, or must end at once."""
-        self._move("close")
-        self._frames.clear()
 
-    def data_to_send(self) -> list[bytes]:
-        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
-        output, self._output = self._output, []
-        return self._frames.encode(output)
-
-    def _move(self, event: str) -> None:
-        try:
-            self.state = _SERVER_STATES[self.state, event]
-        except KeyError:
-            raise RuntimeError(f"no {event!r} in the state {self.state}") from None
-
-
-class ClientProtocol:
+class ClientProtocol(_Protocol):
     """The client's side of one connection, used as `ServerProtocol` is. It begins with something to send."""
 
-    __slots__ = ("_frames", "_handshake", "_max_message", "_output", "state")
+    __slots__ = ("_handshake",)
+
+    _states = _CLIENT_STATES
+    _misuse = ProtocolError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
-        self.state = HELLO
-        self._frames = framing
+        super().__init__(framing, max_message)
         self._handshake: ClientHandshake | None = ClientHandshake(keys)
-        self._max_message = max_message
-        self._output = self._handshake.output.copy()
+        self._output += self._handshake.output
         self._handshake.output.clear()
-
-    def receive_data(self, data: bytes) -> None:
-        """Add what arrived: any bytes of a stream, or one message of a pipe."""
-        self._frames.feed(data)
-
-    @property
-    def buffered(self) -> int:
-        """Bytes that arrived and are not yet part of an event: of a connection without a request, a reason to close it."""
-        return self._frames.buffered
 
     @property
     def frame_limit(self) -> int:
@@ -266,18 +277,3 @@ class ClientProtocol:
         """Send a request: after `READY`, then together with our proof, or when the last one's final reply has come."""
         self._move("request")
         self._output.append(frame)
-
-    def data_to_send(self) -> list[bytes]:
-        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
-        output, self._output = self._output, []
-        return self._frames.encode(output)
-
-    def close(self) -> None:
-        """The connection has ended."""
-        self._move("close")
-
-    def _move(self, event: str) -> None:
-        try:
-            self.state = _CLIENT_STATES[self.state, event]
-        except KeyError:
-            raise ProtocolError(f"unexpected {event} in the state {self.state}") from None

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .admission import Deadlines
+from .builtins import send_pong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,9 +79,9 @@ class Greeter(threading.Thread):
         pings, self._pings = self._pings, {}
         for session, timer in pings.items():
             timer.cancel()
-            self._server.send_pong(session, asked_at)
+            send_pong(self._server, session, asked_at)
 
     def _give_up(self, session: Session) -> None:
         del self._pings[session]
         assert self._asked_at is not None
-        self._server.send_pong(session, self._server.beat_at or self._asked_at, responsive=False)
+        send_pong(self._server, session, self._server.beat_at or self._asked_at, responsive=False)

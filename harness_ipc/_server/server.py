@@ -10,7 +10,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from .. import __version__
 from .._protocol import messages
 from .._protocol.handshake import Keys
 from .._protocol.session import ServerProtocol
@@ -19,8 +18,9 @@ from .._registry.lifetime import Registration
 from .._registry.namespace import Namespace
 from .._transport import deadline_after, serving_threads
 from .._transport.listen import FAMILY, Listener, new_address
-from ..errors import Busy, StartFailed
+from ..errors import StartFailed
 from .admission import MIN_HANDSHAKE_TIME, Admission, Deadlines
+from .builtins import send_pong
 from .greet import Greeter
 from .loop import LoopAcceptor
 from .pump import ThreadAcceptor
@@ -140,7 +140,7 @@ class DaemonServer:
         self.loop = asyncio.get_running_loop()
         self._registration = registration
         self._release = release
-        self._on_shutdown = on_shutdown or self.close
+        self.on_shutdown = on_shutdown or self.close
         self.options = options
         self.admission = Admission(listener, options.max_connections)
         self.deadlines = Deadlines(self.loop, lambda: self.admission.hosted_by(self))
@@ -255,22 +255,6 @@ class DaemonServer:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.check_closed)
 
-    def answer_builtin(self, session: Session, message: Message) -> bool:
-        """Answer a request that needs no handler, in the thread of the session's host. Return False if it is not one."""
-        verb = message.get("meta")
-        if verb == messages.PING and session.host is not None:
-            session.host.start_ping(session)
-        elif verb == messages.SHUTDOWN:
-            logger.info("shutdown requested by pid %s", session.peer.pid)
-            self.loop.call_soon_threadsafe(self._on_shutdown)
-            session.send_reply(messages.encode({"shutdown": True}))
-        elif session.full is not None:
-            self.admission.log_full(session)
-            session.send_reply(messages.encode(messages.not_executed(Busy(session.full))))
-        else:
-            return False
-        return True
-
     def start_request(self, session: Session, message: Message) -> asyncio.Task[None]:
         """Start a request that is the app's, or `health`."""
         if self.beat_at is not None:
@@ -279,25 +263,7 @@ class DaemonServer:
 
     def start_ping(self, session: Session) -> None:
         """Answer a ping in the loop's next iteration."""
-        self.loop.call_soon(self.send_pong, session, time.monotonic())
-
-    def send_pong(self, session: Session, since: float, responsive: bool = True) -> None:
-        """Reply to a ping, in the thread of the session's host: within how many seconds the loop answered, or has not."""
-        usage = self.requests.counters.usage()
-        pong = {
-            "pong": True,
-            "pid": self.record.pid,
-            "generation": self.record.generation,
-            "version": __version__,
-            "responsive": responsive,
-            "loop_lag": time.monotonic() - since,
-            "connections": self.admission.connections,
-            "requests": usage.requests,
-            "errors": usage.errors,
-            "idle": usage.idle,
-            "full": session.full,
-        }
-        session.send_reply(messages.encode(pong))
+        self.loop.call_soon(send_pong, self, session, time.monotonic())
 
     # The end.
 

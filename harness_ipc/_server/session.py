@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from .._protocol import messages
 from .._protocol.session import ACTIVE, CANCELLING, CLOSED, IDLE, LEAVING, MAX_READ_AHEAD, PROVED, REPLYING
 from ..errors import MessageTooLarge, ProtocolError
+from .builtins import answer_builtin
 from .requests import unreadable_reply
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class Session:
             self.due = inf
         if isinstance(message, ProtocolError):
             self.send_reply(unreadable_reply(message))
-        elif not (self.full or "meta" in message) or not self._server.answer_builtin(self, message):
+        elif not (self.full or "meta" in message) or not answer_builtin(self._server, self.host, self, message):
             task = self.host.start_request(self, message)
             if task is not None and not task.done():
                 self._task = task

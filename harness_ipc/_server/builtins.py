@@ -1,0 +1,54 @@
+"""The channel's own requests that wait for no handler: `ping`, `shutdown`, and all of a client that is turned away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from .._protocol import messages
+from ..errors import Busy
+
+if TYPE_CHECKING:
+    from .._protocol.messages import Message
+    from .server import DaemonServer
+    from .session import Host, Session
+
+logger = logging.getLogger(__name__)
+
+
+def answer_builtin(server: DaemonServer, host: Host, session: Session, message: Message) -> bool:
+    """Answer such a request, in the thread of the session's host, or see that it will be. Return False if it is not one."""
+    verb = message.get("meta")
+    if verb == messages.PING:
+        host.start_ping(session)
+    elif verb == messages.SHUTDOWN:
+        logger.info("shutdown requested by pid %s", session.peer.pid)
+        server.loop.call_soon_threadsafe(server.on_shutdown)
+        session.send_reply(messages.encode({"shutdown": True}))
+    elif session.full is not None:
+        server.admission.log_full(session)
+        session.send_reply(messages.encode(messages.not_executed(Busy(session.full))))
+    else:
+        return False
+    return True
+
+
+def send_pong(server: DaemonServer, session: Session, since: float, responsive: bool = True) -> None:
+    """Reply to a ping, in the thread of the session's host: the server's loop has taken from `since` until now."""
+    usage = server.requests.counters.usage()
+    pong = {
+        "pong": True,
+        "pid": server.record.pid,
+        "generation": server.record.generation,
+        "version": __version__,
+        "responsive": responsive,
+        "loop_lag": time.monotonic() - since,
+        "connections": server.admission.connections,
+        "requests": usage.requests,
+        "errors": usage.errors,
+        "idle": usage.idle,
+        "full": session.full,
+    }
+    session.send_reply(messages.encode(pong))
