@@ -172,28 +172,40 @@ if sys.platform != "win32":
         Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
         is another user's, and `ResourceExhausted` if this process has no free descriptor or memory.
         """
-        sock = _new_socket()
-        try:
-            while not _is_connected(sock, address, deadline):
-                pass
-            return _checked(sock)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, OSError) and not isinstance(error, HarnessIPCError):
-                raise _connect_error(error, address) from error
-            raise
+        remaining(deadline)
+        connection = connect_now(address)
+        # A signal may have ended the wait.
+        while connection is None:
+            connection = _connect(address, deadline)
+        return connection
 
     def connect_now(address: str) -> Connection | None:
         """Connect as `connect` does, without waiting. Return None if the daemon has no room for a connection now."""
+        try:
+            return _connect(address, None)
+        except DaemonTimeout:
+            return None
+
+    def _connect(address: str, deadline: float | None) -> Connection | None:
+        """Connect before `deadline`, or without one at once. Return None if a signal has ended the wait."""
         sock = _new_socket()
         try:
-            sock.setblocking(False)
+            if deadline is None:
+                sock.setblocking(False)
+            elif deadline != inf:
+                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+                seconds = max(remaining(deadline), 0.001)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
             sock.connect(address)
-            return _checked(sock)
+            if deadline is not None and not _has_peer(sock):
+                sock.close()
+                return None
+            peer = peer_credentials(sock)
+            if peer.uid is not None and peer.uid != os.geteuid():
+                raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
+            return Connection(sock, peer)
         except BaseException as error:
             sock.close()
-            if isinstance(error, BlockingIOError):
-                return None
             if isinstance(error, OSError) and not isinstance(error, HarnessIPCError):
                 raise _connect_error(error, address) from error
             raise
@@ -208,17 +220,11 @@ if sys.platform != "win32":
                 ) from error
             raise ConnectionLost(f"no socket can be made: {error.strerror}") from error
 
-    def _is_connected(sock: socket.socket, address: str, deadline: float) -> bool:
-        """Connect, and return whether it has been done: a signal may have ended the wait."""
-        if deadline != inf:
-            # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
-            seconds = max(remaining(deadline), 0.001)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
-        sock.connect(address)
+    def _has_peer(sock: socket.socket) -> bool:
+        """Whether a blocking connect is done: Python, which thinks of TCP, takes an interrupted one for one that goes on."""
         try:
             sock.getpeername()
         except OSError as error:
-            # Python, which thinks of TCP, takes the socket for one that goes on connecting.
             if error.errno == errno.ENOTCONN:
                 return False
             raise
@@ -237,12 +243,6 @@ if sys.platform != "win32":
             )
         kind = ResourceExhausted if error.errno in EXHAUSTED else ConnectionLost
         return kind(f"the socket {address} can't be connected: {error.strerror}")
-
-    def _checked(sock: socket.socket) -> Connection:
-        peer = peer_credentials(sock)
-        if peer.uid is not None and peer.uid != os.geteuid():
-            raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
-        return Connection(sock, peer)
 
     def peer_credentials(sock: socket.socket) -> PeerCredentials:
         """Return the process at the other end of `sock`, by the kernel. Raises `OSError`."""
