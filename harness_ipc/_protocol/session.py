@@ -25,7 +25,7 @@ PROVING, AWAITING, STREAMING, GONE = "PROVING", "AWAITING", "STREAMING", "GONE"
 # Events that are no message.
 PROVED = "PROVED"  # the server's: the client has proved itself
 READY = "READY"  # the client's: the daemon has proved itself, a request may be sent
-VERDICT = "VERDICT"  # the client's: the daemon accepts our proof
+VERDICT = "VERDICT"  # the client's, if it has sent no request with its proof: the daemon accepts that
 GOODBYE = "GOODBYE"  # the client's: what the daemon has not answered has not run and will not run
 
 # Bytes of further requests that are read while one is in flight: the end of the connection shows only behind them.
@@ -250,7 +250,7 @@ class ClientProtocol(_Protocol):
         if self.state in (ANSWERED, PROVING):
             receive_verdict(frame)
             self._move("verdict")
-            return VERDICT
+            return VERDICT if self.state == IDLE else self.next_event()
         reply = messages.decode(frame)
         self._move("item" if reply.get("continues") is True else "reply")
         return reply
