@@ -38,7 +38,7 @@ def call_message(method: str, params: Message | None, kwargs: Message, timeout: 
         kwargs = {**params, **kwargs}
     message: Message = {"method": method, "params": kwargs}
     if timeout < inf:
-        message["timeout"] = round(float(timeout), 3)
+        message["timeout"] = float(timeout)
     if more:
         message["more"] = True
     return message

@@ -240,24 +240,25 @@ class Exchange:
         deadline = min(self.deadline, deadline_after(pool.connect_timeout))
         # Before the daemon is woken, which then waits for what they are for.
         protocol = ClientProtocol(_derive_keys(record.authkey, record.address), Framing(), pool.max_message)
-        link = Link(await io.connect(record.address, deadline), protocol, record)
+        connection = await io.connect(record.address, deadline)
+        link = Link(connection, protocol, record, min(pool.max_message, record.max_message))
         pool.record = record
         with self._state.guard:
             self._link = link
             self._state.busy.add(link)
         self._check()
-        link.connection.deadline = deadline
+        connection.deadline = deadline
         try:
             while protocol.next_event() is None:
                 # A daemon of the standard library waits for our word on its answer before it sends its own challenge.
-                await io.send(link.connection, protocol.data_to_send())
-                protocol.receive_data(await io.receive(link.connection, protocol.frame_limit))
+                await io.send(connection, protocol.data_to_send())
+                protocol.receive_data(await io.receive(connection, protocol.frame_limit))
         except MessageTooLarge:
             raise AuthenticationFailed("the peer does not speak this protocol") from None
         except AuthenticationFailed:
             # The peer is told that it was refused, if it still listens.
             with contextlib.suppress(HarnessIPCError):
-                await io.send(link.connection, protocol.data_to_send())
+                await io.send(connection, protocol.data_to_send())
             raise
         # A client that was closed meanwhile sends nothing more.
         self._check()
@@ -265,37 +266,24 @@ class Exchange:
 
     async def _ask(self, link: Link) -> Message | None:
         """Send the request, unless that is done, and return the next reply; None if this generation does not run it."""
-        connection, protocol, io = link.connection, link.protocol, self._io
-        had_item, broken = protocol.state == STREAMING, None
+        connection, protocol, broken = link.connection, link.protocol, None
         connection.deadline = self.deadline
+        had_item = protocol.state == STREAMING
+        if not had_item:
+            broken = await self._send(link)
         try:
-            if not had_item:
-                if self._frame is not None:
-                    # Not earlier: what the daemon's limit is was not known before.
-                    check_size(len(self._frame), min(self._pool.max_message, link.record.max_message))
-                    protocol.send_request(self._frame)
-                    self._awaited = ""
-                connection.all_sent = False
-                self._sent = self._frame is not None
-                try:
-                    if not connection.send_now(protocol.data_to_send()):
-                        await io.send(connection, [])
-                except ConnectionLost as error:
-                    broken = error  # the daemon may have said goodbye before it closed the connection
             event = protocol.next_event() if protocol.buffered else None
-            while event is None or event == VERDICT:
-                if event is None:
-                    protocol.receive_data(await io.receive(connection, self._pool.max_message))
-                elif self._frame is None:
-                    return {}
+            while event is None:
+                protocol.receive_data(await self._io.receive(connection, self._pool.max_message))
                 event = protocol.next_event()
         except ConnectionLost:
             if broken is None:
                 raise
-            self._check()
             if self._may_have_run():
                 raise broken from None
             event = GOODBYE
+        if event == VERDICT:
+            return {}
         if isinstance(event, dict):
             if "error" in event or "continues" in event:
                 self._check_reply(link, event)
@@ -306,6 +294,21 @@ class Exchange:
         self._refused[link.record.generation] = broken or stopping
         self._sent = False
         self.close()
+        return None
+
+    async def _send(self, link: Link) -> ConnectionLost | None:
+        """Send the request, or without one our proof alone. Return the error if the connection breaks meanwhile."""
+        connection, protocol = link.connection, link.protocol
+        connection.all_sent = False
+        if self._frame is not None:
+            check_size(len(self._frame), link.limit)
+            protocol.send_request(self._frame)
+            self._sent, self._awaited = True, ""
+        try:
+            if not connection.send_now(protocol.data_to_send()):
+                await self._io.send(connection, [])
+        except ConnectionLost as error:
+            return error  # the daemon may have said goodbye before it closed the connection
         return None
 
     def _check_reply(self, link: Link, reply: Message) -> None:

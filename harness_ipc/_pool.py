@@ -34,14 +34,15 @@ class _WrongVersion(DaemonNotRunning):
 
 
 class Link:
-    """An open connection: its transport, its protocol, and the record of the generation behind it."""
+    """An open connection: its transport, its protocol, the record of the generation behind it, and its limit of a request."""
 
-    __slots__ = ("connection", "protocol", "record")
+    __slots__ = ("connection", "limit", "protocol", "record")
 
-    def __init__(self, connection: Connection, protocol: ClientProtocol, record: records.Record) -> None:
+    def __init__(self, connection: Connection, protocol: ClientProtocol, record: records.Record, limit: int) -> None:
         self.connection = connection
         self.protocol = protocol
         self.record = record
+        self.limit = limit
 
 
 class State:
