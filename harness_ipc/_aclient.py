@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ._calls import call_message, check_request
-from ._exchange import BLOCKING, IO, Exchange, run
+from ._exchange import Exchange
+from ._pool import BLOCKING, IO, run
 from ._protocol import messages
 from ._stream import AsyncStream
 from ._transport import remaining

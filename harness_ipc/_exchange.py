@@ -1,19 +1,17 @@
 """One request and its replies: which generation is asked, what follows a goodbye, and whether the request may have run.
 
-It waits by an `IO`, here the blocking one. Its coroutines never wait for a loop then: `run` takes them to their end.
+It waits by the `IO` that it is given. With the blocking one its coroutines never wait: `_pool.run` takes them to their end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from functools import lru_cache, partial
 
-from . import _transport
 from ._calls import error_of_channel, result_of
-from ._pool import Link, start_daemon
+from ._pool import BLOCKING, Link
 from ._protocol import messages
 from ._protocol.framing import check_size
 from ._protocol.handshake import Keys
@@ -33,59 +31,17 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any, TypeVar
+    from typing import Any
 
-    from ._pool import Pool
+    from ._pool import IO, Pool
     from ._protocol.messages import Message
     from ._registry.records import Record
-    from ._transport import Connection
-
-    T = TypeVar("T")
 
 # Starts of a daemon for one request: each may be followed by the end of that daemon.
 _MAX_STARTS = 3
 
 # A process that asks again and again derives the keys of a generation once.
 _derive_keys = lru_cache(maxsize=8)(Keys)
-
-
-class IO:
-    """How an exchange waits: by blocking. Errors are those of `_transport`."""
-
-    async def connect(self, address: str, deadline: float) -> Connection:
-        return _transport.connect(address, deadline)
-
-    async def send(self, connection: Connection, chunks: list[bytes]) -> None:
-        connection.send(chunks)
-
-    async def receive(self, connection: Connection, limit: int) -> bytes:
-        return connection.receive(limit)
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run a function that blocks."""
-        return function()
-
-    def check(self, record: Record) -> None:
-        """Raise `RuntimeError` if waiting for this daemon here would never end."""
-        if record.pid == os.getpid() and serving_threads.get(record.address) == threading.get_ident():
-            raise RuntimeError(
-                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
-                "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
-            )
-
-
-BLOCKING = IO()
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine of an exchange that blocks."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    raise AssertionError("a blocking coroutine waited")
 
 
 class Exchange:
@@ -220,6 +176,8 @@ class Exchange:
             except (DaemonNotRunning, ConnectionLost):
                 if self._pool.start is None or starts == _MAX_STARTS:
                     raise
+                from ._on_demand import start_daemon
+
                 starts += 1
                 self._awaited = None
                 self.deadline = await self._io.run(partial(start_daemon, self._pool, self.deadline))

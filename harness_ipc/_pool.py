@@ -1,23 +1,23 @@
-"""The connections of a client: which are open, which are kept, for which process; and the start of a daemon for them.
+"""The connections of a client: which are open, which are kept, for which process; and how an exchange waits for one.
 
-It knows no request, and does no I/O but to look for the record.
+It knows no request.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 
+from . import _transport
 from ._protocol.session import IDLE
 from ._registry import records
-from ._transport import remaining
-from .errors import DaemonNotRunning, DaemonTimeout, IncompatibleDaemon
+from ._transport import serving_threads
+from .errors import DaemonNotRunning, IncompatibleDaemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any, TypeVar
 
     from ._calls import ErrorClasses
     from ._protocol.session import ClientProtocol
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     Command = str | Sequence[str | os.PathLike[str]]
     Start = Command | Callable[[], object]
+    T = TypeVar("T")
 
 
-class _WrongVersion(DaemonNotRunning):
+class WrongVersion(DaemonNotRunning):
     """A daemon of another version than the wanted one runs, and may be replaced."""
 
 
@@ -131,7 +132,7 @@ class Pool:
         if wanted is not None and (found := record.public().get("app_version")) != wanted:
             text = f"the daemon {self.name!r} that runs has version {found}, not {wanted}"
             if self.start_options.get("on_mismatch") == "restart":
-                raise _WrongVersion(text)
+                raise WrongVersion(text)
             raise IncompatibleDaemon(f"{text}: restart it, or use that version")
         return record
 
@@ -147,57 +148,39 @@ class Pool:
             link.connection.close()
 
 
-def start_daemon(pool: Pool, deadline: float) -> float:
-    """Have the daemon of `pool`, which has a start, run; return `deadline`, later by the seconds of the start.
+class IO:
+    """How an exchange waits: by blocking. Errors are those of `_transport`."""
 
-    Waiting for a predecessor that drains does not move the deadline. Raises what `ensure_daemon` or the start function does.
-    """
-    from ._registry.namespace import Namespace
-    from .manager import ensure_daemon
+    async def connect(self, address: str, deadline: float) -> Connection:
+        return _transport.connect(address, deadline)
 
-    assert pool.start is not None
-    _wait_for_predecessor(pool, deadline)
-    begin = time.monotonic()
-    namespace = pool.namespace or Namespace()
-    if callable(pool.start):
-        _call_start(pool, pool.start, namespace)
-    else:
-        ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
-    return deadline + time.monotonic() - begin
+    async def send(self, connection: Connection, chunks: list[bytes]) -> None:
+        connection.send(chunks)
+
+    async def receive(self, connection: Connection, limit: int) -> bytes:
+        return connection.receive(limit)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run a function that blocks."""
+        return function()
+
+    def check(self, record: records.Record) -> None:
+        """Raise `RuntimeError` if waiting for this daemon here would never end."""
+        if record.pid == os.getpid() and serving_threads.get(record.address) == threading.get_ident():
+            raise RuntimeError(
+                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
+                "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
+            )
 
 
-def _call_start(pool: Pool, start: Callable[[], object], namespace: Namespace) -> None:
-    from .manager import stop_daemon
+BLOCKING = IO()
 
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine of an exchange that blocks."""
     try:
-        pool.load(again=True)
-    except _WrongVersion:
-        stop_daemon(pool.name, namespace=namespace)
-    except DaemonNotRunning:
-        pass
-    if hasattr(result := start(), "__await__"):
-        if hasattr(result, "close"):
-            result.close()  # no warning that it was never awaited
-        raise TypeError(f"start must return once the daemon runs, and returned {type(result).__name__}: use a plain function")
-    try:
-        pool.load(again=True)
-    except DaemonNotRunning as error:
-        kind = IncompatibleDaemon if isinstance(error, _WrongVersion) else DaemonNotRunning
-        raise kind(f"the start function has returned, but {error}") from None
-
-
-def _wait_for_predecessor(pool: Pool, deadline: float) -> None:
-    from ._registry import processes
-
-    while True:
-        try:
-            record = records.read(pool.name, again=True, namespace=pool.namespace)
-        except DaemonNotRunning:
-            return
-        if record.state != records.DRAINING or processes.find_process(record.public()) is None:
-            return
-        try:
-            time.sleep(min(0.01, remaining(deadline)))
-        except DaemonTimeout:
-            text = f"the daemon {pool.name!r}, pid {record.pid}, was still stopping at the deadline: allow a longer timeout"
-            raise DaemonTimeout(text) from None
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a blocking coroutine waited")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._exchange import run
+from ._pool import run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
