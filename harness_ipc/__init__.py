@@ -26,7 +26,9 @@ from .errors import (
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
+    InvalidParams,
     MessageTooLarge,
+    MethodNotFound,
     ProtocolError,
     RemoteError,
     ResourceExhausted,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ._status import DaemonStatus, daemon_alive, daemon_status, list_daemons
     from .daemon import App, run_daemon
     from .manager import ensure_daemon, restart_daemon, stop_daemon
+    from .service import Service, method
     from .startup import spawn_kwargs
 
 _LOADED_WHEN_NAMED = {
@@ -52,6 +55,7 @@ _LOADED_WHEN_NAMED = {
     "CurrentRequest": "_server.requests",
     "DaemonServer": "_server.server",
     "DaemonStatus": "_status",
+    "Service": "service",
     "aconnect_daemon": "_aclient",
     "cleanup_endpoint": "_registry.lifetime",
     "current_request": "_server.requests",
@@ -60,6 +64,7 @@ _LOADED_WHEN_NAMED = {
     "ensure_daemon": "manager",
     "is_same_process": "_registry.processes",
     "list_daemons": "_status",
+    "method": "service",
     "process_identity": "_registry.processes",
     "report": "_server.requests",
     "restart_daemon": "manager",
@@ -88,12 +93,15 @@ __all__ = [
     "HarnessIPCError",
     "IncompatibleDaemon",
     "InvalidName",
+    "InvalidParams",
     "MessageTooLarge",
+    "MethodNotFound",
     "Namespace",
     "PeerCredentials",
     "ProtocolError",
     "RemoteError",
     "ResourceExhausted",
+    "Service",
     "StartFailed",
     "Stream",
     "UnsafeDirectory",
@@ -112,6 +120,7 @@ __all__ = [
     "is_same_process",
     "list_daemons",
     "log_path",
+    "method",
     "ping",
     "process_identity",
     "report",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from math import inf
 
-from .errors import Busy, ConnectionLost, ExpectedMore, HarnessIPCError, ProtocolError, RemoteError
+from .errors import (
+    Busy,
+    ConnectionLost,
+    ExpectedMore,
+    HarnessIPCError,
+    InvalidParams,
+    MethodNotFound,
+    ProtocolError,
+    RemoteError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,16 +90,18 @@ def error_of_channel(reply: Message, name: str) -> HarnessIPCError | None:
     return None
 
 
+# Only the channel says that a request did not run, so such an error is of its own types.
+_NOT_EXECUTED = {kind.__name__: kind for kind in (ExpectedMore, InvalidParams, MethodNotFound)}
+
+
 def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     if not isinstance(error, dict):
         return RemoteError(str(error))
-    text, kind = str(error.get("message", error)), str(error.get("type", ""))
-    if error.get("executed") is not False:
-        known = classes.get(kind, RemoteError)
-        # Not known(...): an application's class may take other arguments.
-        made = known.__new__(known, text)
-        RemoteError.__init__(made, text, type=kind, data=error.get("data"))
-        return made
-    # Only the channel says that a request did not run, so such an error is of its own types.
-    known = ExpectedMore if kind == ExpectedMore.__name__ else RemoteError
-    return known(text, type=kind, maybe_executed=False)
+    text, kind, data = str(error.get("message", error)), str(error.get("type", "")), error.get("data")
+    if error.get("executed") is False:
+        return _NOT_EXECUTED.get(kind, RemoteError)(text, type=kind, data=data, maybe_executed=False)
+    known = classes.get(kind, RemoteError)
+    # Not known(...): an application's class may take other arguments.
+    made = known.__new__(known, text)
+    RemoteError.__init__(made, text, type=kind, data=data)
+    return made

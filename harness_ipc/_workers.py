@@ -24,9 +24,10 @@ _MAX_IDLE = 8
 
 
 class Workers:
-    """Threads of one process. At most 8 are kept idle, the last one used first."""
+    """Threads of one process, named `name`. At most 8 are kept idle, the last one used first."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "harness-ipc-client") -> None:
+        self._name = name
         self.pid = os.getpid()
         # Guards what follows; held for a few instructions.
         self._guard = threading.RLock()
@@ -67,7 +68,7 @@ class Workers:
         end: Future[None] = Future()
         end.set_running_or_notify_cancel()
         try:
-            threading.Thread(target=self._work, args=(jobs, end), name="harness-ipc-client", daemon=True).start()
+            threading.Thread(target=self._work, args=(jobs, end), name=self._name, daemon=True).start()
         except RuntimeError as error:
             text = f"no thread can be started for the request ({error}): raise the limit of processes (ulimit -u)"
             raise ResourceExhausted(text) from error

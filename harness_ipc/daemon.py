@@ -11,19 +11,20 @@ import signal
 import sys
 import threading
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import __version__, startup
 from ._descriptors import close_in_child, open_standard_streams, raise_descriptor_limit
 from ._logging import BoundedLog, logging_to
 from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
+from ._server.requests import Dispatcher
 from ._server.server import CANCEL_PERIOD, GRACE_PERIOD, HANDSHAKE_TIMEOUT, MAX_CONNECTIONS, acquire_name, start_daemon_server
 from ._transport import deadline_after
 from .errors import HarnessIPCError, StartFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from ._protocol.messages import Message
     from ._registry.lifetime import Registration
@@ -39,22 +40,16 @@ _LOOK_INTERVAL = 2.0
 _thread = threading.local()
 
 
-@runtime_checkable
 class App(Protocol):
-    """A daemon's application.
+    """A daemon's application: an object with ``async handle(message)``. What else it has is optional.
 
-    It may also have ``async health() -> dict``: whether what it depends on answers. It is unhealthy if that raises an error, or
-    returns a dict with an "error". None stands for an empty dict.
+    ``async start()`` acquires resources, before the daemon can be found. ``async stop()`` releases them, after the last
+    request, also if `start` failed. ``async health() -> dict`` says whether what it depends on answers: the daemon is unhealthy
+    if that raises an error, or returns a dict with an "error". None stands for an empty dict.
     """
 
-    async def start(self) -> None:
-        """Acquire resources: called once, before the daemon can be found."""
-
-    async def handle(self, message: Message) -> Message:
+    def handle(self, message: Message, /) -> Awaitable[Message] | AsyncIterator[Any]:
         """Answer one request."""
-
-    async def stop(self) -> None:
-        """Release resources: called once after the last request, also if `start` failed."""
 
 
 def run_daemon(
@@ -74,7 +69,7 @@ def run_daemon(
 ) -> None:
     """Run the daemon `name` until SIGTERM, SIGINT, SIGHUP, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
-    `app` is an async function from a message to a reply, or an `App`, of which `start` and `stop` are optional. The log is
+    `app` is a `Service`, an `App`, or an async function from a message to a reply. The log is
     the file `log_path`; `on_ready` is called in the loop once clients can connect. `acquired` is what `acquire_daemon` yielded,
     for a program that has to do slow things before it has an app. `namespace` is where the daemon is: by default where the
     `ensure_daemon` that started it looks for it. The other arguments are those of `start_daemon_server`.
@@ -206,12 +201,16 @@ def check_app(app: App | Handler) -> _Functions:
     """Return the functions of `app`. Raises `TypeError` if it is no app, in words that say what to write."""
     if isinstance(app, type):
         raise TypeError(f"{app.__name__} is a class: write run_daemon({app.__name__}())")
-    functions: dict[str, Any] = {"handle": app}
-    if hasattr(app, "handle"):
-        functions = {key: value for key in _Functions._fields if (value := getattr(app, key, None)) is not None}
-    elif not callable(app):
-        raise TypeError(f"app must be an async function or an object with an async handle(), not {type(app).__name__}")
+    functions: dict[str, Any] = {key: value for key in _Functions._fields if (value := getattr(app, key, None)) is not None}
+    if isinstance(app, Dispatcher):
+        functions["handle"] = app
+    elif "handle" not in functions:
+        functions = {"handle": app}
+        if not callable(app):
+            raise TypeError(f"app must be an async function or an object with an async handle(), not {type(app).__name__}")
     for key, function in functions.items():
+        if isinstance(function, Dispatcher):
+            continue
         # An object may be called like a function, and a handler be an async generator.
         called = (function, getattr(type(function), "__call__", None))  # noqa: B004
         if not any(map(inspect.iscoroutinefunction, called)) and not (

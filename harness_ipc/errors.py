@@ -16,6 +16,8 @@ HarnessIPCError
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
 ├── ProtocolError          ValueError              something that is not a message: not JSON, not an object
 └── RemoteError            RuntimeError            the daemon's own handler answered with an error
+    ├── MethodNotFound     LookupError             the service has no such method
+    ├── InvalidParams      TypeError               parameters that the method does not take
     └── ExpectedMore       TypeError               a stream that was called as if it had one reply
 
 All of them survive pickling and copying with their attributes.
@@ -129,15 +131,34 @@ class ProtocolError(HarnessIPCError, ValueError):
 
 
 class RemoteError(HarnessIPCError, RuntimeError):
-    """The daemon answered with an error: `type` and `message` are of the exception there, `data` is any JSON, or None."""
+    """The daemon answered with an error. A handler raises one for an error that its caller should expect.
+
+    `message` is its text, `type` the name of the exception in the daemon (by default that of the class), and `data` any JSON
+    that goes with it, or None. The error that the client raises has the same three. `str()` is "type: message".
+    """
 
     maybe_executed = True
 
-    def __init__(self, message: str, *, type: str = "", data: Any = None, maybe_executed: bool | None = None) -> None:
+    def __init__(self, message: str = "", *, type: str = "", data: Any = None, maybe_executed: bool | None = None) -> None:
         super().__init__(message, maybe_executed=maybe_executed)
         self.message = message
-        self.type = type
+        self.type = type or self.__class__.__name__
         self.data = data
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
+
+class MethodNotFound(RemoteError, LookupError):
+    """The service has no method of that name; the text names similar ones. Nothing ran."""
+
+    maybe_executed = False
+
+
+class InvalidParams(RemoteError, TypeError):
+    """The method does not take these parameters; the text has its signature. It did not run."""
+
+    maybe_executed = False
 
 
 class ExpectedMore(RemoteError, TypeError):

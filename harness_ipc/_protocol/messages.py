@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RemoteError
 from .framing import check_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from typing import Any, NoReturn
 
     Message = dict[str, Any]
@@ -19,6 +20,7 @@ DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 # Requests of the form {"meta": verb} that the channel answers. Any other verb is the application's own.
 PING = "ping"
 HEALTH = "health"
+DESCRIBE = "describe"
 SHUTDOWN = "shutdown"
 # What a daemon that leaves says, unasked: all that it has not answered on this connection has not run and will not run.
 GOODBYE_FRAME = b'{"meta":"goodbye"}'
@@ -30,28 +32,85 @@ def _reject_constant(constant: str) -> NoReturn:
     raise ProtocolError(f"{constant} is not JSON: send null, or a string")
 
 
-# Made once: json.loads() with parse_constant builds a decoder for each call. ensure_ascii carries lone surrogates, which
-# page text has and UTF-8 has not.
-_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+def to_json(value: Any) -> Any:
+    """Return what a value that JSON does not have is sent as. Raises `TypeError` if there is no such rule.
+
+    Bytes are sent as base64, a dataclass as an object of its fields, a path as its text, a datetime in ISO 8601.
+    """
+    if isinstance(value, (bytes, bytearray)):
+        from binascii import b2a_base64
+
+        return b2a_base64(value, newline=False).decode("ascii")
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        from dataclasses import fields
+
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if hasattr(value, "__fspath__") and not isinstance(value, type):
+        return value.__fspath__()
+    from datetime import datetime
+
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def make_encoder(convert: Callable[[Any], Any]) -> json.JSONEncoder:
+    """Return an encoder for messages, in which `convert` returns what a value that JSON does not have is sent as."""
+    # ensure_ascii carries lone surrogates, which page text has and UTF-8 has not.
+    return json.JSONEncoder(allow_nan=False, ensure_ascii=True, separators=(",", ":"), default=convert)
+
+
+# Made once: json.loads() with parse_constant builds a decoder for each call.
+_encoder = make_encoder(to_json)
 _decoder = json.JSONDecoder(parse_constant=_reject_constant)
 _WHITESPACE = " \t\n\r"
 
 
-def encode(message: Message, limit: int | None = None) -> bytes:
+def encode(message: Message, limit: int | None = None, encoder: json.JSONEncoder = _encoder) -> bytes:
     """Return `message` as the bytes of one frame.
 
-    Raises `ProtocolError` for anything that is not a JSON object, naming the offending type, and `MessageTooLarge` above
-    `limit` bytes, if there is one.
+    Raises `ProtocolError` for anything that is not a JSON object, naming the offending key and type, and `MessageTooLarge`
+    above `limit` bytes, if there is one.
     """
     if not isinstance(message, dict):
         raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
     try:
-        frame = _encoder.encode(message).encode("ascii")
+        frame = encoder.encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"this message can't be sent as JSON: {_one_line(error)}") from error
+        where = _find_unsendable(message, encoder)
+        raise ProtocolError(f"this message can't be sent as JSON: {where and f'{where}: '}{_one_line(error)}") from error
     if limit is not None and len(frame) > limit:
         check_size(len(frame), limit)
     return frame
+
+
+def _find_unsendable(message: Message, encoder: json.JSONEncoder) -> str:
+    """Return the path of the first value that `encoder` refuses, as in "result.items[3].when", or "" if that can't be told."""
+    try:
+        return next(_unsendable(message, "", encoder), "")
+    except (TypeError, ValueError, RecursionError):
+        return ""
+
+
+def _unsendable(value: Any, path: str, encoder: json.JSONEncoder) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            name = f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!a}]"
+            yield from _unsendable(item, (path + name).removeprefix("."), encoder)
+        value = dict.fromkeys(value)  # its keys are left
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _unsendable(item, f"{path}[{i}]", encoder)
+        return
+    try:
+        encoder.encode(value)
+    except (TypeError, ValueError):
+        try:
+            plain = encoder.default(value)
+        except TypeError:
+            plain = None
+        yield from _unsendable(plain, path, encoder)
+        yield path
 
 
 def decode(frame: bytes) -> Message:
@@ -71,8 +130,11 @@ def decode(frame: bytes) -> Message:
 
 
 def error_reply(error: BaseException) -> Message:
-    """Return the reply that carries `error` to the client."""
+    """Return the reply that carries `error` to the client: a `RemoteError` as it is, any other by its name and text."""
     try:
+        if isinstance(error, RemoteError):
+            data = {} if error.data is None else {"data": error.data}
+            return {"error": {"type": str(error.type), "message": str(error.message), **data}}
         text = str(error)
     except BaseException as failure:
         text = f"(its text failed with {type(failure).__name__})"

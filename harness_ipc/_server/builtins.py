@@ -1,4 +1,4 @@
-"""The channel's own requests that wait for no handler: `ping`, `shutdown`, and all of a client that is turned away."""
+"""The channel's own requests that wait for no handler, and all of a client that is turned away."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def answer_builtin(server: DaemonServer, host: Host, session: Session, message: 
     elif session.full is not None:
         server.admission.log_full(session)
         session.send_reply(messages.encode(messages.not_executed(Busy(session.full))))
+    elif verb == messages.DESCRIBE:
+        record = server.record.public()
+        versions = {key: record.get(key) for key in ("name", "app_version", "version", "python")}
+        session.send_reply(messages.encode({"describe": {**versions, "methods": server.requests.describe()}}))
     else:
         return False
     return True

@@ -7,8 +7,6 @@ import contextlib
 import contextvars
 import logging
 import os
-import threading
-import time
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,10 +14,12 @@ from .._descriptors import end_child
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
 from .._transport import deadline_after
-from ..errors import ExpectedMore, ProtocolError
+from ..errors import ExpectedMore, ProtocolError, RemoteError
+from .counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from json import JSONEncoder
 
     from .._protocol.messages import Message
     from .._transport import PeerCredentials
@@ -43,24 +43,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Usage(NamedTuple):
-    """Requests in flight, requests answered so far, how many of the answers were errors, and seconds since the last one."""
+class Dispatcher:
+    """A handler that knows its methods: what requests ask a `Service`. This one has none.
 
-    in_flight: int
-    requests: int
-    errors: int
-    idle: float
+    A call that raises `RemoteError` at once, and not when what it returns is awaited, has run nothing.
+    """
+
+    # Methods that run to their end when their caller has gone.
+    uninterrupted: frozenset[str] = frozenset()
+
+    def describe_methods(self) -> list[Message]:
+        """Return the description of each method."""
+        return []
+
+    def encode_result(self, value: Any) -> Any:
+        """Return what `value`, which JSON does not have, is sent as. Raises `TypeError` if it can't be sent."""
+        return messages.to_json(value)
 
 
 class CurrentRequest:
     """The request that is being handled, read-only: see `current_request`."""
 
-    __slots__ = ("_caller", "_cancelled", "_deadline", "_is_app_request", "_message", "_more", "_task")
+    __slots__ = (
+        *("_caller", "_cancelled", "_deadline", "_encoder", "_is_app_request", "_message", "_more", "_runs_to_end"),
+        "_task",
+    )
 
-    def __init__(self, caller: Caller, message: Message) -> None:
+    def __init__(self, caller: Caller, message: Message, encoder: JSONEncoder) -> None:
         self._caller = caller
         self._message = message
+        self._encoder = encoder
         self._is_app_request = message.get("meta") != messages.HEALTH
+        # Whether it is not cancelled when its caller goes.
+        self._runs_to_end = False
         # The channel's: the handler does not see it.
         self._more = message.pop("more", False) is True
         self._cancelled = False
@@ -115,37 +130,14 @@ async def report(value: Any) -> None:
     """
     request = _current.get()
     if request is not None and request._more and not request._cancelled:
-        await request._caller.send_item(messages.encode(messages.item_reply(value)))
+        await request._caller.send_item(messages.encode(messages.item_reply(value), encoder=request._encoder))
 
 
-class Counters:
-    """How much the handler is used. The channel's own requests don't count. May be read from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._in_flight = 0
-        self._requests = 0
-        self._errors = 0
-        self._last_used = time.monotonic()
-
-    def begin(self) -> None:
-        """Count a request in flight."""
-        with self._lock:
-            self._in_flight += 1
-
-    def end(self, is_error: bool) -> None:
-        """Count its reply."""
-        with self._lock:
-            self._in_flight -= 1
-            self._requests += 1
-            self._errors += is_error
-            self._last_used = time.monotonic()
-
-    def usage(self) -> Usage:
-        """Return all of it, of one moment."""
-        with self._lock:
-            idle = 0.0 if self._in_flight else time.monotonic() - self._last_used
-            return Usage(self._in_flight, self._requests, self._errors, idle)
+def run_to_end() -> None:
+    """Have the current request, if there is one, go on when its caller goes. A daemon that stops still cancels it."""
+    request = _current.get()
+    if request is not None:
+        request._runs_to_end = True
 
 
 class Hooks(NamedTuple):
@@ -170,6 +162,8 @@ class Requests:
         # Without what belongs to the caller of the server's start.
         self._context = contextvars.copy_context()
         self._handler = handler
+        self._dispatcher = handler if isinstance(handler, Dispatcher) else Dispatcher()
+        self._encoder = messages.make_encoder(self._dispatcher.encode_result)
         self._hooks = hooks
         self._max_message = max_message
         self._pid = os.getpid()
@@ -179,11 +173,12 @@ class Requests:
 
     def start(self, caller: Caller, message: Message) -> asyncio.Task[None]:
         """Handle `message` in a task of its own, which always ends with a final reply."""
-        request = CurrentRequest(caller, message)
+        request = CurrentRequest(caller, message, self._encoder)
         context = self._context.copy()
         if request._is_app_request:
             self.counters.begin()
             context.run(_current.set, request)
+            request._runs_to_end = request.method in self._dispatcher.uninterrupted
         task = self._loop.create_task(self._run(request), context=context)
         # An eager one, which the app's task factory may make, has perhaps ended already.
         if not task.done():
@@ -194,11 +189,12 @@ class Requests:
         return task
 
     def cancel(self, task: asyncio.Task[None]) -> None:
-        """Cancel a request of the application's, once: a second cancel would break clean-up that awaits."""
+        """Cancel a request whose caller has gone, once: a second cancel would break clean-up that awaits."""
         request = self.tasks.get(task)
         if request is not None and request._is_app_request and not request._cancelled:
             request._cancelled = True
-            task.cancel()
+            if not request._runs_to_end:
+                task.cancel()
 
     def cancel_all(self) -> None:
         """Cancel all requests: those whose callers have gone for the second time."""
@@ -211,6 +207,9 @@ class Requests:
             reply = await (self._call_handler(request) if request._is_app_request else self._ask_health())
         except (asyncio.CancelledError, GeneratorExit):
             reply = _cancelled_reply(request)
+        except RemoteError as error:
+            # Expected: it is the caller's.
+            reply = messages.error_reply(error)
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
             end_child(self._pid, error)
@@ -241,7 +240,12 @@ class Requests:
         self._hooks.after_reply()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
-        answer: Any = self._handler(request._message)
+        try:
+            answer: Any = self._handler(request._message)
+        except RemoteError as error:
+            if not isinstance(self._handler, Dispatcher):
+                raise
+            return messages.not_executed(error)
         is_coroutine = not hasattr(answer, "__anext__")
         if is_coroutine:
             answer = await answer
@@ -250,14 +254,18 @@ class Requests:
         # An iterator that is no generator has nothing to close.
         async with contextlib.aclosing(answer) if hasattr(answer, "aclose") else contextlib.nullcontext():
             if not request._more:
-                error = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
-                return messages.error_reply(error) if is_coroutine else messages.not_executed(error)
+                refusal = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
+                return messages.error_reply(refusal) if is_coroutine else messages.not_executed(refusal)
             async for item in answer:
-                if request._cancelled:  # and it goes on: it is closed where it is
+                if request._cancelled and not request._runs_to_end:  # and it goes on: it is closed where it is
                     raise asyncio.CancelledError
-                frame = messages.encode(messages.item_reply(item), self._max_message)
+                frame = messages.encode(messages.item_reply(item), self._max_message, self._encoder)
                 await request._caller.send_item(frame)
         return {"result": None}
+
+    def describe(self) -> list[Message]:
+        """Return the description of each method, from any thread."""
+        return self._dispatcher.describe_methods()
 
     async def _ask_health(self) -> Message:
         answer: Any = None
@@ -270,10 +278,14 @@ class Requests:
     def _encode(self, reply: Message) -> bytes:
         """Return the frame of `reply`, or of the error that it can't be one."""
         try:
-            return messages.encode(reply, self._max_message)
+            return messages.encode(reply, self._max_message, self._encoder)
         except BaseException as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
             self._log.error("the reply can't be sent: %s: %s", *sorry["error"].values(), error=error)
+            failed = reply.get("error") if isinstance(reply, dict) else None
+            if isinstance(failed, dict) and failed.pop("data", None) is not None:
+                # The error matters more than what goes with it.
+                return self._encode(reply)
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
 

@@ -119,16 +119,13 @@ class BrowserApp:
         return {"browser": version.get("product"), "found": self._how, "round_trip_ms": milliseconds}
 
     async def handle(self, message: Message) -> Message:
-        """Answer one request."""
-        try:
-            verb = message.get("meta")
-            if verb is None:
-                return await self._forward(message)
-            if not isinstance(verb, str) or verb not in self._verbs:
-                raise _bad_request(f"there is no meta request {verb!a}: use {', '.join(self._verbs)}, health, ping or shutdown")
-            return await self._verbs[verb](message)
-        except BrowserError as error:
-            return error.to_reply()
+        """Answer one request. Raises `BrowserError`."""
+        verb = message.get("meta")
+        if verb is None:
+            return await self._forward(message)
+        if not isinstance(verb, str) or verb not in self._verbs:
+            raise _bad_request(f"there is no meta request {verb!a}: use {', '.join(self._verbs)}, health, ping or shutdown")
+        return await self._verbs[verb](message)
 
     # Calls.
 

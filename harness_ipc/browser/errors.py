@@ -10,7 +10,7 @@ RemoteError (of harness_ipc)
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           the page's own code threw
 
-The daemon puts one into a reply (`to_reply`), and the helper takes it out again (`from_reply`): the same class and text.
+The daemon raises one, and the helper takes it out of the reply again (`from_reply`): the same class, text and data.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ SERVER_ERROR = -32000
 
 
 class BrowserError(RemoteError):
-    """The root of what this part raises. `details` are what its class documents, as they travel in the reply."""
+    """The root of what this part raises. `data` is a dict of what its class documents."""
 
-    def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message, type=type(self).__name__)
-        self.details = details
+    def __init__(self, message: str, **data: Any) -> None:
+        super().__init__(message, data=data)
 
-    def to_reply(self) -> dict[str, Any]:
-        """Return the reply of a daemon that carries this error."""
-        return {"error": {"type": self.type, "message": str(self), **self.details}}
+    def __str__(self) -> str:
+        # The class says the type.
+        return self.message
 
 
 class BrowserNotFound(BrowserError, ConnectionRefusedError):
@@ -59,7 +58,7 @@ class DialogOpen(BrowserError):
     @property
     def dialog(self) -> dict[str, Any]:
         """The parameters of `Page.javascriptDialogOpening`: type, message, url, defaultPrompt."""
-        return dict(self.details.get("dialog") or {})
+        return dict(self.data.get("dialog") or {})
 
 
 class CDPError(BrowserError):
@@ -68,7 +67,8 @@ class CDPError(BrowserError):
     @property
     def code(self) -> int | None:
         """The JSON-RPC code: -32000 for most, -32601 for an unknown method, -32602 for bad parameters."""
-        return self.details.get("code")
+        code: int | None = self.data.get("code")
+        return code
 
 
 class JavaScriptError(BrowserError):
@@ -85,7 +85,8 @@ def from_reply(error: Any) -> RemoteError:
     """Return the exception for the ``"error"`` of a reply. One of a type that is not ours is a `RemoteError`."""
     if not isinstance(error, dict):
         return RemoteError(str(error))
-    details = {key: value for key, value in error.items() if key not in ("type", "message")}
-    kind = _CLASSES.get(str(error.get("type")))
+    kind, data = _CLASSES.get(str(error.get("type"))), error.get("data")
     message = str(error.get("message", error))
-    return RemoteError(message, type=str(error.get("type", ""))) if kind is None else kind(message, **details)
+    if kind is None:
+        return RemoteError(message, type=str(error.get("type", "")), data=data)
+    return kind(message, **data if isinstance(data, dict) else {})

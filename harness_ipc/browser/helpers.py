@@ -246,7 +246,7 @@ def wait_for_load(timeout: float = LOAD_TIMEOUT) -> bool:
             return False
         except CDPError as error:
             # The document that was asked has made room for the next one.
-            if error.code != SERVER_ERROR or error.details.get("crashed"):
+            if error.code != SERVER_ERROR or error.data.get("crashed"):
                 raise
     return False
 
@@ -414,7 +414,7 @@ def _may_open_dialog() -> Iterator[None]:
     try:
         yield
     except DialogOpen as error:
-        if not error.details.get("ran"):
+        if not error.data.get("ran"):
             raise
 
 

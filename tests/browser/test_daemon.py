@@ -295,7 +295,7 @@ EVALUATE = {"method": "Runtime.evaluate", "params": {"expression": "6 * 7"}}
 def test_a_request_that_is_none_is_an_error_and_the_daemon_serves_on(client: Client, message: Reply, code: int | None) -> None:
     error = error_of(client.request(message), "CDPError")
     if code is not None:
-        assert error["code"] == code
+        assert error["data"]["code"] == code
     assert_serves(client)
     with connected() as other:
         assert_serves(other)
@@ -607,16 +607,16 @@ def test_a_dialog_is_told_until_it_is_answered(client: Client) -> None:
     session = client.request({"meta": "session"})["session_id"]
     assert client.request({"meta": "pending_dialog"})["dialog"] is None
     # What opened it has run; what comes later has not.
-    opened = error_of(evaluate(client, f"{COUNT}, window.said = confirm('Sure?')"), "DialogOpen")
+    opened = error_of(evaluate(client, f"{COUNT}, window.said = confirm('Sure?')"), "DialogOpen")["data"]
     assert opened["ran"] is True
     assert (opened["dialog"]["type"], opened["dialog"]["message"]) == ("confirm", "Sure?")
-    refused = error_of(evaluate(client, COUNT), "DialogOpen")
+    refused = error_of(evaluate(client, COUNT), "DialogOpen")["data"]
     assert refused["ran"] is False
     assert client.request({"meta": "pending_dialog"}) == {"dialog": opened["dialog"], "session_id": session}
     # Another session of the tab is held as well, another tab is not.
     other = ask(client, "Target.attachToTarget", targetId=client.request({"meta": "session"})["target_id"], flatten=True)
     held = other["result"]["sessionId"]
-    assert error_of(evaluate(client, COUNT, held), "DialogOpen")["ran"] is False
+    assert error_of(evaluate(client, COUNT, held), "DialogOpen")["data"]["ran"] is False
     assert client.request({"meta": "pending_dialog", "session_id": held})["dialog"] == opened["dialog"]
     _, free = new_tab(client)
     assert client.request({"meta": "pending_dialog"}) == {"dialog": None, "session_id": free}
@@ -624,7 +624,7 @@ def test_a_dialog_is_told_until_it_is_answered(client: Client) -> None:
     assert ask(client, "Page.handleJavaScriptDialog", session, accept=True)["result"] == {}
     wait_until(lambda: client.request({"meta": "pending_dialog", "session_id": session})["dialog"] is None)
     assert value(evaluate(client, "[window.said, window.count].join()", session)) == "true,1"
-    assert error_of(ask(client, "Page.handleJavaScriptDialog", session, accept=True), "CDPError")["code"] == -32602
+    assert error_of(ask(client, "Page.handleJavaScriptDialog", session, accept=True), "CDPError")["data"]["code"] == -32602
 
 
 def test_a_crashed_page_is_told_at_once_and_can_be_loaded_again(client: Client, site: Site) -> None:

@@ -107,7 +107,7 @@ def test_nothing_runs_under_a_dialog(page: str, site: Site, act: Callable[[], ob
     with pytest.raises(DialogOpen, match="alert: 'Look'") as caught:
         act()
     assert caught.value.dialog["message"] == "Look"
-    assert caught.value.details["ran"] is False
+    assert caught.value.data["ran"] is False
     handle_dialog()
     assert page_info()["title"] == "Asks"
 
@@ -116,7 +116,7 @@ def test_javascript_that_opens_a_dialog_has_run(page: str) -> None:
     with pytest.raises(DialogOpen, match="alert: '1'") as caught:
         js("alert(1)")
     assert caught.value.dialog["type"] == "alert"
-    assert caught.value.details["ran"] is True
+    assert caught.value.data["ran"] is True
     handle_dialog()
     with pytest.raises(DialogOpen):
         js("window.said = confirm('Sure?')")
@@ -129,7 +129,7 @@ def test_a_dialog_that_comes_before_the_click(page: str, site: Site) -> None:
     js("document.body.onmousemove = () => alert('before')")
     with pytest.raises(DialogOpen, match="alert: 'before'") as caught:
         click_at_xy(*FIELD)
-    assert caught.value.details["ran"] is False
+    assert caught.value.data["ran"] is False
     handle_dialog()
     assert js("clicks") == []
 

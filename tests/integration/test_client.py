@@ -76,10 +76,10 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
         ({"result": None}, None),
         ({"result": 1, "more": 2}, 1),
         ({"error": {"type": "KeyError", "message": "gone"}}, ("KeyError", "gone")),
-        ({"error": {"message": "gone"}}, ("", "gone")),
-        ({"error": {"code": 1}}, ("", "{'code': 1}")),
-        ({"error": "gone", "result": 1}, ("", "gone")),
-        ({"error": None}, ("", "None")),
+        ({"error": {"message": "gone"}}, ("RemoteError", "gone")),
+        ({"error": {"code": 1}}, ("RemoteError", "{'code': 1}")),
+        ({"error": "gone", "result": 1}, ("RemoteError", "gone")),
+        ({"error": None}, ("RemoteError", "None")),
         ({"error": {"type": 1, "message": ["gone"]}}, ("1", "['gone']")),
         ({}, ProtocolError),
         ({"results": 1}, ProtocolError),
@@ -89,7 +89,7 @@ def test_a_reply_is_a_result_or_one_error(client: Client, reply: dict[str, Any],
     if isinstance(outcome, tuple):
         with pytest.raises(RemoteError) as caught:
             client.call("reply", reply=reply)
-        assert (caught.value.type, str(caught.value)) == outcome
+        assert (caught.value.type, caught.value.message) == outcome
     elif outcome is ProtocolError:
         with pytest.raises(ProtocolError):
             client.call("reply", reply=reply)
@@ -99,7 +99,7 @@ def test_a_reply_is_a_result_or_one_error(client: Client, reply: dict[str, Any],
     assert client.request({"method": "reply", "params": {"reply": reply}}) == reply
 
 
-@pytest.mark.parametrize("message", [[1], None, {"a": {1}}, {"a": math.nan}, {(1, 2): 3}, {"a": b"bytes"}])
+@pytest.mark.parametrize("message", [[1], None, {"a": {1}}, {"a": math.nan}, {(1, 2): 3}, {"a": object()}])
 def test_what_is_no_message_is_not_sent(client: Client, message: Any) -> None:
     with pytest.raises(ProtocolError):
         client.request(message)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness_ipc import cli, ensure_daemon, errors, identify, ping, request, stop_daemon
+from harness_ipc import cli, connect_daemon, ensure_daemon, errors, identify, ping, request, stop_daemon
 from tests.marks import needs_network, needs_posix
 from tests.processes import PATIENCE, spawn_python, wait_until
 
@@ -52,7 +52,19 @@ def _run(script: Path) -> str:
 def test_every_python_block_is_a_file_that_a_test_runs() -> None:
     assert _README.count("```python") == len(_FILES)
     # visit.py is run where there is a browser, in tests/browser.
-    programs = ["ask", "careful", "embedded", "ensure", "index", "namespaces", "service", "test_words", "visit", "wire"]
+    programs = [
+        "ask",
+        "careful",
+        "embedded",
+        "ensure",
+        "index",
+        "namespaces",
+        "service",
+        "test_words",
+        "visit",
+        "wire",
+        "words",
+    ]
     assert sorted(_FILES) == [f"{program}.py" for program in programs]
     assert sorted(_COMMANDS) == ["demo", "tests"]
     assert _README.count("```sh") == len(_COMMANDS)
@@ -70,6 +82,19 @@ def test_the_service_its_client_and_a_client_of_the_standard_library_alone(snipp
         assert "harness_ipc" not in re.sub("harness-ipc/1", "", _FILES["wire.py"])
         assert _run(snippets / "wire.py") == "{'result': 3}\n"
         assert request("words", {"meta": "shutdown"}) == {"shutdown": True}
+        assert daemon.wait() == 0
+
+
+def test_the_methods(snippets: Path) -> None:
+    with spawn_python(str(snippets / "words.py")) as daemon:
+        wait_until(lambda: ping("words"))
+        (snippets / "a.txt").write_text("the quick brown fox", encoding="utf-8")
+        counted = {"file": str(snippets / "a.txt"), "words": 4}
+        with connect_daemon("words", request_timeout=PATIENCE) as client:
+            assert client.call("split", text="a b c", most=1) == ["a", "b c"]
+            assert client.call("count", file=snippets / "a.txt") == counted
+            assert list(client.stream("reindex", folder=snippets)) == [counted]
+            client.request({"meta": "shutdown"})
         assert daemon.wait() == 0
 
 

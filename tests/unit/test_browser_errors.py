@@ -10,6 +10,7 @@ import re
 import pytest
 
 from harness_ipc import HarnessIPCError, RemoteError
+from harness_ipc._protocol import messages
 from harness_ipc.browser import errors
 from harness_ipc.browser.errors import (
     BrowserError,
@@ -52,22 +53,22 @@ def test_each_leaf_is_the_builtin_that_a_caller_already_catches(name: str, built
 
 @pytest.mark.parametrize("error", [BrowserError("text", more=[1]), *INSTANCES], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickling_keeps_text_type_and_details(error: BrowserError, protocol: int) -> None:
+def test_pickling_keeps_text_type_and_data(error: BrowserError, protocol: int) -> None:
     copy = pickle.loads(pickle.dumps(error, protocol))
     assert type(copy) is type(error)
-    assert (str(copy), copy.type, copy.details) == ("text", type(error).__name__, error.details)
+    assert (str(copy), copy.type, copy.data) == ("text", type(error).__name__, error.data)
 
 
 @pytest.mark.parametrize("error", INSTANCES, ids=lambda error: type(error).__name__)
-def test_a_reply_keeps_text_type_and_details(error: BrowserError) -> None:
-    reply = json.loads(json.dumps(error.to_reply()))
+def test_a_reply_keeps_text_type_and_data(error: BrowserError) -> None:
+    reply = json.loads(json.dumps(messages.error_reply(error)))
     copy = from_reply(reply["error"])
     assert type(copy) is type(error)
     assert isinstance(copy, BrowserError)
-    assert (str(copy), copy.type, copy.details) == ("text", type(error).__name__, error.details)
+    assert (str(copy), copy.type, copy.data) == ("text", type(error).__name__, error.data)
 
 
-def test_the_details_have_names() -> None:
+def test_the_data_has_names() -> None:
     assert CDPError("text", code=-32601).code == -32601
     assert CDPError("text").code is None
     assert DialogOpen("text", dialog={"type": "alert"}).dialog == {"type": "alert"}
@@ -78,11 +79,11 @@ def test_the_details_have_names() -> None:
     ("error", "text", "kind"),
     [
         ({"type": "KeyError", "message": "text"}, "text", "KeyError"),
-        ({"message": "text"}, "text", ""),
-        ("text", "text", ""),
+        ({"message": "text"}, "text", "RemoteError"),
+        ("text", "text", "RemoteError"),
     ],
 )
 def test_an_error_of_another_type_is_a_remote_error(error: object, text: str, kind: str) -> None:
     copy = from_reply(error)
     assert type(copy) is RemoteError
-    assert (str(copy), copy.type) == (text, kind)
+    assert (copy.message, copy.type) == (text, kind)

@@ -22,7 +22,9 @@ from harness_ipc.errors import (
     HarnessIPCError,
     IncompatibleDaemon,
     InvalidName,
+    InvalidParams,
     MessageTooLarge,
+    MethodNotFound,
     ProtocolError,
     RemoteError,
     ResourceExhausted,
@@ -52,10 +54,12 @@ INSTANCES: list[tuple[HarnessIPCError, dict[str, object]]] = [
     (MessageTooLarge("text", size=10, limit=9, maybe_executed=True), {"size": 10, "limit": 9, "maybe_executed": True}),
     (ProtocolError("text", maybe_executed=True), {"maybe_executed": True}),
     (
-        RemoteError("text", type="KeyError", data=[1], maybe_executed=False),
-        {"message": "text", "type": "KeyError", "data": [1], "maybe_executed": False},
+        RemoteError("text", type="KeyError", data={"n": 1}, maybe_executed=False),
+        {"message": "text", "type": "KeyError", "data": {"n": 1}, "maybe_executed": False},
     ),
-    (ExpectedMore("text", type="ExpectedMore"), {"type": "ExpectedMore"}),
+    (MethodNotFound("text"), {"type": "MethodNotFound"}),
+    (InvalidParams("text"), {"type": "InvalidParams"}),
+    (ExpectedMore("text"), {"type": "ExpectedMore"}),
 ]
 KINDS = pytest.mark.parametrize(("error", "attributes"), INSTANCES, ids=[type(error).__name__ for error, _ in INSTANCES])
 
@@ -75,7 +79,8 @@ def test_each_leaf_is_the_builtin_that_a_caller_already_catches(name: str, built
 
 def assert_same(duplicate: HarnessIPCError, error: HarnessIPCError, attributes: dict[str, object]) -> None:
     assert type(duplicate) is type(error)
-    assert str(duplicate) == "text"
+    assert str(duplicate) == str(error)
+    assert duplicate.args == ("text",)
     assert {name: getattr(duplicate, name) for name in attributes} == attributes
 
 
@@ -96,6 +101,12 @@ def test_copying_keeps_the_text_and_the_attributes(error: HarnessIPCError, attri
 @pytest.mark.parametrize("kind", [type(error) for error, _ in INSTANCES])
 def test_only_an_error_of_the_handler_leaves_a_doubt_by_default(kind: type[HarnessIPCError]) -> None:
     assert kind("text").maybe_executed is (kind is RemoteError)
+
+
+def test_a_remote_error_shows_its_type_and_its_message() -> None:
+    error = RemoteError("no such word", type="KeyError")
+    assert (str(error), error.message, error.data) == ("KeyError: no such word", "no such word", None)
+    assert str(InvalidParams("'text' is missing")) == "InvalidParams: 'text' is missing"
 
 
 def test_what_is_not_known_of_a_failed_start_is_empty() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
 
 import pytest
 
 from harness_ipc import escape_control
 from harness_ipc._protocol import messages
-from harness_ipc.errors import MessageTooLarge, ProtocolError
+from harness_ipc.errors import MessageTooLarge, ProtocolError, RemoteError
 
 LIMIT = messages.DEFAULT_MAX_MESSAGE
 
@@ -38,12 +42,49 @@ def test_a_message_that_is_no_dict_is_refused_by_its_type(message: Any) -> None:
         messages.encode(message, LIMIT)
 
 
-@pytest.mark.parametrize(
-    "value", [{1}, b"bytes", object(), 1j, frozenset(), bytearray()], ids=lambda value: type(value).__name__
-)
+@pytest.mark.parametrize("value", [{1}, object(), 1j, frozenset(), date(2024, 1, 1)], ids=lambda value: type(value).__name__)
 def test_a_value_that_json_has_not_is_refused_by_its_type(value: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"\b{type(value).__name__}\b"):
         messages.encode({"deep": [{"er": value}]}, LIMIT)
+
+
+@dataclass
+class Point:
+    x: Any
+    y: int = 2
+    kind: ClassVar[str] = "not a field"
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        (b"\xff\0", "/wA="),
+        (bytearray(b""), ""),
+        (PurePosixPath("a/b"), "a/b"),
+        (datetime(2024, 2, 29, 12, tzinfo=UTC), "2024-02-29T12:00:00+00:00"),
+        (Point([Point(b"a")]), {"x": [{"x": "YQ==", "y": 2}], "y": 2}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_bytes_paths_times_and_dataclasses_are_sent_by_one_rule(value: Any, sent: Any) -> None:
+    assert messages.decode(messages.encode({"v": [value]})) == {"v": [sent]}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"result": {"items": [0, 1, 2, Point({1})]}}, "result.items[3].x: set is not JSON"),
+        ({"result": ({"a b": 1j},)}, "result[0]['a b']: complex is not JSON"),
+        ({"result": [1.0, float("inf")]}, "result[1]: Out of range"),
+        ({"result": {"a": {(1, 2): 3}}}, "result.a: keys must be str"),
+        ({"v": Point}, "v: type is not JSON"),
+        ({(1, 2): 3}, "JSON: keys must be str"),
+        ({"v": NESTED}, "JSON: maximum recursion depth"),
+    ],
+)
+def test_the_error_names_the_path_to_what_can_not_be_sent(message: dict[Any, Any], text: str) -> None:
+    with pytest.raises(ProtocolError, match=re.escape(text)):
+        messages.encode(message)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +159,17 @@ def test_control_characters_are_escaped_but_for_those_that_are_allowed() -> None
 def test_any_exception_makes_a_reply_that_can_be_sent(error: Exception) -> None:
     reply = messages.decode(messages.encode(messages.error_reply(error), LIMIT))
     assert reply == {"error": {"type": type(error).__name__, "message": str(error)}}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RemoteError("text"), {"type": "RemoteError", "message": "text"}),
+        (RemoteError("text", type="Locked"), {"type": "Locked", "message": "text"}),
+        (RemoteError("text", type="Locked", data=[1]), {"type": "Locked", "message": "text", "data": [1]}),
+        (type("Locked", (RemoteError,), {})("text", data=0), {"type": "Locked", "message": "text", "data": 0}),
+    ],
+    ids=["message", "type", "data", "subclass"],
+)
+def test_a_remote_error_makes_a_reply_with_its_own_message(error: RemoteError, told: dict[str, Any]) -> None:
+    assert messages.error_reply(error) == {"error": told}
