@@ -200,10 +200,7 @@ if sys.platform != "win32":
             if deadline is not None and not _has_peer(sock):
                 sock.close()
                 return None
-            peer = peer_credentials(sock)
-            if peer.uid is not None and peer.uid != os.geteuid():
-                raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
-            return Connection(sock, peer)
+            return Connection(sock, check_peer(sock))
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError) and not isinstance(error, HarnessIPCError):
@@ -243,6 +240,13 @@ if sys.platform != "win32":
             )
         kind = ResourceExhausted if error.errno in EXHAUSTED else ConnectionLost
         return kind(f"the socket {address} can't be connected: {error.strerror}")
+
+    def check_peer(sock: socket.socket) -> PeerCredentials:
+        """Return the process at the other end of `sock`. Raises `OSError`, and `AuthenticationFailed` for another user's."""
+        peer = peer_credentials(sock)
+        if peer.uid is not None and peer.uid != os.geteuid():
+            raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
+        return peer
 
     def peer_credentials(sock: socket.socket) -> PeerCredentials:
         """Return the process at the other end of `sock`, by the kernel. Raises `OSError`."""

@@ -52,7 +52,7 @@ else:
     # can't give its descriptor away.
     from multiprocessing import connection as _stock
 
-    from .dial import peer_credentials
+    from .dial import check_peer
 
     FAMILY = "AF_UNIX"
 
@@ -284,10 +284,7 @@ else:
 
     def _checked(sock: socket.socket) -> Connection:
         try:
-            peer = peer_credentials(sock)
-            if peer.uid is not None and peer.uid != os.geteuid():
-                raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
-            return Connection(sock, peer)
+            return Connection(sock, check_peer(sock))
         except OSError as error:
             sock.close()
             if isinstance(error, AuthenticationFailed):

@@ -294,10 +294,7 @@ def test_another_users_end_is_refused_even_where_modes_let_it_through(stranger: 
 if sys.platform != "win32":
     from harness_ipc._transport import dial
 
-    ENDS = pytest.mark.parametrize("module", [dial, listen], ids=["client", "daemon"])
-
-    @ENDS
-    def test_credentials_of_darwin_are_where_its_headers_put_them(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_credentials_of_darwin_are_where_its_headers_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
         class DarwinSocket:
             def getsockopt(self, level: int, option: int, size: int) -> bytes:
                 # sys/un.h and sys/ucred.h: struct xucred is version, uid, a short number of groups, and sixteen groups.
@@ -307,9 +304,9 @@ if sys.platform != "win32":
                 return answer
 
         monkeypatch.setattr(sys, "platform", "darwin")
-        assert module.peer_credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
+        assert dial.peer_credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
 
-    @ENDS
+    @pytest.mark.parametrize("module", [dial, listen], ids=["client", "daemon"])
     def test_a_socket_of_darwin_is_told_not_to_signal(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         told = []
 
