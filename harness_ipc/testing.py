@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .client import Client
     from .daemon import App
 
-# Bytes of a temporary directory in which a socket's path fits: 37 more on macOS, which allows 103.
+# Bytes of the longest temporary directory in which a socket's path, 38 bytes more, fits on macOS, which allows 103.
 _MAX_TEMPORARY_DIR = 60
 # Seconds for the processes that a daemon has started to end after it.
 _EXIT_PERIOD = 5.0
@@ -100,7 +100,6 @@ def running(
                 raise AlreadyRunning(f"the daemon {name!r} is already running: give this one another name")
             if isinstance(app, str):
                 options["env"] = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(options.get("env") or {})}
-                app = [sys.executable, "-P", "-m", "harness_ipc", "serve", app, f"--name={name}"]
             ensure_daemon(name, app, namespace=namespace, **options)
             stack.enter_context(_ending(lambda: _end_daemons([name], namespace)))
         else:
