@@ -163,7 +163,7 @@ class Requests:
         self._context = contextvars.copy_context()
         self._handler = handler
         self._dispatcher = handler if isinstance(handler, Dispatcher) else Dispatcher()
-        self._encoder = messages.make_encoder(self._dispatcher.encode_result)
+        self._encoder = messages.Encoder(self._dispatcher.encode_result)
         self._hooks = hooks
         self._max_message = max_message
         self._pid = os.getpid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json.encoder
 import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -34,6 +35,15 @@ def test_any_text_survives_as_a_key_and_as_a_value(text: str) -> None:
     assert messages.decode(frame) == {text: [text, None, True, 1.5, -(2**70)]}
     # So the limit in bytes is the same on both sides, and a lone surrogate can travel.
     assert frame.isascii()
+
+
+def test_an_interpreter_without_the_c_encoder_sends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = {"\ud800": [1, 1.5, None, True, {"é": b"bytes"}]}
+    sent = messages.encode(message)
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    assert messages.encode(message, encoder=messages.Encoder(messages.to_json)) == sent
+    with pytest.raises(ProtocolError):
+        messages.encode({"v": float("nan")}, encoder=messages.Encoder(messages.to_json))
 
 
 @pytest.mark.parametrize("message", [None, [], "{}", b"{}", 1, {1}, ("a", 1)], ids=repr)
