@@ -158,9 +158,8 @@ class ThreadAcceptor:
         self._listener = server.admission.listener
         self._log = RateLimitedLogger(logger)
         self._lock = threading.Lock()
-        self._threads: set[threading.Thread] = set()
-        # The thread that left `_threads` last: it may still run, and joins the one that left before it.
-        self._last_to_leave: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._running = 0
         self._accepting = 0
         self._closing = threading.Event()
 
@@ -172,14 +171,10 @@ class ThreadAcceptor:
     def _add_thread(self) -> None:
         """Start one more thread that accepts. The caller holds the lock."""
         thread = threading.Thread(target=self._work, name="harness-ipc-pump", daemon=True)
-        self._threads.add(thread)
+        thread.start()
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        self._running += 1
         self._accepting += 1
-        try:
-            thread.start()
-        except RuntimeError:
-            self._threads.discard(thread)
-            self._accepting -= 1
-            raise
 
     def close(self) -> None:
         """Accept nobody any more."""
@@ -201,12 +196,12 @@ class ThreadAcceptor:
     @property
     def has_ended(self) -> bool:
         """Whether its threads serve nobody any more."""
-        return not self._threads
+        return not self._running
 
     def join(self) -> None:
         """Wait for its threads."""
-        if self._last_to_leave is not None:
-            self._last_to_leave.join()
+        for thread in self._threads:
+            thread.join()
 
     # In a thread.
 
@@ -218,10 +213,7 @@ class ThreadAcceptor:
             logger.exception("a thread that accepts failed")
         finally:
             with self._lock:
-                previous, self._last_to_leave = self._last_to_leave, threading.current_thread()
-                self._threads.discard(threading.current_thread())
-            if previous is not None:
-                previous.join()
+                self._running -= 1
             with contextlib.suppress(RuntimeError):  # a loop that was closed before waits for nothing
                 self._server.loop.call_soon_threadsafe(self._server.check_closed)
 

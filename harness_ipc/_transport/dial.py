@@ -33,10 +33,10 @@ except ImportError:
 
 # Bytes of a read. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the system would give and take
 # back for each piece: 16 MiB took three times as long.
-_READ = 64 * 1024
+MAX_READ = 64 * 1024
 # A program that restored SIGPIPE's default must not be killed by a daemon's end: a flag of each send, or on macOS an option of
 # the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _SO_NOSIGPIPE = 0x1022
 
 if sys.platform != "win32":
@@ -59,9 +59,7 @@ if sys.platform != "win32":
             self._unsent: list[bytes | memoryview] = []
             # The last read was a full one.
             self._may_have_more = False
-            sock.setblocking(False)
-            if sys.platform == "darwin":
-                sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
+            prepare(sock)
             self._readable = _poll(sock, select.POLLIN)
             close_in_child(self)
 
@@ -109,7 +107,7 @@ if sys.platform != "win32":
             unsent += chunks
             try:
                 while unsent:
-                    sent = self._socket.send(unsent[0], _NO_SIGNAL)
+                    sent = self._socket.send(unsent[0], NO_SIGNAL)
                     if sent == len(unsent[0]):
                         del unsent[0]
                     else:
@@ -132,7 +130,7 @@ if sys.platform != "win32":
         def receive_now(self, limit: int) -> bytes | None:
             """Return what has arrived, or None. Raises `ConnectionLost`. It allocates no more if `limit` is larger."""
             try:
-                data = self._socket.recv(_READ)
+                data = self._socket.recv(MAX_READ)
             except BlockingIOError:
                 self._may_have_more = False
                 return None
@@ -140,13 +138,19 @@ if sys.platform != "win32":
                 raise lost(error) from error
             if not data:
                 raise ConnectionLost("the peer closed the connection")
-            self._may_have_more = len(data) == _READ
+            self._may_have_more = len(data) == MAX_READ
             return data
 
         def _wait(self, poll: select.poll | _Select) -> None:
             # Rounded up: a poll that ends before the deadline would only be repeated.
             while not poll.poll(None if self.deadline == inf else ceil(remaining(self.deadline) * 1000)):
                 pass
+
+    def prepare(sock: socket.socket) -> None:
+        """Let nothing on `sock` block, nor signal that its peer has gone."""
+        sock.setblocking(False)
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
 
     def _poll(sock: socket.socket, event: int) -> select.poll | _Select:
         if not hasattr(select, "poll"):

@@ -30,14 +30,7 @@ __all__ = ["FAMILY", "Connection", "Listener", "Port", "lacking_descriptors", "n
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
 # listen(2): more clients than this that connect within one scheduling delay would block or be refused.
 _BACKLOG = 128
-# Bytes of one read. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the system would give and take
-# back for each piece: 16 MiB took three times as long.
-MAX_READ = 64 * 1024
 _FIRST_READ = 4096
-# A program that restored SIGPIPE's default must not be killed by a client's end: a flag of each send, or on macOS an option of
-# the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-_SO_NOSIGPIPE = 0x1022
 
 if sys.platform == "win32":
     from typing import Any
@@ -52,7 +45,7 @@ else:
     # can't give its descriptor away.
     from multiprocessing import connection as _stock
 
-    from .dial import check_peer
+    from .dial import MAX_READ, NO_SIGNAL, check_peer, prepare
 
     FAMILY = "AF_UNIX"
 
@@ -66,9 +59,7 @@ else:
 
         def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
             self._socket = sock
-            sock.setblocking(False)
-            if sys.platform == "darwin":
-                sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
+            prepare(sock)
             self.peer = peer
             self._read_size = _FIRST_READ
 
@@ -85,7 +76,7 @@ else:
         def write(self, chunk: bytes | memoryview) -> int:
             """Return how many bytes the system has taken. Raises `OSError`."""
             try:
-                return self._socket.send(chunk, _NO_SIGNAL)
+                return self._socket.send(chunk, NO_SIGNAL)
             except BlockingIOError:
                 return 0
 

@@ -11,11 +11,11 @@ from ..errors import EXHAUSTED, AuthenticationFailed, ConnectionLost, DaemonNotR
 from .base import PeerCredentials, lost, remaining
 
 # The first read takes a short message in whole; the rest of a longer one is read once its length is known.
-_FIRST_READ = 4096
+FIRST_READ = 4096
 # One wait is at most this long: nothing interrupts WaitNamedPipe, and milliseconds have 32 bits.
 _MAX_WAIT = 1.0
 # winerror.h and winbase.h; _winapi lacks them.
-_ERROR_IO_INCOMPLETE = 996
+ERROR_IO_INCOMPLETE = 996
 _ERROR_NO_SYSTEM_RESOURCES = 1450
 _SECURITY_SQOS_PRESENT = 0x100000
 _SECURITY_IDENTIFICATION = 0x10000
@@ -94,15 +94,10 @@ if sys.platform == "win32":
             Raises `ConnectionLost`, `DaemonTimeout` or `MessageTooLarge`; the connection can only be closed then.
             """
             try:
-                data, has_more = self._read(min(limit, _FIRST_READ))
+                data, has_more = self._read(min(limit, FIRST_READ))
                 if not has_more:
                     return data
-                # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
-                left = _winapi.PeekNamedPipe(self.fileno())[1]
-                if not left:
-                    raise ConnectionLost("the peer gave a message up in the middle")
-                check_size(len(data) + left, limit)
-                return data + self._read(left)[0]
+                return data + self._read(size_of_rest(self.fileno(), len(data), limit))[0]
             except HarnessIPCError:
                 raise
             except BrokenPipeError as error:
@@ -123,7 +118,7 @@ if sys.platform == "win32":
                 # After self._pending was set: an abort() before that has cancelled nothing.
                 if self._aborted:
                     overlapped.cancel()
-                while (error := overlapped.GetOverlappedResult(False)[1]) == _ERROR_IO_INCOMPLETE:
+                while (error := overlapped.GetOverlappedResult(False)[1]) == ERROR_IO_INCOMPLETE:
                     milliseconds = (
                         _winapi.INFINITE if self.deadline == inf else ceil(min(remaining(self.deadline), _MAX_WAIT) * 1000)
                     )
@@ -151,7 +146,7 @@ if sys.platform == "win32":
         while True:
             left = remaining(deadline)
             try:
-                connection = Connection(_open(address))
+                connection = Connection(open_pipe(address))
                 _winapi.SetNamedPipeHandleState(connection.fileno(), _winapi.PIPE_READMODE_MESSAGE, None, None)
                 return connection
             except FileNotFoundError as error:
@@ -167,7 +162,17 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 _winapi.WaitNamedPipe(address, ceil(min(left, _MAX_WAIT) * 1000))
 
-    def _open(address: str) -> int:
+    def size_of_rest(handle: int, size: int, limit: int) -> int:
+        """Return how many bytes are left of a message of which `size` were read. Raises `MessageTooLarge` and `OSError`."""
+        # They are there in whole, unless the peer has cancelled its write: a read would wait for the next message.
+        left: int = _winapi.PeekNamedPipe(handle)[1]
+        if not left:
+            raise BrokenPipeError("the peer gave a message up in the middle")
+        check_size(size + left, limit)
+        return left
+
+    def open_pipe(address: str) -> int:
+        """Return the handle of a new connection to the pipe `address`. Raises `OSError`."""
         return _winapi.CreateFile(
             address,
             _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,

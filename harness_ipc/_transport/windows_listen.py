@@ -12,26 +12,23 @@ import time
 from math import ceil, inf
 from typing import Any
 
-from .._protocol.framing import PipeFraming, check_size
+from .._protocol.framing import PipeFraming
 from ..errors import StartFailed
 from .base import PeerCredentials
 
 # What a pipe holds for a peer that does not read yet; it takes a frame up to this length without waiting.
 _BUFFER = 64 * 1024
-# The read that is always pending. It takes a short message in whole; the rest of a longer one is read once its length is known.
-_FIRST_READ = 4096
 # One wait is at most this long: milliseconds have 32 bits.
 _MAX_WAIT = 1000.0
-# winerror.h and winbase.h; _winapi lacks them.
-_ERROR_IO_INCOMPLETE = 996
+# winbase.h; _winapi lacks it.
 _PIPE_REJECT_REMOTE_CLIENTS = 8
-_SECURITY_SQOS_PRESENT = 0x100000
-_SECURITY_IDENTIFICATION = 0x10000
 
 if sys.platform == "win32":
     import _winapi
     import ctypes
     from multiprocessing import connection as _stock
+
+    from .windows import ERROR_IO_INCOMPLETE, FIRST_READ, open_pipe, size_of_rest
 
     FAMILY = "AF_PIPE"
     _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
@@ -71,7 +68,7 @@ if sys.platform == "win32":
             self._finish_write()
 
         def _finish_write(self) -> None:
-            if self._writing is not None and self._writing.GetOverlappedResult(False)[1] != _ERROR_IO_INCOMPLETE:
+            if self._writing is not None and self._writing.GetOverlappedResult(False)[1] != ERROR_IO_INCOMPLETE:
                 self._writing = None
 
         def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
@@ -81,7 +78,7 @@ if sys.platform == "win32":
             """
             try:
                 if reading and self._reading is None:
-                    self._reading, _ = _winapi.ReadFile(self._handle, _FIRST_READ, overlapped=True)
+                    self._reading, _ = _winapi.ReadFile(self._handle, FIRST_READ, overlapped=True)
                 operations = [one.event for one in (self._reading if reading else None, self._writing) if one is not None]
                 left = min(deadline - time.monotonic(), _MAX_WAIT)
                 milliseconds = _winapi.INFINITE if deadline == inf else max(0, ceil(left * 1000))
@@ -96,17 +93,12 @@ if sys.platform == "win32":
         def _finish_read(self, limit: int) -> bytes | None:
             assert self._reading is not None
             _, error = self._reading.GetOverlappedResult(False)
-            if error == _ERROR_IO_INCOMPLETE:
+            if error == ERROR_IO_INCOMPLETE:
                 return None
             data = bytes(self._reading.getbuffer() or b"")
             self._reading = None
             if error == _winapi.ERROR_MORE_DATA:
-                # The rest is there in whole, unless the peer has cancelled its write: a read would wait for the next message.
-                left = _winapi.PeekNamedPipe(self._handle)[1]
-                if not left:
-                    raise BrokenPipeError("the peer gave a message up in the middle")
-                check_size(len(data) + left, limit)
-                rest, _ = _winapi.ReadFile(self._handle, left, overlapped=True)
+                rest, _ = _winapi.ReadFile(self._handle, size_of_rest(self._handle, len(data), limit), overlapped=True)
                 rest.GetOverlappedResult(True)
                 data += bytes(rest.getbuffer() or b"")
             # An empty message is no end: it is no request either, and is told so.
@@ -229,18 +221,7 @@ if sys.platform == "win32":
         def wake(self) -> None:
             """Make one blocked accept return."""
             with contextlib.suppress(OSError):
-                _winapi.CloseHandle(
-                    _winapi.CreateFile(
-                        self.address,
-                        _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
-                        0,
-                        _winapi.NULL,
-                        _winapi.OPEN_EXISTING,
-                        # Another process that made a pipe of this name may learn who we are, but not act as us.
-                        _winapi.FILE_FLAG_OVERLAPPED | _SECURITY_SQOS_PRESENT | _SECURITY_IDENTIFICATION,
-                        _winapi.NULL,
-                    )
-                )
+                _winapi.CloseHandle(open_pipe(self.address))
 
         def close(self) -> None:
             """Close the pipe. No accept may be blocked: see `wake`."""
