@@ -276,11 +276,8 @@ else:
     def _checked(sock: socket.socket) -> Connection:
         try:
             return Connection(sock, check_peer(sock))
-        except OSError as error:
+        except BaseException as error:
             sock.close()
-            if isinstance(error, AuthenticationFailed):
-                raise
-            raise ConnectionLost(f"the peer went away at once: {error.strerror}") from error
-        except BaseException:
-            sock.close()
+            if isinstance(error, OSError) and not isinstance(error, AuthenticationFailed):
+                raise ConnectionLost(f"the peer went away at once: {error.strerror}") from error
             raise
