@@ -27,7 +27,7 @@ from ._protocol.session import READY, ClientProtocol, ServerProtocol
 from ._registry import files, lifetime, processes, records, trust
 from ._registry.namespace import DEFAULT_APP, Namespace, private_temporary_dir, runtime_root
 from ._text import escape_control
-from ._transport import listen
+from ._transport import Framing, listen
 from .errors import ConnectionLost, DaemonNotRunning, HarnessIPCError, UnsafeDirectory
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _ask(address: str, keys: Keys, deadline: float) -> None:
 def _answer(listener: listen.Listener, keys: Keys, deadline: float, errors: list[Exception]) -> None:
     try:
         with contextlib.closing(listener.accept_port()) as port:
-            protocol = ServerProtocol(keys, port.framing(), _MAX_MESSAGE)
+            protocol = ServerProtocol(keys, Framing(), _MAX_MESSAGE)
             while not isinstance(event := protocol.next_event(), dict):
                 if event is None:
                     _write(port, protocol, deadline)

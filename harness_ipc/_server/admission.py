@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from .._transport.listen import Connection, Listener
+    from .._transport.listen import Accepted, Listener
     from .session import Host, Session
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,9 @@ class Admission:
     def close_inherited(self) -> None:
         """Close a forked child's copies of the connections. Without the lock, which a thread may have had that is not there."""
         for session in (*self._pending, *self._sessions):
-            session.connection.close()
+            session.connection.close_inherited()
 
-    def accept(self) -> tuple[Connection, str | None] | None:
+    def accept(self) -> tuple[Accepted, str | None] | None:
         """Accept a client without waiting; None if nobody is there, or `is_paused`.
 
         With the connection comes the limit that keeps the client out, if the last descriptor is the spare one.
@@ -93,7 +93,7 @@ class Admission:
             if not self.make_room():
                 self._pause()
                 return None
-            connection = self.listener.accept()
+            client = self.listener.accept()
         except BlockingIOError:
             return None
         except HarnessIPCError as error:
@@ -109,9 +109,9 @@ class Admission:
                 return None
             return self._accept_spare()
         self.accepted += 1
-        return connection, None
+        return client, None
 
-    def _accept_spare(self) -> tuple[Connection, str | None] | None:
+    def _accept_spare(self) -> tuple[Accepted, str | None] | None:
         """Accept a client though no descriptor is free, to tell it so."""
         with self._lock:
             if self._drop_silent() or (full := lacking_descriptors()) is None:

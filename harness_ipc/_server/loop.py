@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from .._transport.dial import MAX_READ, NO_SIGNAL
 from .admission import PAUSE
 
 if TYPE_CHECKING:
     import asyncio
 
-    from .._transport.listen import Connection
+    from .._transport import PeerCredentials
     from .server import DaemonServer
     from .session import Host, Session
 
 # Seconds that a client waits for a loop that accepts nothing before the greeter accepts it.
 _LOOP_PATIENCE = 0.1
+# Bytes of a read that is not expected to be full.
+_FIRST_READ = 4096
 
 
 class LoopAcceptor:
@@ -59,10 +63,10 @@ class LoopAcceptor:
         """Accept a client for the loop of `host`. Return whether there was one."""
         if (accepted := self._server.admission.accept()) is None:
             return False
-        connection, full = accepted
-        session = self._server.new_session(connection, full)
-        transport = LoopTransport(connection, session)
-        session.begin(host, transport)
+        client, full = accepted
+        transport = LoopTransport(*client)
+        transport.session = self._server.new_session(transport, full)
+        transport.session.begin(host)
         # Most clients have sent something by now: one iteration of the loop less.
         transport.on_readable()
         return True
@@ -93,13 +97,15 @@ class LoopAcceptor:
 class LoopTransport:
     """A `Session`'s socket, watched by a loop until it is closed: its end is noticed while a request is in flight."""
 
-    __slots__ = ("_chunks", "_connection", "_loop", "_reading_paused", "_session", "unsent")
+    __slots__ = ("_chunks", "_loop", "_read_size", "_reading_paused", "_socket", "peer", "session", "unsent")
 
+    session: Session
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, connection: Connection, session: Session) -> None:
-        self._connection = connection
-        self._session = session
+    def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+        self._socket = sock
+        self.peer = peer
+        self._read_size = _FIRST_READ
         # What the system has not taken yet, and how many bytes that is.
         self._chunks: deque[memoryview] = deque()
         self.unsent = 0
@@ -108,27 +114,31 @@ class LoopTransport:
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Watch the socket in `loop`, in whose thread this is called."""
         self._loop = loop
-        loop.add_reader(self._connection.fileno(), self.on_readable)
+        loop.add_reader(self._socket.fileno(), self.on_readable)
         if self._chunks:
-            loop.add_writer(self._connection.fileno(), self._on_writable)
+            loop.add_writer(self._socket.fileno(), self._on_writable)
 
     def detach(self) -> None:
         """Stop watching it."""
-        self._loop.remove_reader(self._connection.fileno())
+        self._loop.remove_reader(self._socket.fileno())
         if self._chunks:
-            self._loop.remove_writer(self._connection.fileno())
+            self._loop.remove_writer(self._socket.fileno())
 
     def on_readable(self) -> None:
         """Read what has arrived."""
         try:
-            data = self._connection.read()
-        except (OSError, MemoryError) as error:
-            self._session.on_lost(error)
+            data = self._socket.recv(self._read_size)
+        except BlockingIOError:
             return
+        except (OSError, MemoryError) as error:
+            self.session.on_lost(error)
+            return
+        # Memory for a long read is taken only after a full one.
+        self._read_size = MAX_READ if len(data) == self._read_size else _FIRST_READ
         if data:
-            self._session.on_data(data)
-        elif data is not None:
-            self._session.on_lost()
+            self.session.on_data(data)
+        else:
+            self.session.on_lost()
 
     def write(self, chunks: list[bytes]) -> bool:
         """Write in order. Return whether the system has taken all."""
@@ -136,13 +146,15 @@ class LoopTransport:
             taken = 0
             if not self._chunks:
                 try:
-                    taken = self._connection.write(chunk)
+                    taken = self._socket.send(chunk, NO_SIGNAL)
+                except BlockingIOError:
+                    pass
                 except OSError as error:
                     # Not at once: this may be in the middle of the session's own work.
-                    self._loop.call_soon(self._session.on_lost, error)
+                    self._loop.call_soon(self.session.on_lost, error)
                     return False
                 if taken < len(chunk):
-                    self._loop.add_writer(self._connection.fileno(), self._on_writable)
+                    self._loop.add_writer(self._socket.fileno(), self._on_writable)
             if taken < len(chunk):
                 self._chunks.append(memoryview(chunk)[taken:])
                 self.unsent += len(chunk) - taken
@@ -152,32 +164,43 @@ class LoopTransport:
         try:
             while self._chunks:
                 chunk = self._chunks[0]
-                taken = self._connection.write(chunk)
+                taken = self._socket.send(chunk, NO_SIGNAL)
                 self.unsent -= taken
                 if taken < len(chunk):
                     self._chunks[0] = chunk[taken:]
-                    return
-                self._chunks.popleft()
-        except (OSError, MemoryError) as error:
-            self._session.on_lost(error)
+                else:
+                    self._chunks.popleft()
+        except BlockingIOError:
             return
-        self._loop.remove_writer(self._connection.fileno())
-        self._session.on_drained()
+        except (OSError, MemoryError) as error:
+            self.session.on_lost(error)
+            return
+        self._loop.remove_writer(self._socket.fileno())
+        self.session.on_drained()
 
     def pause_reading(self) -> None:
         """Deliver no more data until `resume_reading`."""
         self._reading_paused = True
-        self._loop.remove_reader(self._connection.fileno())
+        self._loop.remove_reader(self._socket.fileno())
 
     def resume_reading(self) -> None:
         """Deliver data again."""
         if self._reading_paused:
             self._reading_paused = False
-            self._loop.add_reader(self._connection.fileno(), self.on_readable)
+            self._loop.add_reader(self._socket.fileno(), self.on_readable)
+
+    def abort(self) -> None:
+        """End the connection, from any thread; the loop that has it sees that and closes it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket at once. Closing twice is no error."""
-        if self._connection.fileno() >= 0:
+        if self._socket.fileno() >= 0:
             self.detach()
             self._chunks.clear()
-            self._connection.close()
+            self._socket.close()
+
+    def close_inherited(self) -> None:
+        """Close a forked child's copy. The loop's is the parent's."""
+        self._socket.close()

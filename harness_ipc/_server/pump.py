@@ -36,9 +36,11 @@ _PAUSE = 0.1
 class PumpTransport:
     """A `Session`'s transport: its loop's side of a pump. `run` is the thread's."""
 
-    def __init__(self, port: Port, session: Session) -> None:
+    session: Session
+
+    def __init__(self, port: Port) -> None:
         self._port = port
-        self._session = session
+        self.peer = port.peer
         # What the loop has not been told yet, and the loop; none while the session is handed over.
         self._events: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -78,10 +80,18 @@ class PumpTransport:
             self._reading_paused = False
             self._port.wake()
 
+    def abort(self) -> None:
+        """End the connection, from any thread; the pump sees that."""
+        self._port.abort()
+
     def close(self) -> None:
         """Have the thread close the connection. Closing twice is no error."""
         self._closing.set()
         self._port.wake()
+
+    def close_inherited(self) -> None:
+        """Close a forked child's copy."""
+        self._port.close()
 
     def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         # An event may hand the session over: the other loop is told of the next ones.
@@ -92,10 +102,10 @@ class PumpTransport:
     def _on_taken(self, size: int) -> None:
         self.unsent -= size
         if not self.unsent:
-            self._session.on_drained()
+            self.session.on_drained()
 
     def _on_data(self, data: bytes) -> None:
-        self._session.on_data(data)
+        self.session.on_data(data)
         self._undelivered = False
         self._port.wake()
 
@@ -109,7 +119,7 @@ class PumpTransport:
         except Exception as raised:
             error = raised
         try:
-            self._tell(self._session.on_lost, error)
+            self._tell(self.session.on_lost, error)
             self._closing.wait()
             # What is left says why the connection is closed: as far as that goes at once.
             while not self._port.is_writing and self._begin_write():
@@ -134,7 +144,7 @@ class PumpTransport:
                 if writing := self._begin_write():
                     continue
             reading = not (self._reading_paused or self._undelivered)
-            data = self._port.wait(inf, reading=reading, limit=self._session.protocol.max_frame)
+            data = self._port.wait(inf, reading=reading, limit=self.session.protocol.max_frame)
             if data:
                 self._undelivered = True
                 self._tell(self._on_data, data)
@@ -260,10 +270,10 @@ class ThreadAcceptor:
         return True
 
     def _serve(self, port: Port) -> None:
-        session = self._server.new_session(port)
-        transport = PumpTransport(port, session)
+        transport = PumpTransport(port)
+        session = transport.session = self._server.new_session(transport)
         try:
-            self._server.greeter.loop.call_soon_threadsafe(session.begin, self._server.greeter, transport)
+            self._server.greeter.loop.call_soon_threadsafe(session.begin, self._server.greeter)
         except RuntimeError:  # it was closed
             self._server.remove(session, port.close)
         else:

@@ -16,7 +16,7 @@ from .._protocol.session import ServerProtocol
 from .._registry import records
 from .._registry.lifetime import Registration
 from .._registry.namespace import Namespace
-from .._transport import deadline_after, serving_threads
+from .._transport import Framing, deadline_after, serving_threads
 from .._transport.listen import FAMILY, Listener, new_address
 from ..errors import StartFailed
 from .admission import MIN_HANDSHAKE_TIME, Admission, Deadlines
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .._protocol.messages import Message
-    from .._transport.listen import Connection, Port
     from .requests import Handler
+    from .session import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +237,9 @@ class DaemonServer:
 
     # For connections.
 
-    def new_session(self, connection: Connection | Port, full: str | None = None) -> Session:
+    def new_session(self, connection: Transport, full: str | None = None) -> Session:
         """Return a session for a connection that was just accepted."""
-        protocol = ServerProtocol(self.options.keys, connection.framing(), self.options.max_message)
+        protocol = ServerProtocol(self.options.keys, Framing(), self.options.max_message)
         session = Session(self, protocol, connection, full)
         self.admission.add(session)
         return session

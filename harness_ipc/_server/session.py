@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .._protocol.messages import Message
     from .._protocol.session import ServerProtocol
     from .._transport import PeerCredentials
-    from .._transport.listen import Connection, Port
     from .admission import Deadlines
     from .server import DaemonServer
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     class Transport(Protocol):
         """What carries the bytes: a loop's socket, or a pump. Its methods belong to the loop's thread."""
 
+        peer: PeerCredentials
         unsent: int
 
         def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -54,8 +54,14 @@ if TYPE_CHECKING:
         def resume_reading(self) -> None:
             """Deliver data again."""
 
+        def abort(self) -> None:
+            """End the connection, from any thread: it is closed then as if the client had gone."""
+
         def close(self) -> None:
             """Close at once. Closing twice is no error."""
+
+        def close_inherited(self) -> None:
+            """Close a forked child's copy."""
 
 
 # Bytes that may be unsent before a handler that sends items waits.
@@ -70,15 +76,15 @@ _IN_FLIGHT = (ACTIVE, CANCELLING, REPLYING)
 class Session:
     """A connection of the daemon's, from its acceptance to its end. `full` is the limit that keeps its client out, or None.
 
-    `host` has it, and only the thread of `host`'s loop touches it; None while it is handed over. `due` is when it is closed if
-    it does not go on: see `Deadlines`.
+    `host` has it, and only the thread of `host`'s loop touches it; None while it is handed over. `transport` is its connection,
+    unless it is handed over or closed. `due` is when it is closed if it does not go on: see `Deadlines`.
     """
 
     host: Host | None = None
     transport: Transport | None = None
     due = inf
 
-    def __init__(self, server: DaemonServer, protocol: ServerProtocol, connection: Connection | Port, full: str | None) -> None:
+    def __init__(self, server: DaemonServer, protocol: ServerProtocol, connection: Transport, full: str | None) -> None:
         self._server = server
         self.protocol = protocol
         self.connection = connection
@@ -94,26 +100,25 @@ class Session:
         """The process at the other end, by the kernel."""
         return self.connection.peer
 
-    def begin(self, host: Host, transport: Transport) -> None:
+    def begin(self, host: Host) -> None:
         """Begin with the handshake, in the thread of `host`."""
         host.deadlines.set(self, self._server.handshake_timeout(self))
-        self._adopt(host, transport, None)
+        self._adopt(host, None)
 
     def move(self, host: Host, message: Message) -> None:
         """Hand over to another host, once, at a message boundary: with `message`, and with what the protocol has read ahead."""
-        transport, self.transport, self.host = self.transport, None, None
-        assert transport is not None
-        transport.detach()
+        self.transport = self.host = None
+        self.connection.detach()
         try:
-            host.loop.call_soon_threadsafe(self._adopt, host, transport, message)
+            host.loop.call_soon_threadsafe(self._adopt, host, message)
         except RuntimeError:  # it has been closed
-            self.transport = transport
+            self.transport = self.connection
             raise
 
-    def _adopt(self, host: Host, transport: Transport, message: Message | None) -> None:
-        self.host, self.transport = host, transport
+    def _adopt(self, host: Host, message: Message | None) -> None:
+        self.host, self.transport = host, self.connection
         try:
-            transport.attach(host.loop)
+            self.transport.attach(host.loop)
             if self._server.is_draining:
                 self._say_goodbye()
             elif message is not None:

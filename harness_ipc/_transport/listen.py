@@ -13,24 +13,18 @@ import socket
 import sys
 import time
 from math import ceil, inf
-from typing import TYPE_CHECKING
 
 from .._descriptors import close_in_child
-from .._protocol.framing import StreamFraming
 from .._registry import files
 from .._registry.namespace import private_temporary_dir
 from ..errors import AuthenticationFailed, ConnectionLost, StartFailed
 
-if TYPE_CHECKING:
-    from .base import PeerCredentials
-
-__all__ = ["FAMILY", "Connection", "Listener", "Port", "lacking_descriptors", "new_address"]
+__all__ = ["FAMILY", "Accepted", "Listener", "Port", "lacking_descriptors", "new_address"]
 
 # sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
 # listen(2): more clients than this that connect within one scheduling delay would block or be refused.
 _BACKLOG = 128
-_FIRST_READ = 4096
 
 if sys.platform == "win32":
     from typing import Any
@@ -38,69 +32,29 @@ if sys.platform == "win32":
     from .windows_listen import FAMILY, Listener, Port, lacking_descriptors, new_address
 
     # No loop can watch a pipe.
-    Connection = Any
+    Accepted = Any
 
 else:
     # The one private seam of multiprocessing.connection: the Listener's socket. The Connection that its own accept() returns
     # can't give its descriptor away.
     from multiprocessing import connection as _stock
 
+    from .base import PeerCredentials
     from .dial import MAX_READ, NO_SIGNAL, check_peer, prepare
 
     FAMILY = "AF_UNIX"
+    # A socket that never blocks, and the process at its other end, by the kernel.
+    Accepted = tuple[socket.socket, PeerCredentials]
 
     if "_socket" not in _stock.SocketListener.__init__.__code__.co_names:  # type: ignore[attr-defined]
         raise ImportError("multiprocessing.connection.Listener of this Python keeps its socket elsewhere")
 
-    class Connection:
-        """An accepted socket that never blocks. `peer` is the process at the other end, by the kernel."""
-
-        framing = StreamFraming
-
-        def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
-            self._socket = sock
-            prepare(sock)
-            self.peer = peer
-            self._read_size = _FIRST_READ
-
-        def read(self) -> bytes | None:
-            """Return what has arrived, None if that is nothing, or b"" at the end. Raises `OSError`."""
-            try:
-                data = self._socket.recv(self._read_size)
-            except BlockingIOError:
-                return None
-            # Memory for a long read is taken only after a full one.
-            self._read_size = MAX_READ if len(data) == self._read_size else _FIRST_READ
-            return data
-
-        def write(self, chunk: bytes | memoryview) -> int:
-            """Return how many bytes the system has taken. Raises `OSError`."""
-            try:
-                return self._socket.send(chunk, NO_SIGNAL)
-            except BlockingIOError:
-                return 0
-
-        def fileno(self) -> int:
-            """Return the socket's descriptor."""
-            return self._socket.fileno()
-
-        def abort(self) -> None:
-            """End the connection; the thread or loop that has it sees that and closes it."""
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-        def close(self) -> None:
-            """Close the socket. Closing twice is no error."""
-            self._socket.close()
-
     class Port:
         """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
 
-        framing = StreamFraming
-
-        def __init__(self, connection: Connection) -> None:
-            self._connection = connection
-            self.peer = connection.peer
+        def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+            self._socket = sock
+            self.peer = peer
             self._writing: memoryview | None = None
             self._received: bytes | None = None
             self._wake, self._woken = socket.socketpair()
@@ -118,8 +72,9 @@ else:
             self._write()
 
         def _write(self) -> None:
-            if self._writing is not None:
-                self._writing = self._writing[self._connection.write(self._writing) :] or None
+            with contextlib.suppress(BlockingIOError):
+                if self._writing is not None:
+                    self._writing = self._writing[self._socket.send(self._writing, NO_SIGNAL) :] or None
 
         def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
             """Wait for data, if `reading`, for the chunk to be taken, or to be woken; until `deadline` at most.
@@ -130,16 +85,18 @@ else:
             poll.register(self._woken, select.POLLIN)
             if reading or self.is_writing:  # not without: poll always tells the end, so it would spin
                 events = (select.POLLIN if reading else 0) | (select.POLLOUT if self.is_writing else 0)
-                poll.register(self._connection, events)
+                poll.register(self._socket, events)
             left = None if deadline == inf else max(0, ceil((deadline - time.monotonic()) * 1000))
             ready = dict(poll.poll(left))
             if self._woken.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(MAX_READ)
-            happened = ready.get(self._connection.fileno(), 0)
+            happened = ready.get(self._socket.fileno(), 0)
             if happened & ~select.POLLIN:
                 self._write()
-            return self._connection.read() if reading and happened & ~select.POLLOUT else None
+            with contextlib.suppress(BlockingIOError):
+                return self._socket.recv(MAX_READ) if reading and happened & ~select.POLLOUT else None
+            return None
 
         def wake(self) -> None:
             """End a wait, from any thread; the next one if there is none now."""
@@ -148,11 +105,12 @@ else:
 
         def abort(self) -> None:
             """End the connection; the pump sees that and closes it."""
-            self._connection.abort()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
         def close(self) -> None:
             """Close it all. Closing twice is no error."""
-            self._connection.close()
+            self._socket.close()
             self._wake.close()
             self._woken.close()
 
@@ -179,7 +137,7 @@ else:
             self.keep_spare()
             close_in_child(self)
 
-        def accept(self) -> Connection:
+        def accept(self) -> Accepted:
             """Accept without waiting. Raises `BlockingIOError` if nobody is there, `OSError`, and `AuthenticationFailed`."""
             return _checked(self._socket.accept()[0])
 
@@ -188,7 +146,7 @@ else:
             while True:
                 self.wait()
                 try:
-                    return Port(self.accept())
+                    return Port(*self.accept())
                 except BlockingIOError:  # another thread was faster
                     if self._woken:
                         raise
@@ -205,7 +163,7 @@ else:
                 with contextlib.suppress(OSError):
                     self._spare = os.open(os.devnull, os.O_RDONLY)
 
-        def accept_spare(self) -> Connection:
+        def accept_spare(self) -> Accepted:
             """Accept as `accept` does when no descriptor is free, with the spare one. Call `keep_spare` afterwards."""
             self._close_spare()
             return self.accept()
@@ -273,9 +231,10 @@ else:
             f"and {short} is too long as well: set HARNESS_IPC_RUNTIME_DIR to a directory with a shorter path"
         )
 
-    def _checked(sock: socket.socket) -> Connection:
+    def _checked(sock: socket.socket) -> Accepted:
         try:
-            return Connection(sock, check_peer(sock))
+            prepare(sock)
+            return sock, check_peer(sock)
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError) and not isinstance(error, AuthenticationFailed):

@@ -12,7 +12,6 @@ import time
 from math import ceil, inf
 from typing import Any
 
-from .._protocol.framing import PipeFraming
 from ..errors import StartFailed
 from .base import PeerCredentials
 
@@ -40,8 +39,6 @@ if sys.platform == "win32":
 
     class Port:
         """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
-
-        framing = PipeFraming
 
         def __init__(self, handle: int) -> None:
             self._handle = handle

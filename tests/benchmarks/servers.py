@@ -20,7 +20,7 @@ from importlib import import_module
 from math import inf
 from typing import Any
 
-from harness_ipc._transport import listen
+from harness_ipc._transport import Framing, listen
 
 Message = dict[str, Any]
 
@@ -131,7 +131,7 @@ def serve_transport(address: str) -> None:
     """The package's frames alone: no proof, no JSON, no loop."""
 
     def serve(port: listen.Port) -> None:
-        framing = port.framing()
+        framing = Framing()
         while data := port.wait(inf, reading=True, limit=_MOST_MESSAGE):
             framing.feed(data)
             while (frame := framing.next_frame(_MOST_MESSAGE)) is not None:
