@@ -10,7 +10,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._calls import call_message, check_request
+from ._calls import call_message, check_request, description_of
 from ._exchange import Exchange
 from ._pool import BLOCKING, IO, run
 from ._protocol import messages
@@ -201,6 +201,10 @@ class AsyncClient:
         timeout = self._client.request_timeout if timeout is None else timeout
         message = call_message(method, params, kwargs, timeout, more=True)
         return AsyncStream(self._run, self._exchange(message, timeout), timeout)
+
+    async def describe(self, *, timeout: float | None = None) -> Message:
+        """See `Client.describe`."""
+        return description_of(await self.request({"meta": messages.DESCRIBE}, timeout=timeout))
 
     async def close(self) -> None:
         """See `Client.close`. It returns when the connections are closed and threads, if there were any, have ended."""

@@ -78,6 +78,14 @@ def result_of(reply: Message, classes: ErrorClasses) -> Any:
     return reply["result"]
 
 
+def description_of(reply: Message) -> Message:
+    """Return what the daemon says of itself. Raises `ProtocolError`."""
+    description = reply.get("describe")
+    if not isinstance(description, dict):
+        raise ProtocolError("the daemon does not describe itself: it is of another version")
+    return description
+
+
 def error_of_channel(reply: Message, name: str) -> HarnessIPCError | None:
     """Return the error that the channel of the daemon `name`, and not its handler, has sent, if that is what `reply` is."""
     error: Any = reply.get("error")

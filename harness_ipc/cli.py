@@ -16,6 +16,7 @@ import threading
 import time
 
 from . import __version__, client
+from ._cli.output import escape, print_error, print_json
 from ._descriptors import open_standard_streams
 from ._protocol import messages
 from ._registry import files
@@ -31,7 +32,6 @@ from .errors import (
     HarnessIPCError,
     InvalidName,
     MessageTooLarge,
-    ProtocolError,
     ResourceExhausted,
     StartFailed,
     UnsafeDirectory,
@@ -91,15 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except HarnessIPCError as error:
         if not getattr(options, "logs_errors", False):
-            _print_error(" ".join(str(error).split()))
+            print_error(" ".join(str(error).split()))
         for line in getattr(error, "log_tail", "").splitlines():
-            print(f"    {_escape(line)}", file=sys.stderr)
+            print(f"    {escape(line)}", file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except OSError as error:
         # A reader that has seen enough is no error.
         if not isinstance(error, BrokenPipeError):
             place = error.filename or "standard output"
-            _print_error(f"{place} can't be used: {error.strerror}; free space there, or use another file")
+            print_error(f"{place} can't be used: {error.strerror}; free space there, or use another file")
         # Nothing may be flushed at exit (Python's docs on SIGPIPE).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -151,10 +151,18 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--json", action="store_true", help="print the daemon's status as JSON")
     start.set_defaults(run=_start)
 
-    call = commands.add_parser("call", parents=[named], help="send one message and print the reply as JSON")
-    call.add_argument("message", metavar="JSON|-", help="a JSON object, or - to read it from standard input")
-    _add_timeout(call, client.REQUEST_TIMEOUT)
+    call = commands.add_parser("call", parents=[named], help="call a method and print its result as JSON")
+    call.add_argument(
+        "what", metavar="METHOD|JSON|-", help="a method, or a message (- is read from standard input) to be sent as it is"
+    )
+    call.add_argument("params", nargs="*", metavar="KEY=TEXT|KEY:=JSON", help="the parameters of the method")
+    _add_timeout(call, client.REQUEST_TIMEOUT, "seconds for the reply, or for each item")
     call.set_defaults(run=_call)
+
+    describe = commands.add_parser("describe", parents=[named], help="show the daemon's methods")
+    _add_timeout(describe, client.REQUEST_TIMEOUT)
+    describe.add_argument("--json", action="store_true", help="print the description as JSON")
+    describe.set_defaults(run=_describe)
 
     ping = commands.add_parser("ping", parents=[named], help="ask whether the daemon answers")
     _add_timeout(ping, client.CONNECT_TIMEOUT)
@@ -237,7 +245,7 @@ def _serve(options: argparse.Namespace) -> int:
     def report(server: Any) -> None:
         record = server.record
         if options.json:
-            _print_json({key: record.public()[key] for key in ("name", "pid", "generation", "family", "address")})
+            print_json({key: record.public()[key] for key in ("name", "pid", "generation", "family", "address")})
         else:
             print(f"{record.name}: pid {record.pid} serves at {record.address}", flush=True)
 
@@ -271,14 +279,15 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _call(options: argparse.Namespace) -> int:
-    try:
-        message = messages.decode(sys.stdin.buffer.read() if options.message == "-" else os.fsencode(options.message))
-    except ProtocolError as error:
-        _print_error(f"the message is not usable: {error}")
-        return 2
-    reply = client.request(options.name, message, timeout=options.timeout, namespace=options.namespace)
-    _print_json(reply)
-    return 1 if "error" in reply else 0
+    from ._cli.call import call
+
+    return call(options)
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from ._cli.call import describe
+
+    return describe(options)
 
 
 def _ping(options: argparse.Namespace) -> int:
@@ -286,12 +295,12 @@ def _ping(options: argparse.Namespace) -> int:
     reply = client.request(options.name, {"meta": messages.PING}, timeout=options.timeout, namespace=options.namespace)
     milliseconds = (time.perf_counter() - start) * 1000
     if options.json:
-        _print_json({"name": options.name, **reply, "round_trip_ms": round(milliseconds, 3)})
+        print_json({"name": options.name, **reply, "round_trip_ms": round(milliseconds, 3)})
         return 0
-    print(_escape(f"{options.name}: pid {reply.get('pid')} answered in {milliseconds:.1f} ms"))
+    print(escape(f"{options.name}: pid {reply.get('pid')} answered in {milliseconds:.1f} ms"))
     if reply.get("responsive") is False:
         lag = reply.get("loop_lag", 0)
-        _print_error(f"the event loop of {options.name!r} has been blocked for {lag:.1f} s: requests wait for it")
+        print_error(f"the event loop of {options.name!r} has been blocked for {lag:.1f} s: requests wait for it")
     return 0
 
 
@@ -300,11 +309,11 @@ def _status(options: argparse.Namespace) -> int:
 
     status = daemon_status(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
-        _print_json(status.to_json())
+        print_json(status.to_json())
     else:
         print(f"{status.name}: {status.state}{'' if status.pid is None else f', pid {status.pid}'}")
         for title, text in _details(status):
-            print(f"  {title:9} {_escape(text)}")
+            print(f"  {title:9} {escape(text)}")
     return _STATE_STATUS[status.state]
 
 
@@ -345,11 +354,11 @@ def _list(options: argparse.Namespace) -> int:
     namespaces = all_namespaces() if options.all else [options.namespace]
     found = [status for namespace in namespaces for status in list_daemons(namespace=namespace)]
     if options.json:
-        _print_json([status.to_json() for status in found])
+        print_json([status.to_json() for status in found])
     elif found:
         _print_table(found, with_apps=options.all)
     else:
-        _print_error("no daemon is running")
+        print_error("no daemon is running")
     return 0
 
 
@@ -383,7 +392,7 @@ def _row(status: DaemonStatus) -> tuple[str, ...]:
         status.app_version,
         status.problem or (None if status.health is None else json.dumps(status.health)),
     )
-    return tuple("-" if cell is None else _escape(" ".join(str(cell).split())) for cell in cells)
+    return tuple("-" if cell is None else escape(" ".join(str(cell).split())) for cell in cells)
 
 
 def _stop(options: argparse.Namespace) -> int:
@@ -392,7 +401,7 @@ def _stop(options: argparse.Namespace) -> int:
     with _progress("stopping", options):
         stopped = stop_daemon(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
-        _print_json({"name": options.name, "stopped": stopped})
+        print_json({"name": options.name, "stopped": stopped})
     else:
         print(f"{options.name}: {'stopped' if stopped else 'was not running'}")
     return 0
@@ -408,11 +417,11 @@ def _restart(options: argparse.Namespace) -> int:
 
 def _print_running(status: DaemonStatus, *, as_json: bool) -> int:
     if as_json:
-        _print_json(status.to_json())
+        print_json(status.to_json())
         return 0
     print(f"{status.name}: pid {status.pid} is running", flush=True)
     if status.problem is not None:
-        _print_error(status.problem)
+        print_error(status.problem)
     return 0
 
 
@@ -424,7 +433,7 @@ def _logs(options: argparse.Namespace) -> int:
     except FileNotFoundError:
         raise DaemonNotRunning(f"there is no log {log.path}: the daemon {options.name!r} has not been started yet") from None
     while True:
-        sys.stdout.write(_escape(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
+        sys.stdout.write(escape(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
         sys.stdout.flush()
         if not options.follow:
             return 0
@@ -516,19 +525,6 @@ def _split_app(specification: str) -> tuple[str, str]:
     return module_name, path
 
 
-def _print_json(value: object) -> None:
-    # ASCII: it passes any console's encoding, and has neither lone surrogates nor control characters.
-    print(json.dumps(value), flush=True)
-
-
-def _print_error(text: str) -> None:
-    print(f"harness-ipc: {_escape(text)}", file=sys.stderr, flush=True)
-
-
-def _escape(text: str) -> str:
-    return escape_control(text, allow="\n\t")
-
-
 def _duration(seconds: float) -> str:
     """Return seconds for a person, in at most two units."""
     if seconds < 60:
@@ -551,7 +547,7 @@ def _progress(doing: str, options: argparse.Namespace) -> Iterator[None]:
         width = 0
         while not over.wait(_SILENCE):
             if not sys.stderr.isatty():
-                _print_error(f"still {doing} {name}; its log is {log}")
+                print_error(f"still {doing} {name}; its log is {log}")
                 return
             text = f"{doing} {name}: {time.monotonic() - begun:.0f} s"
             width = len(text)

@@ -5,7 +5,7 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
-from ._calls import call_message, check_request, error_classes
+from ._calls import call_message, check_request, description_of, error_classes
 from ._exchange import Exchange
 from ._pool import Pool, run
 from ._protocol import messages
@@ -201,6 +201,16 @@ class Client:
         timeout = self.request_timeout if timeout is None else timeout
         message = call_message(method, params, kwargs, timeout, more=True)
         return Stream(Exchange(self._pool, message, timeout), timeout)
+
+    def describe(self, *, timeout: float | None = None) -> Message:
+        """Return the daemon's `name`, `version` (of harness_ipc), `app_version` and `python`, and its `methods`.
+
+        Each of these has a `name`, a `signature`, the first line of its docstring in `doc`, and in `stream` whether it answers
+        with a stream. A daemon with a plain handler has none.
+
+        Raises what `request` does.
+        """
+        return description_of(self.request({"meta": messages.DESCRIBE}, timeout=timeout))
 
     def close(self) -> None:
         """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.

@@ -59,7 +59,7 @@ def method(function: Callable[..., Any] | None = None, /, *, cancel_on_disconnec
 
 
 class _Method(NamedTuple):
-    """A method as it is called: see `_describe` for the last three."""
+    """A method as it is called, and as it is described."""
 
     fields: Fields
     is_async: bool
@@ -114,7 +114,7 @@ class Service(Dispatcher):
     def describe_methods(self) -> list[Message]:
         """Return the name, signature and first docstring line of each method, and whether it answers with a stream."""
         return [
-            {"name": name, "signature": found.signature, "doc": found.doc, "stream": found.is_stream}
+            {"name": name, "signature": found.signature, "doc": found.doc, "stream": found.is_stream or _returns_stream(found)}
             for name, found in self._methods.items()
         ]
 
@@ -228,6 +228,12 @@ def _show_signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function, **_AS_TEXT)
     parameters = [found.replace(annotation=show(found.annotation)) for found in list(signature.parameters.values())[1:]]
     return str(signature.replace(parameters=parameters, return_annotation=show(signature.return_annotation)))
+
+
+def _returns_stream(method: _Method) -> bool:
+    """Return whether a function that is no generator itself says that it returns one."""
+    returned = method.signature.rpartition(" -> ")[2].partition("[")[0]
+    return returned.rpartition(".")[2] in ("AsyncIterator", "AsyncIterable", "AsyncGenerator")
 
 
 def _enumerate(names: dict[str, _Method]) -> str:

@@ -105,7 +105,7 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["call", "nonsense"], 2, "the message is not usable"),
+        (["call", "{nonsense"], 2, "the message is not usable"),
         (["call", "[1]"], 2, "a JSON object, not list"),
         (["call", '{"x": NaN}'], 2, "NaN is not JSON"),
         (["call", "--timeout", "-1", "{}"], 2, "--timeout"),

@@ -632,7 +632,14 @@ def test_doctor_finds_a_directory_that_others_can_read() -> None:
     assert identify("open") == pid
 
 
-@pytest.mark.parametrize("command", [["ping", "--name", "light"], ["call", "--name", "light", '{"params": {"x": 1}}']])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ping", "--name", "light"],
+        ["call", "--name", "light", '{"params": {"x": 1}}'],
+        ["call", "--name", "light", "m", "x:=1"],
+    ],
+)
 def test_what_is_run_often_imports_nothing_heavy(command: list[str]) -> None:
     _start("light")
     heavy = ("asyncio", "filelock", "psutil", "harness_ipc.manager", "harness_ipc.daemon", "logging")

@@ -74,7 +74,7 @@ START = (["start", "app:handle"], 0)
     "commands",
     [
         [START, START, (["stop"], 0)],
-        [START, (["call", '{"method": "raise"}'], 1), (["call", "nonsense"], 2)],
+        [START, (["call", '{"method": "raise"}'], 1), (["call", "{nonsense"], 2)],
         [START, (["ping"], 0), (["status"], 0), (["list"], 0)],
         [START, (["logs"], 0), (["doctor"], None)],
         [START, (["restart"], 0)],

@@ -1,0 +1,1 @@
+"""The commands of `harness-ipc` that have a module of their own, and what they print with."""

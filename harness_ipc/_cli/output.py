@@ -1,0 +1,24 @@
+"""What commands print: reports to stdout, and what a person has to know to stderr, in one line. It knows no command."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from .._text import escape_control
+
+
+def print_json(value: object) -> None:
+    """Print `value` as one line."""
+    # ASCII: it passes any console's encoding, and has neither lone surrogates nor control characters.
+    print(json.dumps(value), flush=True)
+
+
+def print_error(text: str) -> None:
+    """Print `text` on stderr."""
+    print(f"harness-ipc: {escape(text)}", file=sys.stderr, flush=True)
+
+
+def escape(text: str) -> str:
+    """Return `text` without control characters."""
+    return escape_control(text, allow="\n\t")
