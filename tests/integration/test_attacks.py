@@ -639,7 +639,7 @@ def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
             with pytest.raises(RemoteError) as caught:
                 client.call("raise", text=EVIL)
             # Whoever asked gets it as it is.
-            assert str(caught.value) == EVIL
+            assert caught.value.message == EVIL
         assert serves(NAME)
         assert "all is well" in log_path(NAME).read_text(encoding="utf-8")
         assert not [line for line in log_lines() if line.startswith("2026-01-01")]
@@ -654,13 +654,15 @@ def test_nothing_that_a_daemon_says_steers_the_terminal_of_who_asks(private_dire
             "-m", "harness_ipc", "call", "--name", NAME, json.dumps({"method": "raise", "params": {"text": EVIL}})
         )
         assert json.loads(called.stdout)["error"] == {"type": "ValueError", "message": EVIL}
+        failing = run_python("-m", "harness_ipc", "call", "--name", NAME, "raise", f"text:={json.dumps(EVIL)}")
+        assert "all is well" in failing.stderr
         logs = run_python("-m", "harness_ipc", "logs", "--name", NAME)
         assert serves(NAME)
     assert (failed.returncode, called.returncode, logs.returncode) == (6, 1, 0)
     shown = failed.stdout + failed.stderr
     assert b"all is well" in shown
     assert "all is well" in logs.stdout
-    for text in (shown.decode(), called.stdout, called.stderr, logs.stdout, logs.stderr):
+    for text in (shown.decode(), called.stdout, called.stderr, failing.stdout, failing.stderr, logs.stdout, logs.stderr):
         assert all(c.isprintable() or c in "\r\n\t" for c in text), ascii(text)
     assert "\r" not in shown.decode().replace(os.linesep, "")
 
