@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Bytes of the longest temporary directory in which a socket's path, 38 bytes more, fits on macOS, which allows 103.
 _MAX_TEMPORARY_DIR = 60
 # Seconds for the processes that a daemon has started to end after it.
-_EXIT_PERIOD = 5.0
+EXIT_PERIOD = 5.0
 
 
 class RunningDaemon(NamedTuple):
@@ -211,7 +211,7 @@ def _end_daemons(names: Iterable[str], namespace: Namespace) -> list[str]:
 def _end_processes(pids: list[int]) -> list[str]:
     """Wait for the end of processes that should end by themselves. Kill those that do not, and return which they are."""
     identities = [identity for pid in pids if (identity := processes.process_identity(pid)) is not None]
-    deadline = deadline_after(_EXIT_PERIOD)
+    deadline = deadline_after(EXIT_PERIOD)
     while (alive := list(filter(None, map(processes.find_process, identities)))) and sleep_until_retry(deadline):
         pass
     left = []

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,11 @@ ELSEWHERE = SERVICE.replace('"server")', '"server", namespace=Namespace("elsewhe
 
 
 @pytest.fixture
-def service(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    path = private_directories / "service.py"
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ipc_namespace: Namespace) -> Path:
+    path = tmp_path / "service.py"
     path.write_text(SERVICE, encoding="utf-8")
-    monkeypatch.chdir(private_directories)
-    yield path
-    for app in ("harness-ipc", "my-tool", "elsewhere"):
-        stop_daemon("server", namespace=Namespace(app))
-    # So that Windows can remove it.
-    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    return path
 
 
 def start(service: Path, app: str) -> Namespace:
@@ -76,7 +71,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_each_application_has_its_own_daemon_of_a_name(service: Path, private_directories: Path) -> None:
+def test_each_application_has_its_own_daemon_of_a_name(service: Path) -> None:
     mine = start(service, "my-tool")
     assert daemon_status("server").state == "absent"
     assert not daemon_alive("server")
@@ -87,8 +82,8 @@ def test_each_application_has_its_own_daemon_of_a_name(service: Path, private_di
     assert [owner(mine), owner(default), owner(None)] == ["my-tool", "harness-ipc", "harness-ipc"]
     with connect_daemon("server", namespace=mine) as client:
         assert client.pid == identify("server", namespace=mine) != identify("server")
-    assert (private_directories / "log" / "server.log").exists()
-    assert (private_directories / "log" / "my-tool" / "server.log").exists()
+    assert os.path.exists(os.path.join(Namespace().log_dir, "server.log"))
+    assert os.path.exists(os.path.join(Namespace().log_dir, "my-tool", "server.log"))
     restarted = restart_daemon("server", namespace=mine)
     assert restarted.pid != client.pid
     assert [status.app for status in list_daemons(namespace=mine)] == ["my-tool"]
@@ -111,7 +106,7 @@ def test_explicit_directories_reach_the_child(service: Path, private_directories
         assert owner(there) == "there"
         assert (private_directories / "r" / "server.json").exists()
         assert (private_directories / "l" / "server.log").exists()
-        assert not (private_directories / "run").exists()
+        assert not os.path.exists(Namespace().runtime_dir)
     finally:
         stop_daemon("server", namespace=there)
 

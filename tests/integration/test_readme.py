@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness_ipc import cli, connect_daemon, ensure_daemon, errors, identify, ping, request, stop_daemon
+from harness_ipc import Namespace, cli, ensure_daemon, errors, identify, ping, request
+from harness_ipc.testing import RunningDaemon
 from tests.marks import needs_network, needs_posix
 from tests.processes import PATIENCE, spawn_python, wait_until
 
@@ -34,7 +36,7 @@ _COMMANDS = dict(re.findall(r"<!-- (\w+) -->\n```sh\n(.*?)```", _README, re.DOTA
 
 
 @pytest.fixture
-def snippets(tmp_path: Path) -> Path:
+def snippets(tmp_path: Path, ipc_namespace: Namespace) -> Path:
     for name, text in _FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
@@ -85,17 +87,13 @@ def test_the_service_its_client_and_a_client_of_the_standard_library_alone(snipp
         assert daemon.wait() == 0
 
 
-def test_the_methods(snippets: Path) -> None:
-    with spawn_python(str(snippets / "words.py")) as daemon:
-        wait_until(lambda: ping("words"))
-        (snippets / "a.txt").write_text("the quick brown fox", encoding="utf-8")
-        counted = {"file": str(snippets / "a.txt"), "words": 4}
-        with connect_daemon("words", request_timeout=PATIENCE) as client:
-            assert client.call("split", text="a b c", most=1) == ["a", "b c"]
-            assert client.call("count", file=snippets / "a.txt") == counted
-            assert list(client.stream("reindex", folder=snippets)) == [counted]
-            client.request({"meta": "shutdown"})
-        assert daemon.wait() == 0
+def test_the_methods(snippets: Path, ipc_daemon: Callable[..., RunningDaemon]) -> None:
+    (snippets / "a.txt").write_text("the quick brown fox", encoding="utf-8")
+    counted = {"file": str(snippets / "a.txt"), "words": 4}
+    with ipc_daemon([sys.executable, str(snippets / "words.py")], "words").connect(request_timeout=PATIENCE) as client:
+        assert client.call("split", text="a b c", most=1) == ["a", "b c"]
+        assert client.call("count", file=snippets / "a.txt") == counted
+        assert list(client.stream("reindex", folder=snippets)) == [counted]
 
 
 def test_the_object_app(snippets: Path) -> None:
@@ -119,11 +117,8 @@ def test_the_careful_client(snippets: Path) -> None:
 
 
 def test_making_sure_that_a_daemon_runs(snippets: Path) -> None:
-    try:
-        assert _run(snippets / "ensure.py") == "running\n4\n"
-        assert identify("words") is None
-    finally:
-        stop_daemon("words")
+    assert _run(snippets / "ensure.py") == "running\n4\n"
+    assert identify("words") is None
 
 
 def test_a_daemon_in_a_namespace(snippets: Path) -> None:
@@ -158,28 +153,24 @@ def _assert_documented(command: str, *told: dict[str, Any]) -> None:
 def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) -> None:
     # Before any daemon, one that is healthy, one that has no health, and the end.
     _assert_documented("status", _json_of("status", "--name", "words"))
-    try:
-        for name, script in ("words", "service.py"), ("index", "index.py"):
-            ensure_daemon(name, [sys.executable, str(snippets / script)])
-        words, index = (_json_of("status", "--name", name, "--timeout", str(PATIENCE)) for name in ("words", "index"))
-        assert [(status["state"], status["problem"]) for status in (words, index)] == [("running", None)] * 2
-        _assert_documented("status", words, index, *_json_of("list"))
-        # What is null only for want of an app that gives it.
-        assert {field for field, value in index.items() if value is None} == {"app_version", "problem"}
-        assert words["health"] is None
-        assert index["health"] == {"words": 2}
-        _assert_documented("stop", _json_of("stop", "--name", "words"), _json_of("stop", "--name", "words"))
-        ensure_daemon("words", [sys.executable, str(snippets / "words.py")])
-        described = _json_of("describe", "--name", "words")
-        assert [found["name"] for found in described["methods"]] == ["count", "reindex", "split"]
-        for found in described["methods"]:
-            _assert_documented("describe", described | {f"methods[].{field}": value for field, value in found.items()})
-        report = _json_of("doctor")
-        for finding in report["findings"]:
-            _assert_documented("doctor", report | {f"findings[].{field}": value for field, value in finding.items()})
-    finally:
-        stop_daemon("words")
-        stop_daemon("index")
+    for name, script in ("words", "service.py"), ("index", "index.py"):
+        ensure_daemon(name, [sys.executable, str(snippets / script)])
+    words, index = (_json_of("status", "--name", name, "--timeout", str(PATIENCE)) for name in ("words", "index"))
+    assert [(status["state"], status["problem"]) for status in (words, index)] == [("running", None)] * 2
+    _assert_documented("status", words, index, *_json_of("list"))
+    # What is null only for want of an app that gives it.
+    assert {field for field, value in index.items() if value is None} == {"app_version", "problem"}
+    assert words["health"] is None
+    assert index["health"] == {"words": 2}
+    _assert_documented("stop", _json_of("stop", "--name", "words"), _json_of("stop", "--name", "words"))
+    ensure_daemon("words", [sys.executable, str(snippets / "words.py")])
+    described = _json_of("describe", "--name", "words")
+    assert [found["name"] for found in described["methods"]] == ["count", "reindex", "split"]
+    for found in described["methods"]:
+        _assert_documented("describe", described | {f"methods[].{field}": value for field, value in found.items()})
+    report = _json_of("doctor")
+    for finding in report["findings"]:
+        _assert_documented("doctor", report | {f"findings[].{field}": value for field, value in finding.items()})
 
 
 def test_the_table_of_states_is_complete() -> None:

@@ -118,7 +118,8 @@ def test_a_daemon_that_ignores_signals_and_is_wedged_ends(module: str, monkeypat
     assert not lives(pid)
 
 
-def test_a_process_that_outlives_its_daemon_is_named_and_killed(module: str) -> None:
+def test_a_process_that_outlives_its_daemon_is_named_and_killed(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing, "EXIT_PERIOD", 0.5)
     with pytest.raises(AssertionError, match="left running, and killed: ") as caught, testing.running(module) as daemon:
         pid = request("test", {"method": "leave a child"}, namespace=daemon.namespace)["result"]
     assert f"pid {pid}," in str(caught.value)
@@ -126,7 +127,8 @@ def test_a_process_that_outlives_its_daemon_is_named_and_killed(module: str) -> 
     wait_until(lambda: not lives(pid))
 
 
-def test_a_start_that_never_ends_is_named_and_killed() -> None:
+def test_a_start_that_never_ends_is_named_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing, "EXIT_PERIOD", 0.5)
     command = [sys.executable, "-c", "import time; time.sleep(3600)"]
     with pytest.raises(DaemonTimeout) as caught, testing.private_namespace() as namespace:
         ensure_daemon("test", command, timeout=1.0, namespace=namespace)
