@@ -38,6 +38,7 @@ MAX_READ = 64 * 1024
 # the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _SO_NOSIGPIPE = 0x1022
+_UNKNOWN = PeerCredentials(None, None)
 
 if sys.platform != "win32":
 
@@ -51,7 +52,7 @@ if sys.platform != "win32":
 
         __slots__ = ("__weakref__", "_may_have_more", "_readable", "_socket", "_unsent", "all_sent", "deadline", "peer")
 
-        def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
+        def __init__(self, sock: socket.socket, peer: PeerCredentials = _UNKNOWN) -> None:
             self._socket = sock
             self.peer = peer
             self.deadline = inf
@@ -193,20 +194,26 @@ if sys.platform != "win32":
     def _connect(address: str, deadline: float | None) -> Connection | None:
         """Connect before `deadline`, or without one at once. Return None if a signal has ended the wait."""
         sock = _new_socket()
+        # At once: a child that is forked while it connects closes its copy.
+        connection = Connection(sock)
         try:
-            if deadline is None:
-                sock.setblocking(False)
-            elif deadline != inf:
-                # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
-                seconds = max(remaining(deadline), 0.001)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+            if deadline is not None:
+                sock.setblocking(True)
+                if deadline != inf:
+                    # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+                    seconds = max(remaining(deadline), 0.001)
+                    time = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, time)
             sock.connect(address)
-            if deadline is not None and not _has_peer(sock):
-                sock.close()
-                return None
-            return Connection(sock, check_peer(sock))
+            if deadline is not None:
+                if not _has_peer(sock):
+                    connection.close()
+                    return None
+                sock.setblocking(False)
+            connection.peer = check_peer(sock)
+            return connection
         except BaseException as error:
-            sock.close()
+            connection.close()
             if isinstance(error, OSError) and not isinstance(error, HarnessIPCError):
                 raise _connect_error(error, address) from error
             raise
@@ -263,4 +270,4 @@ if sys.platform != "win32":
             _, uid = struct.unpack_from("2I", sock.getsockopt(0, 1, 76))
             (pid,) = struct.unpack("i", sock.getsockopt(0, 2, 4))
             return PeerCredentials(pid, uid)
-        return PeerCredentials(None, None)
+        return _UNKNOWN

@@ -183,9 +183,13 @@ from harness_ipc import ClientClosed, connect_daemon
 
 client = connect_daemon("test", request_timeout=60)
 over = threading.Event()
+# Before the first fork each thread has its connection: a child may inherit a socket that Python does not know yet.
+connected = threading.Barrier(5)
 failures = []
 
 def converse(thread):
+    client.call("block", seconds=0.2)
+    connected.wait()
     n = 0
     while not over.is_set():
         n += 1
@@ -197,6 +201,7 @@ def converse(thread):
 threads = [threading.Thread(target=converse, args=(n,)) for n in range(4)]
 for thread in threads:
     thread.start()
+connected.wait()
 statuses = []
 for n in range(60):
     threading.Event().wait(random.random() * 0.004)
