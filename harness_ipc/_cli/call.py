@@ -24,19 +24,23 @@ _BAR_WIDTH = 30
 
 def call(options: argparse.Namespace) -> int:
     """Send a message and print the reply, or call a method and print its result."""
+    is_json = options.what == "-" or options.what[:1] in ("{", "[")
     try:
-        if options.what == "-" or options.what[:1] in ("{", "["):
-            return _send(options)
-        params = _parse_params(options.params)
+        message = _read_message(options) if is_json else {"method": options.what, "params": _parse_params(options.params)}
     except ProtocolError as error:
         print_error(f"the message is not usable: {error}")
         return 2
+    if is_json and "more" not in message:
+        reply = client.request(options.name, message, timeout=options.timeout, namespace=options.namespace)
+        print_json(reply)
+        return 1 if "error" in reply else 0
+    params = message["params"]
     with client.Client(options.name, request_timeout=options.timeout, namespace=options.namespace) as daemon:
         try:
-            _call_method(daemon, options.what, params)
+            _call_method(daemon, message["method"], params)
         except InvalidParams as error:
-            has_text = any(isinstance(value, str) for value in params.values())
-            print_error(f"{error}{' (a value that is no text is written KEY:=JSON)' if has_text else ''}")
+            hint = any(isinstance(value, str) for value in params.values()) and not is_json
+            print_error(f"{error}{' (a value that is no text is written KEY:=JSON)' if hint else ''}")
             return 1
     return 0
 
@@ -57,13 +61,15 @@ def describe(options: argparse.Namespace) -> int:
     return 0
 
 
-def _send(options: argparse.Namespace) -> int:
+def _read_message(options: argparse.Namespace) -> Message:
     if options.params:
         raise ProtocolError("a message that is JSON has no other arguments")
     message = messages.decode(sys.stdin.buffer.read() if options.what == "-" else os.fsencode(options.what))
-    reply = client.request(options.name, message, timeout=options.timeout, namespace=options.namespace)
-    print_json(reply)
-    return 1 if "error" in reply else 0
+    if "more" in message:
+        message.setdefault("params", {})
+        if not isinstance(message.get("method"), str) or not isinstance(message["params"], dict):
+            raise ProtocolError('with "more" it has a "method", which is text, and "params", which are an object')
+    return message
 
 
 def _parse_params(words: list[str]) -> Message:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,7 @@ def test_a_result_is_one_line_of_json(words: DaemonProcess) -> None:
 def test_a_stream_is_a_line_for_each_item(words: DaemonProcess) -> None:
     assert call("items", "n:=2") == (0, ['{"done": 0, "total": 2}', '{"done": 1, "total": 2}'], [])
     assert call("items", "n:=0") == (0, [], [])
+    assert call('{"method": "items", "params": {"n": 1}, "more": true}') == (0, ['{"done": 0, "total": 1}'], [])
 
 
 def test_progress_goes_to_stderr(words: DaemonProcess) -> None:
@@ -133,6 +135,7 @@ def test_progress_on_a_terminal_is_a_bar(words: DaemonProcess) -> None:
         (["count", "times:=x"], 2, "is not a message"),
         (["count", "text=a", "text:=1"], 2, "the parameter 'text' is given twice"),
         (['{"method": "count"}', "text=a"], 2, "a message that is JSON has no other arguments"),
+        (['{"method": "count", "params": [], "more": true}'], 2, 'with "more" it has a "method"'),
         (["--timeout", "0.2", "hang"], 4, "timed out"),
     ],
 )
@@ -156,6 +159,19 @@ def test_ctrl_c_cancels_the_method_and_exits_with_130(words: DaemonProcess) -> N
         assert process.wait(PATIENCE) == 130
         assert process.stderr.read() == b""
     assert call("count", "text=a") == (0, ["1"], [])
+
+
+@pytest.mark.parametrize("app", ["service:Words", "service:words"])
+def test_a_service_is_served_by_its_class_or_an_instance(app: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "from harness_ipc import Service, method\nclass Words(Service):\n  @method\n  def double(self, n: int): return n * 2\n"
+    )
+    (tmp_path / "service.py").write_text(f"{text}words = Words()\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with spawn_python("-m", "harness_ipc", "serve", app, "--name", "words") as daemon:
+        assert daemon.read_line().startswith("words: pid ")
+        assert call("double", "n:=21") == (0, ["42"], [])
+        assert run("stop", "--name", "words")[0] == daemon.wait() == 0
 
 
 def test_methods_of_a_plain_handler() -> None:
