@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from . import startup
 from ._descriptors import open_standard_streams
-from ._registry import files
+from ._registry import files, records
 from ._registry.namespace import log_path
 from ._status import STATUS_TIMEOUT, probe, sleep_until_retry
 from ._transport import deadline_after
-from .errors import AlreadyRunning, StartFailed
+from .errors import AlreadyRunning, HarnessIPCError, StartFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from ._command import Command
     from ._registry.namespace import Namespace
 
@@ -37,14 +40,20 @@ class StartTimeout(Exception):
 
 
 class StartWait:
-    """A wait of `timeout` seconds for the daemon `name` to start."""
+    """A wait of `timeout` seconds for the daemon `name` to start. What it reports meanwhile is passed to `on_progress`."""
 
-    def __init__(self, name: str, timeout: float, namespace: Namespace) -> None:
+    def __init__(
+        self, name: str, timeout: float, namespace: Namespace, on_progress: Callable[[Any], object] | None = None
+    ) -> None:
         """Begin the wait. Raises `ValueError`."""
         self.name = name
         self.namespace = namespace
         self.timeout = timeout
         self._deadline = deadline_after(timeout)
+        self._on_progress = on_progress
+        # What was passed on last, and whether it came by the pipe: the record may be older.
+        self._last: Any = None
+        self._hears = False
 
     def remaining(self) -> float:
         """Return the seconds that are left. Raises `StartTimeout` if none are."""
@@ -53,9 +62,24 @@ class StartWait:
         return seconds
 
     def pause(self) -> None:
-        """Wait a moment for what nothing announces. Raises `StartTimeout`."""
+        """Wait a moment for what nothing announces, and look at the record for progress. Raises `StartTimeout`."""
         if not sleep_until_retry(self._deadline):
             raise StartTimeout
+        progress = None
+        if self._on_progress is not None and not self._hears:
+            with contextlib.suppress(HarnessIPCError):
+                progress = records.read(self.name, namespace=self.namespace).public().get("progress")
+        self._pass_on(progress)
+
+    def hear(self, progress: Any) -> None:
+        """Pass on what the starting child says."""
+        self._hears = True
+        self._pass_on(progress)
+
+    def _pass_on(self, progress: Any) -> None:
+        if self._on_progress is not None and progress not in (None, self._last):
+            self._last = progress
+            self._on_progress(progress)
 
 
 def start(command: Command, wait: StartWait) -> bool:
@@ -113,13 +137,17 @@ def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Ch
 
 
 def _next_message(child: startup.Child, wait: StartWait) -> startup.StartMessage:
-    """Return the child's first message, or what is seen of one that sends none: "published", or "ended" with its "status".
+    """Return the child's word on its start, or what is seen of one that says none: "published", or "ended" with its "status".
 
-    Raises `StartTimeout`.
+    Its progress is passed on. Raises `StartTimeout`.
     """
     while True:
         ended = child.process.poll() is not None
-        if (message := child.next_message(min(_LOOK_INTERVAL, wait.remaining()))) is not None:
+        message = child.next_message(min(_LOOK_INTERVAL, wait.remaining()))
+        if message is not None and message.get("state") == "progress":
+            wait.hear(message.get("value"))
+            continue
+        if message is not None:
             return message
         # A program that closed what it inherited, or whose wrapper did.
         if probe(wait.name, STATUS_TIMEOUT, wait.namespace, health=False)[0].alive:

@@ -35,7 +35,7 @@ _POLL_INTERVAL = 0.01
 # Daemons that are asked at once.
 _AT_ONCE = 8
 # What a status takes from the record.
-_KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment")
+_KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment", "progress")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class DaemonStatus:
     "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use). `argv` and
     `cwd` are those of the start, `environment` the names of the variables that the starter added. `healthy` is False if the
     app's `health` raised an error or returned an "error", True if it returned anything else, and None if the app has no
-    `health` or did not answer, in which case `health` has the error of asking.
+    `health` or did not answer, in which case `health` has the error of asking. `progress` is what the app has reported last
+    while it starts, a second ago at most.
     """
 
     name: str
@@ -72,6 +73,7 @@ class DaemonStatus:
     environment: list[str] | None = None
     app: str = DEFAULT_APP
     healthy: bool | None = None
+    progress: Any = None
 
     @property
     def alive(self) -> bool:

@@ -39,7 +39,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn
 
     from ._status import DaemonStatus
@@ -273,8 +273,8 @@ def _start(options: argparse.Namespace) -> int:
     argv = app_argv(options.name, options.app)
     if options.idle_timeout is not None:
         argv += ["--idle-timeout", str(options.idle_timeout)]
-    with _progress("starting", options):
-        status = ensure_daemon(options.name, argv, timeout=options.timeout, namespace=options.namespace)
+    with _progress("starting", options) as show:
+        status = ensure_daemon(options.name, argv, timeout=options.timeout, on_progress=show, namespace=options.namespace)
     return _print_running(status, as_json=options.json)
 
 
@@ -321,6 +321,8 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
     """Yield what is known of a daemon, as a title and a text for a person."""
     if status.problem is not None:
         yield "problem", status.problem
+    if status.progress is not None:
+        yield "progress", _one_line(status.progress)
     if status.state != "running" and status.since is not None:
         yield "since", f"{_duration(max(0.0, time.time() - status.since))} ago"
     if status.uptime is not None:
@@ -525,6 +527,12 @@ def _split_app(specification: str) -> tuple[str, str]:
     return module_name, path
 
 
+def _one_line(value: Any) -> str:
+    """Return JSON that a daemon has reported, for a person."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(escape(text).split())
+
+
 def _duration(seconds: float) -> str:
     """Return seconds for a person, in at most two units."""
     if seconds < 60:
@@ -537,11 +545,21 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress(doing: str, options: argparse.Namespace) -> Iterator[None]:
-    """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end."""
+def _progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
+    """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end.
+
+    Yields a function that takes the value that is shown behind the seconds.
+    """
+    import shutil
+
     over = threading.Event()
     begun = time.monotonic()
     name, log = options.name, log_path(options.name, namespace=options.namespace)
+    shown = ""
+
+    def set_shown(value: Any) -> None:
+        nonlocal shown
+        shown = f", {_one_line(value)}"
 
     def show() -> None:
         width = 0
@@ -549,15 +567,15 @@ def _progress(doing: str, options: argparse.Namespace) -> Iterator[None]:
             if not sys.stderr.isatty():
                 print_error(f"still {doing} {name}; its log is {log}")
                 return
-            text = f"{doing} {name}: {time.monotonic() - begun:.0f} s"
+            text = f"{doing} {name}: {time.monotonic() - begun:.0f} s{shown}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{text.ljust(width)}", end="", file=sys.stderr, flush=True)
             width = len(text)
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
         print(f"\r{' ' * width}\r" if width else "", end="", file=sys.stderr, flush=True)
 
     watcher = threading.Thread(target=show, daemon=True)
     watcher.start()
     try:
-        yield
+        yield set_shown
     finally:
         over.set()
         watcher.join()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from . import __version__, startup
 from ._descriptors import close_in_child, open_standard_streams, raise_descriptor_limit
 from ._logging import BoundedLog, logging_to
+from ._progress import StartProgress
 from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
 from ._server.requests import Dispatcher
@@ -116,7 +117,9 @@ def run_daemon(
         stop = asyncio.Event()
         with _StoppingSignals(stop):
             try:
-                if await _start(application, stop):
+                with StartProgress(daemon.report, daemon.registration):
+                    started = await _start(application, stop)
+                if started:
                     await serve(stop)
                 else:
                     daemon.report.send(state="failed", message="it was told to stop while it was starting")

@@ -31,8 +31,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Literal
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, Literal
 
 # Seconds for a start: an app may load a model or wait for a browser.
 START_TIMEOUT = 60.0
@@ -55,6 +55,7 @@ def ensure_daemon(
     version: str | None = None,
     on_mismatch: Literal["error", "restart", "accept"] = "error",
     on_unhealthy: Literal["accept", "restart"] = "accept",
+    on_progress: Callable[[Any], object] | None = None,
     namespace: Namespace | None = None,
 ) -> DaemonStatus:
     """Return the state of the daemon `name`, once it runs: it is started with the command line `argv` if it does not.
@@ -70,7 +71,9 @@ def ensure_daemon(
     to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
     is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. With `on_unhealthy="restart"` a
     daemon that is found and says that it is unhealthy (`DaemonStatus.healthy` is False) is restarted; one that does not answer
-    is not. `namespace` says where the daemon is; `run_daemon` in the child takes it from here.
+    is not. `on_progress` is called with what the daemon reports while it starts (`await report(value)` in its app's `start`);
+    if another process has started it, and on Windows, with one report a second. `namespace` says where the daemon is;
+    `run_daemon` in the child takes it from here.
 
     Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
     `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
@@ -78,7 +81,7 @@ def ensure_daemon(
     """
     command = Command.make(name, argv, cwd, env)
     accepted = _Accepted(version, on_mismatch, on_unhealthy)
-    return _ensure(command, accepted, StartWait(check_name(name), timeout, namespace or Namespace()))
+    return _ensure(command, accepted, StartWait(check_name(name), timeout, namespace or Namespace(), on_progress))
 
 
 class _Accepted(NamedTuple):
@@ -124,7 +127,7 @@ def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonSta
 
 def _start_timeout(wait: StartWait) -> DaemonTimeout:
     status = probe(wait.name, STATUS_TIMEOUT, wait.namespace, health=False)[0]
-    doing = "no process has its name yet"
+    doing = "no starting process has its name yet"
     if status.state == "starting" and status.since is not None:
         doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
     elif status.alive:

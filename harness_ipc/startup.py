@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     StartMessage = dict[str, Any]
 
 VARIABLE = "HARNESS_IPC_START"
+# Seconds for a starter to read what came before.
+_SEND_PERIOD = 1.0
 # Seconds for our launcher to end after it was told to. It has nothing left to do.
 _RELEASE_PERIOD = 2.0
 
@@ -203,6 +205,8 @@ class ReadyPipe:
             if _is_ours(descriptor, self.start):
                 os.set_inheritable(descriptor, False)
                 self._descriptor = descriptor
+                if sys.platform != "win32":
+                    os.set_blocking(descriptor, False)
         close_in_child(self)
 
     def leave_directory(self) -> None:
@@ -214,10 +218,33 @@ class ReadyPipe:
             os.chdir(os.environ.get("SYSTEMROOT", "C:\\") if sys.platform == "win32" else "/")
 
     def send(self, **message: Any) -> None:
-        """Send one message. A starter that has gone meanwhile does not matter."""
-        if self._descriptor is not None and _is_ours(self._descriptor, self.start):
-            with contextlib.suppress(OSError):
-                os.write(self._descriptor, json.dumps(message).encode() + b"\n")
+        """Send one message. A starter that has gone, or does not read, does not matter: it also looks for the record."""
+        self._write(message, _SEND_PERIOD)
+
+    def send_progress(self, value: Any) -> None:
+        """Send what the app reports, if there is room for it; on Windows, where a write blocks, leave it to the record."""
+        if sys.platform != "win32":
+            self._write({"state": "progress", "value": value}, 0.0)
+
+    def _write(self, message: StartMessage, period: float) -> None:
+        """Write a message; wait at most `period` seconds for room each time that there is none."""
+        if self._descriptor is None or not _is_ours(self._descriptor, self.start):
+            return
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        deadline = time.monotonic() + period
+        with contextlib.suppress(OSError):
+            while data:
+                try:
+                    written = os.write(self._descriptor, data)
+                except BlockingIOError:
+                    written = 0
+                if written:
+                    data = data[written:]
+                    deadline = time.monotonic() + period
+                elif time.monotonic() < deadline:
+                    time.sleep(0.005)
+                else:
+                    return
 
     def close(self) -> None:
         """Send nothing more."""

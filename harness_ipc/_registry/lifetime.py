@@ -91,10 +91,15 @@ class Registration:
             time.sleep(random.random() * _RETRY)  # noqa: S311 - no secret
         raise StartFailed(f"the lock of {self.record.name!r} is removed from {self._directory} again and again")
 
+    def report(self, progress: Any) -> None:
+        """Record what the app reports while it starts. If it can't be written, that is no reason to fail."""
+        self.record = self.record.replace(progress=progress)
+        with contextlib.suppress(HarnessIPCError, OSError):
+            self._write(self.record)
+
     def publish(self, *, app_version: str | None, max_message: int) -> None:
         """Record that clients can connect. Raises `StartFailed`, or `AlreadyRunning` if another process has got the name."""
-        versions = {} if app_version is None else {"app_version": app_version}
-        record = self.record.replace(max_message=max_message, state=records.READY, **versions)
+        record = self.record.replace(app_version=app_version, max_message=max_message, state=records.READY, progress=None)
         self._write(record)
         self.record = record
 

@@ -43,6 +43,8 @@ _OPTIONAL: _Types = {
     **dict.fromkeys(("authkey", "boot_id", "pid_namespace", "time_namespace", "app_version", "cwd", "detached"), _TEXT),
     **dict.fromkeys(("start_ticks", "max_message"), _INTEGER),
     "leaves_cwd": (bool,),
+    # What the app has reported last while it starts: any JSON.
+    "progress": (str, int, float, bool, list, dict),
 }
 
 
@@ -96,8 +98,9 @@ class Record:
         return {**self._fields, "environment": sorted(self.environment)}
 
     def replace(self, **changes: Any) -> Record:
-        """Return this record with `changes`."""
-        return Record({**self._fields, "authkey": self.authkey.hex(), **changes})
+        """Return this record with `changes`; a field that becomes None is removed."""
+        fields = {**self._fields, "authkey": self.authkey.hex(), **changes}
+        return Record({key: value for key, value in fields.items() if value is not None})
 
     def to_json(self) -> bytes:
         """Return the content of the record's file, with the authkey if it is ready."""

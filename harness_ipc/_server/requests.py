@@ -11,6 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .._descriptors import end_child
+from .._progress import report_start
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
 from .._transport import deadline_after
@@ -126,10 +127,13 @@ def current_request() -> CurrentRequest:
 async def report(value: Any) -> None:
     """Send `value`, which must be JSON, to the caller of the current request as progress; wait while it does not read.
 
-    Does nothing if the caller has not asked for progress, or if no request is being handled. Raises `ProtocolError`.
+    In an app's `start` it goes to those who wait for that: see `ensure_daemon`; 4000 bytes of JSON at most. Does nothing if
+    nobody has asked for progress. Raises `ProtocolError`, and `MessageTooLarge` in `start`.
     """
     request = _current.get()
-    if request is not None and request._more and not request._cancelled:
+    if request is None:
+        report_start(value)
+    elif request._more and not request._cancelled:
         await request._caller.send_item(messages.encode(messages.item_reply(value), encoder=request._encoder))
 
 

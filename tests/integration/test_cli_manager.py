@@ -42,6 +42,7 @@ ROOT = os.environ["SYSTEMROOT"] if sys.platform == "win32" else "/"
 _SERVICE = f"""
 import asyncio, os, time
 from pathlib import Path
+from harness_ipc import report
 
 HERE = Path(__file__).parent
 
@@ -65,7 +66,9 @@ class Healthy:
     async def health(self): return {{"upstream": "fine"}}
 
 class Slow(Healthy):
-    async def start(self): await opened(HERE / "gate")
+    async def start(self):
+        await report({{"loaded": 3, "of": 7}})
+        await opened(HERE / "gate")
 
 class Sick(Healthy):
     async def start(self): raise LookupError("no such model: \\x1b[31mred")
@@ -212,7 +215,10 @@ def test_a_start_that_takes_long_says_so_once(here: Path) -> None:
         # Its first instructions may take longer than the second after which we say so.
         wait_until(lambda: _run("status", "--name", "slow").stdout.startswith("slow: starting"))
         assert _state("slow") == (3, "starting")
-        assert re.search(r"^  since     \d+\.\d s ago$", _run("status", "--name", "slow").stdout, re.MULTILINE)
+        wait_until(lambda: daemon_status("slow").progress is not None)
+        shown = _run("status", "--name", "slow").stdout
+        assert re.search(r"^  since     \d+\.\d s ago$", shown, re.MULTILINE)
+        assert '\n  progress  {"loaded": 3, "of": 7}\n' in shown
         (here / "gate").touch()
         out, err = start.communicate(timeout=PATIENCE)
     assert (start.returncode, out, err) == (0, f"slow: pid {identify('slow')} is running\n", "")
@@ -234,7 +240,7 @@ def test_on_a_terminal_the_progress_is_one_line_that_goes_away(here: Path) -> No
         with _running("start", "service:Slow", "--name", "slow", stderr=its_end) as start:
             os.close(its_end)
             shown = b""
-            while shown.count(b" s") < 2:
+            while shown.count(b" s") < 2 or b"loaded" not in shown:
                 shown += os.read(terminal, 1024)
             (here / "gate").touch()
             assert start.wait(PATIENCE) == 0
@@ -245,7 +251,7 @@ def test_on_a_terminal_the_progress_is_one_line_that_goes_away(here: Path) -> No
     finally:
         os.close(terminal)
     assert b"\n" not in shown
-    assert re.fullmatch(rb"(\rstarting slow: \d+ s)+\r +\r", shown)
+    assert re.fullmatch(rb'(\rstarting slow: \d+ s(, \{"loaded": 3, "of": 7\})?)+\r +\r', shown)
 
 
 # status

@@ -81,6 +81,89 @@ def test_a_slow_start_is_waited_for_by_all_and_repeated_by_none(base: Path, bloc
     assert_one_daemon()
 
 
+REPORTS = """
+from harness_ipc import report
+class App(App):
+    async def start(self):
+        for n in range(5):
+            await report({"loaded": n})
+        (folder / "waiting").touch()
+        while not (folder / "go").exists():
+            await asyncio.sleep(0.01)
+        await report({"loaded": "all"})
+        await super().start()
+"""
+
+
+def test_what_a_start_reports_reaches_its_starter_and_all_who_wait(base: Path) -> None:
+    argv = command(then=REPORTS)
+    reports: list[Any] = []
+    others: list[Any] = []
+    with (
+        in_thread(ensure_daemon, "test", argv, on_progress=reports.append) as first,
+        in_thread(ensure_daemon, "test", argv, on_progress=others.append) as second,
+    ):
+        try:
+            wait_until((base / "waiting").exists)
+            # The last report of the first second is recorded when that is over.
+            wait_until(lambda: daemon_status("test").progress == {"loaded": 4})
+            assert daemon_status("test").state == "starting"
+            wait_until(lambda: {"loaded": 4} in reports and {"loaded": 4} in others)
+        finally:
+            (base / "go").touch()
+        assert first.result(PATIENCE).pid == second.result(PATIENCE).pid == identify("test")
+    all_of_them = [{"loaded": n} for n in (*range(5), "all")]
+    by_pipe, by_record = sorted([reports, others], key=len, reverse=True)
+    if sys.platform != "win32":
+        assert by_pipe == all_of_them
+    # At most one a second, in their order.
+    assert by_record == [report for report in all_of_them if report in by_record]
+    assert len(by_record) <= 3
+    assert daemon_status("test").progress is None
+    assert_one_daemon()
+
+
+def test_reports_of_a_daemon_without_the_pipe_are_passed_on(base: Path) -> None:
+    close = "import os; os.environ.pop('HARNESS_IPC_START', None)\n"
+    reports: list[Any] = []
+    with in_thread(ensure_daemon, "test", command(first=close, then=REPORTS), on_progress=reports.append) as starting:
+        try:
+            wait_until(lambda: {"loaded": 4} in reports)
+        finally:
+            (base / "go").touch()
+        assert starting.result(PATIENCE).pid == identify("test")
+    assert len(reports) <= 3
+    assert_one_daemon()
+
+
+def test_a_callback_that_fails_ends_the_wait_and_not_the_start(base: Path) -> None:
+    def fail(progress: Any) -> None:
+        raise LookupError(progress["loaded"])
+
+    with pytest.raises(LookupError):
+        ensure_daemon("test", command(then=REPORTS), on_progress=fail)
+    (base / "go").touch()
+    assert ensure(then=REPORTS).pid == identify("test")
+    assert started(base) == [identify("test")]
+
+
+def test_a_start_that_reports_all_the_time_still_times_out(base: Path) -> None:
+    busy = """
+from harness_ipc import report
+class App(App):
+    async def start(self):
+        while not (folder / "go").exists():
+            await report(time.time())
+            await asyncio.sleep(0)
+        await super().start()
+"""
+    with pytest.raises(DaemonTimeout, match="starting"):
+        ensure_daemon("test", command(then=busy), timeout=3.0, on_progress=lambda progress: None)
+    (base / "go").touch()
+    assert ensure(then=busy).pid == identify("test")
+    assert_one_daemon()
+
+
 def test_the_first_caller_that_gives_up_leaves_the_start_to_go_on(base: Path) -> None:
     argv = command(then=waits_for_go())
     with pytest.raises(DaemonTimeout, match="starting"):
@@ -301,7 +384,7 @@ def test_a_timeout_names_the_daemon_the_operation_and_the_seconds(base: Path) ->
 
 def test_a_deadline_that_has_passed_names_what_was_waited_for(base: Path) -> None:
     text = r"^timed out after 0 s waiting for the daemon 'test' to start: {}; allow a longer timeout, or see its log .*$"
-    with pytest.raises(DaemonTimeout, match=text.format("no process has its name yet")):
+    with pytest.raises(DaemonTimeout, match=text.format("no starting process has its name yet")):
         ensure_daemon("test", command(), timeout=0)
     assert started(base) == []
     pid = ensure().pid

@@ -65,6 +65,24 @@ def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_posix
+def test_a_starter_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    set_start(monkeypatch, writer)
+    with startup.reporting() as pipe:
+        for _ in range(1000):
+            pipe.send_progress("x" * 3900)
+        pipe.send(state="failed", message="y" * 3900)
+        received = os.read(reader, 1 << 20)
+        pipe.send(state="ready")
+    received += os.read(reader, 1 << 20)
+    os.close(reader)
+    messages = [json.loads(line) for line in received.splitlines()]
+    assert messages.pop() == {"state": "ready"}
+    assert 0 < len(messages) < 1000
+    assert messages == [{"state": "progress", "value": "x" * 3900}] * len(messages)
+
+
+@needs_posix
 @pytest.mark.parametrize("kind", ["file", "another pipe"])
 def test_nothing_is_written_to_and_nothing_closes_a_descriptor_that_is_not_the_pipe(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,94 @@
+"""What an app reports while it starts: to its starter at once, in the record once a second, and nothing afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from harness_ipc import MessageTooLarge, ProtocolError, report
+from harness_ipc._progress import StartProgress
+
+
+class Log:
+    """Takes the place of the ready pipe and of the registration: keeps what each is given, and when."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.recorded: list[tuple[float, Any]] = []
+
+    def send_progress(self, value: Any) -> None:
+        self.sent.append(value)
+
+    def report(self, value: Any) -> None:
+        self.recorded.append((time.monotonic(), value))
+
+    def progress(self) -> StartProgress:
+        both: Any = self
+        return StartProgress(both, both)
+
+
+def test_each_report_is_sent_and_the_last_one_recorded_once_a_second() -> None:
+    log = Log()
+
+    async def main() -> None:
+        with log.progress():
+            for n in range(50):
+                await report({"done": n})
+            while len(log.recorded) < 2:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert log.sent == [{"done": n} for n in range(50)]
+    (first, before), (second, after) = log.recorded
+    assert (before, after) == ({"done": 0}, {"done": 49})
+    assert second - first > 0.9
+
+
+def test_a_report_is_a_copy() -> None:
+    log, value = Log(), {"done": 1}
+
+    async def main() -> None:
+        with log.progress():
+            await report(value)
+            value["done"] = 2
+
+    asyncio.run(main())
+    assert log.sent == [value_then := {"done": 1}]
+    assert [recorded for _, recorded in log.recorded] == [value_then]
+
+
+def test_a_task_that_outlives_the_start_reports_nothing() -> None:
+    log = Log()
+
+    async def late(over: asyncio.Event) -> None:
+        await over.wait()
+        await report("late")
+
+    async def main() -> None:
+        over = asyncio.Event()
+        with log.progress():
+            task = asyncio.create_task(late(over))
+            await report("early")
+        await report("outside")
+        over.set()
+        await task
+
+    asyncio.run(main())
+    assert log.sent == ["early"]
+
+
+@pytest.mark.parametrize(("value", "error"), [({1, 2}, ProtocolError), ("x" * 4000, MessageTooLarge)])
+def test_what_can_not_be_reported_is_an_error(value: Any, error: type[Exception]) -> None:
+    log = Log()
+
+    async def main() -> None:
+        with log.progress():
+            await report("x" * 3900)
+            await report(value)
+
+    with pytest.raises(error):
+        asyncio.run(main())
+    assert log.sent == ["x" * 3900]
