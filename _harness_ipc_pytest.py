@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from harness_ipc import Namespace
     from harness_ipc.testing import RunningDaemon
 
+# Characters of each log that are shown: pytest keeps them, of the tests that pass too.
+_LOG_TAIL = 16_384
+
 
 @pytest.fixture
 def ipc_namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
@@ -51,4 +54,4 @@ def _print_logs(directory: str) -> None:
     for place, _, files in os.walk(directory):
         for file in sorted(files):
             with open(os.path.join(place, file), encoding="utf-8", errors="backslashreplace") as log:
-                print(f"--- {file}\n{log.read()}")
+                print(f"--- {file}\n{log.read()[-_LOG_TAIL:]}")
