@@ -198,9 +198,12 @@ class Session:
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        self.protocol.leave()
-        if self.protocol.state == CLOSED or self._flush():
-            self.close()
+        try:
+            self.protocol.leave()
+            if self.protocol.state == CLOSED or self._flush():
+                self.close()
+        except Exception as error:  # the others are still to be told
+            self.close(error)
 
     def cancel(self) -> None:
         """Take note that the request in flight is cancelled. It is still answered."""

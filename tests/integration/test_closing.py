@@ -365,6 +365,25 @@ def test_a_server_can_be_closed_while_the_interpreter_shuts_down(end: str, statu
     assert runtime_files(".json") == []
 
 
+def test_a_server_whose_loop_has_ended_can_be_closed() -> None:
+    """Its clients are there, or have gone without its notice."""
+    before = threads()
+
+    async def leave() -> tuple[DaemonServer, list[Client]]:
+        server, _ = await start_daemon_server(echo, "test")
+        clients = [await asyncio.to_thread(connect_daemon, "test") for _ in range(2)]
+        for client in clients:
+            assert await asyncio.to_thread(client.request, {"n": 1}) == {"result": {"n": 1}}
+        return server, clients
+
+    server, clients = asyncio.run(leave())
+    clients[0].close()
+    server.close()
+    clients[1].close()
+    wait_until(lambda: threads() == before)
+    assert runtime_files() == []
+
+
 @needs_posix
 def test_no_thread_outlives_the_server() -> None:
     def delay_end(frame: Any, event: str, _: object) -> None:

@@ -32,6 +32,7 @@ from harness_ipc import (
     runtime_dir,
     start_daemon_server,
 )
+from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
 from tests.marks import needs_linux
 from tests.processes import PATIENCE, run_python, runtime_files, wait_until
@@ -113,6 +114,34 @@ class Unstoppable(Waiting):
             with contextlib.suppress(asyncio.CancelledError):
                 await super().__call__(message)
         return {"result": message}
+
+
+# The handshake.
+
+
+def test_the_verdict_travels_with_the_first_reply() -> None:
+    def begin() -> FrameConnection:
+        record = records.load("test")
+        connection = FrameConnection(record.address)
+        proof = connection.check_daemon(Keys(record.authkey, record.address))
+        connection.send_all([*proof, b'{"n": 1}'])
+        return connection
+
+    def end(connection: FrameConnection) -> None:
+        with connection:
+            connection.confirm()
+            assert json.loads(connection.recv_bytes()) == {"result": {"n": 1}}
+
+    async def main() -> None:
+        handler = Waiting()
+        async with serving(handler):
+            connection = await asyncio.to_thread(begin)
+            await handler.began.wait()
+            assert not connection.is_readable()
+            handler.may_go_on.set()
+            await asyncio.to_thread(end, connection)
+
+    run(main)
 
 
 # Closing.
