@@ -33,7 +33,8 @@ from harness_ipc import (
     ping,
     request,
 )
-from harness_ipc._protocol.handshake import Keys
+from harness_ipc._protocol.framing import StreamFraming
+from harness_ipc._protocol.handshake import Keys, ServerHandshake
 from tests import scripted
 from tests.marks import needs_posix
 from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
@@ -383,6 +384,27 @@ def test_a_reply_that_is_no_message_is_an_error_and_the_next_one_is_read(reply: 
         with pytest.raises(ProtocolError):
             client.call("odd")
         assert client.call("even") == 1
+
+
+@needs_posix
+def test_the_proof_travels_with_the_first_request() -> None:
+    framing = StreamFraming()
+
+    def serve(served: scripted.Served) -> None:
+        descriptor = served.connection.fileno()
+        handshake = ServerHandshake(served.daemon.keys)
+        handshake.receive_frame(served.connection.recv_bytes())
+        os.write(descriptor, b"".join(framing.encode(handshake.output)))
+        # One write of the client's.
+        framing.feed(os.read(descriptor, 65536))
+        frames = [framing.next_frame(1024) for _ in range(3)]
+        assert frames[0] == b"#WELCOME#"
+        assert json.loads(frames[2] or b"{}")["method"] == "m"
+        served.connection.send_bytes(b"#WELCOME#")
+        served.send({"result": 1})
+
+    with scripted.daemon(serve):
+        assert request("test", {"method": "m"}, timeout=PATIENCE) == {"result": 1}
 
 
 @pytest.mark.parametrize(("verdict", "error"), [(None, ConnectionLost), (b"#FAILURE#", AuthenticationFailed)])
