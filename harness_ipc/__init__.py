@@ -8,9 +8,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from ._calls import AsyncStream, Stream
 from ._registry.files import check_private_dir, create_private_dir
 from ._registry.namespace import Namespace, log_path, runtime_dir, runtime_path
-from ._stream import AsyncStream, Stream
 from ._text import escape_control
 from ._transport import PeerCredentials
 from .client import Client, connect_daemon, identify, ping, request

@@ -10,11 +10,10 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._calls import call_message, check_request, description_of
+from ._calls import AsyncStream, call_message, check_request, description_of
 from ._exchange import Exchange
 from ._pool import BLOCKING, IO, run
 from ._protocol import messages
-from ._stream import AsyncStream
 from ._transport import remaining
 from ._workers import Workers
 from .client import CONNECT_TIMEOUT, REQUEST_TIMEOUT, START_TIMEOUT, Client

@@ -5,11 +5,10 @@ Importing it imports neither asyncio nor anything that only a daemon needs.
 
 from __future__ import annotations
 
-from ._calls import call_message, check_request, description_of, error_classes
+from ._calls import Stream, call_message, check_request, description_of, error_classes
 from ._exchange import Exchange
 from ._pool import Pool, run
 from ._protocol import messages
-from ._stream import Stream
 from .errors import (
     HarnessIPCError,
     IncompatibleDaemon,
