@@ -208,3 +208,20 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
         root.setLevel(level)
         root.removeHandler(log)
         log.close()
+
+
+def wants_console(log: BoundedLog) -> bool:
+    """Return whether standard error is a terminal, and the program has set up no logging of its own beside `log`."""
+    return sys.stderr is not None and sys.stderr.isatty() and logging.getLogger().handlers == [log]
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Send the root logger to standard error, too."""
+    console = logging.StreamHandler()
+    console.setFormatter(EntryFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(console)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(console)

@@ -230,15 +230,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import logging
-
     from . import startup
-    from ._logging import EntryFormatter
+    from ._logging import logging_to_stderr
     from .daemon import acquire_daemon, run_daemon
 
     _split_app(options.app)
-    console = logging.StreamHandler()
-    console.setFormatter(EntryFormatter("%(levelname)s %(name)s: %(message)s"))
     # In the background stderr goes into the log.
     in_foreground = startup.VARIABLE not in os.environ
 
@@ -252,16 +248,12 @@ def _serve(options: argparse.Namespace) -> int:
     # First of all: what is loaded may take long, and is not needed if another daemon has the name.
     # Without --app it is its starter's, if it has one.
     namespace = options.namespace if options.application else None
-    try:
-        with acquire_daemon(options.name, namespace=namespace) as acquired:
-            # stderr goes into the log, where the error then is.
-            options.logs_errors = not in_foreground
-            app = _load_app(options.app)
-            if in_foreground:
-                logging.getLogger().addHandler(console)
+    with acquire_daemon(options.name, namespace=namespace) as acquired:
+        # stderr goes into the log, where the error then is.
+        options.logs_errors = not in_foreground
+        app = _load_app(options.app)
+        with logging_to_stderr() if in_foreground else contextlib.nullcontext():
             run_daemon(app, options.name, idle_timeout=options.idle_timeout, on_ready=report, acquired=acquired)
-    finally:
-        logging.getLogger().removeHandler(console)
     return 0
 
 

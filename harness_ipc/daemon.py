@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import __version__, startup
 from ._descriptors import close_in_child, open_standard_streams, raise_descriptor_limit
-from ._logging import BoundedLog, logging_to
+from ._logging import BoundedLog, logging_to, logging_to_stderr, wants_console
 from ._progress import StartProgress
 from ._protocol import messages
 from ._registry.namespace import Namespace, log_path
@@ -70,10 +70,11 @@ def run_daemon(
 ) -> None:
     """Run the daemon `name` until SIGTERM, SIGINT, SIGHUP, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
-    `app` is a `Service`, an `App`, or an async function from a message to a reply. The log is
-    the file `log_path`; `on_ready` is called in the loop once clients can connect. `acquired` is what `acquire_daemon` yielded,
-    for a program that has to do slow things before it has an app. `namespace` is where the daemon is: by default where the
-    `ensure_daemon` that started it looks for it. The other arguments are those of `start_daemon_server`.
+    `app` is a `Service`, an `App`, or an async function from a message to a reply. The log is the file `log_path`; in a
+    terminal it goes to standard error too, unless the program has set up logging. `on_ready` is called in the loop once
+    clients can connect. `acquired` is what `acquire_daemon` yielded, for a program that has to do slow things before it has an
+    app. `namespace` is where the daemon is: by default where the `ensure_daemon` that started it looks for it. The other
+    arguments are those of `start_daemon_server`.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
     `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
@@ -132,6 +133,8 @@ def run_daemon(
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(acquire_daemon(name, namespace=namespace)) if acquired is None else acquired
         daemon.report.leave_directory()
+        if acquired is None and not daemon.report.start and wants_console(daemon.log):
+            stack.enter_context(logging_to_stderr())
         _run(main())
         logger.info("stopped %s", name)
 

@@ -231,6 +231,70 @@ def test_closing_the_terminal_of_serve_runs_stop(private_directories: Path) -> N
     assert_clean()
 
 
+HANDLER = """
+import logging, sys
+from harness_ipc import run_daemon
+async def handle(message): return {}
+"""
+
+
+def run_in_terminal(program: str) -> str:
+    """Run a program in a terminal of its own, and return what it prints there."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    shown = b""
+    # Linux answers EIO when the last writer has gone, others an end.
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 4096):
+            shown += data
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return shown.decode()
+
+
+@needs_posix
+def test_in_a_terminal_the_log_is_shown_too() -> None:
+    log = "on_ready=lambda _: logging.getLogger('app').info('red \\x1b[31m')"
+    shown = run_in_terminal(f"{HANDLER}run_daemon(handle, 'test', idle_timeout=0.0, {log})")
+    lines = shown.splitlines()
+    assert lines[0].startswith("INFO harness_ipc.daemon: ready at ")
+    assert lines[1:] == ["INFO app: red \\x1b[31m", "INFO harness_ipc.daemon: idle for 0 s", *lines[3:]]
+    assert "\x1b" not in shown
+    # Once in the file, which has all of it.
+    assert the_log().count("ready at") == 1
+    assert the_log().count("starting test: pid") == 1
+
+
+@needs_posix
+def test_in_a_terminal_a_program_keeps_its_own_logging() -> None:
+    own = "logging.basicConfig(level='INFO', format='OWN %(message)s')"
+    shown = run_in_terminal(f"{HANDLER}{own}\nrun_daemon(handle, 'test', idle_timeout=0.0)")
+    assert shown.count("ready at") == shown.count("OWN ready at") == 1
+
+
+@needs_posix
+def test_an_error_that_ends_it_is_shown_once_in_a_terminal() -> None:
+    fails = """
+class App:
+    async def handle(self, message): ...
+    async def start(self): raise LookupError("no model")
+try:
+    run_daemon(App(), "test")
+except Exception as error:
+    print("caught", error)
+"""
+    assert run_in_terminal(HANDLER + fails) == "caught the app's start failed: LookupError: no model\r\n"
+
+
+def test_without_a_terminal_the_log_is_in_its_file_alone() -> None:
+    done = run_python("-c", f"{HANDLER}run_daemon(handle, 'test', idle_timeout=0.0)")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert the_log().count("ready at") == 1
+
+
 @needs_posix
 def test_soft_limit_of_descriptors_is_raised() -> None:
     program = """
