@@ -77,9 +77,9 @@ if sys.platform != "win32":
         ready: asyncio.Future[None] = loop.create_future()
         # Of time.monotonic(): a loop may have a clock of its own.
         seconds = connection.deadline - time.monotonic()
-        timer = None if seconds == inf else loop.call_later(max(0.0, seconds), _fail, ready)
+        timer = None if seconds == inf else loop.call_later(max(0.0, seconds), _settle, ready, True)
         descriptor = connection.fileno()
-        watch(descriptor, _succeed, ready)
+        watch(descriptor, _settle, ready)
         try:
             await ready
         finally:
@@ -87,13 +87,9 @@ if sys.platform != "win32":
             if timer is not None:
                 timer.cancel()
 
-    def _succeed(ready: asyncio.Future[None]) -> None:
+    def _settle(ready: asyncio.Future[None], is_late: bool = False) -> None:
         if not ready.done():
-            ready.set_result(None)
-
-    def _fail(ready: asyncio.Future[None]) -> None:
-        if not ready.done():
-            ready.set_exception(DaemonTimeout("the deadline passed"))
+            ready.set_exception(DaemonTimeout("the deadline passed")) if is_late else ready.set_result(None)
 
     _LOOP_IO = LoopIO()
 
@@ -143,9 +139,13 @@ class AsyncClient:
     """
 
     def __init__(self, client: Client) -> None:
+        self._workers = Workers()
         self._client = client
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-        self._workers = Workers()
+
+    def __del__(self) -> None:
+        # Connections close themselves; threads would wait for ever.
+        self._workers.close()
 
     @property
     def pid(self) -> int:

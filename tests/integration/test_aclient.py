@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -211,6 +212,17 @@ def test_cancelling_who_connects_ends_it(daemon: DaemonProcess) -> None:
                 await cancel(connecting)
 
     run(main)
+
+
+def test_threads_of_a_client_that_is_dropped_end(daemon: DaemonProcess) -> None:
+    async def main() -> None:
+        client = await aconnect_daemon("test")
+        assert await client.call("echo", n=1) == {"n": 1}
+
+    before = set(threading.enumerate())
+    asyncio.run(main())
+    gc.collect()
+    wait_until(lambda: set(threading.enumerate()) == before)
 
 
 def test_closing_ends_requests_and_may_be_repeated(daemon: DaemonProcess) -> None:
