@@ -40,13 +40,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def end_child(pid: int, error: BaseException | None = None) -> None:
-    """End this process, as `error` says, unless it is `pid`, which has forked it.
+def end_child(error: BaseException | None) -> None:
+    """End this process, which was forked, as `error` says.
 
     It must not go on with the event loop of its parent: both would change what one epoll watches, and read one wake-up pipe.
     """
-    if os.getpid() == pid:
-        return
     status = 0
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -73,11 +73,12 @@ class _Protocol:
     _states: dict[tuple[str, str], str]
     _misuse: type[Exception]
 
-    def __init__(self, framing: Framing, max_message: int) -> None:
+    def __init__(self, framing: Framing, max_message: int, output: list[bytes]) -> None:
         self.state = HELLO
         self._frames = framing
         self._max_message = max_message
-        self._output: list[bytes] = []
+        # Frames to send: the handshake's list.
+        self._output = output
 
     def receive_data(self, data: bytes) -> None:
         """Add what arrived: any bytes of a stream, or one message of a pipe."""
@@ -90,8 +91,9 @@ class _Protocol:
 
     def data_to_send(self) -> list[bytes]:
         """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
-        output, self._output = self._output, []
-        return self._frames.encode(output)
+        chunks = self._frames.encode(self._output)
+        self._output.clear()
+        return chunks
 
     def close(self) -> None:
         """The connection has ended, or must end at once."""
@@ -118,8 +120,8 @@ class ServerProtocol(_Protocol):
     _misuse = RuntimeError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
-        super().__init__(framing, max_message)
         self._handshake = ServerHandshake(keys)
+        super().__init__(framing, max_message, self._handshake.output)
 
     def receive_data(self, data: bytes) -> None:
         """Add what arrived. What comes after a goodbye is dropped."""
@@ -170,9 +172,6 @@ class ServerProtocol(_Protocol):
         except AuthenticationFailed:
             self._move("close")
             raise
-        finally:
-            self._output += self._handshake.output
-            self._handshake.output.clear()
         if self._handshake.done:
             # The verdict stays in `_output`: it travels with the first reply.
             self._move("proof")
@@ -209,7 +208,7 @@ class ServerProtocol(_Protocol):
         """
         self._move("leave")
         self._frames.clear()
-        self._output = [messages.GOODBYE_FRAME] if self.state == LEAVING else []
+        self._output[:] = [messages.GOODBYE_FRAME] if self.state == LEAVING else []
 
 
 class ClientProtocol(_Protocol):
@@ -221,10 +220,8 @@ class ClientProtocol(_Protocol):
     _misuse = ProtocolError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
-        super().__init__(framing, max_message)
         self._handshake: ClientHandshake | None = ClientHandshake(keys)
-        self._output += self._handshake.output
-        self._handshake.output.clear()
+        super().__init__(framing, max_message, self._handshake.output)
 
     @property
     def frame_limit(self) -> int:
@@ -264,11 +261,7 @@ class ClientProtocol(_Protocol):
                 raise AuthenticationFailed("the peer does not speak this protocol") from None
             if frame is None:
                 return None
-            try:
-                self._handshake.receive_frame(frame)
-            finally:
-                self._output += self._handshake.output
-                self._handshake.output.clear()
+            self._handshake.receive_frame(frame)
         self._handshake = None
         self._move("answer")
         return READY

@@ -39,23 +39,25 @@ class Deadlines:
         self._loop = loop
         self._sessions = sessions
         self._timer: asyncio.TimerHandle | None = None
+        # The monotonic time at which the timer is due.
+        self._next = inf
 
     def set(self, session: Session, seconds: float) -> None:
         """Close `session` in so many seconds, unless it has a deadline already, or sets `due` to infinity before."""
         if session.due == inf and seconds < inf:
-            session.due = self._loop.time() + seconds
-            self._schedule(session.due)
+            session.due = time.monotonic() + seconds
+            if session.due < self._next:
+                self._schedule(session.due)
 
     def _schedule(self, due: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= due:
-                return
             self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._expire)
+        self._next = due
+        self._timer = self._loop.call_later(due - time.monotonic(), self._expire)
 
     def _expire(self) -> None:
-        self._timer = None
-        now = self._loop.time()
+        self._next = inf
+        now = time.monotonic()
         sessions = self._sessions()
         for session in sessions:
             if session.due <= now:
@@ -181,11 +183,13 @@ class Admission:
     def log_end(self, session: Session, error: Exception | None) -> None:
         """Log why a connection ends, at a level that tells whose fault it is."""
         pid = session.peer.pid
-        if isinstance(error, AuthenticationFailed):
+        if error is None:
+            logger.debug("the client with pid %s is gone", pid)
+        elif isinstance(error, AuthenticationFailed):
             self._log.warning("refused the client with pid %s: %s", pid, error)
         elif isinstance(error, MessageTooLarge):
             self._log.warning("dropped the client with pid %s: %s", pid, error)
-        elif error is None or isinstance(error, (HarnessIPCError, EOFError, OSError)):
+        elif isinstance(error, (HarnessIPCError, EOFError, OSError)):
             logger.debug("the client with pid %s is gone: %s", pid, error)
         else:
             self._log.exception("a connection failed", error)

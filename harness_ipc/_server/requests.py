@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import os
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .._descriptors import end_child
+from .._descriptors import close_in_child, end_child
 from .._progress import report_start
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
@@ -145,11 +144,10 @@ def run_to_end() -> None:
 
 
 class Hooks(NamedTuple):
-    """What requests need of others: the app's health, and calls around each reply."""
+    """What requests need of others: the app's health, and a call before each reply."""
 
     health: Callable[[], Awaitable[Message]] | None
     before_reply: Callable[[], None] | None
-    after_reply: Callable[[], None]
 
 
 class Requests:
@@ -170,10 +168,18 @@ class Requests:
         self._encoder = messages.Encoder(self._dispatcher.encode_result)
         self._hooks = hooks
         self._max_message = max_message
-        self._pid = os.getpid()
+        # Whether this is a forked child's copy: a handler that forked has returned in both.
+        self._is_inherited = False
+        close_in_child(self)
         # The application's requests in flight.
         self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
+        # Called when none is left.
+        self.when_idle: Callable[[], None] | None = None
         self.counters = Counters()
+
+    def close_inherited(self) -> None:
+        """Have a forked child's copy serve nobody."""
+        self._is_inherited = True
 
     def start(self, caller: Caller, message: Message) -> asyncio.Task[None]:
         """Handle `message` in a task of its own, which always ends with a final reply."""
@@ -182,7 +188,8 @@ class Requests:
         if request._is_app_request:
             self.counters.begin()
             context.run(_current.set, request)
-            request._runs_to_end = request.method in self._dispatcher.uninterrupted
+            if self._dispatcher.uninterrupted:
+                request._runs_to_end = request.method in self._dispatcher.uninterrupted
         task = self._loop.create_task(self._run(request), context=context)
         # An eager one, which the app's task factory may make, has perhaps ended already.
         if not task.done():
@@ -216,14 +223,16 @@ class Requests:
             reply = messages.error_reply(error)
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
-            end_child(self._pid, error)
+            if self._is_inherited:
+                end_child(error)
             reply = messages.error_reply(error)
             if request._is_app_request:
                 self._log.exception("the handler failed", error)
             else:
                 # A monitor asks often: no traceback each time.
                 self._log.warning("health check failed: %s: %s", *reply["error"].values(), error=error)
-        end_child(self._pid)
+        if self._is_inherited:
+            end_child(None)
         if request._task is not None and self.tasks.pop(request._task, None) is not None:
             request._task.remove_done_callback(self._on_done)
         self._finish(request, reply)
@@ -241,7 +250,8 @@ class Requests:
         if self._hooks.before_reply is not None:
             self._hooks.before_reply()
         request._caller.send_reply(self._encode(reply))
-        self._hooks.after_reply()
+        if self.when_idle is not None and not self.tasks:
+            self.when_idle()
 
     async def _call_handler(self, request: CurrentRequest) -> Message:
         try:

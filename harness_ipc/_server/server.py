@@ -93,7 +93,7 @@ async def start_daemon_server(
         listener = undo.enter_context(contextlib.closing(Listener(registration.record.address)))
         server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
         undo.callback(server.greeter.stop)
-        server.requests = Requests(handler, Hooks(health, after_request, server.check_closed), max_message)
+        server.requests = Requests(handler, Hooks(health, after_request), max_message)
         registration.publish(app_version=app_version, max_message=max_message)
         server._start()
         undo.pop_all()
@@ -190,6 +190,7 @@ class DaemonServer:
         self._registration.drain()
         self._acceptor.close()
         self._for_each(Session.leave)
+        self.requests.when_idle = self.check_closed
         try:
             self.loop.call_later(self.options.grace_period, self._cancel_requests)
             self.loop.call_soon(self.check_closed)
