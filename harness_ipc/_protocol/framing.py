@@ -50,26 +50,27 @@ class StreamFraming:
             self._data = b"".join((self._data[self._start :], *self._pieces))
             self._start = 0
             self._pieces.clear()
-        body = self._start + _LENGTH.size
-        (size,) = _LENGTH.unpack_from(self._data, self._start)
+        data, start = self._data, self._start
+        (size,) = _LENGTH.unpack_from(data, start)
+        body = start + _LENGTH.size
         if size == -1:
-            if self.buffered < _LENGTH.size + _LONG_LENGTH.size:
-                self._wanted = _LENGTH.size + _LONG_LENGTH.size
+            self._wanted = _LENGTH.size + _LONG_LENGTH.size
+            if self.buffered < self._wanted:
                 return None
-            (size,) = _LONG_LENGTH.unpack_from(self._data, body)
-            body += _LONG_LENGTH.size
+            (size,) = _LONG_LENGTH.unpack_from(data, body)
+            body = start + self._wanted
         if not 0 <= size <= limit:
             check_size(size, limit)
         end = body + size
-        if self.buffered < end - self._start:
-            self._wanted = end - self._start
+        left = len(data) - end
+        if left < 0:
+            self._wanted = end - start
             return None
-        frame = self._data[body:end]
-        self.buffered -= end - self._start
+        self.buffered = left
         self._wanted = _LENGTH.size
         # An idle connection holds no message.
-        self._data, self._start = (self._data, end) if self.buffered else (b"", 0)
-        return frame
+        self._data, self._start = (data, end) if left else (b"", 0)
+        return data[body:end]
 
     def clear(self) -> None:
         """Drop what was fed."""
@@ -79,8 +80,8 @@ class StreamFraming:
     @staticmethod
     def encode(frames: list[bytes]) -> list[bytes]:
         """Return the chunks to write for `frames`: short ones in one chunk, a long one as it is, after its length."""
-        if len(frames) == 1 and len(frames[0]) <= _MAX_COALESCED:
-            return [_LENGTH.pack(len(frames[0])) + frames[0]]
+        if sum(map(len, frames)) <= _MAX_COALESCED:
+            return [b"".join([_LENGTH.pack(len(frame)) + frame for frame in frames])] if frames else []
         chunks: list[bytes] = []
         short: list[bytes] = []
         size = 0

@@ -41,7 +41,7 @@ def answer_builtin(server: DaemonServer, host: Host, session: Session, message: 
 
 def send_pong(server: DaemonServer, session: Session, since: float, responsive: bool = True) -> None:
     """Reply to a ping, in the thread of the session's host: the server's loop has taken from `since` until now."""
-    usage = server.requests.counters.usage()
+    counters = server.requests.counters
     pong = {
         "pong": True,
         "pid": server.record.pid,
@@ -50,9 +50,9 @@ def send_pong(server: DaemonServer, session: Session, since: float, responsive: 
         "responsive": responsive,
         "loop_lag": time.monotonic() - since,
         "connections": server.admission.connections,
-        "requests": usage.requests,
-        "errors": usage.errors,
-        "idle": usage.idle,
+        "requests": counters.requests,
+        "errors": counters.errors,
+        "idle": counters.idle,
         "full": session.full,
     }
     session.send_reply(messages.encode(pong))

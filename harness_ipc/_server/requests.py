@@ -186,7 +186,7 @@ class Requests:
         request = CurrentRequest(caller, message, self._encoder)
         context = self._context.copy()
         if request._is_app_request:
-            self.counters.begin()
+            self.counters.in_flight += 1
             context.run(_current.set, request)
             if self._dispatcher.uninterrupted:
                 request._runs_to_end = request.method in self._dispatcher.uninterrupted

@@ -159,7 +159,7 @@ class DaemonServer:
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
-        return self.requests.counters.usage().idle
+        return self.requests.counters.idle
 
     @property
     def connections(self) -> int:
