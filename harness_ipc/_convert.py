@@ -57,12 +57,12 @@ class Fields:
         converted = {}
         for name, value in values.items():
             if name not in self._converters and not self._takes_others:
-                raise Mismatch(f"there is no {name!r}{did_you_mean(name, self._converters)}")
+                raise Mismatch(f"there is no {name!r:.100}{did_you_mean(name, self._converters)}")
             convert = self._converters.get(name, self._convert_other)
             try:
                 converted[name] = value if convert is None else convert(value)
             except Mismatch as error:
-                raise error.within(f".{name}") from None
+                raise error.within(f".{name[:100]}") from None
         for name in self._converters:
             if name in self._required and name not in converted:
                 raise Mismatch(f"{name!r} is missing")
@@ -73,7 +73,7 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """Return a question after a similar name, or an empty string if there is none."""
     from difflib import get_close_matches
 
-    similar = get_close_matches(name, known)
+    similar = get_close_matches(name[:100], known)
     return f", did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 
@@ -218,7 +218,7 @@ def _dict(key: Convert, item: Convert) -> Convert:
             try:
                 converted[key(name) if key else name] = item(found) if item else found
             except Mismatch as error:
-                raise error.within(f"[{name!r}]") from None
+                raise error.within(f"[{name!r:.100}]") from None
         return converted
 
     return convert

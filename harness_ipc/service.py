@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, overload
 
 from ._convert import Fields, Mismatch, converter, did_you_mean, resolve
 from ._protocol import messages
-from ._server.requests import Dispatcher, run_to_end
+from ._server.requests import Dispatcher, outliving_caller
 from ._workers import Workers
 from .errors import InvalidParams, MethodNotFound
 
@@ -124,7 +124,7 @@ class Service(Dispatcher):
         found = self._methods.get(name) if isinstance(name, str) else None
         if found is None:
             similar = did_you_mean(name, self._methods) if isinstance(name, str) else ""
-            raise MethodNotFound(f"there is no method {name!r}{similar or f': there are {_enumerate(self._methods)}'}")
+            raise MethodNotFound(f"there is no method {name!r:.100}{similar or f': there are {_enumerate(self._methods)}'}")
         assert isinstance(name, str)
         params = message.get("params")
         try:
@@ -143,12 +143,14 @@ class Service(Dispatcher):
         turns: asyncio.Semaphore = self.__turns  # type: ignore[attr-defined]
         workers: Workers = self.__workers  # type: ignore[attr-defined]
         async with turns:
-            # A thread can't be cancelled.
-            run_to_end()
-            failure, result = await workers.run(partial(contextvars.copy_context().run, _catch, function))
-        if failure is not None:
-            raise failure
-        return result
+            with outliving_caller():  # a thread can't be cancelled
+                failure, result = await workers.run(partial(contextvars.copy_context().run, _catch, function))
+        try:
+            if failure is not None:
+                raise failure
+            return result
+        finally:
+            del failure  # its traceback has this frame
 
 
 def _catch(function: Callable[[], Any]) -> tuple[BaseException | None, Any]:

@@ -18,7 +18,7 @@ from ..errors import ExpectedMore, ProtocolError, RemoteError
 from .counters import Counters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from json import JSONEncoder
 
     from .._protocol.messages import Message
@@ -136,11 +136,18 @@ async def report(value: Any) -> None:
         await request._caller.send_item(messages.encode(messages.item_reply(value), encoder=request._encoder))
 
 
-def run_to_end() -> None:
-    """Have the current request, if there is one, go on when its caller goes. A daemon that stops still cancels it."""
+@contextlib.contextmanager
+def outliving_caller() -> Iterator[None]:
+    """Have the current request, if there is one, go on though its caller goes. A daemon that stops still cancels it."""
     request = _current.get()
-    if request is not None:
-        request._runs_to_end = True
+    if request is None:
+        yield
+        return
+    before, request._runs_to_end = request._runs_to_end, True
+    try:
+        yield
+    finally:
+        request._runs_to_end = before
 
 
 class Hooks(NamedTuple):

@@ -204,6 +204,8 @@ def test_values_are_converted_by_their_annotation(name: str, sent: Any, received
         ("integer", {"v": 1, "w": 2}, "there is no 'w'"),
         ("integer", [1], "expected an object, got list"),
         ("others", {"b": 1, "c": "x"}, "c: expected float, got str 'x'"),
+        ("integer", {"v": "x" * 10**6}, "v: expected int, got str 'xxxx"),
+        ("integer", {"v" * 10**6: 1}, "there is no 'vvvv"),
     ],
 )
 def test_wrong_parameters_name_the_place_and_the_signature(name: str, params: Any, text: str) -> None:
@@ -212,6 +214,7 @@ def test_wrong_parameters_name_the_place_and_the_signature(name: str, params: An
         call(service, name, params)
     assert text in caught.value.message.replace("tests.unit.", "")
     assert caught.value.message.startswith(f"{name}(")
+    assert len(caught.value.message) < 300
     assert service.calls == 0
 
 
@@ -238,6 +241,7 @@ def test_a_nesting_that_is_too_deep_is_refused() -> None:
         ("__init__", "'__init__'"),
         ("xyz", "there are 'anything', 'choice', 'data'"),
         (None, "there is no method None: there are"),
+        ("x" * 10**6, "there is no method 'xxxx"),
         (["integer"], "there is no method ['integer']"),
     ],
 )
