@@ -399,15 +399,18 @@ async def test_other_methods_are_cancelled() -> None:
 
 
 @in_loop
-async def test_a_request_that_is_sent_and_forgotten_runs(driver: str) -> None:
-    async with serving() as (words, _, _):
-        connection = await asyncio.to_thread(dial_daemon, "test")
-        with connection:
-            await asyncio.to_thread(connection.send_bytes, json.dumps({"method": "wait_anyway"}).encode())
-            if driver == "pump":
-                # It may learn of the end first. Then the request does not run.
-                await words.began.wait()
+async def test_a_request_that_is_sent_and_forgotten_runs() -> None:
+    async with serving() as (words, server, client):
+        # The client's own connection is the only other one.
+        assert await client.call("count", text="") == 0
+
+        def send() -> None:
+            with dial_daemon("test") as connection:
+                connection.send_bytes(json.dumps({"method": "wait_anyway"}).encode())
+
+        await asyncio.to_thread(send)
         await words.began.wait()
+        await until(lambda: server.connections == 1)
         words.may_go_on.set()
         await until(lambda: words.ended == ["wait_anyway, caller gone: True"])
 
