@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     app = _ArgumentParser(add_help=False)
-    app.add_argument("app", metavar="MODULE:APP", help="an async function, or an object or class with start, handle and stop")
+    app.add_argument("app", metavar="MODULE:APP", help="a service or its class, an app or its class, or an async function")
     app.add_argument("--idle-timeout", type=_seconds, metavar="S", help="end after S seconds without a request")
 
     serve = commands.add_parser("serve", parents=[app, named], help="run a daemon in the foreground")

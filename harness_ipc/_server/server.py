@@ -71,7 +71,7 @@ async def start_daemon_server(
         await server.serve_forever()
     ```
 
-    `handler` is an async function from a message to a reply, both JSON objects, or an async generator of items, each JSON.
+    `handler` is a `Service`, or an async function from a message to a reply, both JSON objects, or an async generator of items.
     `max_message` is the limit of a message in bytes, `handshake_timeout` and `grace_period` are seconds. The handler of a
     request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved
     request of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given;
