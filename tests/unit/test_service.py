@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal, NewType, Optional
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from harness_ipc import InvalidParams, MethodNotFound, Service, method
+from harness_ipc._convert import Mismatch, converter
 from harness_ipc._protocol import messages
 
 Tag = NewType("Tag", int)
@@ -359,3 +364,53 @@ def test_what_a_method_takes_it_may_return() -> None:
     sent = messages.decode(messages.encode({"v": entry, "b": b"\xff"}))
     assert sent["b"] == "/w=="
     assert call(Kinds(), "entry", {"v": sent["v"]}) == entry
+
+
+PLAIN: list[tuple[Any, st.SearchStrategy[Any]]] = [
+    (int, st.integers()),
+    (float, st.floats(allow_nan=False, allow_infinity=False)),
+    (str, st.text()),
+    (bool, st.booleans()),
+    (bytes, st.binary()),
+    (datetime, st.datetimes(timezones=st.sampled_from([None, UTC]))),
+    (Path, st.text("ab/.é").map(Path)),
+    (Literal["a", 2], st.sampled_from(["a", 2])),
+]
+
+
+def containers(kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        kinds.map(lambda kind: (GenericAlias(list, (kind[0],)), st.lists(kind[1], max_size=3))),
+        kinds.map(lambda kind: (GenericAlias(dict, (str, kind[0])), st.dictionaries(st.text(), kind[1], max_size=3))),
+        kinds.map(lambda kind: (kind[0] | None, st.none() | kind[1])),
+    )
+
+
+KINDS = st.recursive(st.sampled_from(PLAIN), containers, max_leaves=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda items: st.lists(items, max_size=3) | st.dictionaries(st.text(), items, max_size=3),
+    max_leaves=6,
+)
+# A machine under load is slow to make values.
+SLOWLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SLOWLY
+@given(st.data(), KINDS)
+def test_what_is_sent_by_the_rule_is_received_by_the_annotation(data: st.DataObject, kind: tuple[Any, Any]) -> None:
+    value = data.draw(kind[1])
+    convert = converter(kind[0])
+    assert convert is not None
+    received = convert(messages.decode(messages.encode({"v": value}))["v"])
+    assert received == value
+    assert type(received) is type(value)
+
+
+@SLOWLY
+@given(KINDS, JSON)
+def test_any_json_is_converted_or_refused(kind: tuple[Any, Any], value: Any) -> None:
+    convert = converter(kind[0] | Entry)
+    assert convert is not None
+    with contextlib.suppress(Mismatch):
+        convert(value)
