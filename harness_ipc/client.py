@@ -63,17 +63,15 @@ def connect_daemon(
     function; no other timeout counts it. `version` is what the daemon's `app_version` must be: if another one runs,
     `on_mismatch` says whether that is an error, or the daemon is stopped and started again.
 
-    `errors` are classes, derived from `RemoteError`, that a call raises when the daemon answers with an error whose type is the
-    class's name, so that ``except NotIndexed`` works on both sides. Their own ``__init__`` is not called: they have `message`,
-    `type`, `data` and `maybe_executed`.
+    `errors` are classes, derived from `RemoteError`, that a call raises for errors of their name: ``except NotIndexed`` works
+    on both sides. Their own ``__init__`` is not called: they have `message`, `type`, `data` and `maybe_executed`.
 
     `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own, with
     at most `timeout` of it for connecting (`float("inf")` waits for ever); `max_message` is the limit of a message in either
     direction, in bytes; `namespace` is that of the daemon's application, and None the default one.
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
-    `UnsafeDirectory`, `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and with `start` what
-    `ensure_daemon` or the function does.
+    `UnsafeDirectory`, `InvalidName`, `ResourceExhausted` if no descriptor is free, and what `ensure_daemon` or `start` does.
     """
     client = Client(
         name,
