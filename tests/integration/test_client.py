@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -395,7 +397,6 @@ def test_the_proof_travels_with_the_first_request() -> None:
         handshake = ServerHandshake(served.daemon.keys)
         handshake.receive_frame(served.connection.recv_bytes())
         os.write(descriptor, b"".join(framing.encode(handshake.output)))
-        # One write of the client's.
         framing.feed(os.read(descriptor, 65536))
         frames = [framing.next_frame(1024) for _ in range(3)]
         assert frames[0] == b"#WELCOME#"
@@ -403,8 +404,16 @@ def test_the_proof_travels_with_the_first_request() -> None:
         served.connection.send_bytes(b"#WELCOME#")
         served.send({"result": 1})
 
+    def delay(*_: object) -> None:
+        # Two writes would be read one after the other.
+        time.sleep(0.001)
+
     with scripted.daemon(serve):
-        assert request("test", {"method": "m"}, timeout=PATIENCE) == {"result": 1}
+        sys.setprofile(delay)
+        try:
+            assert request("test", {"method": "m"}, timeout=PATIENCE) == {"result": 1}
+        finally:
+            sys.setprofile(None)
 
 
 @pytest.mark.parametrize(("verdict", "error"), [(None, ConnectionLost), (b"#FAILURE#", AuthenticationFailed)])
