@@ -221,8 +221,13 @@ class Session:
         transport, self.transport = self.transport, None
         if transport is None:
             return
-        # Before the client sees the end.
-        self._server.admission.log_end(self, error)
+        try:
+            # Before the client sees the end.
+            self._server.admission.log_end(self, error)
+        finally:  # whatever the app's log handlers do
+            self._end(transport, error)
+
+    def _end(self, transport: Transport, error: Exception | None) -> None:
         if error is not None:
             # Why, if the protocol says so, and the client still listens.
             with contextlib.suppress(Exception):

@@ -15,7 +15,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from harness_ipc import Client, DaemonNotRunning, HarnessIPCError, aconnect_daemon, request
+import pytest
+
+from harness_ipc import (
+    Client,
+    ConnectionLost,
+    DaemonNotRunning,
+    HarnessIPCError,
+    aconnect_daemon,
+    request,
+    start_daemon_server,
+)
 from harness_ipc._protocol import messages
 from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._protocol.handshake import Keys
@@ -24,8 +34,6 @@ from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import AuthenticationFailed
 from tests.marks import needs_posix
 from tests.processes import PATIENCE
-
-pytestmark = needs_posix
 
 GENERATIONS = int(os.environ.get("HARNESS_TEST_DRAINS", "60"))
 
@@ -107,16 +115,56 @@ def ask_kept(ids: Any, over: threading.Event, note: Callable[[Any, Any], None]) 
             note(number, lambda number=number: client.request({"id": number}, timeout=PATIENCE))
 
 
+@needs_posix
 def test_requests_beside_drains_run_once_or_say_that_they_did_not() -> None:
     ran: Counter[str] = Counter()
-    outcomes: dict[str, Any] = {}
+
+    def serve() -> None:
+        generation = Generation(ran)
+        for _ in range(GENERATIONS):
+            generation.serve(random.random() * 0.05)
+            successor = generation.drain(has_successor=True)
+            assert successor is not None
+            generation = successor
+        over.set()
+        generation.serve(0.5)
+        generation.drain(has_successor=False)
+
     over = threading.Event()
+    check(ran, ask_beside(serve, over))
+
+
+@pytest.mark.usefixtures("driver")
+def test_requests_beside_drains_of_servers_run_once_or_say_that_they_did_not() -> None:
+    ran: Counter[str] = Counter()
+
+    async def handle(message: dict[str, Any]) -> dict[str, Any]:
+        ran[message["id"]] += 1
+        await asyncio.sleep(random.choice([0, 0, 0.01]))
+        return {"result": message["id"]}
+
+    async def serve() -> None:
+        for _ in range(GENERATIONS):
+            server, _ = await start_daemon_server(handle, "test", grace_period=PATIENCE)
+            async with server:
+                await asyncio.sleep(random.random() * 0.05)
+        over.set()
+
+    over = threading.Event()
+    check(ran, ask_beside(lambda: asyncio.run(serve()), over))
+
+
+def ask_beside(serve: Callable[[], None], over: threading.Event) -> dict[str, Any]:
+    """Ask in several ways at once while `serve` runs, and return what became of each request."""
+    outcomes: dict[str, Any] = {}
 
     def note(number: Any, ask: Callable[[], dict[str, Any]]) -> None:
         try:
             outcomes[number] = ask()["result"] == number
         except HarnessIPCError as error:
             outcomes[number] = error
+            # Not to keep the next daemon from its start.
+            time.sleep(0.005)
 
     def ids(worker: int) -> Any:
         return (f"{worker}.{n}" for n in range(1_000_000))
@@ -133,29 +181,30 @@ def test_requests_beside_drains_run_once_or_say_that_they_did_not() -> None:
                 outcomes[number] = (await client.request({"id": number}, timeout=PATIENCE))["result"] == number
             except HarnessIPCError as error:
                 outcomes[number] = error
+                await asyncio.sleep(0.005)
         await client.close()
 
-    generation = Generation(ran)
     with ThreadPoolExecutor(6) as pool:
         jobs = [
             pool.submit(ask, ids(worker), over, note) for worker, ask in enumerate([ask_once, ask_once, ask_kept, ask_kept])
         ]
         jobs += [pool.submit(asyncio.run, ask_async(worker)) for worker in (4, 5)]
-        for _ in range(GENERATIONS):
-            generation.serve(random.random() * 0.05)
-            successor = generation.drain(has_successor=True)
-            assert successor is not None
-            generation = successor
-        over.set()
-        generation.serve(0.5)
+        try:
+            serve()
+        finally:
+            over.set()
         for job in jobs:
             job.result(PATIENCE)
-    generation.drain(has_successor=False)
+    return outcomes
+
+
+def check(ran: Counter[str], outcomes: dict[str, Any]) -> None:
     assert len(outcomes) > GENERATIONS
     for number, outcome in outcomes.items():
         if isinstance(outcome, HarnessIPCError):
             # Between two records there is no daemon.
-            assert (type(outcome), outcome.maybe_executed) == (DaemonNotRunning, False), (number, outcome)
+            assert isinstance(outcome, (DaemonNotRunning, ConnectionLost)), (number, outcome)
+            assert not outcome.maybe_executed, (number, outcome)
             assert ran[number] == 0
         else:
             assert outcome, number

@@ -144,6 +144,41 @@ def test_the_verdict_travels_with_the_first_reply() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_refusal_is_in_the_log_before_the_client_sees_it(fails: bool) -> None:
+    class Look(logging.Handler):
+        connection: FrameConnection
+
+        def emit(self, entry: logging.LogRecord) -> None:
+            if "refused the client" in entry.getMessage():
+                seen.append(self.connection.is_readable())
+                logged.set()
+                if fails:
+                    raise LookupError("a handler of the app's")
+
+    def be_refused(connection: FrameConnection) -> None:
+        with connection:
+            connection.send_bytes(b"no challenge")
+            assert logged.wait(PATIENCE)
+            with pytest.raises(ConnectionLost):
+                connection.recv_bytes()
+
+    async def main() -> None:
+        async with serving():
+            look.connection = await asyncio.to_thread(FrameConnection, records.load("test").address)
+            await asyncio.to_thread(be_refused, look.connection)
+
+    seen: list[bool] = []
+    logged = threading.Event()
+    look = Look(logging.WARNING)
+    logging.getLogger("harness_ipc").addHandler(look)
+    try:
+        run(main)
+    finally:
+        logging.getLogger("harness_ipc").removeHandler(look)
+    assert seen == [False]
+
+
 # Closing.
 
 
