@@ -96,7 +96,7 @@ def encode(message: Message, limit: int | None = None, encoder: json.JSONEncoder
 def _find_unsendable(message: Message, encoder: json.JSONEncoder) -> str:
     """Return the path of the first value that `encoder` refuses, as in "result.items[3].when", or "" if that can't be told."""
     try:
-        return next(_unsendable(message, "", encoder), "")
+        return next(_unsendable(message, "", encoder), "")[:200]
     except (TypeError, ValueError, RecursionError):
         return ""
 
