@@ -13,8 +13,8 @@ import pytest
 
 from harness_ipc import DaemonTimeout, aconnect_daemon, connect_daemon, ping, request, start_daemon_server
 from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_python
-from tests.wire import dial_daemon
+from tests.processes import PATIENCE, spawn_python, wait_until
+from tests.wire import FrameConnection, dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 
@@ -185,6 +185,40 @@ def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
             await sending
             assert replies == [{"result": None}, *({"result": n} for n in range(2, 5))]
             connection.close()
+            del handler.events[:]
+
+    asyncio.run(main())
+
+
+@needs_posix
+def test_only_so_much_is_read_ahead_of_a_reply() -> None:
+    """A client that sends and sends fills the system's buffers, not the daemon's memory."""
+    most = 16 * 2**20
+    frame = json.dumps({"n": 2, "text": "x" * 60_000}).encode()
+
+    def send_until_nothing_goes(connection: FrameConnection) -> int:
+        sent, before = 0, -1
+        while before < sent < most:
+            before = sent
+            # Also the rest of the last one.
+            while sent < most and connection.connection.send_now([]):
+                connection.connection.send_now(connection.framing.encode([frame]))
+                sent += len(frame)
+            # Several turns of the loop, in which it could read.
+            for n in range(20):
+                assert request("test", {"n": n}, timeout=PATIENCE) == {"result": n}
+        return sent
+
+    async def main() -> None:
+        handler = Handler()
+        async with serving(handler):
+            connection = await asyncio.to_thread(dial_daemon, "test")
+            await asyncio.to_thread(connection.send_bytes, b'{"wait": 1}')
+            await handler.until(("began", 1))
+            assert await asyncio.to_thread(send_until_nothing_goes, connection) < most
+            connection.close()
+            handler.may_go_on.set()
+            await asyncio.to_thread(wait_until, lambda: ("ended", 1) in handler.events)
             del handler.events[:]
 
     asyncio.run(main())
