@@ -64,6 +64,8 @@ def call_message(method: str, params: Message | None, kwargs: Message, timeout: 
 def error_classes(errors: Iterable[type[RemoteError]]) -> ErrorClasses:
     """Return `errors` by their names. Raises `TypeError` for other classes, and `ValueError` if two have the same name."""
     classes: ErrorClasses = {}
+    if isinstance(errors, type):
+        raise TypeError(f"errors must be a list of classes: write errors=[{errors.__name__}]")
     for kind in errors:
         if not (isinstance(kind, type) and issubclass(kind, RemoteError)):
             raise TypeError(f"errors has {kind!r}, which is not a subclass of RemoteError")

@@ -198,7 +198,11 @@ class Exchange:
         deadline = min(self.deadline, deadline_after(pool.connect_timeout))
         # Before the daemon is woken, which then waits for what they are for.
         protocol = ClientProtocol(_derive_keys(record.authkey, record.address), Framing(), pool.max_message)
-        connection = await io.connect(record.address, deadline)
+        try:
+            connection = await io.connect(record.address, deadline)
+        except DaemonNotRunning as error:
+            text = f"the daemon {record.name!r} ended without removing its record: start it again"
+            raise DaemonNotRunning(text) from error
         link = Link(connection, protocol, record, min(pool.max_message, record.max_message))
         pool.record = record
         with self._state.guard:

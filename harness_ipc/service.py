@@ -124,7 +124,8 @@ class Service(Dispatcher):
         found = self._methods.get(name) if isinstance(name, str) else None
         if found is None:
             similar = did_you_mean(name, self._methods) if isinstance(name, str) else ""
-            raise MethodNotFound(f"there is no method {name!r:.100}{similar or f': there are {_enumerate(self._methods)}'}")
+            what = f"there is no method {name!r:.100}" if "method" in message else 'the message has no "method"'
+            raise MethodNotFound(f"{what}{similar or f': there are {_enumerate(self._methods)}'}")
         assert isinstance(name, str)
         params = message.get("params")
         try:

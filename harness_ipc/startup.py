@@ -266,8 +266,9 @@ def reporting() -> Iterator[ReadyPipe]:
         yield pipe
     except Exception as error:
         # A StartFailed knows the error that it stands for.
-        known = getattr(error, "type", "") or type(error).__name__, getattr(error, "reason", "") or str(error)
-        pipe.send(state="failed", message=str(error), type=known[0], reason=known[1])
+        kind = getattr(error, "type", "") or type(error).__name__
+        reason = getattr(error, "reason", "") or getattr(error, "message", "") or str(error)
+        pipe.send(state="failed", message=str(error), type=kind, reason=reason)
         raise
     finally:
         pipe.close()

@@ -243,7 +243,7 @@ if sys.platform != "win32":
         if isinstance(error, BlockingIOError):
             return DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded")
         if isinstance(error, (FileNotFoundError, ConnectionRefusedError, NotADirectoryError)):
-            return DaemonNotRunning("the daemon ended without removing its record: start it again")
+            return DaemonNotRunning(f"nobody listens at {address}")
         if isinstance(error, PermissionError):
             return AuthenticationFailed(
                 f"the socket {address} can't be connected: {error.strerror}; a sandbox or another user's directory is in the "

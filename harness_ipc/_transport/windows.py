@@ -150,7 +150,7 @@ if sys.platform == "win32":
                 _winapi.SetNamedPipeHandleState(connection.fileno(), _winapi.PIPE_READMODE_MESSAGE, None, None)
                 return connection
             except FileNotFoundError as error:
-                raise DaemonNotRunning("the daemon ended without removing its record: start it again") from error
+                raise DaemonNotRunning(f"nobody listens at {address}") from error
             except PermissionError as error:
                 raise AuthenticationFailed(f"the pipe {address} belongs to another user") from error
             except OSError as error:

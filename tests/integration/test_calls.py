@@ -205,6 +205,8 @@ def test_classes_that_can_not_be_registered_are_refused_at_once() -> None:
     for wrong in (ValueError, "NotIndexed", RemoteError("instance")):
         with pytest.raises(TypeError, match="not a subclass of RemoteError"):
             connect_daemon("test", errors=[wrong])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"write errors=\[NotIndexed\]"):
+        connect_daemon("test", errors=NotIndexed)  # type: ignore[arg-type]
     same_name = type("NotIndexed", (RemoteError,), {})
     with pytest.raises(ValueError, match="two classes 'NotIndexed'"):
         connect_daemon("test", errors=[NotIndexed, same_name])

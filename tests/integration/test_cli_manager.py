@@ -284,7 +284,8 @@ def test_the_status_after_a_crash_is_stale_until_the_next_start() -> None:
     psutil.Process(pid).kill()
     wait_until(lambda: not daemon_alive("crashed"))
     assert _state("crashed") == (3, "stale")
-    assert "  problem   " in _run("status", "--name", "crashed").stdout
+    problem = "the daemon 'crashed' ended without removing its record: start it again"
+    assert f"  problem   {problem}\n" in _run("status", "--name", "crashed").stdout
     assert _start("crashed") != pid
     assert _state("crashed") == (0, "running")
 

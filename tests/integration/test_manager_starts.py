@@ -402,6 +402,12 @@ def test_a_deadline_that_has_passed_names_what_was_waited_for(base: Path) -> Non
             "no model",
             "LookupError: no model",
         ),
+        (
+            "import harness_ipc\nasync def fail(self): raise harness_ipc.RemoteError('locked', type='Ill')\nApp.start = fail",
+            "Ill",
+            "locked",
+            "Ill: locked",
+        ),
         ("raise ValueError('no\\nuse')", "", "use", "ended with status 1 before it was ready (use)"),
     ],
 )

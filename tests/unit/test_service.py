@@ -256,6 +256,11 @@ def test_an_unknown_method_names_those_that_there_are(name: Any, text: str) -> N
     assert text in caught.value.message
 
 
+def test_a_message_without_a_method_is_told_so() -> None:
+    with pytest.raises(MethodNotFound, match="the message has no \"method\": there are 'anything', "):
+        Kinds()({"meta": "session"})
+
+
 # Which functions may be methods.
 
 
