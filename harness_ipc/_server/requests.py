@@ -225,19 +225,16 @@ class Requests:
             reply = await (self._call_handler(request) if request._is_app_request else self._ask_health())
         except (asyncio.CancelledError, GeneratorExit):
             reply = _cancelled_reply(request)
-        except RemoteError as error:
-            # Expected: it is the caller's.
-            reply = messages.error_reply(error)
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
             if self._is_inherited:
                 end_child(error)
             reply = messages.error_reply(error)
-            if request._is_app_request:
-                self._log.exception("the handler failed", error)
-            else:
+            if not request._is_app_request:
                 # A monitor asks often: no traceback each time.
-                self._log.warning("health check failed: %s: %s", *reply["error"].values(), error=error)
+                self._log.warning("health check failed: %(type)s: %(message)s", reply["error"], error=error)
+            elif not isinstance(error, RemoteError):  # that is expected
+                self._log.exception("the handler failed", error)
         if self._is_inherited:
             end_child(None)
         if request._task is not None and self.tasks.pop(request._task, None) is not None:
@@ -302,7 +299,7 @@ class Requests:
             return messages.encode(reply, self._max_message, self._encoder)
         except BaseException as error:  # of the reply's own methods too, where it is no plain dict
             sorry = messages.error_reply(error)
-            self._log.error("the reply can't be sent: %s: %s", *sorry["error"].values(), error=error)
+            self._log.error("the reply can't be sent: %(type)s: %(message)s", sorry["error"], error=error)
             failed = reply.get("error") if isinstance(reply, dict) else None
             if isinstance(failed, dict) and failed.pop("data", None) is not None:
                 # The error matters more than what goes with it.

@@ -270,6 +270,17 @@ async def test_data_that_can_not_be_sent_does_not_hide_the_error(data: str, capl
 
 
 @in_loop
+async def test_an_expected_error_of_a_health_check_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def health() -> dict[str, Any]:
+        raise RemoteError("no browser", type="Lost", data={"since": 1})
+
+    async with serving(health=health) as (_, _, client):
+        told = {"type": "Lost", "message": "no browser", "data": {"since": 1}}
+        assert await client.request({"meta": "health"}) == {"error": told}
+        assert "health check failed: Lost: no browser" in caplog.text
+
+
+@in_loop
 async def test_any_other_error_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as (_, _, client):
         for how in ("KeyError", "SystemExit", "StopIteration"):
