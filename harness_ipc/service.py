@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
 import sys
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, overload
 
 from ._convert import Fields, Mismatch, converter, did_you_mean, resolve
+from ._descriptors import end_child
 from ._protocol import messages
 from ._server.requests import Dispatcher, outliving_caller
 from ._workers import Workers
@@ -155,11 +157,15 @@ class Service(Dispatcher):
 
 
 def _catch(function: Callable[[], Any]) -> tuple[BaseException | None, Any]:
+    pid, failure, result = os.getpid(), None, None
     # Not raised in the thread: a future takes no StopIteration.
     try:
-        return None, function()
+        result = function()
     except BaseException as error:
-        return error, None
+        failure = error
+    if os.getpid() != pid:
+        end_child(failure)
+    return failure, result
 
 
 async def _reply(result: Awaitable[Any]) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from harness_ipc import (
     report,
     start_daemon_server,
 )
+from tests.marks import needs_posix
 from tests.processes import PATIENCE, spawn_python, wait_until
 from tests.wire import dial_daemon
 
@@ -384,6 +386,33 @@ def test_a_daemon_ends_beside_a_thread_that_does_not() -> None:
             assert client.request({"meta": "shutdown"}) == {"shutdown": True}
             assert daemon.wait() == 0
             assert isinstance(asking.exception(PATIENCE), ConnectionLost)
+
+
+FORKING = """
+import os
+from harness_ipc import Service, method, run_daemon
+
+class Forking(Service):
+    @method
+    def leave(self, fails: bool) -> int:
+        if pid := os.fork():
+            return os.waitpid(pid, 0)[1]
+        if fails:
+            raise ValueError("the child's")
+        return 0
+
+run_daemon(Forking(), "test", on_ready=lambda _: print("ready", flush=True))
+"""
+
+
+@needs_posix
+def test_a_child_that_a_thread_forks_and_lets_go_ends_there() -> None:
+    # From 3.12 on, Python warns of a fork beside other threads.
+    with spawn_python("-W", "ignore::DeprecationWarning", "-c", FORKING) as daemon:
+        assert daemon.read_line() == "ready"
+        with connect_daemon("test", request_timeout=PATIENCE) as client:
+            assert client.call("leave", fails=False) == 0
+            assert os.waitstatus_to_exitcode(client.call("leave", fails=True)) == 1
 
 
 # Departure.
