@@ -130,6 +130,7 @@ class Pool:
             raise refused[record.generation]
         wanted = self.start_options.get("version")
         if wanted is not None and (found := record.public().get("app_version")) != wanted:
+            found = found or "None (its run_daemon has no app_version)"
             text = f"the daemon {self.name!r} that runs has version {found}, not {wanted}"
             if self.start_options.get("on_mismatch") == "restart":
                 raise WrongVersion(text)

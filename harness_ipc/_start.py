@@ -107,7 +107,8 @@ def start(command: Command, wait: StartWait) -> bool:
         if (place := (message.get("name"), message.get("directory"))) != (name, namespace.runtime_dir):
             child.process.terminate()
             _wait_for_exit(child)
-            raise _start_failed(name, f"its command line starts the daemon {place[0]!r} in {place[1]}", log, offset)
+            why = f"its command line starts the daemon {place[0]!r} in {place[1]}, not {name!r} in {namespace.runtime_dir}"
+            raise _start_failed(name, f"{why}: give run_daemon this name, and no `namespace` or the same one", log, offset)
         return True
     finally:
         child.close()

@@ -217,9 +217,8 @@ def _find_usable(command: Command, accepted: _Accepted, wait: StartWait) -> Daem
         return None
     is_other_version = version not in (None, status.app_version) and on_mismatch != "accept"
     if is_other_version and on_mismatch != "restart":
-        raise IncompatibleDaemon(
-            f"the daemon {name!r} that runs has version {status.app_version}, not {version}: restart it, or accept it"
-        )
+        found = status.app_version or "None (its run_daemon has no app_version)"
+        raise IncompatibleDaemon(f"the daemon {name!r} that runs has version {found}, not {version}: restart it, or accept it")
     if not is_other_version and (on_unhealthy != "restart" or status.healthy is not False):
         return status
     _check_can_start(name, command)

@@ -335,7 +335,7 @@ def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, mon
     program = command(
         first="from harness_ipc import Namespace", options=f"namespace=Namespace(runtime_dir={elsewhere.runtime_dir!r})"
     )
-    with pytest.raises(StartFailed, match=r"starts the daemon 'test' in .*elsewhere"):
+    with pytest.raises(StartFailed, match=r"starts the daemon 'test' in .*elsewhere, not 'test' in .*: give run_daemon"):
         ensure_daemon("test", program)
     # The one that was started by mistake has been told to end; on Windows it has left its record.
     wait_until(

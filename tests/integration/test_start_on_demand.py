@@ -177,6 +177,14 @@ def test_another_version_is_an_error_or_replaced(ask: Any, form: Any, tmp_path: 
     assert Daemon(tmp_path).ran == [1, 3, 4]
 
 
+def test_a_daemon_without_a_version_has_to_be_given_one(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    ensure_daemon("test", daemon.command)
+    for use in (lambda: connect_daemon("test", version="2"), lambda: ensure_daemon("test", daemon.command, version="2")):
+        with pytest.raises(IncompatibleDaemon, match="its run_daemon has no app_version"):
+            use()
+
+
 def test_a_client_that_may_restart_needs_a_start() -> None:
     with pytest.raises(ValueError, match="needs a start"):
         connect_daemon("test", version="1", on_mismatch="restart")
