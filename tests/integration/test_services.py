@@ -26,6 +26,7 @@ from harness_ipc import (
     MethodNotFound,
     RemoteError,
     Service,
+    __version__,
     aconnect_daemon,
     connect_daemon,
     current_request,
@@ -195,6 +196,27 @@ async def test_methods_streams_and_progress() -> None:
         assert [item async for item in client.stream("chosen", n=3)] == [0, 1, 2]
         assert await client.call("amount") == {"total": 1.5}
         assert [item async for item in client.stream("amounts")] == [{"first": 0.5}, 1, [2.5]]
+
+
+@in_loop
+async def test_a_service_describes_itself_to_both_clients() -> None:
+    async with serving() as (words, server, client):
+
+        def ask() -> dict[str, Any]:
+            with connect_daemon("test") as blocking:
+                return blocking.describe()
+
+        described = await client.describe()
+        assert await asyncio.to_thread(ask) == described
+        assert described["methods"] == words.describe_methods()
+        assert (described["name"], described["version"]) == ("test", __version__)
+        assert {"name": "count", "signature": "count(text: str) -> int", "doc": "", "stream": False} in described["methods"]
+        assert [found["name"] for found in described["methods"] if found["stream"]] == STREAMS
+        # It is the channel's own request.
+        assert server.idle_seconds > 0
+
+
+STREAMS = ["amounts", "chosen", "chosen_in_a_thread", "items_anyway"]
 
 
 @in_loop
