@@ -38,13 +38,13 @@ def ipc_namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
 
 @pytest.fixture
 def ipc_daemon(ipc_namespace: Namespace) -> Iterator[Callable[..., RunningDaemon]]:
-    """A function that runs a daemon until the end of the test: `harness_ipc.testing.running` in `ipc_namespace`."""
+    """A function that runs a daemon until the end of the test: `harness_ipc.testing.running`, by default in `ipc_namespace`."""
     from harness_ipc.testing import running
 
     with contextlib.ExitStack() as stack:
 
-        def run(app: Any, name: str = "test", **options: Any) -> RunningDaemon:
-            return stack.enter_context(running(app, name, namespace=ipc_namespace, **options))
+        def run(app: Any, name: str = "test", *, namespace: Namespace | None = None, **options: Any) -> RunningDaemon:
+            return stack.enter_context(running(app, name, namespace=namespace or ipc_namespace, **options))
 
         yield run
 

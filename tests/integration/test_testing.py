@@ -284,6 +284,13 @@ def test_fixtures_serve_sync_and_async_tests_and_their_processes(run: Run) -> No
             pid = int(subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True).stdout)
             assert pid == harness_ipc.daemon_status("words").pid
 
+        def test_program_of_an_application(ipc_daemon, ipc_namespace):
+            program = "import users_daemon as u; from harness_ipc import *; run_daemon(u.app, 'a', namespace=Namespace('tool'))"
+            daemon = ipc_daemon([sys.executable, "-c", program], "a", namespace=harness_ipc.Namespace("tool"))
+            assert daemon.namespace.runtime_dir.startswith(ipc_namespace.runtime_dir)
+            with daemon.connect() as client:
+                assert client.call("pid") == harness_ipc.daemon_status("a", namespace=daemon.namespace).pid
+
         def test_async(ipc_daemon):
             async def main():
                 async with await ipc_daemon(handle).aconnect() as client:
@@ -297,7 +304,7 @@ def test_fixtures_serve_sync_and_async_tests_and_their_processes(run: Run) -> No
             harness_ipc.ensure_daemon("words", [sys.executable, "-m", "harness_ipc", *serve], namespace=other)
         """,
     )
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)
 
 
 def test_a_failed_test_shows_the_log_and_ends_its_daemons(run: Run, pytester: pytest.Pytester) -> None:
