@@ -464,6 +464,45 @@ def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
     run(main)
 
 
+def test_pings_at_a_blocked_loop_are_answered_and_the_next_request_when_it_goes_on() -> None:
+    blocked, release = threading.Event(), threading.Event()
+
+    async def block(message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("block"):
+            blocked.set()
+            assert release.wait(PATIENCE)
+        return {"result": message}
+
+    def talk() -> None:
+        blocker = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
+        blocker.start()
+        try:
+            assert blocked.wait(PATIENCE)
+            with dial_daemon("test") as connection:
+                for message in ({"meta": "ping"}, {"meta": "ping"}, {"n": 1}, {"meta": "ping"}, {"n": 2}):
+                    connection.send_bytes(json.dumps(message).encode())
+                lags = []
+                for _ in range(2):
+                    pong = json.loads(connection.recv_bytes(2**20))
+                    assert (pong["pong"], pong["responsive"]) == (True, False)
+                    lags.append(pong["loop_lag"])
+                # Of one moment: when the loop was asked, and has not answered since.
+                assert 0 < lags[0] < lags[1]
+                release.set()
+                replies = [json.loads(connection.recv_bytes(2**20)) for _ in range(3)]
+                assert [replies[0], replies[2]] == [{"result": {"n": 1}}, {"result": {"n": 2}}]
+                assert replies[1]["responsive"] is True
+        finally:
+            release.set()
+            blocker.join()
+
+    async def main() -> None:
+        async with serving(block):
+            await asyncio.to_thread(talk)
+
+    run(main)
+
+
 # From 3.12 on an app may have tasks begin at once.
 task_factories = pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
 
