@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import sys
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from ..errors import ExpectedMore, ProtocolError, RemoteError
 from .counters import Counters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
     from json import JSONEncoder
 
     from .._protocol.messages import Message
@@ -197,14 +198,20 @@ class Requests:
             context.run(_current.set, request)
             if self._dispatcher.uninterrupted:
                 request._runs_to_end = request.method in self._dispatcher.uninterrupted
-        task = self._loop.create_task(self._run(request), context=context)
-        # An eager one, which the app's task factory may make, has perhaps ended already.
+        task = self._create_task(self._run(request), context)
+        # An eager one has perhaps ended already.
         if not task.done():
             request._task = task
             self.tasks[task] = request
             # A task that is cancelled before its first step runs nothing of `_run`.
             task.add_done_callback(self._on_done)
         return task
+
+    def _create_task(self, run: Coroutine[Any, Any, None], context: contextvars.Context) -> asyncio.Task[None]:
+        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+            # Many handlers wait for nothing: one iteration of the loop less.
+            return asyncio.Task(run, loop=self._loop, context=context, eager_start=True)
+        return self._loop.create_task(run, context=context)
 
     def cancel(self, task: asyncio.Task[None]) -> None:
         """Cancel a request whose caller has gone, once: a second cancel would break clean-up that awaits."""

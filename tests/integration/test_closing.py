@@ -55,6 +55,8 @@ pytestmark = pytest.mark.usefixtures("driver")
 def test_a_request_that_is_cancelled_before_its_task_began_is_answered(closing: bool) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
+        # Otherwise it begins at once, from 3.12 on.
+        loop.set_task_factory(lambda loop, run, **options: asyncio.Task(run, loop=loop, **options))
         async with serving(grace_period=NEVER) as server:
             client = await asyncio.to_thread(connect_daemon, "test")
             asking = asyncio.create_task(asyncio.to_thread(client.request, {"n": 1}, timeout=PATIENCE))
