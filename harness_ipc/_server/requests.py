@@ -15,7 +15,7 @@ from .._progress import report_start
 from .._protocol import messages
 from .._rate_limit import RateLimitedLogger
 from .._transport import deadline_after
-from ..errors import ExpectedMore, ProtocolError, RemoteError
+from ..errors import ExpectedMore, RemoteError
 from .counters import Counters
 
 if TYPE_CHECKING:
@@ -161,12 +161,7 @@ class Hooks(NamedTuple):
 class Requests:
     """The handler and its requests in flight, in the event loop's thread."""
 
-    def __init__(
-        self,
-        handler: Handler,
-        hooks: Hooks,
-        max_message: int,
-    ) -> None:
+    def __init__(self, handler: Handler, hooks: Hooks, max_message: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = RateLimitedLogger(logger)
         # Without what belongs to the caller of the server's start.
@@ -313,11 +308,6 @@ class Requests:
                 return self._encode(reply)
             # Without a limit: the error is short, and there has to be a reply.
             return messages.encode(sorry)
-
-
-def unreadable_reply(error: ProtocolError) -> bytes:
-    """Return the reply to a request that can't be read."""
-    return messages.encode(messages.not_executed(error))
 
 
 def _cancelled_reply(request: CurrentRequest) -> Message:

@@ -12,7 +12,6 @@ from .._protocol import messages
 from .._protocol.session import ACTIVE, CANCELLING, CLOSED, IDLE, LEAVING, MAX_READ_AHEAD, PROVED, REPLYING
 from ..errors import MessageTooLarge, ProtocolError
 from .builtins import answer_builtin
-from .requests import unreadable_reply
 
 if TYPE_CHECKING:
     from .._protocol.messages import Message
@@ -262,7 +261,7 @@ class Session:
         if not self.full:
             self.due = inf
         if isinstance(message, ProtocolError):
-            self.send_reply(unreadable_reply(message))
+            self.send_reply(messages.encode(messages.not_executed(message)))
         elif not (self.full or "meta" in message) or not answer_builtin(self._server, self.host, self, message):
             task = self.host.start_request(self, message)
             if task is not None and not task.done():
