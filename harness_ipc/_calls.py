@@ -136,9 +136,6 @@ class _Items:
         self._ended = False
         self._receiving = False
 
-    def __del__(self) -> None:
-        self._exchange.close()
-
     async def _advance(self) -> bool:
         """Receive the next item. Return False if there is none: the result is known then. Raises what `call` does."""
         if self._ended:

@@ -56,6 +56,7 @@ class Exchange:
     )
 
     def __init__(self, pool: Pool, message: Message | None, timeout: float, io: IO = BLOCKING) -> None:
+        self._link: Link | None = None
         self.set_timeout(timeout)
         # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
         self._frame = None if message is None else messages.encode(message)
@@ -63,13 +64,17 @@ class Exchange:
         self._pool = pool
         self._io = io
         self._state = pool.state
-        self._link: Link | None = None
         self._cancelled = False
         # Whether the request is on its way on `_link`, and for each generation that did not run it the error that says so.
         self._sent = False
         self._refused: dict[str, HarnessIPCError] = {}
         # What the daemon is waited for, for the text of a timeout: "" for the reply.
         self._awaited: str | None = "accept a connection" if message is None else ""
+
+    def __del__(self) -> None:
+        # No link: also where `__init__` failed.
+        if getattr(self, "_link", None) is not None:
+            self.close()
 
     def set_timeout(self, timeout: float) -> None:
         """Have the next reply, or the only one, come within `timeout` seconds from now. Raises `ValueError`."""
@@ -92,8 +97,11 @@ class Exchange:
         """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
         if self._state.pid == os.getpid():
             with self._state.guard:
-                link, self._link = self._link, None
+                link = self._link
                 if link is not None:
+                    # First: a link that an exception of a signal handler stops here belongs to nobody, and closes itself.
+                    self._state.busy.discard(link)
+                    self._link = None
                     if self._cancelled:  # perhaps after its reply had come
                         link.protocol.close()
                     self._pool.check_in(self._state, link)

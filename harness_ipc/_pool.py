@@ -139,7 +139,6 @@ class Pool:
 
     def check_in(self, state: State, link: Link) -> None:
         """Keep a link that is no longer used, or close it. Call it under the guard."""
-        state.busy.discard(link)
         # A late reply must not be taken for the next request's: only a link that waits for nothing is kept.
         is_idle = link.protocol.state == IDLE and not link.protocol.buffered
         if is_idle and not state.closed and len(state.idle) < self.max_idle:

@@ -83,7 +83,7 @@ class Asker:
         try:
             result = ask()
         except HarnessIPCError as error:
-            self.note("error", params["id"], type(error).__name__, error.maybe_executed)
+            self.note("error", params["id"], type(error).__name__, error.maybe_executed, ascii(str(error)))
         else:
             self.note("result" if result == [params["id"], "x" * params["size"]] else "crossed", params["id"])
 
@@ -134,7 +134,7 @@ class Asker:
             except asyncio.CancelledError:
                 self.note("left", params["id"])
             except HarnessIPCError as error:
-                self.note("error", params["id"], type(error).__name__, error.maybe_executed)
+                self.note("error", params["id"], type(error).__name__, error.maybe_executed, ascii(str(error)))
             else:
                 self.note("result" if result[0] == params["id"] else "crossed", params["id"])
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, TypeAlias
 
+import psutil
 import pytest
 
 from harness_ipc import (
@@ -241,6 +242,39 @@ print(set(statuses), failures)
 def test_a_forked_child_uses_the_client_with_connections_of_its_own(daemon: DaemonProcess) -> None:
     process = run_python("-W", "ignore::DeprecationWarning", "-c", FORKING)
     assert (process.returncode, process.stdout, process.stderr) == (0, "{0} []\n", "")
+
+
+@needs_posix
+@pytest.mark.filterwarnings("ignore:coroutine", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_of_a_signal_handler_at_any_moment_leaves_no_connection_behind(client: Client) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    left = moment = 0
+
+    def count_down(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            sys.setprofile(None)
+            raise Interrupt
+
+    assert client.call("echo", n=0) == {"n": 0}
+    before = psutil.Process().num_fds()
+    interrupted = True
+    while interrupted:
+        # Each begins with a connection that was kept.
+        assert client.call("echo", n=0) == {"n": 0}
+        left = moment = moment + 1
+        with contextlib.suppress(Interrupt):
+            sys.setprofile(count_down)
+            try:
+                assert client.call("echo", n=moment) == {"n": moment}
+            finally:
+                sys.setprofile(None)
+        interrupted = left < 0
+    assert moment > 50
+    assert psutil.Process().num_fds() <= before
 
 
 INTERRUPTED = """
