@@ -251,6 +251,8 @@ class Requests:
     def _finish(self, request: CurrentRequest, reply: Message) -> None:
         # A task that the handler has left behind can't report into the next request.
         request._more = False
+        # Whose context refers to the request.
+        request._task = None
         if request._is_app_request:
             self.counters.end("error" in reply)
         if self._hooks.before_reply is not None:

@@ -87,17 +87,13 @@ class Session:
         self._server = server
         self.protocol = protocol
         self.connection = connection
+        self.peer = connection.peer
         self.accepted_at = time.monotonic()
         self.full = full
         self._task: asyncio.Task[None] | None = None
         # Set when what is unsent has been taken, if handlers that send items wait for it.
         self._drained: asyncio.Event | None = None
         self._items = 0
-
-    @property
-    def peer(self) -> PeerCredentials:
-        """The process at the other end, by the kernel."""
-        return self.connection.peer
 
     def begin(self, host: Host) -> None:
         """Begin with the handshake, in the thread of `host`."""
@@ -233,6 +229,8 @@ class Session:
                 transport.write(self.protocol.data_to_send())
         self.protocol.close()
         self._server.remove(self, transport.close)
+        # They refer to each other: no garbage collection is needed.
+        del self.connection
         if self._drained is not None:
             self._release_waiters()
         if self._task is not None and self._server.options.cancel_on_disconnect:

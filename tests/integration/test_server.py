@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import json
 import logging
 import os
@@ -501,6 +502,24 @@ def test_pings_at_a_blocked_loop_are_answered_and_the_next_request_when_it_goes_
     async def main() -> None:
         async with serving(block):
             await asyncio.to_thread(talk)
+
+    run(main)
+
+
+def test_connections_that_have_ended_leave_nothing_to_collect() -> None:
+    def sessions() -> int:
+        return sum(type(one).__module__ == "harness_ipc._server.session" for one in gc.get_objects())
+
+    async def main() -> None:
+        async with serving() as server:
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(20):
+                    assert await serves()
+                await asyncio.to_thread(wait_until, lambda: server.connections == 0 and sessions() == 0)
+            finally:
+                gc.enable()
 
     run(main)
 
