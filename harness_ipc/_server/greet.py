@@ -39,6 +39,8 @@ class Greeter(threading.Thread):
         # Pings that wait for the server's loop, until when; when it was asked what it has not answered yet.
         self._pings: dict[Session, asyncio.TimerHandle] = {}
         self._asked_at: float | None = None
+        # When the server's loop was last seen to be responsive, if `DaemonServer.beat` is called.
+        self.beat_at: float | None = None
 
     def run(self) -> None:
         """Serve until `stop`."""
@@ -84,4 +86,4 @@ class Greeter(threading.Thread):
     def _give_up(self, session: Session) -> None:
         del self._pings[session]
         assert self._asked_at is not None
-        send_pong(self._server, session, self._server.beat_at or self._asked_at, responsive=False)
+        send_pong(self._server, session, self.beat_at or self._asked_at, responsive=False)

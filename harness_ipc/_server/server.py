@@ -76,8 +76,7 @@ async def start_daemon_server(
     request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved
     request of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given;
     `after_request` is called when a handler has ended, before its reply is sent. `registration` is what `acquire_name`
-    returned, if the caller has the name already, which the caller then releases; otherwise the name is acquired here, and
-    released when the server has closed.
+    returned, if the caller has the name and releases it; otherwise it is acquired here, and released at the server's end.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid time.
     """
@@ -145,8 +144,6 @@ class DaemonServer:
         self.admission = Admission(listener, options.max_connections)
         self.deadlines = Deadlines(self.loop, lambda: self.admission.hosted_by(self))
         self.greeter = Greeter(self)
-        # When the loop was last seen to be responsive, if `beat` is called.
-        self.beat_at: float | None = None
         self._acceptor = ThreadAcceptor(self) if USE_PUMP else LoopAcceptor(self)
         self.is_draining = False
         self._closed: asyncio.Future[None] = self.loop.create_future()  # done when nothing of it is left
@@ -168,7 +165,7 @@ class DaemonServer:
 
     def beat(self) -> None:
         """Record that the loop is responsive. Called every few seconds, it lets a ping tell since when the loop is blocked."""
-        self.beat_at = time.monotonic()
+        self.greeter.beat_at = time.monotonic()
 
     def is_reachable(self) -> bool:
         """Whether the record and the socket, by which clients find this server, are still there and still its own."""
@@ -258,7 +255,7 @@ class DaemonServer:
 
     def start_request(self, session: Session, message: Message) -> asyncio.Task[None]:
         """Start a request that is the app's, or `health`."""
-        if self.beat_at is not None:
+        if self.greeter.beat_at is not None:
             self.beat()
         return self.requests.start(session, message)
 
