@@ -52,7 +52,8 @@ def run(directory: Path, driver: str) -> None:
         await asyncio.sleep(params["seconds"])
         return {"result": [params["id"], "x" * params["size"]]}
 
-    run_daemon(handle, NAME, grace_period=PATIENCE)
+    with ran:
+        run_daemon(handle, NAME, grace_period=PATIENCE)
 
 
 class Asker:

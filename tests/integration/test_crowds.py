@@ -178,7 +178,9 @@ def test_clients_that_leave_die_and_cancel_beside_drains_lose_nothing(driver: st
     # Each thread of a pump that accepts stays.
     warm = 8 if driver == "pump" else 0
     wait_until(lambda: all(map(operator.le, census(), (tasks, threads + warm, descriptors))))
-    assert log_path(crowd.NAME).read_text(encoding="utf-8").partition("Traceback")[2] == ""
+    # A starter that dies leaves its daemon to the next one, whose own may then come second.
+    log = log_path(crowd.NAME).read_text(encoding="utf-8")
+    assert log.count("Traceback") == log.count("AlreadyRunning: "), log
     stop_daemon(crowd.NAME, timeout=PATIENCE)
 
 
@@ -191,8 +193,9 @@ def check_told(directory: Path) -> None:
         fates = {words[1]: words for words in lines}
         told.update(words[0] for words in fates.values())
         for name, (word, _, *error) in fates.items():
-            assert word in ("begin", "result", "left"), (name, word, error)
-            assert ran[name] in ([1] if word == "result" else [0, 1]), (name, word)
+            # A start may fail beside starters that die and daemons that are stopped while they start.
+            assert word in ("begin", "result", "left") or error[:2] == ["StartFailed", "False"], (name, word, error)
+            assert ran[name] in {"result": [1], "error": [0]}.get(word, [0, 1]), (name, word)
     assert max(ran.values()) == 1
     assert told["result"]
     assert told["left"]
