@@ -522,11 +522,11 @@ def shows_key(data: bytes | str, record: records.Record) -> bool:
 
 
 KEPT = """
-import sys
+import signal, sys
 from harness_ipc import connect_daemon
 with connect_daemon(sys.argv[1]) as daemon:
     print("ready", daemon.call("echo", n=1), daemon, vars(daemon), flush=True)
-    sys.stdin.read()
+    signal.pause()
 """
 FAILING = """
 import logging, os, sys, traceback
@@ -671,14 +671,14 @@ def test_nothing_that_a_daemon_says_steers_the_terminal_of_who_asks(private_dire
 EVIL_WORD = EVIL.replace("\0", "").replace("\ud800", "")
 
 
-@pytest.mark.parametrize("words", [["ping", f"--{EVIL_WORD}"], ["ping", EVIL_WORD], ["call", "{}", EVIL_WORD]])
+@pytest.mark.parametrize("words", [["ping", f"--{EVIL_WORD}"], ["ping", EVIL_WORD], ["call", "count", EVIL_WORD]])
 def test_an_argument_that_is_quoted_does_not_control_the_terminal(words: list[str]) -> None:
     refused = run_python("-m", "harness_ipc", *words)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "all is well" in refused.stderr
     assert all(c.isprintable() or c == "\n" for c in refused.stderr), ascii(refused.stderr)
-    assert refused.stderr.count("error: ") == 1
-    assert refused.stderr.splitlines()[-1].startswith("harness-ipc")
+    (line,) = [line for line in refused.stderr.splitlines() if "all is well" in line]
+    assert line.startswith("harness-ipc")
 
 
 def test_what_a_daemon_in_a_terminal_prints_does_not_control_it(private_directories: Path) -> None:
