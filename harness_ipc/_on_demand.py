@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from ._pool import WrongVersion
 from ._registry import processes, records
 from ._registry.namespace import Namespace
+from ._start import TERMINATED
 from ._transport import remaining
-from .errors import DaemonNotRunning, DaemonTimeout, IncompatibleDaemon
+from .errors import DaemonNotRunning, DaemonTimeout, IncompatibleDaemon, StartFailed
 from .manager import ensure_daemon, stop_daemon
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ def start_daemon(pool: Pool, deadline: float) -> float:
     if callable(pool.start):
         _call_start(pool, pool.start, namespace)
     else:
-        ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
+        try:
+            ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
+        except StartFailed as error:
+            # Stopped by others while it started: the caller finds none, as if it had been a moment later.
+            if error.type != TERMINATED:
+                raise
     return deadline + time.monotonic() - begin
 
 

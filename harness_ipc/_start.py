@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds for a child that has said why it fails to print its traceback and end.
 _EXIT_PERIOD = 2.0
+# The `StartFailed.type` of a daemon that was stopped while it started.
+TERMINATED = "SIGTERM"
 # Bytes.
 _LOG_TAIL = 4096
 # Seconds between two looks for the record of a child that says nothing.
@@ -98,7 +101,8 @@ def start(command: Command, wait: StartWait) -> bool:
         if state == "refused":
             raise _not_executable(command, OSError(message["errno"], os.strerror(message["errno"])))
         if state == "ended":
-            raise _start_failed(name, f"it {_ending(message['status'])} before it was ready", log, offset, quote=True)
+            ending, signal_name = _ending(message["status"])
+            raise _start_failed(name, f"it {ending} before it was ready", log, offset, quote=True, type=signal_name)
         if state == "failed":
             # It has yet to print its traceback.
             _wait_for_exit(child)
@@ -165,14 +169,17 @@ def _wait_for_exit(child: startup.Child) -> None:
         pass
 
 
-def _ending(status: int) -> str:
-    """Return how a process ended that has this `returncode`."""
+def _ending(status: int) -> tuple[str, str]:
+    """Return how a process ended that has this `returncode`, and the name of the signal that ended it, if one did."""
+    if sys.platform == "win32" and status == signal.SIGTERM:
+        return f"ended with status {status}", TERMINATED  # by `stop_daemon`
     if status >= 0:
-        return f"ended with status {status}"
+        return f"ended with status {status}", ""
     try:
-        return f"was ended by {signal.Signals(-status).name}"
+        name = signal.Signals(-status).name
     except ValueError:
-        return f"was ended by signal {-status}"
+        name = f"signal {-status}"
+    return f"was ended by {name}", name
 
 
 def _not_executable(command: Command, error: Exception) -> StartFailed:

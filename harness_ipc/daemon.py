@@ -26,6 +26,7 @@ from .errors import HarnessIPCError, StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+    from typing import Self
 
     from ._protocol.messages import Message
     from ._registry.lifetime import Registration
@@ -116,14 +117,15 @@ def run_daemon(
 
     async def main() -> None:
         stop = asyncio.Event()
-        with _StoppingSignals(stop):
+        with _StoppingSignals(stop) as signals:
             try:
                 with StartProgress(daemon.report, daemon.registration):
                     started = await _start(application, stop)
                 if started:
                     await serve(stop)
                 else:
-                    daemon.report.send(state="failed", message="it was told to stop while it was starting")
+                    message = "it was told to stop while it was starting"
+                    daemon.report.send(state="failed", type=signals.received, message=message)
             finally:
                 try:
                     await application.stop()
@@ -287,8 +289,10 @@ class _StoppingSignals:
         self._stop = stop
         self._loop = asyncio.get_running_loop()
         self._previous: dict[int, Any] = {}
+        # The name of the last signal.
+        self.received = ""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         close_in_child(self)
         try:
             for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
@@ -297,9 +301,10 @@ class _StoppingSignals:
                     self._previous[number] = signal.signal(number, self._on_signal)
         except ValueError:
             logger.info("not in the main thread: signals are left alone")
+        return self
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        name = signal.Signals(number).name
+        self.received = name = signal.Signals(number).name
         if name != "SIGHUP":
             signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
         # In the loop: here, the log may be in the middle of an entry.

@@ -79,7 +79,8 @@ class AlreadyRunning(HarnessIPCError, RuntimeError):
 class StartFailed(HarnessIPCError, RuntimeError):
     """A daemon could not start. `log_tail` has the last lines of its log.
 
-    `type` is the name of the exception that ended the start, `reason` its text. What is not known is an empty string.
+    `type` is the name of the exception, or of the signal, that ended the start, `reason` its text. What is not known is an
+    empty string.
     """
 
     def __init__(self, message: str, *, log_tail: str = "", type: str = "", reason: str = "") -> None:

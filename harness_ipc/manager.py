@@ -197,6 +197,8 @@ def restart_daemon(
     record = records.read(name, again=True, namespace=namespace)
     if not record.public().get("argv"):
         raise DaemonNotRunning(f"the record of {name!r} has no command line to start it with: start it yourself")
+    if record.pid == os.getpid():
+        raise StartFailed(f"this process serves {name!r}, and its command line would start all of it: close its server instead")
     command = Command.of(record)
     _check_can_start(name, command)
     try:

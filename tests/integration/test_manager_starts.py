@@ -438,4 +438,5 @@ def test_a_start_that_a_signal_ends_names_the_signal(name: str, words: str) -> N
     then = f"async def end(self): os.kill(os.getpid(), {number}); await asyncio.sleep(60)\nApp.start = end"
     with pytest.raises(StartFailed, match=words) as caught:
         ensure_daemon("test", command(then=then))
+    assert caught.value.type == name
     assert "INFO" not in str(caught.value)

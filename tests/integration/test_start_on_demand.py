@@ -101,6 +101,23 @@ def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_pat
     assert ask(daemon.command, 3) != pid
 
 
+@ALL
+def test_a_daemon_that_is_stopped_while_it_starts_is_started_again(ask: Any, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    # The first one never gets ready.
+    begun = tmp_path / "begun"
+    once = f"sleep(0 if os.path.exists({str(begun)!r}) else open({str(begun)!r}, 'w').close() or 3600)"
+    slow = daemon.program.replace("sleep(0.0)", once)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(ask([sys.executable, "-c", slow], 1)))
+    asking.start()
+    wait_until(begun.exists)
+    assert stop_daemon("test")
+    asking.join(PATIENCE)
+    assert answers == [daemon_status("test").pid]
+    assert daemon.ran == [1]
+
+
 def test_a_kept_client_starts_it_again(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
     with connect_daemon("test", start=daemon.command) as client:

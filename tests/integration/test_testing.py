@@ -21,6 +21,7 @@ from harness_ipc import (
     daemon_alive,
     ensure_daemon,
     request,
+    restart_daemon,
     start_daemon_server,
     stop_daemon,
     testing,
@@ -212,9 +213,12 @@ def test_a_thread_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) ->
     go.set()
 
 
-def test_stopping_a_daemon_of_this_process_does_not_end_the_process() -> None:
+def test_a_daemon_of_this_process_can_be_stopped_and_not_restarted() -> None:
     app = Counter()
     with testing.running(app) as daemon:
+        with pytest.raises(StartFailed, match="this process serves 'test'"):
+            restart_daemon("test", namespace=daemon.namespace)
+        assert app.calls == ["start"]
         assert stop_daemon("test", namespace=daemon.namespace)
     assert app.calls == ["start", "stop"]
 
