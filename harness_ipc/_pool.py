@@ -119,7 +119,7 @@ class Pool:
                 state.idle.pop().connection.close()
 
     def load(self, *, again: bool, refused: dict[str, HarnessIPCError] | None = None) -> records.Record:
-        """Return the record of the daemon that is to be asked.
+        """Return the record of the daemon to ask.
 
         Raises what `records.load` does, and for a generation in `refused` the error there.
         """

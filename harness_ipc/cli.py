@@ -7,20 +7,16 @@ start. What only some commands need, they import themselves: `call` and `ping` a
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import json
 import os
 import sys
-import threading
 import time
 
 from . import __version__, client
 from ._cli.output import escape, print_error, print_json
 from ._descriptors import open_standard_streams
 from ._protocol import messages
-from ._registry import files
-from ._registry.namespace import DEFAULT_APP, Namespace, log_path
+from ._registry.namespace import DEFAULT_APP, Namespace
 from ._text import escape_control
 from .errors import (
     AlreadyRunning,
@@ -39,7 +35,7 @@ from .errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from typing import Any, NoReturn
 
     from ._status import DaemonStatus
@@ -72,10 +68,6 @@ _STATE_STATUS = {
 _START_TIMEOUT = 60.0
 _STOP_TIMEOUT = 10.0
 _STATUS_TIMEOUT = 2.0
-# Seconds of silence that a person takes for work, not for a hang.
-_SILENCE = 1.0
-# Seconds between two looks at a log: nothing that every system has announces an append.
-_LOG_POLL = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,6 +250,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace) -> int:
+    from ._cli.report import progress
     from ._command import app_argv
     from .manager import ensure_daemon
 
@@ -265,7 +258,7 @@ def _start(options: argparse.Namespace) -> int:
     argv = app_argv(options.name, options.app)
     if options.idle_timeout is not None:
         argv += ["--idle-timeout", str(options.idle_timeout)]
-    with _progress("starting", options) as show:
+    with progress("starting", options) as show:
         status = ensure_daemon(options.name, argv, timeout=options.timeout, on_progress=show, namespace=options.namespace)
     return _print_running(status, as_json=options.json)
 
@@ -297,51 +290,19 @@ def _ping(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from ._cli.report import print_status
     from ._status import daemon_status
 
     status = daemon_status(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
         print_json(status.to_json())
     else:
-        print(f"{status.name}: {status.state}{'' if status.pid is None else f', pid {status.pid}'}")
-        for title, text in _details(status):
-            print(f"  {title:9} {escape(text)}")
+        print_status(status)
     return _STATE_STATUS[status.state]
 
 
-def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
-    """Yield what is known of a daemon, as a title and a text for a person."""
-    if status.problem is not None:
-        yield "problem", status.problem
-    if status.progress is not None:
-        yield "progress", _one_line(status.progress)
-    if status.state != "running" and status.since is not None:
-        yield "since", f"{_duration(max(0.0, time.time() - status.since))} ago"
-    if status.uptime is not None:
-        detached = f", detached ({status.detached})" if status.detached else ""
-        yield "uptime", _duration(status.uptime) + detached
-    if status.version is not None:
-        app = f"app {status.app_version}, " if status.app_version else ""
-        yield "version", f"{app}harness_ipc {status.version}, Python {status.python}"
-    if status.requests is not None:
-        yield "requests", f"{status.requests} answered, {status.errors} with an error; connections: {status.connections}"
-    if status.idle is not None and status.loop_lag is not None:
-        yield "loop", f"idle for {_duration(status.idle)}, lag {status.loop_lag * 1000:.1f} ms"
-    if status.health is not None:
-        verdict = {True: "healthy: ", False: "not healthy: ", None: ""}[status.healthy]
-        yield "health", verdict + json.dumps(status.health)
-    if status.argv is not None:
-        import shlex
-
-        yield "command", shlex.join(status.argv)
-    if status.cwd is not None:
-        yield "directory", status.cwd
-    if status.environment:
-        yield "variables", " ".join(status.environment)
-    yield "log", status.log_path
-
-
 def _list(options: argparse.Namespace) -> int:
+    from ._cli.report import print_table
     from ._registry.namespace import all_namespaces
     from ._status import list_daemons
 
@@ -350,49 +311,17 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print_json([status.to_json() for status in found])
     elif found:
-        _print_table(found, with_apps=options.all)
+        print_table(found, with_apps=options.all)
     else:
         print_error("no daemon is running")
     return 0
 
 
-def _print_table(found: list[DaemonStatus], *, with_apps: bool) -> None:
-    """Print a line for each daemon, cut to the terminal's width if there is one."""
-    import shutil
-
-    heads = ("NAME", "STATE", "PID", "UPTIME", "REQUESTS", "ERRORS", "VERSION", "APP", "HEALTH OR PROBLEM")
-    rows = [heads, *map(_row, found)]
-    if with_apps:
-        rows = [(app, *row) for app, row in zip(["OF", *(status.app for status in found)], rows, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for row in rows:
-        cells = (
-            text.rjust(width) if 2 <= i - with_apps <= 5 else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip()[:limit])
-
-
-def _row(status: DaemonStatus) -> tuple[str, ...]:
-    cells = (
-        status.name,
-        status.state,
-        status.pid,
-        None if status.uptime is None else _duration(status.uptime),
-        status.requests,
-        status.errors,
-        status.version,
-        status.app_version,
-        status.problem or (None if status.health is None else json.dumps(status.health)),
-    )
-    return tuple("-" if cell is None else escape(" ".join(str(cell).split())) for cell in cells)
-
-
 def _stop(options: argparse.Namespace) -> int:
+    from ._cli.report import progress
     from .manager import stop_daemon
 
-    with _progress("stopping", options):
+    with progress("stopping", options):
         stopped = stop_daemon(options.name, timeout=options.timeout, namespace=options.namespace)
     if options.json:
         print_json({"name": options.name, "stopped": stopped})
@@ -402,9 +331,10 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _restart(options: argparse.Namespace) -> int:
+    from ._cli.report import progress
     from .manager import restart_daemon
 
-    with _progress("restarting", options):
+    with progress("restarting", options):
         status = restart_daemon(options.name, timeout=options.timeout, namespace=options.namespace)
     return _print_running(status, as_json=options.json)
 
@@ -420,64 +350,9 @@ def _print_running(status: DaemonStatus, *, as_json: bool) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    log = _Log(str(log_path(options.name, namespace=options.namespace)))
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    try:
-        data = log.tail(options.lines)
-    except FileNotFoundError:
-        raise DaemonNotRunning(f"there is no log {log.path}: the daemon {options.name!r} has not been started yet") from None
-    while True:
-        sys.stdout.write(escape(decoder.decode(data, final=not options.follow).replace("\r\n", "\n")))
-        sys.stdout.flush()
-        if not options.follow:
-            return 0
-        time.sleep(_LOG_POLL)
-        data = log.appended()
+    from ._cli.logs import logs
 
-
-class _Log:
-    """A log that a daemon appends to, and copies to a new predecessor and cuts when it is long."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._read = 0
-        self._predecessor = self._identify_predecessor()
-
-    def tail(self, count: int) -> bytes:
-        """Return the last `count` lines."""
-        from collections import deque
-
-        with files.open_log_for_reading(self.path) as file:
-            lines = deque(file, count)
-            self._read = file.tell()
-        return b"".join(lines)
-
-    def appended(self) -> bytes:
-        """Return what was appended since, also if the log was cut meanwhile."""
-        data = b""
-        # It may be missing for a moment, or on Windows can't be opened.
-        with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(self.path) as file:
-            if file.seek(0, os.SEEK_END) < self._read:
-                data = self._read_rest()
-                self._read = 0
-            file.seek(self._read)
-            data += file.read()
-            self._read = file.tell()
-        return data
-
-    def _read_rest(self) -> bytes:
-        """Return what a new predecessor has beyond what was read of the log."""
-        previous, self._predecessor = self._predecessor, self._identify_predecessor()
-        if self._predecessor != previous:
-            with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(f"{self.path}.1") as file:
-                file.seek(self._read)
-                return file.read()
-        return b""
-
-    def _identify_predecessor(self) -> tuple[int, ...]:
-        with contextlib.suppress(FileNotFoundError, ConnectionLost):
-            return files.file_fingerprint(f"{self.path}.1")
-        return ()
+    return logs(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -517,57 +392,3 @@ def _split_app(specification: str) -> tuple[str, str]:
     if not module_name or not path:
         raise InvalidName(f"{specification!a} is not MODULE:APP: name a module and what to take from it, as in service:handle")
     return module_name, path
-
-
-def _one_line(value: Any) -> str:
-    """Return JSON that a daemon has reported, for a person."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(escape(text).split())
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds for a person, in at most two units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds) // 60
-    if minutes < 60:
-        return f"{minutes} min {int(seconds) % 60} s"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-@contextlib.contextmanager
-def _progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
-    """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end.
-
-    Yields a function that takes the value that is shown behind the seconds.
-    """
-    import shutil
-
-    over = threading.Event()
-    begun = time.monotonic()
-    name, log = options.name, log_path(options.name, namespace=options.namespace)
-    shown = ""
-
-    def set_shown(value: Any) -> None:
-        nonlocal shown
-        shown = f", {_one_line(value)}"
-
-    def show() -> None:
-        width = 0
-        while not over.wait(_SILENCE):
-            if not sys.stderr.isatty():
-                print_error(f"still {doing} {name}; its log is {log}")
-                return
-            text = f"{doing} {name}: {time.monotonic() - begun:.0f} s{shown}"[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{text.ljust(width)}", end="", file=sys.stderr, flush=True)
-            width = len(text)
-        print(f"\r{' ' * width}\r" if width else "", end="", file=sys.stderr, flush=True)
-
-    watcher = threading.Thread(target=show, daemon=True)
-    watcher.start()
-    try:
-        yield set_shown
-    finally:
-        over.set()
-        watcher.join()

@@ -27,7 +27,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         needs[reason.removeprefix("Skipped: ").partition(":")[0]] += 1
     if needs:
         counts = ", ".join(f"{need} {count}" for need, count in needs.most_common())
-        terminalreporter.write_line(f"skipped for want of: {counts}")
+        terminalreporter.write_line(f"skipped because these are missing: {counts}")
 
 
 @pytest.fixture(autouse=True)

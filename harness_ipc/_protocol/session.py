@@ -66,7 +66,7 @@ _CLIENT_STATES = {
 
 
 class _Protocol:
-    """What both sides have: what has arrived, what is to be sent, and the state."""
+    """What both sides have: received data, data to send, and the state."""
 
     __slots__ = ("_frames", "_max_message", "_output", "state")
 

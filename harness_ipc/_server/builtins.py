@@ -1,4 +1,4 @@
-"""The channel's own requests that wait for no handler, and all of a client that is turned away."""
+"""Built-in requests that need no handler, and every request of a client above a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From one message to its replies: the handler, the channel's own requests, errors and counters. It knows no connection."""
+"""From one message to its replies: the handler, `health`, errors and counters. It knows no connection."""
 
 from __future__ import annotations
 

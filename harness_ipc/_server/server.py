@@ -1,4 +1,4 @@
-"""The daemon's server: it has the name, lets clients in, answers what is the channel's own, and drains. It owns no process."""
+"""The daemon's server: it has the name, admits clients, and drains. It owns no process."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class DaemonServer:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the last request ended; 0 while one is in flight. The channel's own requests don't count."""
+        """Seconds since the last request ended; 0 while one is in flight. Built-in requests don't count."""
         return self.requests.counters.idle
 
     @property

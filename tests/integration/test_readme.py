@@ -158,7 +158,7 @@ def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) 
     words, index = (_json_of("status", "--name", name, "--timeout", str(PATIENCE)) for name in ("words", "index"))
     assert [(status["state"], status["problem"]) for status in (words, index)] == [("running", None)] * 2
     _assert_documented("status", words, index, *_json_of("list"))
-    # What is null only for want of an app that gives it, or because the start is over.
+    # Null only if no app gives it, or the start is over.
     assert {field for field, value in index.items() if value is None} == {"app_version", "problem", "progress"}
     assert words["health"] is None
     assert index["health"] == {"words": 2}

@@ -212,7 +212,7 @@ async def test_a_service_describes_itself_to_both_clients() -> None:
         assert (described["name"], described["version"]) == ("test", __version__)
         assert {"name": "count", "signature": "count(text: str) -> int", "doc": "", "stream": False} in described["methods"]
         assert [found["name"] for found in described["methods"] if found["stream"]] == STREAMS
-        # It is the channel's own request.
+        # It is a built-in request.
         assert server.idle_seconds > 0
 
 
