@@ -450,14 +450,14 @@ def test_a_stream_takes_no_turn_of_the_calls(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_daemon_that_takes_no_connection_keeps_the_loop_turning(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         with stopped(daemon):
-            waiting = [asyncio.create_task(aconnect_daemon("test", timeout=0.5)) for _ in range(200)]
-            longest = 0.0
+            waiting = [asyncio.create_task(aconnect_daemon("test", timeout=2.0)) for _ in range(200)]
+            turns = 0
             while not all(task.done() for task in waiting):
-                before = time.monotonic()
                 await asyncio.sleep(0.01)
-                longest = max(longest, time.monotonic() - before)
+                turns += 1
             assert {type(task.exception()) for task in waiting} == {DaemonTimeout}
-        assert longest < 0.4
+        # About 200; a connection that blocked would let all 200 end in one or two.
+        assert turns > 5
 
     run(main)
 
