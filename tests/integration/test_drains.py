@@ -172,7 +172,7 @@ def ask_beside(serve: Callable[[], None], over: threading.Event) -> dict[str, An
     async def ask_async(worker: int) -> None:
         client = None
         while client is None:
-            with contextlib.suppress(DaemonNotRunning):
+            with contextlib.suppress(DaemonNotRunning, ConnectionLost):
                 client = await aconnect_daemon("test")
         for number in ids(worker):
             if over.is_set():
