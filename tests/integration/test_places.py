@@ -27,6 +27,7 @@ import importlib, json, os, sys, time, traceback
 for module in "asyncio filelock platformdirs psutil queue shlex tempfile harness_ipc._server.pump encodings.ascii".split():
     importlib.import_module(module)
 import harness_ipc
+import harness_ipc._cli.logs, harness_ipc._cli.report
 from harness_ipc import cli, doctor, manager, run_daemon
 from harness_ipc._registry import trust
 
