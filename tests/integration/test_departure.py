@@ -66,6 +66,17 @@ async def serving(handler: Handler, **options: Any) -> AsyncIterator[None]:
     assert asyncio.all_tasks() == tasks
 
 
+@contextlib.asynccontextmanager
+async def waiting() -> AsyncIterator[tuple[Handler, FrameConnection]]:
+    """Serve a handler, and yield it with the connection of a client for whom it waits."""
+    handler = Handler()
+    async with serving(handler):
+        connection = await asyncio.to_thread(dial_daemon, "test")
+        await asyncio.to_thread(connection.send_bytes, b'{"wait": 1}')
+        await handler.until(("began", 1))
+        yield handler, connection
+
+
 ASK = "from harness_ipc import connect_daemon; connect_daemon('test').request({'wait': 1}, timeout=3600)"
 
 
@@ -163,11 +174,7 @@ def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
     """Also above what is read ahead, where the end of the connection is not noticed before the reply."""
 
     async def main() -> None:
-        handler = Handler()
-        async with serving(handler):
-            connection = await asyncio.to_thread(dial_daemon, "test")
-            await asyncio.to_thread(connection.send_bytes, b'{"wait": 1}')
-            await handler.until(("began", 1))
+        async with waiting() as (handler, connection):
             frames = [json.dumps({"n": n, "text": "x" * size}).encode() for n in range(2, 5)]
 
             def send_all() -> None:
@@ -210,11 +217,7 @@ def test_only_so_much_is_read_ahead_of_a_reply() -> None:
         return sent
 
     async def main() -> None:
-        handler = Handler()
-        async with serving(handler):
-            connection = await asyncio.to_thread(dial_daemon, "test")
-            await asyncio.to_thread(connection.send_bytes, b'{"wait": 1}')
-            await handler.until(("began", 1))
+        async with waiting() as (handler, connection):
             assert await asyncio.to_thread(send_until_nothing_goes, connection) < most
             connection.close()
             handler.may_go_on.set()

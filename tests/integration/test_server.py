@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -432,75 +432,76 @@ def test_context_variables_do_not_leak_from_one_request_into_the_next() -> None:
     run(main)
 
 
-def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
-    blocked, release = threading.Event(), threading.Event()
+class Blocker:
+    """A handler that blocks its event loop when it is told to."""
 
-    async def block(message: dict[str, Any]) -> dict[str, Any]:
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self._blocked = threading.Event()
+
+    async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
         if message.get("block"):
-            blocked.set()
-            assert release.wait(PATIENCE)
+            self._blocked.set()
+            assert self.release.wait(PATIENCE)
         return {"result": message}
+
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Have a client ask for that, and release the loop at the end of the block, if `release` is not set before."""
+        asking = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
+        asking.start()
+        try:
+            assert self._blocked.wait(PATIENCE)
+            yield
+        finally:
+            self.release.set()
+            asking.join()
+
+
+def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
+    blocker = Blocker()
 
     def look() -> None:
         def pong() -> dict[str, Any]:
             return request("test", {"meta": "ping"}, timeout=PATIENCE)
 
         assert pong()["responsive"] is True
-        blocker = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
-        blocker.start()
-        try:
-            assert blocked.wait(PATIENCE)
+        with blocker.blocking():
             assert ping("test")
             reply = pong()
             assert (reply["pong"], reply["pid"], reply["responsive"]) == (True, os.getpid(), False)
             assert reply["loop_lag"] > 0
-        finally:
-            release.set()
-            blocker.join()
         wait_until(lambda: pong()["responsive"] is True)
         assert request("test", {"n": 1}) == {"result": {"n": 1}}
 
     async def main() -> None:
-        async with serving(block):
+        async with serving(blocker):
             await asyncio.to_thread(look)
 
     run(main)
 
 
 def test_pings_at_a_blocked_loop_are_answered_and_the_next_request_when_it_goes_on() -> None:
-    blocked, release = threading.Event(), threading.Event()
-
-    async def block(message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("block"):
-            blocked.set()
-            assert release.wait(PATIENCE)
-        return {"result": message}
+    blocker = Blocker()
 
     def talk() -> None:
-        blocker = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
-        blocker.start()
-        try:
-            assert blocked.wait(PATIENCE)
-            with dial_daemon("test") as connection:
-                for message in ({"meta": "ping"}, {"meta": "ping"}, {"n": 1}, {"meta": "ping"}, {"n": 2}):
-                    connection.send_bytes(json.dumps(message).encode())
-                lags = []
-                for _ in range(2):
-                    pong = json.loads(connection.recv_bytes(2**20))
-                    assert (pong["pong"], pong["responsive"]) == (True, False)
-                    lags.append(pong["loop_lag"])
-                # Of one moment: when the loop was asked, and has not answered since.
-                assert 0 < lags[0] < lags[1]
-                release.set()
-                replies = [json.loads(connection.recv_bytes(2**20)) for _ in range(3)]
-                assert [replies[0], replies[2]] == [{"result": {"n": 1}}, {"result": {"n": 2}}]
-                assert replies[1]["responsive"] is True
-        finally:
-            release.set()
-            blocker.join()
+        with blocker.blocking(), dial_daemon("test") as connection:
+            for message in ({"meta": "ping"}, {"meta": "ping"}, {"n": 1}, {"meta": "ping"}, {"n": 2}):
+                connection.send_bytes(json.dumps(message).encode())
+            lags = []
+            for _ in range(2):
+                pong = json.loads(connection.recv_bytes(2**20))
+                assert (pong["pong"], pong["responsive"]) == (True, False)
+                lags.append(pong["loop_lag"])
+            # Of one moment: when the loop was asked, and has not answered since.
+            assert 0 < lags[0] < lags[1]
+            blocker.release.set()
+            replies = [json.loads(connection.recv_bytes(2**20)) for _ in range(3)]
+            assert [replies[0], replies[2]] == [{"result": {"n": 1}}, {"result": {"n": 2}}]
+            assert replies[1]["responsive"] is True
 
     async def main() -> None:
-        async with serving(block):
+        async with serving(blocker):
             await asyncio.to_thread(talk)
 
     run(main)
