@@ -2,10 +2,10 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `events` keeps its events, `chrome` finds
-it (`local` checks whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`), `cdp`
-speaks to it (by a WebSocket or a `pipe`), `errors` has what can go wrong, `cli` is the command `harness-browser`, `own_imports`
-keeps the program's directory out of our imports, and `doctor` says what is wrong. It uses the public API alone.
+`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `events` keeps its events, `discovery`
+finds it (`local` checks whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`),
+`cdp` speaks to it (by a WebSocket or a `pipe`), `errors` has what can go wrong, `cli` is the command `harness-browser`,
+`own_imports` keeps the program's directory out of our imports, and `doctor` says what is wrong. It uses the public API alone.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, INTERNAL, LONGEST, MAX_MESSAGE, chrome, daemon_name
+from . import APP_VERSION, INTERNAL, LONGEST, MAX_MESSAGE, daemon_name, discovery
 from .cdp import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .errors import (
     SERVER_ERROR,
@@ -71,7 +71,7 @@ class BrowserApp:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._source: chrome.Source | None = None
+        self._source: discovery.Source | None = None
         self._connection: Connection | None = None
         # One at a time makes connections and attaches to tabs: whoever waited finds it done.
         self._mending = asyncio.Lock()
@@ -97,7 +97,7 @@ class BrowserApp:
 
     async def start(self) -> None:
         """Find or start the browser and attach to a page. Raises `BrowserNotFound`."""
-        self._source, self._connection = await chrome.find(self._name, self._on_event)
+        self._source, self._connection = await discovery.find(self._name, self._on_event)
         try:
             await self._watch_tabs()
             await self._attach_a_page()

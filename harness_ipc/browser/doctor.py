@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from harness_ipc import DaemonStatus
 
-    from . import chrome
+    from . import discovery
 
 # Seconds for the daemon to answer.
 _TIMEOUT = 5.0
@@ -97,7 +97,7 @@ def _own_browser() -> Iterator[Finding]:
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import chrome, launcher, local, profile, program
+    from . import discovery, launcher, local, profile, program
 
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
@@ -112,7 +112,7 @@ def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
     if pid is not None:
         text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
         yield Finding("warning", "browser", text, _reload(name))
-    for source in chrome.sources(name):
+    for source in discovery.sources(name):
         if source.own is not None:
             if taken is not None:
                 yield Finding("failure", "browser", taken, remedy)
@@ -159,7 +159,7 @@ def _named_browser(text: str, how: str, address: tuple[str, int]) -> Finding:
     return Finding("warning" if others - {local.ROOT} else "ok", "browser", text)
 
 
-def _stale(source: chrome.Source, problem: str) -> Finding:
+def _stale(source: discovery.Source, problem: str) -> Finding:
     assert source.file is not None
     return Finding("warning", "browser", f"{source.file} is stale: {problem}", f"rm {shlex.quote(source.file)}")
 
@@ -199,7 +199,7 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
 
 
 def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
-    from . import cdp, chrome
+    from . import cdp, discovery
 
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
@@ -207,8 +207,8 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
         return
     text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
     variable, _, place = status["found"].partition(", ")
-    if variable in (WEBSOCKET, chrome.URL) and cdp.is_local(place):
-        yield _named_browser(text, found, chrome.address_of(place))
+    if variable in (WEBSOCKET, discovery.URL) and cdp.is_local(place):
+        yield _named_browser(text, found, discovery.address_of(place))
     else:
         yield Finding("ok", "browser", text)
     tab = status["tab"]

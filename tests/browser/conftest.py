@@ -22,7 +22,7 @@ from tests.processes import PATIENCE, lives, wait_until
 
 # Without the extra, what these import can't be imported.
 NEED_EXTRA = [
-    "test_chrome.py",
+    "test_discovery.py",
     "test_cli.py",
     "test_daemon.py",
     "test_doctor.py",

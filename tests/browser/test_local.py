@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from harness_ipc import stop_daemon
-from harness_ipc.browser import chrome, helpers, local, version
+from harness_ipc.browser import discovery, helpers, local, version
 from harness_ipc.browser.cdp import Connection, ConnectionFailed, is_local
 from harness_ipc.browser.doctor import Finding, examine
 from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
-from tests.browser.test_chrome import USUAL, start, status
+from tests.browser.test_discovery import USUAL, start, status
 from tests.browser.users import SQUATTER, VICTIM, find_as_victim, squatting
 from tests.managed import the_log
 from tests.marks import needs_chromium, needs_linux, needs_root
@@ -41,7 +41,7 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(fresh / "home"))
     monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
     monkeypatch.delenv("HARNESS_CHROME_OWN")
-    monkeypatch.setattr(chrome, "PORTS", ())
+    monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
 
 
@@ -66,7 +66,7 @@ def home(fresh: Path) -> Path:
 def why_not() -> str:
     """Look for a browser in this process, and return why there is none."""
     with pytest.raises(BrowserNotFound) as caught:
-        asyncio.run(chrome.find("browser", lambda *_: None))
+        asyncio.run(discovery.find("browser", lambda *_: None))
     return str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_a_squatter_is_sent_nothing(
 ) -> None:
     with squatting(address, accepts=accepts) as squat:
         if way == "port":
-            monkeypatch.setattr(chrome, "PORTS", (squat.port,))
+            monkeypatch.setattr(discovery, "PORTS", (squat.port,))
         else:
             active_port.write_text(f"{squat.port}\n/devtools/browser/secret")
         reason = why_not()
@@ -107,7 +107,7 @@ def test_a_browser_of_a_squatter_is_not_used(way: str, fresh: Path, theirs: Othe
             active_port.write_text(f"{squat.port}\n{theirs.path}")
             problem = f"{active_port} is stale: 127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}"
             assert f"WARNING  browser: {problem} -> rm {active_port}\n" in doctor()
-        start("" if way == "profile" else f"chrome.PORTS = ({squat.port},)")
+        start("" if way == "profile" else f"discovery.PORTS = ({squat.port},)")
         assert status()["own"]
         assert helpers.js("6 * 7") == 42
         assert f"127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}, and was sent nothing" in the_log("browser")
@@ -122,7 +122,7 @@ def test_a_browser_of_a_squatter_is_not_used(way: str, fresh: Path, theirs: Othe
 def test_a_squatter_takes_the_port_of_a_browser_in_use(way: str, theirs: OtherBrowser, active_port: Path) -> None:
     if way == "profile":
         active_port.write_text(theirs.active_port.read_text())
-    start("" if way == "profile" else f"chrome.PORTS = ({theirs.port},)")
+    start("" if way == "profile" else f"discovery.PORTS = ({theirs.port},)")
     assert not status()["own"]
     kill_browser(theirs.process)
     wait_until(lambda: not status()["connected"])
@@ -191,7 +191,7 @@ def test_a_squatter_that_takes_no_connection_is_passed_over(
             while True:
                 stack.enter_context(socket.create_connection(("127.0.0.1", squat.port), 0.25))
         if way == "port":
-            monkeypatch.setattr(chrome, "PORTS", (squat.port,))
+            monkeypatch.setattr(discovery, "PORTS", (squat.port,))
         else:
             active_port.write_text(f"{squat.port}\n/devtools/browser/secret")
         reason = why_not()
@@ -300,7 +300,7 @@ def test_of_what_a_local_server_names_only_the_path_is_used(url: str, monkeypatc
     with answering(http("403 Forbidden"), heard=elsewhere) as other:
         answer = version_answer(url.format(other=f"127.0.0.1:{other}"))
         with answering(http("403 Forbidden"), version=answer, heard=received) as port:
-            monkeypatch.setattr(chrome, "PORTS", (port,))
+            monkeypatch.setattr(discovery, "PORTS", (port,))
             assert f"the browser of port {port} refuses (403)" in why_not()
     _, handshake = (data.decode() for data in received)
     assert handshake.startswith("GET /a/path?x=1 HTTP/1.1\r\n")
@@ -314,7 +314,7 @@ def test_of_what_a_local_server_names_only_the_path_is_used(url: str, monkeypatc
 def test_a_local_server_that_names_no_path_is_passed_over(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
     with answering(version_answer(url), heard=received) as port:
-        monkeypatch.setattr(chrome, "PORTS", (port,))
+        monkeypatch.setattr(discovery, "PORTS", (port,))
         assert f"also seen: port {port}: http://127.0.0.1:{port} is no DevTools server" in why_not()
     assert len(received) == 1
 
@@ -337,9 +337,9 @@ def test_a_local_server_that_redirects_is_passed_over(
     elsewhere: tuple[int, list[bytes]], active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with answering(redirect(f"http://127.0.0.1:{elsewhere[0]}/json/version")) as port:
-        monkeypatch.setattr(chrome, "PORTS", (port,))
+        monkeypatch.setattr(discovery, "PORTS", (port,))
         assert f"also seen: port {port}: http://127.0.0.1:{port} answered 302 to /json/version" in why_not()
-        monkeypatch.setattr(chrome, "PORTS", ())
+        monkeypatch.setattr(discovery, "PORTS", ())
         active_port.write_text(f"{port}\n/devtools/browser/secret")
         assert f"ws://127.0.0.1:{port} answered 302 instead of opening a WebSocket" in why_not()
 
@@ -415,5 +415,5 @@ def test_an_answer_that_is_too_long_is_given_up() -> None:
 @pytest.mark.usefixtures("no_program")
 def test_an_answer_that_is_nested_too_deep_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(http("200 OK", "[" * 100_000)) as port:
-        monkeypatch.setattr(chrome, "PORTS", (port,))
+        monkeypatch.setattr(discovery, "PORTS", (port,))
         assert f"http://127.0.0.1:{port} is no DevTools server (RecursionError)" in why_not()

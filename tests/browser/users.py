@@ -137,7 +137,7 @@ def find(home: str, port: str) -> None:
     # Everything is imported before: this user may have no access to this interpreter's library.
     for module in ("harness_ipc.manager", "harness_ipc.browser.doctor", "pwd"):
         importlib.import_module(module)
-    from harness_ipc.browser import chrome, doctor
+    from harness_ipc.browser import discovery, doctor
 
     # It reads the library, too.
     importlib.metadata.version = lambda distribution_name: distribution_name
@@ -146,7 +146,7 @@ def find(home: str, port: str) -> None:
     for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "HARNESS_CHROME_PROFILE"):
         os.environ[variable] = os.path.join(home, variable)
     os.environ.pop("HARNESS_CHROME_OWN", None)
-    chrome.PORTS = (int(port),)
+    discovery.PORTS = (int(port),)
     log: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
@@ -154,7 +154,7 @@ def find(home: str, port: str) -> None:
     logging.getLogger("harness_ipc").setLevel(logging.INFO)
 
     async def use() -> str:
-        source, connection = await chrome.find("browser", lambda *_: None)
+        source, connection = await discovery.find("browser", lambda *_: None)
         assert "product" in await connection.call("Browser.getVersion")
         await connection.close()
         return source.how

@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
-from harness_ipc.browser import chrome, helpers
+from harness_ipc.browser import discovery, helpers
 from harness_ipc.browser.errors import BrowserNotFound
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import command_line, find_binary, has_display, is_root
@@ -79,14 +79,14 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
     monkeypatch.delenv("HARNESS_CHROME_OWN")
     # This machine's may be in use.
-    monkeypatch.setattr(chrome, "PORTS", ())
+    monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
 
 
 def start(first: str = "", name: str = "browser") -> None:
     """Start the daemon `name` as the helpers do, but looking at no port, and after the statements `first`."""
     module = "runpy.run_module('harness_ipc.browser.daemon', run_name='__main__', alter_sys=True)"
-    program = f"import runpy\nfrom harness_ipc.browser import cdp, chrome, launcher\nchrome.PORTS = ()\n{first}\n{module}"
+    program = f"import runpy\nfrom harness_ipc.browser import cdp, discovery, launcher\ndiscovery.PORTS = ()\n{first}\n{module}"
     ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
 
 
@@ -126,7 +126,7 @@ def find() -> str:
     """Find a browser in this process, use it, let it go, and return how it was found."""
 
     async def run() -> str:
-        source, connection = await chrome.find("browser", lambda *_: None)
+        source, connection = await discovery.find("browser", lambda *_: None)
         assert "product" in await connection.call("Browser.getVersion")
         if source.own is not None:
             await source.own.close(connection)
@@ -170,7 +170,7 @@ def test_a_browser_that_runs_is_attached_to_and_left_running(
                 found = f"port {port}"
             case _:
                 found = f"port {port}"
-        start(f"chrome.PORTS = ({port},)" if way.startswith("port") else "")
+        start(f"discovery.PORTS = ({port},)" if way.startswith("port") else "")
         is_theirs = {"connected": True, "own": False, "pid": None, "found": found, "problem": None}
         assert is_theirs.items() <= status().items()
         helpers.goto_url(f"{site.url}/")
@@ -191,9 +191,9 @@ def test_a_named_browser_comes_before_one_that_is_found_and_that_before_an_own_o
     theirs: OtherBrowser, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refusing() as dead:
-        monkeypatch.setattr(chrome, "PORTS", (dead,))
+        monkeypatch.setattr(discovery, "PORTS", (dead,))
         assert find().startswith("our own browser")
-        monkeypatch.setattr(chrome, "PORTS", (dead, theirs.port))
+        monkeypatch.setattr(discovery, "PORTS", (dead, theirs.port))
         assert find() == f"port {theirs.port}"
         active_port.write_text(theirs.active_port.read_text())
         assert find().startswith("DevToolsActivePort of ")
@@ -217,17 +217,17 @@ def test_looking_for_sources_creates_nothing_and_connects_to_nothing(
     fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted(fresh.rglob("*"))
-    monkeypatch.setattr(chrome, "PORTS", (1, 2))
-    assert [source.how.partition(",")[0] for source in chrome.sources("browser")] == ["port 1", "port 2", "our own browser"]
+    monkeypatch.setattr(discovery, "PORTS", (1, 2))
+    assert [source.how.partition(",")[0] for source in discovery.sources("browser")] == ["port 1", "port 2", "our own browser"]
     assert sorted(fresh.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["", "9222", "9222\n", "9222\nno path", "port\n/devtools/browser/1", "\xff\n/"])
 def test_a_file_of_the_profile_that_is_not_yet_whole_is_no_browser(text: str, active_port: Path) -> None:
     active_port.write_bytes(text.encode("latin-1"))
-    assert [source.own is None for source in chrome.sources("browser")] == [False]
+    assert [source.own is None for source in discovery.sources("browser")] == [False]
     active_port.write_text("9222\n/devtools/browser/1")
-    assert [source.own is None for source in chrome.sources("browser")] == [True, False]
+    assert [source.own is None for source in discovery.sources("browser")] == [True, False]
 
 
 @pytest.mark.parametrize("now", ["nobody", "another browser", "another server", "no such port"])
@@ -273,7 +273,7 @@ def test_a_stale_file_of_the_profile_is_passed_over_and_the_log_says_so(
 )
 def test_a_port_of_another_server_is_passed_over(answer: bytes, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(answer) as port:
-        start(f"chrome.PORTS = ({port},)")
+        start(f"discovery.PORTS = ({port},)")
         assert status()["own"]
         assert f"not usable, port {port}: " in the_log("browser")
     assert_own_browser_serves(monkeypatch)
@@ -348,7 +348,7 @@ def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
             active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
             found = f"DevToolsActivePort of {active_port.parent}, port {port}"
         else:
-            first += f"\nchrome.PORTS = ({port},)"
+            first += f"\ndiscovery.PORTS = ({port},)"
             found = f"port {port}"
         text = why_not(first)
     assert text.startswith(f"the browser of {found} {said}: click Allow in its window")
