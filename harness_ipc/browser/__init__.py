@@ -2,7 +2,8 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` asks (and imports no more than a client needs), `daemon` holds the browser, `events` keeps its events, `discovery`
+`helpers` are the functions of a default `tab.Tab`, whose modules (`pages`, `javascript`, `keyboard`, `mouse`, `dialogs`,
+`screenshot`) are imported when they are needed, `daemon` holds the browser, `events` keeps its events, `discovery`
 finds it (`local` checks whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`),
 `cdp` speaks to it (by a WebSocket or a `pipe`), `errors` has what can go wrong, `cli` is the command `harness-browser`,
 `own_imports` keeps the program's directory out of our imports, and `doctor` says what is wrong. It uses the public API alone.
@@ -20,6 +21,8 @@ WEBSOCKET = "BU_CDP_WS"
 # Whose daemon it is, in its record: not every daemon of a name is one of ours.
 APP_VERSION = f"harness-browser {__version__}"
 
+# Seconds for a request: a page may take its time.
+TIMEOUT = 30.0
 # Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
 # Characters of a page's text that the daemon keeps, in an event or a dialog. Chrome itself limits a dialog's message to 10,240.

@@ -1,0 +1,40 @@
+"""Dialogs of a page (alert, confirm, prompt, beforeunload): they hold it until they are answered."""
+
+from __future__ import annotations
+
+import contextlib
+
+from . import MAX_TEXT, TIMEOUT
+from .errors import DialogOpen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from .tab import Tab
+
+
+@contextlib.contextmanager
+def may_open_dialog() -> Iterator[None]:
+    """Take a dialog that opens within for a part of what was asked for, but not one that has kept it from being done."""
+    try:
+        yield
+    except DialogOpen as error:
+        if not error.data.get("ran"):
+            raise
+
+
+def handle_dialog(tab: Tab, accept: bool = True, text: str | None = None, *, timeout: float = TIMEOUT) -> None:
+    """Answer the dialog that holds the page: accept or dismiss it. A prompt is answered with `text`, else with its default.
+
+    Raises `CDPError` if there is none, and `ValueError` if the default has more than 16,384 characters: give `text` then.
+    """
+    if accept and text is None:
+        text = (tab.request({"meta": "pending_dialog"}, timeout=timeout)["dialog"] or {}).get("defaultPrompt")
+        if text is not None and len(text) > MAX_TEXT:
+            raise ValueError(f"only {MAX_TEXT} characters of the prompt's default are kept: answer it with text=")
+    params: dict[str, Any] = {"accept": accept}
+    if text is not None:
+        params["promptText"] = text
+    tab.cdp("Page.handleJavaScriptDialog", timeout=timeout, **params)

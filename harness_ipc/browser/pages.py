@@ -1,0 +1,170 @@
+"""The page and the tabs: where it is, going elsewhere, waiting for it."""
+
+from __future__ import annotations
+
+import time
+
+from . import INTERNAL, TIMEOUT
+from .errors import SERVER_ERROR, BrowserTimeout, CDPError, DialogOpen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .tab import Tab
+
+# Seconds for a page to load, as browser-harness has it.
+LOAD_TIMEOUT = 15.0
+
+_PAGE = (
+    "({url: location.href, title: document.title, w: innerWidth, h: innerHeight, sx: scrollX, sy: scrollY, "
+    "pw: document.documentElement?.scrollWidth ?? 0, ph: document.documentElement?.scrollHeight ?? 0})"
+)
+_LOADED = "document.readyState === 'complete' || new Promise(done => addEventListener('load', () => done(true), {once: true}))"
+
+
+def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
+    """Return what the page is: url, title, viewport (w, h), scroll position (sx, sy) and page size (pw, ph), in CSS pixels.
+
+    If a dialog holds the page, return ``{"dialog": {"type", "message", …}}`` instead: answer it with `handle_dialog`.
+    """
+    try:
+        return dict(tab.js(_PAGE, timeout=timeout))
+    except DialogOpen as error:
+        return {"dialog": error.dialog}
+
+
+def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
+    """Navigate the tab, and return CDP's result once the new document is there; `wait_for_load` waits for the rest of it.
+
+    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had.
+    """
+    try:
+        result = tab.cdp("Page.navigate", url=url, timeout=timeout)
+    except BrowserTimeout:
+        # Chrome keeps all else of the page waiting until the navigation ends.
+        tab.try_cdp("Page.stopLoading", timeout=timeout)
+        raise
+    # What is downloaded instead of shown is "aborted" as a page.
+    if result.get("errorText") and not result.get("isDownload"):
+        raise CDPError(f"{url} can't be loaded: {result['errorText']}")
+    # Answered once the document has taken its place: until then the tab has no address.
+    tab.try_cdp("Runtime.evaluate", expression="0", timeout=timeout)
+    return result
+
+
+def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
+    """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return bool(tab.js(_LOADED, timeout=left))
+        except BrowserTimeout:
+            return False
+        except CDPError as error:
+            # The document that was asked has made room for the next one.
+            if error.code != SERVER_ERROR or error.data.get("crashed"):
+                raise
+    return False
+
+
+# Tabs.
+
+
+def list_tabs(tab: Tab, include_chrome: bool = True, *, timeout: float = TIMEOUT) -> list[dict[str, str]]:
+    """Return the tabs, each with targetId, url and title; the browser's own pages only with `include_chrome`."""
+    return [
+        {"targetId": info["targetId"], "title": info.get("title", ""), "url": info.get("url", "")}
+        for info in tab.cdp("Target.getTargets", timeout=timeout)["targetInfos"]
+        if info["type"] == "page" and (include_chrome or not info.get("url", "").startswith(INTERNAL))
+    ]
+
+
+def current_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str]:
+    """Return targetId, url and title of the tab that this process is in."""
+    reply = tab.request({"meta": "current_tab"}, timeout=timeout)
+    return {key: reply[key] for key in ("targetId", "url", "title")}
+
+
+def switch_tab(tab: Tab, target: str | dict[str, str], *, timeout: float = TIMEOUT) -> str:
+    """Go on in another tab, and show it. Processes that start later begin there, too. Return its session.
+
+    `target` is a targetId, or what `list_tabs` and `current_tab` give. Raises `TabClosed` if there is no such tab.
+    """
+    session = _enter(tab, _target_id(target), timeout)
+    tab.cdp("Target.activateTarget", targetId=_target_id(target), timeout=timeout)
+    return session
+
+
+def new_tab(tab: Tab, url: str = "about:blank", *, timeout: float = TIMEOUT) -> str:
+    """Open a tab, go on in it as with `switch_tab`, and return its targetId. Raises what `goto_url` does."""
+    target: str = tab.cdp("Target.createTarget", url="about:blank", timeout=timeout)["targetId"]
+    _enter(tab, target, timeout)
+    if url != "about:blank":
+        # Not with its creation: then the empty document could be taken for the page.
+        tab.goto_url(url, timeout=timeout)
+    return target
+
+
+def close_tab(tab: Tab, target: str | dict[str, str] | None = None, *, timeout: float = TIMEOUT) -> None:
+    """Close a tab: the one that this process is in, if none is given. It then is in the daemon's tab.
+
+    Raises `CDPError` if there is no such tab.
+    """
+    own = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
+    target_id = own if target is None else _target_id(target)
+    tab.cdp("Target.closeTarget", targetId=target_id, timeout=timeout)
+    if target_id == own:
+        tab.leave()
+
+
+def ensure_real_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str] | None:
+    """Leave a page that is the browser's own for another, if there is one; return the tab, or None."""
+    here = tab.current_tab(timeout=timeout)
+    if not here["url"].startswith(INTERNAL):
+        return here
+    tabs = tab.list_tabs(include_chrome=False, timeout=timeout)
+    if not tabs:
+        return None
+    tab.switch_tab(tabs[0], timeout=timeout)
+    return tabs[0]
+
+
+def iframe_target(tab: Tab, url_part: str, *, timeout: float = TIMEOUT) -> str | None:
+    """Return the targetId of the page's first iframe of another site that has `url_part` in its url, for `js`, or None.
+
+    An iframe of the page's own site is no target: reach it from the page, as in
+    ``document.querySelector("iframe").contentDocument``.
+    """
+    page = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
+    infos = {info["targetId"]: info for info in tab.cdp("Target.getTargets", timeout=timeout)["targetInfos"]}
+    for target, info in infos.items():
+        if info["type"] == "iframe" and url_part in info.get("url", ""):
+            root = target
+            while parent := infos.get(root, {}).get("parentId"):
+                root = parent
+            # Itself, where an older browser names no parent.
+            if root in (page, target):
+                return str(target)
+    return None
+
+
+def _enter(tab: Tab, target_id: str, timeout: float) -> str:
+    return str(tab.request({"meta": "set_session", "target_id": target_id}, timeout=timeout)["session_id"])
+
+
+def _target_id(target: str | dict[str, str]) -> str:
+    return target["targetId"] if isinstance(target, dict) else target
+
+
+def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
+    """Return the events of this process's tab since the last call: method, params, session_id.
+
+    At most the last 500 are kept, and at most 16 MiB of JSON. Texts of a page above 16,384 characters are cut, with the number
+    of those left out behind them; the params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``.
+    """
+    if tab.session is None:
+        # To be in a tab: without one, the events of all tabs are meant.
+        tab.request({"meta": "session"}, timeout=timeout)
+    events: list[dict[str, Any]] = tab.request({"meta": "drain_events"}, timeout=timeout)["events"]
+    return events
