@@ -167,15 +167,16 @@ class Tab:
         return reply
 
     def stream(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> Iterator[Any]:
-        """Yield the items with which the daemon answers `message`, ``{"meta": verb}``. `timeout` is for each of them.
+        """Yield the items with which the daemon answers `message`, ``{"meta": stream, …}``. `timeout` is for each of them.
 
         Closing the generator tells the daemon to end the stream. Raises what `request` does.
         """
         client = self.browser.connect()
-        if message.get("session_id") is None and client is self._client and self._session is not None:
-            message = {**message, "session_id": self._session}
+        params = {name: value for name, value in message.items() if name != "meta"}
+        if params.get("session_id") is None and client is self._client and self._session is not None:
+            params["session_id"] = self._session
         try:
-            with client.stream("stream", message, timeout=timeout) as items:
+            with client.stream(message["meta"], params, timeout=timeout) as items:
                 yield from items
         except RemoteError as error:
             raise from_reply({"type": error.type, "message": error.message, "data": error.data}) from None

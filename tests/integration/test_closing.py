@@ -298,6 +298,32 @@ def test_a_task_of_the_app_that_exits_ends_the_daemon_and_answers_its_requests()
     assert runtime_files() == []
 
 
+DRAINS = """
+import asyncio
+from harness_ipc import run_daemon
+
+ends = asyncio.Event()
+
+async def handle(message):
+    yield 1
+    await ends.wait()
+    yield 2
+
+run_daemon(handle, "test", grace_period=3600, on_ready=lambda _: print("ready", flush=True), on_drain=ends.set)
+"""
+
+
+def test_an_app_ends_its_streams_when_the_daemon_drains() -> None:
+    with spawn_python("-c", DRAINS) as daemon:
+        assert daemon.read_line() == "ready"
+        with connect_daemon("test") as client, client.stream("any", timeout=PATIENCE) as items:
+            assert next(items) == 1
+            request("test", {"meta": "shutdown"})
+            assert list(items) == [2]
+        assert daemon.wait() == 0
+    assert runtime_files() == []
+
+
 # Threads.
 
 
