@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import harness_ipc
 
 from . import APP_VERSION, INTERNAL, LONGEST, MAX_MESSAGE, daemon_name, discovery
+from .accessibility import Accessibility
 from .cdp import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .errors import (
     SERVER_ERROR,
@@ -86,6 +87,7 @@ class BrowserApp:
         # Tabs that somebody waits for to be closed.
         self._closing: dict[str, asyncio.Event] = {}
         self._events = EventStore()
+        self._accessibility = Accessibility(self)
         self._verbs: dict[str, Callable[[Message], Awaitable[Message]]] = {
             "session": self._get_session,
             "set_session": self._set_session,
@@ -93,6 +95,7 @@ class BrowserApp:
             "pending_dialog": self._pending_dialog,
             "current_tab": self._current_tab,
             "connection_status": self._connection_status,
+            **self._accessibility.verbs,
         }
 
     async def start(self) -> None:
@@ -233,6 +236,13 @@ class BrowserApp:
                 )
             return await self._attach_a_page()
 
+    async def page_of(self, message: Message) -> tuple[Connection, str, str]:
+        """Return the connection, the session that the request is for, and its tab. Raises at once if the page can't answer."""
+        connection = await self._connected()
+        session = await self._session_for(self._named(message))
+        self._check_page(session, "Accessibility.")
+        return connection, session, self._target_of(session)
+
     def _sessions_of(self, target: str) -> Iterator[str]:
         return (session for session, state in self._sessions.items() if state.target == target)
 
@@ -351,6 +361,7 @@ class BrowserApp:
             return
         # First: it cuts long texts, of a dialog as well.
         self._events.add(session, method, params, session, frame)
+        self._accessibility.on_event(method, params, session)
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
         elif method == "Target.detachedFromTarget":

@@ -7,6 +7,9 @@ RemoteError (of harness_ipc)
     ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
     ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
     ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
+    ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
+    ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
+    ├── InvalidSelector       ValueError          Chrome can't parse the selector: nothing ran
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           the page's own code threw
 
@@ -61,6 +64,18 @@ class DialogOpen(BrowserError):
         return dict(self.data.get("dialog") or {})
 
 
+class ElementNotFound(BrowserError, LookupError):
+    """No element is meant, or more than one, or one that is gone. ``data["count"]`` is how many a selector matches."""
+
+
+class ElementNotReady(BrowserError):
+    """The element can't be acted on: something covers it, it is disabled, read-only or not visible. The text says which."""
+
+
+class InvalidSelector(BrowserError, ValueError):
+    """The selector can't be parsed. The text is Chrome's own reason."""
+
+
 class CDPError(BrowserError):
     """The browser answered with an error. `code` is the JSON-RPC code."""
 
@@ -77,7 +92,18 @@ class JavaScriptError(BrowserError):
 
 _CLASSES = {
     kind.__name__: kind
-    for kind in (BrowserNotFound, BrowserLost, BrowserTimeout, TabClosed, DialogOpen, CDPError, JavaScriptError)
+    for kind in (
+        BrowserNotFound,
+        BrowserLost,
+        BrowserTimeout,
+        TabClosed,
+        DialogOpen,
+        ElementNotFound,
+        ElementNotReady,
+        InvalidSelector,
+        CDPError,
+        JavaScriptError,
+    )
 }
 
 

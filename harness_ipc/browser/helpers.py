@@ -16,6 +16,9 @@ from .errors import (
     BrowserTimeout,
     CDPError,
     DialogOpen,
+    ElementNotFound,
+    ElementNotReady,
+    InvalidSelector,
     JavaScriptError,
     TabClosed,
 )
@@ -38,6 +41,9 @@ __all__ = [
     "BrowserTimeout",
     "CDPError",
     "DialogOpen",
+    "ElementNotFound",
+    "ElementNotReady",
+    "InvalidSelector",
     "JavaScriptError",
     "TabClosed",
     "capture_screenshot",
@@ -56,6 +62,7 @@ __all__ = [
     "page_info",
     "press_key",
     "scroll",
+    "snapshot",
     "switch_tab",
     "type_text",
     "wait",
@@ -118,6 +125,7 @@ new_tab = _of_default_tab(Tab.new_tab)
 page_info = _of_default_tab(Tab.page_info)
 press_key = _of_default_tab(Tab.press_key)
 scroll = _of_default_tab(Tab.scroll)
+snapshot = _of_default_tab(Tab.snapshot)
 switch_tab = _of_default_tab(Tab.switch_tab)
 type_text = _of_default_tab(Tab.type_text)
 wait_for_load = _of_default_tab(Tab.wait_for_load)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from . import dialogs, keyboard, mouse, screenshot
+    from . import dialogs, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,7 +117,9 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    dialogs, keyboard, mouse, screenshot = map(_DeferredModule, ("dialogs", "keyboard", "mouse", "screenshot"))
+    dialogs, keyboard, mouse, screenshot, snapshot = map(
+        _DeferredModule, ("dialogs", "keyboard", "mouse", "screenshot", "snapshot")
+    )
 
 
 class Tab:
@@ -224,3 +226,4 @@ class Tab:
     click_at_xy = mouse.click_at_xy
     scroll = mouse.scroll
     capture_screenshot = screenshot.capture_screenshot
+    snapshot = snapshot.snapshot

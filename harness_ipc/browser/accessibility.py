@@ -1,0 +1,211 @@
+"""What is on a page, read in the daemon: its documents with those of all iframes, and references to their nodes.
+
+The tree of a page is a megabyte or more for what is a few kilobytes as text: so the text is made here, not in the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from . import LONGEST
+from .cdp import CALL_TIMEOUT
+from .errors import BrowserTimeout, CDPError, ElementNotFound
+from .references import Place, References
+from .tree import Document, render
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+    from typing import Protocol
+
+    from .cdp import Connection
+
+    Message = dict[str, Any]
+    Verb = Callable[[Message], Awaitable[Message]]
+
+    class App(Protocol):
+        """What this module needs of the daemon's application."""
+
+        async def page_of(self, message: Message) -> tuple[Connection, str, str]:
+            """Return the connection, the session that the request names, and its target. Raises if the page can't answer."""
+
+
+# Iframes within iframes: a page that frames itself is not followed for ever.
+_MAX_DEPTH = 10
+# What is clicked anyway, or says nothing by its listener: React and others listen at the root for all that is below.
+_NOT_CLICKABLE = {"HTML", "BODY", "LABEL"}
+_ACTS_ITSELF = {"A", "BUTTON", "INPUT", "LABEL", "OPTION", "SELECT", "SUMMARY", "TEXTAREA"}
+_ELEMENT = 1
+
+
+class Accessibility:
+    """The requests that read pages, and the references that were given to their nodes."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        # By the tab's target.
+        self._references: dict[str, References] = {}
+        # Sessions with the iframes that are targets of their own, by target.
+        self._frames: dict[str, str] = {}
+        self.verbs = {"snapshot": self._bounded(self.snapshot), "resolve_reference": self._bounded(self.resolve)}
+
+    def on_event(self, method: str, params: Message, _session: str | None) -> None:
+        """Forget what has ended."""
+        if method == "Target.targetDestroyed":
+            self._references.pop(params["targetId"], None)
+        elif method == "Target.detachedFromTarget":
+            self._frames = {target: session for target, session in self._frames.items() if session != params["sessionId"]}
+
+    @staticmethod
+    def _bounded(verb: Verb) -> Verb:
+        async def bounded(message: Message) -> Message:
+            timeout = min(message.get("timeout") or CALL_TIMEOUT, LONGEST)
+            try:
+                async with asyncio.timeout(timeout):
+                    return await verb(message)
+            except TimeoutError as error:
+                if isinstance(error, BrowserTimeout):
+                    raise
+                raise BrowserTimeout(f"the page has not been read within {timeout:g} s: allow a longer timeout") from None
+
+        return bounded
+
+    async def snapshot(self, message: Message) -> Message:
+        """Return the page as ``text``; ``interactive``: only what can be acted on."""
+        connection, session, target = await self._app.page_of(message)
+        document, references = await self._read_page(connection, session, target)
+
+        def reference(inside: Document, node: int) -> str:
+            return references.of(Place(*inside.place, node))
+
+        return {"text": render(document, reference, interactive=bool(message.get("interactive"))), "session_id": session}
+
+    async def resolve(self, message: Message) -> Message:
+        """Return the node of ``reference`` as an ``objectId`` of the session ``node_session``.
+
+        ``owners`` are the nodes of the iframes around it that are targets of their own, the inmost first: `session_id`, and
+        `backendNodeId`. Raises `ElementNotFound`.
+        """
+        connection, session, target = await self._app.page_of(message)
+        name = str(message.get("reference"))
+        references = self._references.get(target)
+        if references is None or (place := references.place(name)) is None:
+            if references is not None and references.was_given(name):
+                raise _gone(name)
+            raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for the references that there are")
+        with contextlib.suppress(CDPError):
+            inside = session if place.target == target else await self._session_of(connection, place.target)
+            resolved, tree = await asyncio.gather(
+                connection.call("DOM.resolveNode", {"backendNodeId": place.node}, session=inside),
+                # Asked last: a node of another document may have the same number.
+                connection.call("Page.getFrameTree", session=inside),
+            )
+            if _loaders(tree["frameTree"]).get(place.frame) == place.loader:
+                reply: Message = {"objectId": resolved["object"]["objectId"], "node_session": inside, "session_id": session}
+                return reply | {"owners": await self._owners(connection, place.target, session, target)}
+        raise _gone(name)
+
+    async def _owners(self, connection: Connection, frame: str, session: str, page: str) -> list[Message]:
+        owners = []
+        while frame != page:
+            info = (await connection.call("Target.getTargetInfo", {"targetId": frame}))["targetInfo"]
+            parent = info.get("parentId") or page
+            parents = session if parent == page else await self._session_of(connection, parent)
+            owner = await connection.call("DOM.getFrameOwner", {"frameId": frame}, session=parents)
+            owners.append({"session_id": parents, "backendNodeId": owner["backendNodeId"]})
+            frame = parent
+        return owners
+
+    async def _session_of(self, connection: Connection, frame: str) -> str:
+        """Return our session with an iframe that is a target of its own."""
+        if (session := self._frames.get(frame)) is None:
+            attached = await connection.call("Target.attachToTarget", {"targetId": frame, "flatten": True})
+            session = self._frames[frame] = str(attached["sessionId"])
+        return session
+
+    # Reading.
+
+    async def _read_page(self, connection: Connection, session: str, target: str) -> tuple[Document, References]:
+        there: set[tuple[str, str, str]] = set()
+        document = await self._read(connection, session, target, there, 0)
+        references = self._references.setdefault(target, References())
+        references.keep(there)
+        return document, references
+
+    async def _read(
+        self, connection: Connection, session: str, target: str, there: set[tuple[str, str, str]], depth: int
+    ) -> Document:
+        """Return the document of a target, with those in its iframes. The places of all documents are put into `there`."""
+
+        async def call(method: str, **params: Any) -> Message:
+            return await connection.call(method, params, session=session)
+
+        tree, captured, main = await asyncio.gather(
+            call("Page.getFrameTree"),
+            call("DOMSnapshot.captureSnapshot", computedStyles=["cursor"]),
+            call("Accessibility.getFullAXTree"),
+        )
+        loaders = _loaders(tree["frameTree"])
+        there |= {(target, frame, loader) for frame, loader in loaders.items()}
+        layouts = {captured["strings"][one["frameId"]]: one for one in captured["documents"]}
+
+        async def read(frame: str, nodes: list[Message], depth: int) -> Document:
+            layout = layouts.get(frame)
+            clickable = frozenset(_clickable(layout, captured["strings"])) if layout else frozenset()
+            document = Document(nodes, place=(target, frame, loaders.get(frame, "")), clickable=clickable)
+            if depth < _MAX_DEPTH:
+                owners = [node["backendDOMNodeId"] for node in nodes if node["role"]["value"].startswith("Iframe")]
+                await asyncio.gather(*(read_frame(document, owner, depth + 1) for owner in owners))
+            return document
+
+        async def read_frame(document: Document, owner: int, depth: int) -> None:
+            # One that goes meanwhile is left out.
+            with contextlib.suppress(CDPError):
+                frame = (await call("DOM.describeNode", backendNodeId=owner))["node"].get("frameId", "")
+                if frame in loaders:
+                    nodes = (await call("Accessibility.getFullAXTree", frameId=frame))["nodes"]
+                    document.frames[owner] = await read(frame, nodes, depth)
+                elif frame:
+                    inside = await self._session_of(connection, frame)
+                    document.frames[owner] = await self._read(connection, inside, frame, there, depth)
+
+        return await read(tree["frameTree"]["frame"]["id"], main["nodes"], depth)
+
+
+def _gone(name: str) -> ElementNotFound:
+    return ElementNotFound(f"the node of {name} is gone from the page: call snapshot() again", reference=name)
+
+
+def _loaders(tree: Message) -> dict[str, str]:
+    """Return the loader of each frame in a frame tree: it changes with the document."""
+    loaders = {tree["frame"]["id"]: tree["frame"]["loaderId"]}
+    for child in tree.get("childFrames", ()):
+        loaders |= _loaders(child)
+    return loaders
+
+
+def _clickable(layout: Message, strings: list[str]) -> Iterable[int]:
+    """Yield the backendNodeIds of the elements that show a hand, and of those that listen for clicks themselves."""
+    nodes = layout["nodes"]
+    parents, numbers = nodes["parentIndex"], nodes["backendNodeId"]
+    listening = set(nodes["isClickable"]["index"])
+    pointing = {
+        node
+        for node, styles in zip(layout["layout"]["nodeIndex"], layout["layout"]["styles"], strict=False)
+        if styles and strings[styles[0]] == "pointer" and nodes["nodeType"][node] == _ELEMENT
+    }
+    # Within what acts by itself, such as a button's icon.
+    within: set[int] = set()
+    for node, parent in enumerate(parents):
+        if parent in within or strings[nodes["nodeName"][node]] in _ACTS_ITSELF:
+            within.add(node)
+    around: set[int] = set()
+    for node in reversed(range(len(parents))):
+        hand = node in pointing and parents[node] not in pointing
+        if node in around or node in within or node in listening or node in pointing:
+            around.add(parents[node])
+        if node in within or strings[nodes["nodeName"][node]] in _NOT_CLICKABLE:
+            continue
+        if hand or (node in listening and node not in around):
+            yield numbers[node]
