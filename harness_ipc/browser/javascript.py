@@ -1,11 +1,15 @@
-"""JavaScript in the page: its values, and what it throws, as Python has them."""
+"""JavaScript in the page: a scope for each call, its values, and what it throws, as Python has them."""
 
 from __future__ import annotations
+
+import contextlib
+import json
 
 from harness_ipc import escape_control
 
 from . import TIMEOUT
-from .errors import BrowserTimeout, CDPError, JavaScriptError
+from .arguments import check_text
+from .errors import BrowserError, BrowserTimeout, CDPError, JavaScriptError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,8 +18,21 @@ if TYPE_CHECKING:
 
     from .tab import Tab
 
+    Call = Callable[..., dict[str, Any]]
+
 # JSON-RPC's code of what Chrome says of code that ran for longer than it was given.
 _INTERNAL_ERROR = -32603
+# Seconds for Chrome, which ends such code itself, to say so; and for a page that does not compute to answer.
+_ENDING = 2.0
+_PROBE = 1.0
+# Seconds beyond its timeout for code that we end ourselves.
+_BACKSTOP = 10.0
+# What a script declares for all later ones, and a block only for itself.
+_LEXICAL = ("let", "const", "class")
+_IF_EVAL = "if (/native code/.test(eval))"
+_BODY = "(async () => {"
+# Code that is valid in here has no brace that closes what it was put into.
+_CHECK = "[async () => {"
 
 
 def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: float = TIMEOUT) -> Any:
@@ -24,17 +41,22 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
     ```python
     js("document.title")
     js("await fetch('/api').then(reply => reply.json())")
+    js("const rows = document.querySelectorAll('tr'); rows.length")
     js("const a = 6; return a * 7")
     ```
 
-    A promise is waited for. undefined and null are None; NaN and the infinities floats; a BigInt an int; whatever else has to
-    be what JSON can carry (inside an object or an array, NaN is None). Code with a top-level ``await`` or ``return`` is the
-    body of a function. Code that goes on after `timeout` without waiting for anything is ended.
+    The value is that of the last expression, or what a top-level ``return`` gives. ``const``, ``let`` and ``class`` are the
+    call's own; ``var`` and functions stay in the page, but not those of code with a top-level ``return``, a function's body.
 
-    Raises `JavaScriptError` for what the code throws, `CDPError` for a value that can't be carried.
+    A promise is waited for. undefined and null are None; NaN and the infinities floats; a BigInt an int; whatever else has to
+    be what JSON can carry (inside an object or an array, NaN is None). Code that computes for longer than `timeout` is ended.
+
+    Raises `JavaScriptError` for what the code throws, `BrowserTimeout`, and `CDPError` for a value that can't be carried.
     """
+    check_text("js", "expression", expression)
     if target_id is None:
         return _evaluate(tab, expression, None, timeout)
+    check_text("js", "target_id", target_id)
     number = tab.cdp("Target.attachToTarget", targetId=target_id, flatten=True, timeout=timeout)["sessionId"]
     try:
         return _evaluate(tab, expression, number, timeout)
@@ -43,35 +65,83 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
 
 
 def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float) -> Any:
+    # Code that Chrome ends after an `await` it leaves unanswered: `_timed_out` ends that.
+    limit = timeout if "await" in expression else timeout + _ENDING
+
     def call(method: str, **params: Any) -> dict[str, Any]:
         message = {"method": method, "params": params, "session_id": session}
-        result: dict[str, Any] = tab.request(message, timeout=timeout)["result"]
+        result: dict[str, Any] = tab.request(message, timeout=limit)["result"]
         return result
 
-    # Milliseconds. A page that computes for ever would answer nothing any more.
-    options = {"awaitPromise": True, "userGesture": True, "timeout": min(timeout * 1000, 2**31 - 1)}
     try:
-        if "await" in expression:
-            # Only replMode takes it for what it is, whatever stands behind it, and then gives no value but a reference.
-            result = call("Runtime.evaluate", expression=expression, replMode=True, **options)
-            result = _dereference(tab, call, result, session)
-        else:
-            result = call("Runtime.evaluate", expression=expression, returnByValue=True, **options)
-        if _is_body(result):
-            body = f"(async () => {{{expression}\n}})()"
-            result = call("Runtime.evaluate", expression=body, returnByValue=True, **options)
+        result, prefix = _run(tab, call, expression, session, timeout)
     except CDPError as error:
         if error.code == _INTERNAL_ERROR:
             raise BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended") from None
         raise
+    except BrowserTimeout:
+        raise _timed_out(tab, expression, session, timeout) from None
     if (details := result.get("exceptionDetails")) is not None:
-        text = escape_control(_thrown(details), allow="\n\t")
-        raise JavaScriptError(text, line=details.get("lineNumber"), column=details.get("columnNumber"))
+        raise _thrown(details, expression, prefix)
     value = result["result"]
     return _unserializable(value["unserializableValue"]) if "unserializableValue" in value else value.get("value")
 
 
-def _dereference(tab: Tab, call: Callable[..., dict[str, Any]], result: dict[str, Any], session: str | None) -> dict[str, Any]:
+def _run(tab: Tab, call: Call, expression: str, session: str | None, timeout: float) -> tuple[dict[str, Any], str]:
+    """Return what the browser says of the code, and what was put before it."""
+    if _may_close_block(expression):
+        # A script with half a block at its ends is an error, though it completes ours.
+        checked = call("Runtime.compileScript", expression=f"{_CHECK}{expression}\n}}]", sourceURL="", persistScript=False)
+        if "exceptionDetails" in checked:
+            return checked, _CHECK
+    waits = "await" in expression
+    # Milliseconds, at which Chrome ends the code, though its caller may have gone.
+    limit = min((timeout + _BACKSTOP * waits) * 1000, 2**31 - 1)
+    options = {"awaitPromise": True, "userGesture": True, "timeout": limit}
+    prefix, code = _in_block(expression)
+    if waits:
+        # Only replMode takes it for what it is, whatever stands behind it, and then gives no value but a reference.
+        result = call("Runtime.evaluate", expression=code, replMode=True, **options)
+        result = _dereference(tab, call, result, session)
+    else:
+        result = call("Runtime.evaluate", expression=code, returnByValue=True, **options)
+    if _is_body(result):
+        prefix, code = _BODY, f"{_BODY}{expression}\n}})()"
+        result = call("Runtime.evaluate", expression=code, returnByValue=True, **options)
+    return result, prefix
+
+
+def _in_block(expression: str) -> tuple[str, str]:
+    """Return what is put before the code, and the code in a block, which has the value that the script would have."""
+    if not any(word in expression for word in _LEXICAL):
+        return "", expression
+    prefix = "'use strict';{" if _is_strict(expression) else "{"
+    if "function" in expression and "await" not in expression:
+        # A function that a block declares is its value in V8, though it has none; with `eval`, which a page may have replaced,
+        # it is not. Runtime.evaluate allows `eval` whatever the page's policy is. That the code is valid, the block tells.
+        prefix = f"{_IF_EVAL} (0, eval)({json.dumps(expression)}); else {{"
+    return prefix, f"{prefix}{expression}\n}}"
+
+
+def _is_strict(code: str) -> bool:
+    """Return whether the code begins with the directive, which has no effect inside a block."""
+    code = code.lstrip()
+    while code.startswith(("//", "/*")):
+        code = code.partition("\n" if code.startswith("//") else "*/")[2].lstrip()
+    return code.startswith(("'use strict'", '"use strict"'))
+
+
+def _may_close_block(code: str) -> bool:
+    """Return whether a brace closes more than was opened; it may be part of a string."""
+    depth = 0
+    for part in code.split("}")[:-1]:
+        depth += part.count("{") - 1
+        if depth < 0:
+            return True
+    return False
+
+
+def _dereference(tab: Tab, call: Call, result: dict[str, Any], session: str | None) -> dict[str, Any]:
     """Return the result with the value itself, where it has a reference to an object."""
     number = result["result"].get("objectId")
     if number is None or "exceptionDetails" in result:
@@ -95,7 +165,39 @@ def _is_body(result: dict[str, Any]) -> bool:
     return "stackTrace" not in details and description == "SyntaxError: Illegal return statement"
 
 
-def _thrown(details: dict[str, Any]) -> str:
+def _timed_out(tab: Tab, expression: str, session: str | None, timeout: float) -> BrowserTimeout:
+    """Return the error for code that has not ended, and end it if it computes: after an ``await``, Chrome does not.
+
+    If the page itself computes, and the code has not begun, nothing is ended.
+    """
+    with contextlib.suppress(BrowserError):
+        try:
+            tab.cdp("Runtime.evaluate", session, expression="0", timeout=_PROBE)
+        except BrowserTimeout:
+            if "await" not in expression:
+                return BrowserTimeout(f"the page was busy for more than {timeout:g} s, and the code may not have begun")
+            tab.cdp("Runtime.terminateExecution", session, timeout=timeout + _ENDING)
+            return BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended")
+    return BrowserTimeout(f"the code has not ended within {timeout:g} s: it waits for a promise that is not settled")
+
+
+def _thrown(details: dict[str, Any], expression: str, prefix: str) -> JavaScriptError:
+    """Return the error for what the code threw, at the line and column (from 0) of the code as it was given."""
+    # Of a rejected promise, Chrome counts from 1 but in its stack.
+    frame = next(iter(details.get("stackTrace", {}).get("callFrames", [])), None)
+    place = frame or details
+    line, column = place["lineNumber"], place["columnNumber"]
+    text = _exception_text(details)
+    if line == 0 and not place.get("url") and not (frame and prefix.startswith(_IF_EVAL)):
+        column -= len(prefix)
+    if prefix and line > expression.count("\n"):
+        # The closing brace is ours.
+        text = text.replace("Unexpected token '}'", "Unexpected end of input")
+        line, column = expression.count("\n"), len(expression.rpartition("\n")[2])
+    return JavaScriptError(escape_control(text, allow="\n\t"), line=line, column=column)
+
+
+def _exception_text(details: dict[str, Any]) -> str:
     exception = details.get("exception") or {}
     text = exception.get("description")
     if text is None and "value" in exception:

@@ -49,6 +49,8 @@ PAGES = {
     "/frames": "<!doctype html><title>Frames</title><iframe id=near src=/inner?near></iframe><iframe id=far></iframe>"
     "<script>far.src = `http://localhost:${location.port}/inner?far`</script>",
     "/inner": "<!doctype html><title>Inner</title><p id=here>inside</p>",
+    "/strict": "<!doctype html><meta http-equiv=Content-Security-Policy content=\"default-src 'none'; script-src 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'\"><title>Strict</title>",
     "/many": "<!doctype html><title>Many</title><script>"
     "const all = document.createDocumentFragment();"
     "for (let i = 0; i < 100000; i++) all.append(document.createElement('i')); document.documentElement.append(all)</script>",

@@ -1,9 +1,8 @@
-"""The helpers in a page of a real browser: where it is, what is typed into it, and what its JavaScript answers."""
+"""The helpers in a page of a real browser: where it is, and what is typed into it."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import sys
 import threading
@@ -19,7 +18,6 @@ from harness_ipc.browser import daemon_name
 from harness_ipc.browser.helpers import (
     BrowserTimeout,
     CDPError,
-    JavaScriptError,
     cdp,
     click_at_xy,
     goto_url,
@@ -245,132 +243,3 @@ def test_the_page_sees_which_click_it_is(page: str, site: Site) -> None:
         ["auxclick", 2, 420, 320],
         ["auxclick", 1, 430, 330],
     ]
-
-
-# What it answers.
-
-
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("1", 1),
-        ("1.5", 1.5),
-        ("true", True),
-        ("'Grüße 🎈'", "Grüße 🎈"),
-        ("null", None),
-        ("undefined", None),
-        ("", None),
-        ("({a: [1, {b: null}], c: 'd'})", {"a": [1, {"b": None}], "c": "d"}),
-        ("const a = 6; a * 7", 42),
-        ("const a = 6; return a * 7", 42),
-        ("if (1) { return 'early' } return 'late'", "early"),
-        ("Promise.resolve(5)", 5),
-        ("new Promise(done => setTimeout(() => done('late'), 1))", "late"),
-        ("await Promise.resolve(6)", 6),
-        ("await Promise.resolve({a: 1}) // why", {"a": 1}),
-        ("const a = await Promise.resolve(6); const b = 7; return a * b", 42),
-        ("return await Promise.resolve([1])", [1]),
-        ("'return 1; await 2'", "return 1; await 2"),
-        ("await Promise.resolve(6);", 6),
-        ("await (async () => 7)()", 7),
-        ("await -Infinity", -math.inf),
-        ("let n = 0; for await (const a of [1, 2]) n += a; return n", 3),
-        ("(async () => { await 1; return 2 })()", 2),
-        ("async function f() { await 1; return 2 } f()", 2),
-        ("0", 0),
-        ("-0", -0.0),
-        ("NaN", math.nan),
-        ("Infinity", math.inf),
-        ("-Infinity", -math.inf),
-        ("[NaN, Infinity]", [None, None]),
-        ("2n ** 70n", 2**70),
-        ("-5n", -5),
-    ],
-)
-def test_a_value_of_javascript(page: str, expression: str, value: object) -> None:
-    # Of nan and -0.0, == says nothing.
-    assert repr(js(expression)) == repr(value)
-
-
-def test_half_a_pair_of_surrogates(page: str) -> None:
-    assert js("'\ud83d'.charCodeAt(0)") == 0xD83D
-    assert js("'\\udfff'") == "\udfff"
-    assert js("'\ud83d' + '\udc4d'") == "👍"
-
-
-@pytest.mark.parametrize(
-    ("expression", "text"),
-    [
-        ("throw new TypeError('not so')", "TypeError: not so"),
-        ("missing", "ReferenceError: missing is not defined"),
-        ("throw 42", "42"),
-        ("throw 'a text'", "a text"),
-        ("throw null", "null"),
-        ("throw true", "true"),
-        ("Promise.reject(new Error('too late'))", "Error: too late"),
-        ("Promise.reject('a text')", "a text"),
-        ("await Promise.reject(new RangeError('too far'))", "RangeError: too far"),
-        ("const a = 1; return a + missing", "ReferenceError: missing is not defined"),
-        # Control characters are escaped: the error may be printed on a terminal.
-        (
-            r"throw '\u001b]52;c;eA==\u0007\u001b[2J\u009b31m\u202e\u2066\ud800\t日'",
-            "\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b31m\\u202e\\u2066\\ud800\t日",
-        ),
-        (r"throw new Error('\r\u007f')", r"Error: \r\x7f"),
-    ],
-)
-def test_what_javascript_throws(page: str, expression: str, text: str) -> None:
-    with pytest.raises(JavaScriptError) as caught:
-        js(expression)
-    assert str(caught.value).splitlines()[0] == text
-    assert serves()
-
-
-@pytest.mark.parametrize("expression", ["a b", "(", "await (", "return ("])
-def test_what_is_not_javascript(page: str, expression: str) -> None:
-    with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
-        js(expression)
-    assert serves()
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "JSON.parse('<')",
-        "await new Promise(() => JSON.parse('<'))",
-        ("eval('return 1')"),
-        ("new Function('await 1')"),
-    ],
-)
-def test_code_with_a_syntax_error_of_its_own_runs_once(page: str, statement: str) -> None:
-    js("window.runs = 0")
-    with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
-        js(f"window.runs += 1; {statement}")
-    assert js("runs") == 1
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "window",
-        "await window",
-        "(async () => { await 1; return window })()",
-        "Symbol('a')",
-        "await Symbol('a')",
-        "({a: 1n})",
-        "const a = {}; a.a = a; a",
-    ],
-)
-def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
-    with pytest.raises(CDPError, match=r"Runtime\.\w+: Object "):
-        js(expression)
-    assert serves()
-
-
-@pytest.mark.parametrize(
-    "expression", ["for (;;);", "await null; for (;;);", "(async () => { await null; for (;;); })()", "new Promise(() => {})"]
-)
-def test_code_that_never_ends(page: str, expression: str) -> None:
-    with pytest.raises(BrowserTimeout, match=r"Runtime\.evaluate"):
-        js(expression, timeout=1)
-    assert serves()

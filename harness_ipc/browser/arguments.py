@@ -1,0 +1,39 @@
+"""Arguments of the helpers: what can't be used is refused in one line that names the helper, the argument and what to pass."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def check_kind(helper: str, name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise `TypeError` unless `value` is of one of the `kinds`, which the text `expected` describes. A bool is no number."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{helper}(): {name} must be {expected}, not {type(value).__name__}: {shown(value)}")
+
+
+def check_text(helper: str, name: str, value: Any) -> None:
+    """Raise `TypeError` unless `value` is a str."""
+    check_kind(helper, name, value, str, "str")
+
+
+def check_number(helper: str, name: str, value: Any, expected: str = "a number") -> None:
+    """Raise `TypeError` unless `value` is an int or a float, `ValueError` if it is NaN or infinite."""
+    check_kind(helper, name, value, (int, float), expected)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{helper}(): {name} must be {expected}, not {value}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raise `TypeError` unless `value` is a number of seconds, `ValueError` if it is below 0 or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}: {shown(value)}")
+    if not value >= 0:
+        raise ValueError(f"{name} must be a number of seconds from 0 on, not {value}")
+
+
+def shown(value: Any) -> str:
+    """Return `value` as a message shows it: escaped, and cut if it is long."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
