@@ -10,26 +10,18 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from . import LONGEST
-from .cdp import CALL_TIMEOUT
+from .connection import CALL_TIMEOUT
 from .errors import BrowserTimeout, CDPError, ElementNotFound
+from .part import Part
 from .references import Place, References
 from .tree import Document, render
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
-    from typing import Protocol
+    from collections.abc import Iterable, Mapping
 
-    from .cdp import Connection
-
-    Message = dict[str, Any]
-    Verb = Callable[[Message], Awaitable[Message]]
-
-    class App(Protocol):
-        """What this module needs of the daemon's application."""
-
-        async def page_of(self, message: Message) -> tuple[Connection, str, str]:
-            """Return the connection, the session that the request names, and its target. Raises if the page can't answer."""
-
+    from .connection import Connection
+    from .daemon import BrowserApp
+    from .part import Message, Verb
 
 # Iframes within iframes: a page that frames itself is not followed for ever.
 _MAX_DEPTH = 10
@@ -39,18 +31,22 @@ _ACTS_ITSELF = {"A", "BUTTON", "INPUT", "LABEL", "OPTION", "SELECT", "SUMMARY", 
 _ELEMENT = 1
 
 
-class Accessibility:
+class Accessibility(Part):
     """The requests that read pages, and the references that were given to their nodes."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: BrowserApp) -> None:
+        super().__init__(app)
         # By the tab's target.
         self._references: dict[str, References] = {}
         # Sessions with the iframes that are targets of their own, by target.
         self._frames: dict[str, str] = {}
-        self.verbs = {"snapshot": self._bounded(self.snapshot), "resolve_reference": self._bounded(self.resolve)}
 
-    def on_event(self, method: str, params: Message, _session: str | None) -> None:
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """The requests that read pages."""
+        return {"snapshot": self._bounded(self.snapshot), "resolve_reference": self._bounded(self.resolve)}
+
+    def on_event(self, method: str, params: Message, session: str | None) -> None:
         """Forget what has ended."""
         if method == "Target.targetDestroyed":
             self._references.pop(params["targetId"], None)
@@ -73,7 +69,7 @@ class Accessibility:
 
     async def snapshot(self, message: Message) -> Message:
         """Return the page as ``text``; ``interactive``: only what can be acted on."""
-        connection, session, target = await self._app.page_of(message)
+        connection, session, target = await self.app.sessions.page_of(message)
         document, references = await self._read_page(connection, session, target)
 
         def reference(inside: Document, node: int) -> str:
@@ -87,7 +83,7 @@ class Accessibility:
         ``owners`` are the nodes of the iframes around it that are targets of their own, the inmost first: `session_id`, and
         `backendNodeId`. Raises `ElementNotFound`.
         """
-        connection, session, target = await self._app.page_of(message)
+        connection, session, target = await self.app.sessions.page_of(message)
         name = str(message.get("reference"))
         references = self._references.get(target)
         if references is None or (place := references.place(name)) is None:

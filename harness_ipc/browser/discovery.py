@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from . import WEBSOCKET, local
-from .cdp import Connection, ConnectionFailed, is_local, without_secret
+from .connection import Connection, ConnectionFailed, is_local, without_secret
 from .errors import BrowserNotFound
 from .launcher import ManagedBrowser
 from .profile import ACTIVE_PORT, read_active_port
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Iterator
 
-    from .cdp import OnEvent
+    from .connection import OnEvent
 
 logger = logging.getLogger(__name__)
 

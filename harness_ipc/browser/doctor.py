@@ -199,7 +199,7 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
 
 
 def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
-    from . import cdp, discovery
+    from . import connection, discovery
 
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
@@ -207,7 +207,7 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
         return
     text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
     variable, _, place = status["found"].partition(", ")
-    if variable in (WEBSOCKET, discovery.URL) and cdp.is_local(place):
+    if variable in (WEBSOCKET, discovery.URL) and connection.is_local(place):
         yield _named_browser(text, found, discovery.address_of(place))
     else:
         yield Finding("ok", "browser", text)

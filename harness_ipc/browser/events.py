@@ -1,4 +1,4 @@
-"""Events of the browser, kept in bounded memory until a client drains them. Knows neither the connection nor the channel.
+"""Events of the browser, kept in bounded memory until a client drains them. Knows no connection.
 
 An event is kept as the JSON text that the browser sent, so its size is the memory that it takes: parsed, it may take ten times
 as much.
@@ -13,11 +13,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import MAX_TEXT
+from .part import Part, named_session
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
-    Message = dict[str, Any]
+    from .daemon import BrowserApp
+    from .part import Message, Verb
+
     # Number in the order of arrival, session, and the JSON of method and params.
     Kept = tuple[int, str | None, bytes]
 
@@ -78,6 +81,28 @@ class EventStore:
         Above 16 MiB only the first of them are returned: the others are kept for the next drain.
         """
         return _drain(self._queues.values())
+
+
+class Events(Part):
+    """Drains."""
+
+    def __init__(self, app: BrowserApp) -> None:
+        super().__init__(app)
+        self._store = EventStore()
+        self.add = self._store.add
+        self.forget = self._store.forget
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """The requests about events."""
+        return {"drain_events": self._drain}
+
+    async def _drain(self, message: Message) -> Message:
+        """Return the last events and forget them: of the session that is named, or of all sessions and the browser."""
+        named = named_session(message)
+        if named is None:
+            return {"events": self._store.drain_all()}
+        return {"events": self._store.drain(await self.app.sessions.session_for(named))}
 
 
 class _Queue:

@@ -20,8 +20,8 @@ import psutil
 
 from harness_ipc import HarnessIPCError, process_identity, spawn_kwargs
 
-from . import WEBSOCKET, cdp, pipe, program
-from .cdp import Connection, ConnectionFailed
+from . import WEBSOCKET, connection, pipe, program
+from .connection import Connection, ConnectionFailed
 from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
 from .profile import ACTIVE_PORT, PROFILE, Note, Profile, read_active_port
 from .program import BINARY, browser_environment, command_line, download_behavior, find_binary, root_refusal
@@ -29,7 +29,7 @@ from .program import BINARY, browser_environment, command_line, download_behavio
 if TYPE_CHECKING:
     from typing import Any
 
-    from .cdp import OnEvent
+    from .connection import OnEvent
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +153,13 @@ class ManagedBrowser:
                 )
             return None
         try:
-            async with asyncio.timeout(cdp.OPEN_TIMEOUT):
-                connection = await (self._reopen_pipe if program.USES_PIPE else self._open_port)(pid, on_event)
+            async with asyncio.timeout(connection.OPEN_TIMEOUT):
+                adopted = await (self._reopen_pipe if program.USES_PIPE else self._open_port)(pid, on_event)
         except (BrowserLost, CDPError, ConnectionFailed, TimeoutError) as error:
             logger.info("the browser of pid %d can't be adopted: %s", pid, str(error) or "it does not answer")
             return None
         logger.info("the browser of an earlier daemon is still there: pid %d", pid)
-        return connection
+        return adopted
 
     async def _start(self, on_event: OnEvent) -> Connection:
         binary = find_binary()

@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from . import MAX_MESSAGE
-from .cdp import ConnectionFailed, TransportClosed
+from .connection import ConnectionFailed, TransportClosed
 from .errors import CDPError
 
 if TYPE_CHECKING:

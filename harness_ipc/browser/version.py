@@ -14,7 +14,7 @@ import urllib.request
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from .cdp import ConnectionFailed, without_secret
+from .connection import ConnectionFailed, without_secret
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult

@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any
 
 from harness_ipc import stop_daemon
-from harness_ipc.browser import cdp, helpers
+from harness_ipc.browser import helpers
+from harness_ipc.browser.connection import Connection
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.profile import read_active_port
 
@@ -34,13 +35,13 @@ class Direct:
 
     def __init__(self) -> None:
         self.browser = ManagedBrowser("direct")
-        self.connections: dict[str, tuple[cdp.Connection, str]] = {}
+        self.connections: dict[str, tuple[Connection, str]] = {}
 
     async def start(self) -> None:
         pipe = await self.browser.connect(lambda *_: None)
         while (active := read_active_port(self.browser.profile)) is None:
             await asyncio.sleep(0.01)
-        websocket = await cdp.Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", lambda *_: None)
+        websocket = await Connection.open(f"ws://127.0.0.1:{active[0]}{active[1]}", lambda *_: None)
         for name, connection in (("pipe", pipe), ("WebSocket", websocket)):
             target = (await connection.call("Target.createTarget", {"url": "about:blank"}))["targetId"]
             attached = await connection.call("Target.attachToTarget", {"targetId": target, "flatten": True})

@@ -86,7 +86,8 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(first: str = "", name: str = "browser") -> None:
     """Start the daemon `name` as the helpers do, but looking at no port, and after the statements `first`."""
     module = "runpy.run_module('harness_ipc.browser.daemon', run_name='__main__', alter_sys=True)"
-    program = f"import runpy\nfrom harness_ipc.browser import cdp, discovery, launcher\ndiscovery.PORTS = ()\n{first}\n{module}"
+    imports = "import runpy\nfrom harness_ipc.browser import connection, discovery, launcher"
+    program = f"{imports}\ndiscovery.PORTS = ()\n{first}\n{module}"
     ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
 
 
@@ -328,7 +329,7 @@ def test_a_named_browser_that_does_not_answer_perhaps_asks_its_user(variable: st
     with answering(None) as port:
         address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
         monkeypatch.setenv(variable, address)
-        text = why_not("from harness_ipc.browser import version; cdp.OPEN_TIMEOUT = version.TIMEOUT = 0.25")
+        text = why_not("from harness_ipc.browser import version; connection.OPEN_TIMEOUT = version.TIMEOUT = 0.25")
     assert text.startswith(f"{variable}: {address} has not answered for 0.25 s; {ALLOW}")
     assert_own_browser_serves(monkeypatch, variable)
 
@@ -343,7 +344,7 @@ def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
 ) -> None:
     # Without HTTP, as Chrome is where it asks.
     with answering(answer, version=http("404 Not Found")) as port:
-        first = "cdp.OPEN_TIMEOUT = 0.25"
+        first = "connection.OPEN_TIMEOUT = 0.25"
         if way == "profile":
             active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
             found = f"DevToolsActivePort of {active_port.parent}, port {port}"
@@ -774,7 +775,7 @@ def test_a_browser_of_a_dead_daemon_that_hangs_is_ended(fresh: Path, monkeypatch
     with suspended(pid):
         kill_daemon()
         # Long enough for a browser that does not hang.
-        start("cdp.OPEN_TIMEOUT = 5.0")
+        start("connection.OPEN_TIMEOUT = 5.0")
         wait_until(lambda: pid not in [process.pid for process in processes_of(fresh)])
     assert status()["pid"] != pid
     assert_own_browser_serves(monkeypatch)

@@ -17,7 +17,7 @@ import pytest
 
 from harness_ipc import stop_daemon
 from harness_ipc.browser import discovery, helpers, local, version
-from harness_ipc.browser.cdp import Connection, ConnectionFailed, is_local
+from harness_ipc.browser.connection import Connection, ConnectionFailed, is_local
 from harness_ipc.browser.doctor import Finding, examine
 from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness_ipc.browser.cdp import Connection, ConnectionFailed, TransportClosed
+from harness_ipc.browser.connection import Connection, ConnectionFailed, TransportClosed
 from harness_ipc.browser.errors import BrowserLost, CDPError
 from harness_ipc.browser.pipe import MAX_SENT, FrameDecoder
 from tests.marks import needs_linux, needs_posix, needs_root

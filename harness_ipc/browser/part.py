@@ -1,0 +1,64 @@
+"""What the parts of the browser daemon have in common. A part does one job: see `BrowserApp`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import CDPError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+    from .daemon import BrowserApp
+
+    Message = dict[str, Any]
+    # From a request to its reply.
+    Verb = Callable[[Message], Awaitable[Message]]
+    # From a request's parameters to the items of its stream. It is closed when the client leaves.
+    Stream = Callable[[Message], AsyncIterator[Any]]
+    # From the parameters and the timeout in seconds of a CDP call to its result.
+    Method = Callable[[Message, float], Awaitable[Message]]
+
+# JSON-RPC's "Invalid Request".
+INVALID_REQUEST = -32600
+
+
+class Part:
+    """One job of the daemon's. All that it may do is optional."""
+
+    def __init__(self, app: BrowserApp) -> None:
+        self.app = app
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """The requests ``{"meta": verb}`` that this part answers."""
+        return {}
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """The requests ``{"method": name, "params": object, "more": true}`` that it answers. No name has a dot: CDP's have."""
+        return {}
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The methods of CDP that it calls itself, for requests that name no session."""
+        return {}
+
+    def on_event(self, method: str, params: Message, session: str | None) -> None:
+        """Take note of an event of the browser: of a session that is known, or of the browser itself. May not raise."""
+
+    def on_lost(self) -> None:
+        """Forget what was of the connection that was lost."""
+
+
+def bad_request(text: str) -> CDPError:
+    """Return the error for a request that the browser was not asked."""
+    return CDPError(text, code=INVALID_REQUEST)
+
+
+def named_session(message: Message) -> str | None:
+    """Return the session that a request names, or None. Raises `CDPError`."""
+    session = message.get("session_id")
+    if session is not None and not isinstance(session, str):
+        raise bad_request(f"a session_id is a text, not {type(session).__name__}")
+    return session or None
