@@ -12,8 +12,8 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to a new file and rename it to `path`: at any time, `path` is what it was before, or complete.
 
     A symbolic link at `path` is replaced, not followed. The mode is that of the file that is replaced, if it is a regular file
-    of this user, else what the umask leaves of 0666; until all is written, it is 0600. On Windows, the directory's access list
-    decides. Raises `OSError`, which names `path`; then nothing else is left behind.
+    of this user, else 0600, as it is until all is written. On Windows, the directory's access list decides. Raises `OSError`,
+    which names `path`; then nothing else is left behind.
     """
     draft = _new_name(path)
     try:
@@ -51,11 +51,4 @@ def _final_mode(path: str | os.PathLike[str]) -> int:
         found = os.lstat(path)
         if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
             return stat.S_IMODE(found.st_mode) & 0o777
-    # Reading the umask means changing it, which other threads would notice. A default access list counts, too (acl(5)).
-    probe = _new_name(path)
-    try:
-        with open(probe, "xb") as file:
-            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(probe)
+    return 0o600

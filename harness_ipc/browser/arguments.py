@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -37,3 +40,13 @@ def shown(value: Any) -> str:
     """Return `value` as a message shows it: escaped, and cut if it is long."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_path(helper: str, path: Any) -> None:
+    """Raise `TypeError` unless `path` is None or a path, `FileNotFoundError` if the folder that it is in does not exist."""
+    if path is None:
+        return
+    check_kind(helper, "path", path, (str, os.PathLike), "the path of a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, f"{helper}(): there is no folder {folder}: make it first", os.fspath(path))

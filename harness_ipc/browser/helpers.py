@@ -61,6 +61,7 @@ __all__ = [
     "new_tab",
     "page_info",
     "press_key",
+    "print_pdf",
     "scroll",
     "snapshot",
     "switch_tab",
@@ -124,6 +125,7 @@ list_tabs = _of_default_tab(Tab.list_tabs)
 new_tab = _of_default_tab(Tab.new_tab)
 page_info = _of_default_tab(Tab.page_info)
 press_key = _of_default_tab(Tab.press_key)
+print_pdf = _of_default_tab(Tab.print_pdf)
 scroll = _of_default_tab(Tab.scroll)
 snapshot = _of_default_tab(Tab.snapshot)
 switch_tab = _of_default_tab(Tab.switch_tab)

@@ -1,11 +1,14 @@
-"""What the page looks like: a picture as bytes, or in a file."""
+"""What the page looks like: a picture of the viewport or of the whole page, and the page as a PDF."""
 
 from __future__ import annotations
 
 import binascii
+import contextlib
 
-from . import TIMEOUT
+from . import TIMEOUT, png
 from ._files import replace_file
+from .arguments import check_kind, check_path
+from .errors import BrowserError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,23 +17,174 @@ if TYPE_CHECKING:
 
     from .tab import Tab
 
+    Path = str | os.PathLike[str]
+
+# Device pixels: the longest side that a GPU's surface has everywhere. Chrome repeats the picture beyond that.
+_LONGEST_SIDE = 16_384
+
+_VIEWPORT = "({x: scrollX, y: scrollY, width: innerWidth, height: innerHeight, ratio: devicePixelRatio})"
+# A capture beyond the viewport takes the scrollbars away, lays out the page for the place that they had, and in Chromium 156
+# does not put them back. So they are taken away before, where the page keeps its width. Scripts that lay it out are told by a
+# resize event of the capture, and by another one at the end.
+_HIDE_SCROLLBARS = """(() => {
+  const root = document.documentElement, key = Symbol.for("harness-browser screenshot");
+  const size = {width: root.scrollWidth, height: root.scrollHeight, ratio: devicePixelRatio};
+  if (!(root instanceof HTMLHtmlElement) || (innerWidth == root.clientWidth && innerHeight == root.clientHeight)) return size;
+  const {width, height, marginLeft} = getComputedStyle(root), sheet = new CSSStyleSheet();
+  sheet.replaceSync(`html {scrollbar-width: none !important; width: ${width} !important; height: ${height} !important;
+    margin-left: ${marginLeft} !important}`);
+  document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+  window[key] = () => {
+    document.adoptedStyleSheets = document.adoptedStyleSheets.filter(other => other !== sheet);
+    delete window[key];
+    dispatchEvent(new Event("resize"));
+  };
+  return size;
+})()"""
+_SHOW_SCROLLBARS = "window[Symbol.for('harness-browser screenshot')]?.()"
+
+
+class Picture(bytes):
+    """The bytes of a file for the eye, whose repr is short. `path` and `show()` are for looking at it."""
+
+    _suffix = ""
+    _path: str | None = None
+
+    @property
+    def bytes(self) -> bytes:
+        """The same as plain bytes."""
+        return bytes(self)
+
+    @property
+    def path(self) -> str:
+        """A private file that has the bytes, made when it is first asked for, and not removed."""
+        if self._path is None:
+            import tempfile
+
+            number, path = tempfile.mkstemp(prefix="harness-browser-", suffix=self._suffix)
+            with open(number, "wb") as file:
+                file.write(self)
+            self._path = path
+        return self._path
+
+    def show(self) -> None:
+        """Open it in what the system shows it with. Raises `OSError` if there is nothing."""
+        import webbrowser
+        from urllib.request import pathname2url
+
+        if not webbrowser.open(f"file:{pathname2url(self.path)}"):
+            raise OSError(f"this system has no program that shows it: open {self.path} yourself")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}, {len(self)} bytes>"
+
+    __str__ = __repr__
+
+
+class Screenshot(Picture):
+    """The bytes of a PNG."""
+
+    _suffix = ".png"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return png.size(self)
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        return f"<Screenshot {width}x{height}, {len(self)} bytes>"
+
+    __str__ = __repr__
+
+
+class PDF(Picture):
+    """The bytes of a PDF."""
+
+    _suffix = ".pdf"
+
 
 def capture_screenshot(
-    tab: Tab, path: str | os.PathLike[str] | None = None, full: bool = False, *, timeout: float = TIMEOUT
+    tab: Tab, path: Path | None = None, full: bool = False, max_dim: int | None = None, *, timeout: float = TIMEOUT
 ) -> Any:
-    """Take a PNG of the viewport, or of the `full` page. Return its bytes, or the `path` it was written to.
+    """Take a PNG of the viewport, or of the `full` page. Return it as a `Screenshot`, or the `path` it was written to.
 
-    The file is written beside it under a name that nobody can guess, private until it is complete, and renamed. It keeps the
-    mode of the file of yours that it replaces; a new one gets what the umask leaves of 0666. A symbolic link is replaced, not
-    followed. Raises `OSError` if the file can't be written; what was there before is then still there.
+    A display may have several pixels for each CSS pixel, in which clicks are measured: divide by ``devicePixelRatio``. With
+    `max_dim`, the longer side has at most so many pixels. A full screenshot leaves the page as it was.
+
+    The file is private (0600), or keeps the mode of the file of yours that it replaces. It is written under a name that nobody
+    can guess, and renamed; a symbolic link is replaced, not followed. Raises `OSError` if the file can't be written; what was
+    there before is then still there.
     """
-    params: dict[str, Any] = {"format": "png"}
-    if full:
-        size = tab.cdp("Page.getLayoutMetrics", timeout=timeout)["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        params |= {"captureBeyondViewport": True, "clip": clip}
-    data = binascii.a2b_base64(tab.cdp("Page.captureScreenshot", timeout=timeout, **params)["data"])
+    check_path("capture_screenshot", path)
+    check_kind("capture_screenshot", "full", full, bool, "True or False")
+    if max_dim is not None:
+        check_kind("capture_screenshot", "max_dim", max_dim, int, "a number of pixels")
+        if max_dim < 1:
+            raise ValueError(f"capture_screenshot(): max_dim must be a number of pixels from 1 on, not {max_dim}")
+    picture = Screenshot(_capture_full(tab, max_dim, timeout) if full else _capture_viewport(tab, max_dim, timeout))
     if path is None:
-        return data
-    replace_file(path, data)
+        return picture
+    replace_file(path, picture)
     return path
+
+
+def print_pdf(
+    tab: Tab,
+    /,
+    path: Path | None = None,
+    *,
+    landscape: bool = False,
+    background: bool = True,
+    timeout: float = TIMEOUT,
+    **options: Any,
+) -> Any:
+    """Print the page as a PDF. Return it as a `PDF`, bytes whose repr is short, or the `path` it was written to.
+
+    ```python
+    print_pdf("page.pdf", paperWidth=8.27, paperHeight=11.69, pageRanges="1-2")
+    ```
+
+    `background` prints colours and pictures of the background too. `options` are further parameters of CDP's Page.printToPDF:
+    lengths are inches. Raises `OSError` as `capture_screenshot` does, and `CDPError` for an option that Chrome does not take.
+    """
+    check_path("print_pdf", path)
+    params = {"landscape": landscape, "printBackground": background, **options}
+    printed = PDF(binascii.a2b_base64(tab.cdp("Page.printToPDF", timeout=timeout, **params)["data"]))
+    if path is None:
+        return printed
+    replace_file(path, printed)
+    return path
+
+
+def _capture_viewport(tab: Tab, max_dim: int | None, timeout: float) -> bytes:
+    if max_dim is None:
+        return _capture(tab, timeout)
+    clip = tab.js(_VIEWPORT, timeout=timeout)
+    scale = _scale(clip, max_dim)
+    return _capture(tab, timeout, **({"clip": {**clip, "scale": scale}} if scale < 1 else {}))
+
+
+def _capture_full(tab: Tab, max_dim: int | None, timeout: float) -> bytes:
+    try:
+        size = tab.js(_HIDE_SCROLLBARS, timeout=timeout)
+        scale = _scale(size, max_dim)
+        # Whole pixels of the picture also where the ratio is 1.25 or 1.5.
+        step = max(int(_LONGEST_SIDE / size["ratio"] / scale) // 8, 1) * 8
+        pictures = []
+        for top in range(0, max(size["height"], 1), step):
+            clip = {"x": 0, "y": top, "width": size["width"], "height": min(step, size["height"] - top), "scale": scale}
+            pictures.append(_capture(tab, timeout, captureBeyondViewport=True, clip=clip))
+    finally:
+        # The page may have gone, or a dialog may hold it.
+        with contextlib.suppress(BrowserError):
+            tab.js(_SHOW_SCROLLBARS, timeout=timeout)
+    return pictures[0] if len(pictures) == 1 else png.join(pictures)
+
+
+def _scale(size: dict[str, Any], max_dim: int | None) -> float:
+    return 1.0 if max_dim is None else min(1.0, max_dim / max(size["width"], size["height"]) / size["ratio"])
+
+
+def _capture(tab: Tab, timeout: float, **params: Any) -> bytes:
+    return binascii.a2b_base64(tab.cdp("Page.captureScreenshot", timeout=timeout, format="png", **params)["data"])

@@ -226,4 +226,5 @@ class Tab:
     click_at_xy = mouse.click_at_xy
     scroll = mouse.scroll
     capture_screenshot = screenshot.capture_screenshot
+    print_pdf = screenshot.print_pdf
     snapshot = snapshot.snapshot

@@ -35,12 +35,27 @@ for (let i = 0; i < image.data.length; i += size) crypto.getRandomValues(image.d
 for (let i = 3; i < image.data.length; i += 4) image.data[i] = 255;
 context.putImageData(image, 0, 0)</script>"""
 
+# It has scrollbars, and keeps account of what happens to it.
+TALL = """<!doctype html><title>Tall</title><style>body {margin: 0} body > div {height: 1000px}</style>
+<div style="background: rgb(200, 0, 0); height: 100vh"></div><div style="background: rgb(0, 200, 0)"></div>
+<div id=box style="overflow: auto; height: 100px; width: 50%"><div style="height: 500px"></div></div>
+<div style="position: fixed; right: 0; top: 0; width: 9px; height: 9px; background: black"></div>
+<script>const seen = [], root = document.documentElement;
+for (const kind of ["scroll", "visibilitychange"]) addEventListener(kind, event => seen.push(event.type));
+onresize = () => document.body.dataset.width = root.clientWidth;
+onresize();
+new ResizeObserver(() => seen.push("other size")).observe(document.body);
+const layout = () => [scrollX, scrollY, innerWidth, innerHeight, devicePixelRatio, box.scrollTop,
+  ...[root, document.body, box].flatMap(e => [e.scrollWidth, e.scrollHeight, e.clientWidth, e.clientHeight])];
+</script>"""
+
 PAGES = {
     "/": "<!doctype html><title>Home</title><h1>Home</h1>",
     "/form": FORM,
     "/dialog": DIALOG,
     "/keys": KEYS,
     "/noise": NOISE,
+    "/tall": TALL,
     # It waits for its picture.
     "/picture": "<!doctype html><title>Picture</title><img src=/slow-picture>",
     "/leave": "<!doctype html><title>Leave</title><input style='position:absolute;left:0;top:0;width:200px;height:40px'>"
