@@ -28,6 +28,23 @@ def check_number(helper: str, name: str, value: Any, expected: str = "a number")
         raise ValueError(f"{helper}(): {name} must be {expected}, not {value}")
 
 
+def check_url(helper: str, url: Any) -> None:
+    """Raise `TypeError` unless `url` is a str, `ValueError` if it has no scheme: Chrome takes a host with a port for one."""
+    check_text(helper, "url", url)
+    scheme, colon, rest = url.strip().partition(":")
+    port = rest.split("/")[0].isdecimal() and (scheme == "localhost" or "." in scheme)
+    if colon and scheme[:1].isalpha() and not port and "/" not in scheme:
+        return
+    add = (
+        "file://"
+        if url.startswith("/") and not url.startswith("//")
+        else "http:"
+        if url.startswith("//")
+        else "http:// or https://"
+    )
+    raise ValueError(f"{helper}(): {shown(url)} is no complete address: add {add}")
+
+
 def check_seconds(name: str, value: Any) -> None:
     """Raise `TypeError` unless `value` is a number of seconds, `ValueError` if it is below 0 or NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from . import MAX_TEXT, TIMEOUT
+from .arguments import check_kind, check_text
 from .errors import DialogOpen
 
 TYPE_CHECKING = False
@@ -30,6 +31,9 @@ def handle_dialog(tab: Tab, accept: bool = True, text: str | None = None, *, tim
 
     Raises `CDPError` if there is none, and `ValueError` if the default has more than 16,384 characters: give `text` then.
     """
+    check_kind("handle_dialog", "accept", accept, bool, "True or False")
+    if text is not None:
+        check_text("handle_dialog", "text", text)
     if accept and text is None:
         text = (tab.request({"meta": "pending_dialog"}, timeout=timeout)["dialog"] or {}).get("defaultPrompt")
         if text is not None and len(text) > MAX_TEXT:

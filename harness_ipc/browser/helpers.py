@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from .arguments import check_seconds
 from .errors import (
     BrowserError,
     BrowserLost,
@@ -148,4 +149,5 @@ def disconnect() -> None:
 
 def wait(seconds: float = 1.0) -> None:
     """Let time pass. `wait_for_load` and a promise in `js` wait for something."""
+    check_seconds("wait(): seconds", seconds)
     time.sleep(seconds)

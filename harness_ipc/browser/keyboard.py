@@ -5,17 +5,28 @@ from __future__ import annotations
 import sys
 
 from . import TIMEOUT
+from .arguments import check_text, shown
 from .dialogs import may_open_dialog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from .tab import Tab
 
-# The bits of CDP's `modifiers` that make a key type nothing.
-_ALT, _CONTROL, _META = 1, 2, 4
-# Key to (windowsVirtualKeyCode, text that it types). The code of each is its name.
+    Modifiers = int | str | Iterable[str]
+
+# The bits of CDP's `modifiers`.
+_ALT, _CONTROL, _META, _SHIFT = 1, 2, 4, 8
+_MODIFIERS = {
+    **dict.fromkeys(("alt", "option"), _ALT),
+    **dict.fromkeys(("control", "ctrl"), _CONTROL),
+    **dict.fromkeys(("meta", "cmd", "command", "super", "win"), _META),
+    "shift": _SHIFT,
+    "controlormeta": _META if sys.platform == "darwin" else _CONTROL,
+}
+# Key to (windowsVirtualKeyCode, text that it types). The code of each is its name, but for those of two sides.
 _KEYS = {
     "Enter": (13, "\r"),
     "Tab": (9, ""),
@@ -33,6 +44,21 @@ _KEYS = {
     "PageDown": (34, ""),
     **{f"F{number}": (111 + number, "") for number in range(1, 13)},
     "Space": (32, " "),
+    "Shift": (16, ""),
+    "Control": (17, ""),
+    "Alt": (18, ""),
+    "Meta": (91, ""),
+}
+_TWO_SIDES = ("Shift", "Control", "Alt", "Meta")
+_NAMES = {
+    **{name.lower(): name for name in _KEYS},
+    **{name.lower().removeprefix("arrow"): name for name in ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown")},
+    "return": "Enter",
+    "esc": "Escape",
+    "del": "Delete",
+    " ": "Space",
+    "ctrl": "Control",
+    "cmd": "Meta",
 }
 # On macOS the browser leaves these to the menu, which has to be told (Input.dispatchKeyEvent's `commands`).
 _COMMANDS = {"a": "selectAll", "c": "copy", "v": "paste", "x": "cut", "z": "undo"}
@@ -40,33 +66,72 @@ _COMMANDS = {"a": "selectAll", "c": "copy", "v": "paste", "x": "cut", "z": "undo
 
 def type_text(tab: Tab, text: str, *, timeout: float = TIMEOUT) -> None:
     """Insert text where the focus is, as a paste does: no key events (see `press_key`)."""
+    check_text("type_text", "text", text)
     with may_open_dialog():
         tab.cdp("Input.insertText", text=text, timeout=timeout)
 
 
-def press_key(tab: Tab, key: str, modifiers: int = 0, *, timeout: float = TIMEOUT) -> None:
+def press_key(tab: Tab, key: str, modifiers: Modifiers = 0, *, timeout: float = TIMEOUT) -> None:
     """Press and release a key: a character, or a name such as Enter, Tab, Escape, Backspace, ArrowDown, PageUp or F5.
 
-    `modifiers` is the sum of 1 for Alt, 2 for Ctrl, 4 for Meta (Cmd) and 8 for Shift. Raises `ValueError` for an unknown name.
+    ```python
+    press_key("a", "ctrl")
+    press_key("Control+Shift+K")
+    press_key("Tab", ["shift"])
+    ```
+
+    `modifiers` are names (alt, ctrl, meta or cmd, shift; ``ControlOrMeta`` is the one of this system's shortcuts), one or more,
+    or a sum of 1 for Alt, 2 for Ctrl, 4 for Meta and 8 for Shift. Raises `ValueError` for an unknown name.
     """
-    name = "Space" if key == " " else key
-    if name in _KEYS:
-        code, (number, text) = name, _KEYS[name]
-        key = " " if name == "Space" else key
+    check_text("press_key", "key", key)
+    held, last = "", key
+    if len(key) > 1:
+        held, _, last = (key[:-2], "+", "+") if key.endswith("++") else key.rpartition("+")
+    bits = _bits(modifiers) | (_bits(held) if held else 0)
+    event = _describe(last, bits)
+    text = event.pop("text")
+    down: dict[str, Any] = {"type": "rawKeyDown"}
+    if text and not bits & (_ALT | _CONTROL | _META):
+        down = {"type": "keyDown", "text": text}
+    elif sys.platform == "darwin" and bits & _META and last.lower() in _COMMANDS:
+        down["commands"] = [_COMMANDS[last.lower()]]
+    with may_open_dialog():
+        tab.cdp("Input.dispatchKeyEvent", **event, **down, timeout=timeout)
+        tab.cdp("Input.dispatchKeyEvent", **event, type="keyUp", timeout=timeout)
+
+
+def _describe(key: str, modifiers: int) -> dict[str, Any]:
+    """Return key, code, modifiers and key codes of a key event, and the text that the key types."""
+    if (name := _NAMES.get(key.lower())) is not None:
+        number, text = _KEYS[name]
+        key, code = (" " if name == "Space" else name), (f"{name}Left" if name in _TWO_SIDES else name)
     elif len(key) == 1:
+        if modifiers == _SHIFT and len(key.upper()) == 1:
+            key = key.upper()
         number, text, code = 0, key, ""
         if key.isascii() and key.isalnum():
             number = ord(key.upper())
             code = f"Digit{key}" if key.isdigit() else f"Key{key.upper()}"
     else:
-        raise ValueError(f"there is no key {key!a}: give one character, or one of {', '.join(_KEYS)}")
-    event: dict[str, Any] = {"key": key, "code": code, "modifiers": modifiers}
-    event |= {"windowsVirtualKeyCode": number, "nativeVirtualKeyCode": number}
-    down: dict[str, Any] = {"type": "rawKeyDown"}
-    if text and not modifiers & (_ALT | _CONTROL | _META):
-        down = {"type": "keyDown", "text": text}
-    elif sys.platform == "darwin" and modifiers & _META and key in _COMMANDS:
-        down["commands"] = [_COMMANDS[key]]
-    with may_open_dialog():
-        tab.cdp("Input.dispatchKeyEvent", **event, **down, timeout=timeout)
-        tab.cdp("Input.dispatchKeyEvent", **event, type="keyUp", timeout=timeout)
+        raise ValueError(f"there is no key {shown(key)}: give one character, or one of {', '.join(_KEYS)}")
+    codes = {"windowsVirtualKeyCode": number, "nativeVirtualKeyCode": number}
+    return {"key": key, "code": code, "modifiers": modifiers, "text": text, **codes}
+
+
+def _bits(modifiers: Modifiers) -> int:
+    """Return the sum that CDP has for the modifiers. Raises `TypeError` and `ValueError`."""
+    if isinstance(modifiers, str):
+        modifiers = modifiers.split("+")
+    if isinstance(modifiers, int) and not isinstance(modifiers, bool):
+        if not 0 <= modifiers <= 15:
+            raise ValueError(f"press_key(): modifiers must be a sum of 1, 2, 4 and 8, not {modifiers}")
+        return modifiers
+    if isinstance(modifiers, bool) or not isinstance(modifiers, list | tuple | set | frozenset):
+        kind = type(modifiers).__name__
+        raise TypeError(f"press_key(): modifiers must be names such as 'ctrl', or a sum, not {kind}: {shown(modifiers)}")
+    bits = 0
+    for name in modifiers:
+        if not isinstance(name, str) or name.strip().lower() not in _MODIFIERS:
+            raise ValueError(f"press_key(): there is no modifier {shown(name)}: give alt, ctrl, meta or shift")
+        bits |= _MODIFIERS[name.strip().lower()]
+    return bits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from . import INTERNAL, TIMEOUT
+from .arguments import check_seconds, check_text, check_url, shown
 from .errors import SERVER_ERROR, BrowserTimeout, CDPError, DialogOpen
 
 TYPE_CHECKING = False
@@ -37,8 +38,9 @@ def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
 def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
     """Navigate the tab, and return CDP's result once the new document is there; `wait_for_load` waits for the rest of it.
 
-    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had.
+    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had, `ValueError` for what has no scheme.
     """
+    check_url("goto_url", url)
     try:
         result = tab.cdp("Page.navigate", url=url, timeout=timeout)
     except BrowserTimeout:
@@ -55,6 +57,7 @@ def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
 
 def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
     """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds."""
+    check_seconds("wait_for_load(): timeout", timeout)
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -91,13 +94,15 @@ def switch_tab(tab: Tab, target: str | dict[str, str], *, timeout: float = TIMEO
 
     `target` is a targetId, or what `list_tabs` and `current_tab` give. Raises `TabClosed` if there is no such tab.
     """
-    session = _enter(tab, _target_id(target), timeout)
-    tab.cdp("Target.activateTarget", targetId=_target_id(target), timeout=timeout)
+    target_id = _target_id("switch_tab", target)
+    session = _enter(tab, target_id, timeout)
+    tab.cdp("Target.activateTarget", targetId=target_id, timeout=timeout)
     return session
 
 
 def new_tab(tab: Tab, url: str = "about:blank", *, timeout: float = TIMEOUT) -> str:
     """Open a tab, go on in it as with `switch_tab`, and return its targetId. Raises what `goto_url` does."""
+    check_url("new_tab", url)
     target: str = tab.cdp("Target.createTarget", url="about:blank", timeout=timeout)["targetId"]
     _enter(tab, target, timeout)
     if url != "about:blank":
@@ -111,8 +116,9 @@ def close_tab(tab: Tab, target: str | dict[str, str] | None = None, *, timeout: 
 
     Raises `CDPError` if there is no such tab.
     """
+    named = None if target is None else _target_id("close_tab", target)
     own = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
-    target_id = own if target is None else _target_id(target)
+    target_id = named or own
     tab.cdp("Target.closeTarget", targetId=target_id, timeout=timeout)
     if target_id == own:
         tab.leave()
@@ -136,6 +142,7 @@ def iframe_target(tab: Tab, url_part: str, *, timeout: float = TIMEOUT) -> str |
     An iframe of the page's own site is no target: reach it from the page, as in
     ``document.querySelector("iframe").contentDocument``.
     """
+    check_text("iframe_target", "url_part", url_part)
     page = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
     infos = {info["targetId"]: info for info in tab.cdp("Target.getTargets", timeout=timeout)["targetInfos"]}
     for target, info in infos.items():
@@ -153,8 +160,14 @@ def _enter(tab: Tab, target_id: str, timeout: float) -> str:
     return str(tab.request({"meta": "set_session", "target_id": target_id}, timeout=timeout)["session_id"])
 
 
-def _target_id(target: str | dict[str, str]) -> str:
-    return target["targetId"] if isinstance(target, dict) else target
+def _target_id(helper: str, target: str | dict[str, str]) -> str:
+    found: Any = target
+    if isinstance(target, dict):
+        found = target.get("targetId") or target.get("target_id")
+    if not isinstance(found, str) or not found:
+        kind = type(target).__name__
+        raise TypeError(f"{helper}(): target must be a targetId, or a tab as list_tabs() has it, not {kind}: {shown(target)}")
+    return found
 
 
 def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
