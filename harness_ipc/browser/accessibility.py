@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import LONGEST
 from .connection import CALL_TIMEOUT
 from .errors import BrowserTimeout, CDPError, ElementNotFound
+from .frames import Frames, frames_in
 from .part import Part
 from .references import Place, References
 from .tree import Document, render
@@ -38,20 +39,23 @@ class Accessibility(Part):
         super().__init__(app)
         # By the tab's target.
         self._references: dict[str, References] = {}
-        # Sessions with the iframes that are targets of their own, by target.
-        self._frames: dict[str, str] = {}
+        self._frames = Frames()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
         """The requests that read pages."""
-        return {"snapshot": self._bounded(self.snapshot), "resolve_reference": self._bounded(self.resolve)}
+        verbs = {"snapshot": self.snapshot, "resolve_reference": self.resolve, "frame": self.frame}
+        return {verb: self._bounded(function) for verb, function in verbs.items()}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
         """Forget what has ended."""
+        self._frames.on_event(method, params, session)
         if method == "Target.targetDestroyed":
             self._references.pop(params["targetId"], None)
-        elif method == "Target.detachedFromTarget":
-            self._frames = {target: session for target, session in self._frames.items() if session != params["sessionId"]}
+
+    def on_lost(self) -> None:
+        """Forget the sessions with iframes. References are of targets and documents, which may still be there."""
+        self._frames = Frames()
 
     @staticmethod
     def _bounded(verb: Verb) -> Verb:
@@ -91,34 +95,23 @@ class Accessibility(Part):
                 raise _gone(name)
             raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for the references that there are")
         with contextlib.suppress(CDPError):
-            inside = session if place.target == target else await self._session_of(connection, place.target)
+            inside = session if place.target == target else await self._frames.session_of(connection, place.target)
             resolved, tree = await asyncio.gather(
-                connection.call("DOM.resolveNode", {"backendNodeId": place.node}, session=inside),
+                connection.call(
+                    "DOM.resolveNode", {"backendNodeId": place.node, "objectGroup": str(message.get("group"))}, session=inside
+                ),
                 # Asked last: a node of another document may have the same number.
                 connection.call("Page.getFrameTree", session=inside),
             )
             if _loaders(tree["frameTree"]).get(place.frame) == place.loader:
                 reply: Message = {"objectId": resolved["object"]["objectId"], "node_session": inside, "session_id": session}
-                return reply | {"owners": await self._owners(connection, place.target, session, target)}
+                return reply | {"owners": await self._frames.owners(connection, place.target, target, session)}
         raise _gone(name)
 
-    async def _owners(self, connection: Connection, frame: str, session: str, page: str) -> list[Message]:
-        owners = []
-        while frame != page:
-            info = (await connection.call("Target.getTargetInfo", {"targetId": frame}))["targetInfo"]
-            parent = info.get("parentId") or page
-            parents = session if parent == page else await self._session_of(connection, parent)
-            owner = await connection.call("DOM.getFrameOwner", {"frameId": frame}, session=parents)
-            owners.append({"session_id": parents, "backendNodeId": owner["backendNodeId"]})
-            frame = parent
-        return owners
-
-    async def _session_of(self, connection: Connection, frame: str) -> str:
-        """Return our session with an iframe that is a target of its own."""
-        if (session := self._frames.get(frame)) is None:
-            attached = await connection.call("Target.attachToTarget", {"targetId": frame, "flatten": True})
-            session = self._frames[frame] = str(attached["sessionId"])
-        return session
+    async def frame(self, message: Message) -> Message:
+        """Return what `Frames.find` does for ``frame``, an iframe's id or a part of its URL."""
+        connection, session, target = await self.app.sessions.page_of(message)
+        return {**await self._frames.find(connection, target, session, str(message.get("frame"))), "session_id": session}
 
     # Reading.
 
@@ -163,7 +156,7 @@ class Accessibility(Part):
                     nodes = (await call("Accessibility.getFullAXTree", frameId=frame))["nodes"]
                     document.frames[owner] = await read(frame, nodes, depth)
                 elif frame:
-                    inside = await self._session_of(connection, frame)
+                    inside = await self._frames.session_of(connection, frame)
                     document.frames[owner] = await self._read(connection, inside, frame, there, depth)
 
         return await read(tree["frameTree"]["frame"]["id"], main["nodes"], depth)
@@ -175,10 +168,7 @@ def _gone(name: str) -> ElementNotFound:
 
 def _loaders(tree: Message) -> dict[str, str]:
     """Return the loader of each frame in a frame tree: it changes with the document."""
-    loaders = {tree["frame"]["id"]: tree["frame"]["loaderId"]}
-    for child in tree.get("childFrames", ()):
-        loaders |= _loaders(child)
-    return loaders
+    return {frame["id"]: frame["loaderId"] for frame in frames_in(tree)}
 
 
 def _clickable(layout: Message, strings: list[str]) -> Iterable[int]:

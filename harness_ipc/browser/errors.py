@@ -9,7 +9,7 @@ RemoteError (of harness_ipc)
     ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
     ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
     ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
-    ├── InvalidSelector       ValueError          Chrome can't parse the selector: nothing ran
+    ├── InvalidArgument       ValueError          the page can't take it (a selector, a text, an option): nothing ran
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           the page's own code threw
 
@@ -72,8 +72,8 @@ class ElementNotReady(BrowserError):
     """The element can't be acted on: something covers it, it is disabled, read-only or not visible. The text says which."""
 
 
-class InvalidSelector(BrowserError, ValueError):
-    """The selector can't be parsed. The text is Chrome's own reason."""
+class InvalidArgument(BrowserError, ValueError):
+    """The page can't take it: a selector that Chrome can't parse, a text that is too long, an option that is not there."""
 
 
 class CDPError(BrowserError):
@@ -100,7 +100,7 @@ _CLASSES = {
         DialogOpen,
         ElementNotFound,
         ElementNotReady,
-        InvalidSelector,
+        InvalidArgument,
         CDPError,
         JavaScriptError,
     )

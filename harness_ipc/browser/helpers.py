@@ -19,7 +19,7 @@ from .errors import (
     DialogOpen,
     ElementNotFound,
     ElementNotReady,
-    InvalidSelector,
+    InvalidArgument,
     JavaScriptError,
     TabClosed,
 )
@@ -44,18 +44,21 @@ __all__ = [
     "DialogOpen",
     "ElementNotFound",
     "ElementNotReady",
-    "InvalidSelector",
+    "InvalidArgument",
     "JavaScriptError",
     "TabClosed",
     "capture_screenshot",
     "cdp",
+    "click",
     "click_at_xy",
     "close_tab",
     "current_tab",
     "drain_events",
     "ensure_real_tab",
+    "fill_input",
     "goto_url",
     "handle_dialog",
+    "hover",
     "iframe_target",
     "js",
     "list_tabs",
@@ -64,9 +67,12 @@ __all__ = [
     "press_key",
     "print_pdf",
     "scroll",
+    "scroll_into_view",
+    "select_option",
     "snapshot",
     "switch_tab",
     "type_text",
+    "upload_file",
     "wait",
     "wait_for_load",
 ]
@@ -113,13 +119,16 @@ else:
 _send = _of_default_tab(Tab.request)
 capture_screenshot = _of_default_tab(Tab.capture_screenshot)
 cdp = _of_default_tab(Tab.cdp)
+click = _of_default_tab(Tab.click)
 click_at_xy = _of_default_tab(Tab.click_at_xy)
 close_tab = _of_default_tab(Tab.close_tab)
 current_tab = _of_default_tab(Tab.current_tab)
 drain_events = _of_default_tab(Tab.drain_events)
 ensure_real_tab = _of_default_tab(Tab.ensure_real_tab)
+fill_input = _of_default_tab(Tab.fill_input)
 goto_url = _of_default_tab(Tab.goto_url)
 handle_dialog = _of_default_tab(Tab.handle_dialog)
+hover = _of_default_tab(Tab.hover)
 iframe_target = _of_default_tab(Tab.iframe_target)
 js = _of_default_tab(Tab.js)
 list_tabs = _of_default_tab(Tab.list_tabs)
@@ -128,9 +137,12 @@ page_info = _of_default_tab(Tab.page_info)
 press_key = _of_default_tab(Tab.press_key)
 print_pdf = _of_default_tab(Tab.print_pdf)
 scroll = _of_default_tab(Tab.scroll)
+scroll_into_view = _of_default_tab(Tab.scroll_into_view)
+select_option = _of_default_tab(Tab.select_option)
 snapshot = _of_default_tab(Tab.snapshot)
 switch_tab = _of_default_tab(Tab.switch_tab)
 type_text = _of_default_tab(Tab.type_text)
+upload_file = _of_default_tab(Tab.upload_file)
 wait_for_load = _of_default_tab(Tab.wait_for_load)
 
 

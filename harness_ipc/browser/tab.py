@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from . import dialogs, keyboard, mouse, screenshot, snapshot
+    from . import dialogs, elements, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,8 +117,8 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    dialogs, keyboard, mouse, screenshot, snapshot = map(
-        _DeferredModule, ("dialogs", "keyboard", "mouse", "screenshot", "snapshot")
+    dialogs, elements, keyboard, mouse, screenshot, snapshot = map(
+        _DeferredModule, ("dialogs", "elements", "keyboard", "mouse", "screenshot", "snapshot")
     )
 
 
@@ -228,3 +228,10 @@ class Tab:
     capture_screenshot = screenshot.capture_screenshot
     print_pdf = screenshot.print_pdf
     snapshot = snapshot.snapshot
+
+    click = elements.click
+    fill_input = elements.fill_input
+    hover = elements.hover
+    scroll_into_view = elements.scroll_into_view
+    select_option = elements.select_option
+    upload_file = elements.upload_file

@@ -21,7 +21,7 @@ from harness_ipc.browser.errors import (
     DialogOpen,
     ElementNotFound,
     ElementNotReady,
-    InvalidSelector,
+    InvalidArgument,
     JavaScriptError,
     TabClosed,
     from_reply,
@@ -38,7 +38,7 @@ INSTANCES: list[BrowserError] = [
     DialogOpen("text", dialog={"type": "alert", "message": "Grüße"}, ran=False),
     ElementNotFound("text", count=2),
     ElementNotReady("text"),
-    InvalidSelector("text"),
+    InvalidArgument("text"),
     CDPError("text", code=-32601),
     JavaScriptError("text", line=3, column=4),
 ]

@@ -1,0 +1,186 @@
+"""Finds the element that a caller means: by a selector, a reference of a snapshot, or a node as CDP gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+
+from harness_ipc import escape_control
+
+from . import scripts
+from .errors import SERVER_ERROR, BrowserTimeout, CDPError, ElementNotFound, ElementNotReady, InvalidArgument, JavaScriptError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    from .tab import Tab
+
+    # A selector (CSS or XPath), a reference, or a dict with an objectId, a backendNodeId or a nodeId.
+    Target = str | dict[str, Any]
+
+# Seconds to give up what the page keeps for a node.
+_RELEASE = 1.0
+_SEE = "see snapshot(), or find() for an element's text, label or role"
+
+
+class Node:
+    """An element of the page, until `release`: an object of a session, which is the tab's unless it is in an iframe's."""
+
+    def __init__(self, tab: Tab, name: str, timeout: float) -> None:
+        self.tab = tab
+        # As the caller calls it.
+        self.name = name
+        self.timeout = timeout
+        self.object_id = ""
+        # What the page keeps for this node, which no other has.
+        self.group = f"harness-{os.getpid()}-{id(self)}"
+        self.session: str | None = None
+        # The elements of the iframes around it that have sessions of their own, the inmost first.
+        self.owners: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What was done may have begun a navigation, until whose end the page does not answer: it forgets by itself then.
+        with contextlib.suppress(BrowserTimeout):
+            self.tab.try_cdp("Runtime.releaseObjectGroup", self.session, objectGroup=self.group, timeout=_RELEASE)
+
+    def cdp(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method for the object, in its session. Raises `ElementNotFound` if its document has gone."""
+        try:
+            return self.tab.cdp(method, self.session, objectId=self.object_id, timeout=self.timeout, **params)
+        except CDPError as error:
+            if error.code != SERVER_ERROR or error.data.get("crashed") or "layout" in str(error):
+                raise
+            raise self.gone() from None
+
+    def function(self, declaration: str, *arguments: Any, by_value: bool = True) -> dict[str, Any]:
+        """Call a JavaScript function with the element as `this`, and return CDP's description of its value."""
+        values = [{"value": argument} for argument in arguments]
+        options = {"returnByValue": by_value, "awaitPromise": True, "userGesture": True, "objectGroup": self.group}
+        reply = self.cdp("Runtime.callFunctionOn", functionDeclaration=declaration, arguments=values, **options)
+        if (details := reply.get("exceptionDetails")) is not None:
+            exception = details.get("exception") or {}
+            text = str(exception.get("description") or details.get("text"))
+            raise JavaScriptError(escape_control(text, allow="\n\t"))
+        result: dict[str, Any] = reply["result"]
+        return result
+
+    def call(self, script: str, *arguments: Any) -> dict[str, Any]:
+        """Run one of `scripts`, and return what it found. Raises what it has to say of the element."""
+        found: dict[str, Any] = self.function(script, *arguments)["value"]
+        if found.get("gone"):
+            raise self.gone()
+        if (problem := found.get("problem")) is not None:
+            raise self.not_ready(problem)
+        if (invalid := found.get("invalid")) is not None:
+            raise InvalidArgument(f"{self.name} {escape_control(invalid)}")
+        return found
+
+    def gone(self) -> ElementNotFound:
+        """Return the error for an element that its document no longer has."""
+        return ElementNotFound(f"the node of {self.name} is gone from the page: call snapshot() again")
+
+    def not_ready(self, problem: str) -> ElementNotReady:
+        """Return the error for an element that can't be acted on."""
+        return ElementNotReady(f"{self.name} {escape_control(problem)}: nothing was done")
+
+
+def resolve(tab: Tab, target: Target, frame: Target | None = None, *, timeout: float) -> Node:
+    """Return the element that `target` means, in the iframe `frame` if it is a selector: it has to be exactly one.
+
+    Of several that a selector matches, the only visible one is meant. Raises `ElementNotFound`, `InvalidArgument`.
+    """
+    if isinstance(target, dict):
+        return _given(tab, target, timeout)
+    if not isinstance(target, str):
+        raise TypeError(f"a target is a selector, a reference such as 'e5' or a node of CDP as a dict, not {target!r}")
+    if (name := as_reference(target)) is not None:
+        node = Node(tab, name, timeout)
+        _put(node, tab.request({"meta": "resolve_reference", "reference": name, "group": node.group}, timeout=timeout))
+        return node
+    node = Node(tab, repr(target), timeout)
+    where: dict[str, Any] = {"objectGroup": node.group}
+    if frame is not None:
+        reply = frame_of(tab, frame, timeout=timeout)
+        _put(node, reply)
+        where |= {"uniqueContextId": reply["context"]} if reply.get("context") else {}
+    expression = f"{scripts.SELECT}({json.dumps(target)})"
+    result = tab.cdp("Runtime.evaluate", node.session, expression=expression, timeout=timeout, **where)["result"]
+    if result.get("subtype") != "node":
+        raise _not_one(target, json.loads(result["value"]))
+    node.object_id = result["objectId"]
+    return node
+
+
+def as_reference(target: str) -> str | None:
+    """Return the reference that a target is, as ``e5``, ``@e5`` or ``ref=e5``, or None."""
+    name = target.removeprefix("@").removeprefix("ref=")
+    return name if name[:1] == "e" and name[1:].isdecimal() else None
+
+
+def frame_of(tab: Tab, frame: Target, *, timeout: float) -> dict[str, Any]:
+    """Return where code runs in an iframe: ``node_session``, ``context`` (in that session) and ``owners``, of the daemon.
+
+    `frame` is an id that `iframe_target` gave, a part of the iframe's URL, or what means its element. Raises `ElementNotFound`.
+    """
+    if isinstance(frame, str) and as_reference(frame) is None:
+        reply = tab.request({"meta": "frame", "frame": frame}, timeout=timeout)
+        if reply.get("frame_id"):
+            return reply
+    try:
+        with resolve(tab, frame, timeout=timeout) as node:
+            frame_id = node.cdp("DOM.describeNode")["node"].get("frameId")
+    except (ElementNotFound, InvalidArgument) as error:
+        if not isinstance(frame, str) or error.data.get("count"):
+            raise
+        raise ElementNotFound(f"no iframe has {frame!r} in its URL, and none is found by it as a selector: {_SEE}") from None
+    reply = tab.request({"meta": "frame", "frame": frame_id or ""}, timeout=timeout)
+    if not reply.get("frame_id"):
+        raise ElementNotFound(f"{frame!r} is no iframe")
+    return reply
+
+
+def _given(tab: Tab, target: dict[str, Any], timeout: float) -> Node:
+    name = next((name for name in ("objectId", "backendNodeId", "backendDOMNodeId", "nodeId") if target.get(name)), None)
+    if name is None:
+        raise TypeError(f"a node as a dict has an objectId, a backendNodeId or a nodeId, not {', '.join(target) or 'nothing'}")
+    node = Node(tab, f"the node {target[name]!a}", timeout)
+    node.session = target.get("session_id")
+    node.object_id = str(target[name])
+    if name != "objectId":
+        params = {"nodeId" if name == "nodeId" else "backendNodeId": target[name], "objectGroup": node.group}
+        try:
+            node.object_id = tab.cdp("DOM.resolveNode", node.session, timeout=timeout, **params)["object"]["objectId"]
+        except CDPError as error:
+            if error.data.get("crashed"):
+                raise
+            raise node.gone() from None
+    return node
+
+
+def _put(node: Node, reply: dict[str, Any]) -> None:
+    node.object_id = reply.get("objectId", "")
+    # The tab's own session is left out, so that its successor is asked once it has ended.
+    node.session = None if reply["node_session"] == reply["session_id"] else reply["node_session"]
+    node.owners = reply["owners"]
+
+
+def _not_one(selector: str, found: dict[str, Any]) -> Exception:
+    if (invalid := found.get("invalid")) is not None:
+        return InvalidArgument(escape_control(invalid))
+    count, near = found["count"], escape_control(", ".join(found["near"]))
+    if count:
+        more = ", ..." if count > len(found["near"]) else ""
+        text = f"{selector!r} matches {count} elements, and has to match one: {near}{more}"
+    elif found["frames"]:
+        inside = escape_control(found["frames"][0])
+        text = (
+            f"{selector!r} matches no element of the page, but one in the iframe {inside}: give frame= with a selector of that"
+        )
+    else:
+        text = f"{selector!r} matches no element{f'; similar are {near}' if near else ''}: {_SEE}"
+    return ElementNotFound(text, count=count)
