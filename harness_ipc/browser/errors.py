@@ -10,6 +10,7 @@ RemoteError (of harness_ipc)
     ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
     ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
     ├── InvalidArgument       ValueError          the page can't take it (a selector, a text, an option): nothing ran
+    ├── HTTPError         ConnectionError         http_get: an answer that is an error, or none
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           the page's own code threw
 
@@ -76,6 +77,21 @@ class InvalidArgument(BrowserError, ValueError):
     """The page can't take it: a selector that Chrome can't parse, a text that is too long, an option that is not there."""
 
 
+class HTTPError(BrowserError, ConnectionError):
+    """What `http_get` was answered is an error, or the server can't be read."""
+
+    @property
+    def status(self) -> int | None:
+        """The status of the answer, from 400 on, or None without one."""
+        status: int | None = self.data.get("status")
+        return status
+
+    @property
+    def text(self) -> str:
+        """The first 16,384 characters of the body."""
+        return str(self.data.get("text", ""))
+
+
 class CDPError(BrowserError):
     """The browser answered with an error. `code` is the JSON-RPC code."""
 
@@ -101,6 +117,7 @@ _CLASSES = {
         ElementNotFound,
         ElementNotReady,
         InvalidArgument,
+        HTTPError,
         CDPError,
         JavaScriptError,
     )

@@ -19,6 +19,7 @@ from .errors import (
     DialogOpen,
     ElementNotFound,
     ElementNotReady,
+    HTTPError,
     InvalidArgument,
     JavaScriptError,
     TabClosed,
@@ -44,6 +45,7 @@ __all__ = [
     "DialogOpen",
     "ElementNotFound",
     "ElementNotReady",
+    "HTTPError",
     "InvalidArgument",
     "JavaScriptError",
     "TabClosed",
@@ -52,13 +54,16 @@ __all__ = [
     "click",
     "click_at_xy",
     "close_tab",
+    "cookies",
     "current_tab",
+    "dispatch_key",
     "drain_events",
     "ensure_real_tab",
     "fill_input",
     "goto_url",
     "handle_dialog",
     "hover",
+    "http_get",
     "iframe_target",
     "js",
     "list_tabs",
@@ -69,6 +74,7 @@ __all__ = [
     "scroll",
     "scroll_into_view",
     "select_option",
+    "set_cookies",
     "snapshot",
     "switch_tab",
     "type_text",
@@ -122,13 +128,16 @@ cdp = _of_default_tab(Tab.cdp)
 click = _of_default_tab(Tab.click)
 click_at_xy = _of_default_tab(Tab.click_at_xy)
 close_tab = _of_default_tab(Tab.close_tab)
+cookies = _of_default_tab(Tab.cookies)
 current_tab = _of_default_tab(Tab.current_tab)
+dispatch_key = _of_default_tab(Tab.dispatch_key)
 drain_events = _of_default_tab(Tab.drain_events)
 ensure_real_tab = _of_default_tab(Tab.ensure_real_tab)
 fill_input = _of_default_tab(Tab.fill_input)
 goto_url = _of_default_tab(Tab.goto_url)
 handle_dialog = _of_default_tab(Tab.handle_dialog)
 hover = _of_default_tab(Tab.hover)
+http_get = _of_default_tab(Tab.http_get)
 iframe_target = _of_default_tab(Tab.iframe_target)
 js = _of_default_tab(Tab.js)
 list_tabs = _of_default_tab(Tab.list_tabs)
@@ -139,6 +148,7 @@ print_pdf = _of_default_tab(Tab.print_pdf)
 scroll = _of_default_tab(Tab.scroll)
 scroll_into_view = _of_default_tab(Tab.scroll_into_view)
 select_option = _of_default_tab(Tab.select_option)
+set_cookies = _of_default_tab(Tab.set_cookies)
 snapshot = _of_default_tab(Tab.snapshot)
 switch_tab = _of_default_tab(Tab.switch_tab)
 type_text = _of_default_tab(Tab.type_text)

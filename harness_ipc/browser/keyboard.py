@@ -7,12 +7,14 @@ import sys
 from . import TIMEOUT
 from .arguments import check_text, shown
 from .dialogs import may_open_dialog
+from .nodes import resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    from .nodes import Target
     from .tab import Tab
 
     Modifiers = int | str | Iterable[str]
@@ -63,6 +65,11 @@ _NAMES = {
 # On macOS the browser leaves these to the menu, which has to be told (Input.dispatchKeyEvent's `commands`).
 _COMMANDS = {"a": "selectAll", "c": "copy", "v": "paste", "x": "cut", "z": "undo"}
 
+_DISPATCH = """function (event, init) {
+  this.focus();
+  this.dispatchEvent(new KeyboardEvent(event, {...init, bubbles: true, cancelable: true, composed: true}));
+}"""
+
 
 def type_text(tab: Tab, text: str, *, timeout: float = TIMEOUT) -> None:
     """Insert text where the focus is, as a paste does: no key events (see `press_key`)."""
@@ -98,6 +105,29 @@ def press_key(tab: Tab, key: str, modifiers: Modifiers = 0, *, timeout: float = 
     with may_open_dialog():
         tab.cdp("Input.dispatchKeyEvent", **event, **down, timeout=timeout)
         tab.cdp("Input.dispatchKeyEvent", **event, type="keyUp", timeout=timeout)
+
+
+def dispatch_key(
+    tab: Tab,
+    target: Target,
+    key: str = "Enter",
+    event: str = "keypress",
+    *,
+    frame: Target | None = None,
+    timeout: float = TIMEOUT,
+) -> None:
+    """Focus an element and send it a key event made by script, for pages that react to it rather than to a key of the keyboard.
+
+    `event` is keydown, keypress or keyup. The event is not trusted: it types nothing. Raises `ElementNotFound`.
+    """
+    check_text("dispatch_key", "key", key)
+    if event not in ("keydown", "keypress", "keyup"):
+        raise ValueError(f"dispatch_key(): event must be keydown, keypress or keyup, not {shown(event)}")
+    described = _describe(key, 0)
+    number = described["windowsVirtualKeyCode"]
+    init = {"key": described["key"], "code": described["code"], "keyCode": number, "which": number}
+    with resolve(tab, target, frame, timeout=timeout) as node, may_open_dialog():
+        node.function(_DISPATCH, event, init)
 
 
 def _describe(key: str, modifiers: int) -> dict[str, Any]:

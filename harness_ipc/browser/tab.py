@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from . import dialogs, elements, keyboard, mouse, screenshot, snapshot
+    from . import cookies, dialogs, elements, http, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,8 +117,8 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    dialogs, elements, keyboard, mouse, screenshot, snapshot = map(
-        _DeferredModule, ("dialogs", "elements", "keyboard", "mouse", "screenshot", "snapshot")
+    cookies, dialogs, elements, http, keyboard, mouse, screenshot, snapshot = map(
+        _DeferredModule, ("cookies", "dialogs", "elements", "http", "keyboard", "mouse", "screenshot", "snapshot")
     )
 
 
@@ -222,11 +222,16 @@ class Tab:
 
     handle_dialog = dialogs.handle_dialog
     press_key = keyboard.press_key
+    dispatch_key = keyboard.dispatch_key
     type_text = keyboard.type_text
     click_at_xy = mouse.click_at_xy
     scroll = mouse.scroll
     capture_screenshot = screenshot.capture_screenshot
     print_pdf = screenshot.print_pdf
+    http_get = http.http_get
+    set_cookies = cookies.set_cookies
+    # Last: then the name is the method's.
+    cookies = cookies.cookies
     snapshot = snapshot.snapshot
 
     click = elements.click

@@ -21,6 +21,7 @@ from harness_ipc.browser.errors import (
     DialogOpen,
     ElementNotFound,
     ElementNotReady,
+    HTTPError,
     InvalidArgument,
     JavaScriptError,
     TabClosed,
@@ -39,6 +40,7 @@ INSTANCES: list[BrowserError] = [
     ElementNotFound("text", count=2),
     ElementNotReady("text"),
     InvalidArgument("text"),
+    HTTPError("text", status=404, text="Nothing here"),
     CDPError("text", code=-32601),
     JavaScriptError("text", line=3, column=4),
 ]
