@@ -35,7 +35,7 @@ def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeo
     not kept. Addresses of this machine are never asked through a proxy; for others the variables `http_proxy` and so on hold.
     Redirects are followed; cookies and Authorization of one server are not sent to another.
 
-    Raises `HTTPError`, with `status` for an answer from 400 on and without one if the server can't be read, and `BrowserTimeout`.
+    Raises `HTTPError`, with `status` for an answer from 400 on, without one if the server can't be read; and `BrowserTimeout`.
     """
     import http.client
 
@@ -58,10 +58,10 @@ def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeo
     except BrowserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason: object = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
+        cause: object = getattr(error, "reason", error)
+        if isinstance(cause, TimeoutError):
             raise BrowserTimeout(f"{place} has not answered within {timeout:g} s") from None
-        raise HTTPError(f"{place} can't be read: {' '.join(str(reason).split()) or type(reason).__name__}") from None
+        raise HTTPError(f"{place} can't be read: {' '.join(str(cause).split()) or type(cause).__name__}") from None
 
 
 def _request(tab: Tab, url: str, headers: dict[str, str], cookies: bool, timeout: float) -> Request:

@@ -18,8 +18,10 @@ from harness_ipc.browser import daemon_name
 from harness_ipc.browser.helpers import (
     BrowserTimeout,
     CDPError,
+    ElementNotFound,
     cdp,
     click_at_xy,
+    dispatch_key,
     goto_url,
     js,
     page_info,
@@ -240,6 +242,20 @@ def test_keys_and_modifiers_by_their_names(page: str, site: Site, key: str, modi
         ["keydown", *seen],
         ["keyup", *seen],
     ]
+
+
+def test_a_key_that_a_script_sends(page: str, site: Site) -> None:
+    visit(f"{site.url}/keys")
+    js("for (const kind of ['keypress', 'keydown']) next.addEventListener(kind, e => "
+       "document.title = [e.type, e.key, e.code, e.keyCode, e.isTrusted, document.activeElement.id])")  # fmt: skip
+    dispatch_key("#next")
+    assert js("document.title") == "keypress,Enter,Enter,13,false,next"
+    dispatch_key("#next", "a", "keydown")
+    assert js("document.title") == "keydown,a,KeyA,65,false,next"
+    with pytest.raises(ElementNotFound):
+        dispatch_key("#nowhere")
+    with pytest.raises(ValueError, match="event must be keydown, keypress or keyup, not 'click'"):
+        dispatch_key("#next", event="click")
 
 
 def test_everything_is_selected_and_replaced(page: str, site: Site) -> None:

@@ -119,7 +119,7 @@ def test_an_answer_that_can_not_be_read(server: Server, headers: dict[str, str],
 def test_a_server_that_is_not_there() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        with pytest.raises(HTTPError, match="can't be read: .*refused"):
+        with pytest.raises(HTTPError, match=r"can't be read: .*refused"):
             http_get(f"http://127.0.0.1:{taken.getsockname()[1]}/?token=secret")
     with pytest.raises(HTTPError, match=r"^http://127\.0\.0\.1:1/ can't be read: [^?]*$"):
         http_get("http://127.0.0.1:1/?token=secret")
