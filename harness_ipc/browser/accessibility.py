@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import LONGEST
 from .connection import CALL_TIMEOUT
+from .dom import Dom
 from .errors import BrowserTimeout, CDPError, ElementNotFound
 from .frames import Frames, frames_in
+from .matching import find
 from .part import Part
 from .references import Place, References
 from .tree import Document, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from .connection import Connection
     from .daemon import BrowserApp
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 
 # Iframes within iframes: a page that frames itself is not followed for ever.
 _MAX_DEPTH = 10
-# What is clicked anyway, or says nothing by its listener: React and others listen at the root for all that is below.
-_NOT_CLICKABLE = {"HTML", "BODY", "LABEL"}
-_ACTS_ITSELF = {"A", "BUTTON", "INPUT", "LABEL", "OPTION", "SELECT", "SUMMARY", "TEXTAREA"}
-_ELEMENT = 1
 
 
 class Accessibility(Part):
@@ -44,7 +42,7 @@ class Accessibility(Part):
     @property
     def verbs(self) -> Mapping[str, Verb]:
         """The requests that read pages."""
-        verbs = {"snapshot": self.snapshot, "resolve_reference": self.resolve, "frame": self.frame}
+        verbs = {"snapshot": self.snapshot, "find": self.find, "resolve_reference": self.resolve, "frame": self.frame}
         return {verb: self._bounded(function) for verb, function in verbs.items()}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
@@ -80,6 +78,13 @@ class Accessibility(Part):
             return references.of(Place(*inside.place, node))
 
         return {"text": render(document, reference, interactive=bool(message.get("interactive"))), "session_id": session}
+
+    async def find(self, message: Message) -> Message:
+        """Return the ``references`` of the nodes that fit the ``criteria``, as `matching.find` takes them."""
+        connection, session, target = await self.app.sessions.page_of(message)
+        document, references = await self._read_page(connection, session, target)
+        found = find(document, message.get("criteria") or {}, exact=bool(message.get("exact")))
+        return {"references": [references.of(Place(*inside.place, node)) for inside, node in found], "session_id": session}
 
     async def resolve(self, message: Message) -> Message:
         """Return the node of ``reference`` as an ``objectId`` of the session ``node_session``.
@@ -137,12 +142,11 @@ class Accessibility(Part):
         )
         loaders = _loaders(tree["frameTree"])
         there |= {(target, frame, loader) for frame, loader in loaders.items()}
-        layouts = {captured["strings"][one["frameId"]]: one for one in captured["documents"]}
+        strings = captured["strings"]
+        doms = {strings[one["frameId"]]: Dom(one, strings) for one in captured["documents"]}
 
         async def read(frame: str, nodes: list[Message], depth: int) -> Document:
-            layout = layouts.get(frame)
-            clickable = frozenset(_clickable(layout, captured["strings"])) if layout else frozenset()
-            document = Document(nodes, place=(target, frame, loaders.get(frame, "")), clickable=clickable)
+            document = Document(nodes, place=(target, frame, loaders.get(frame, "")), dom=doms.get(frame))
             if depth < _MAX_DEPTH:
                 owners = [node["backendDOMNodeId"] for node in nodes if node["role"]["value"].startswith("Iframe")]
                 await asyncio.gather(*(read_frame(document, owner, depth + 1) for owner in owners))
@@ -169,29 +173,3 @@ def _gone(name: str) -> ElementNotFound:
 def _loaders(tree: Message) -> dict[str, str]:
     """Return the loader of each frame in a frame tree: it changes with the document."""
     return {frame["id"]: frame["loaderId"] for frame in frames_in(tree)}
-
-
-def _clickable(layout: Message, strings: list[str]) -> Iterable[int]:
-    """Yield the backendNodeIds of the elements that show a hand, and of those that listen for clicks themselves."""
-    nodes = layout["nodes"]
-    parents, numbers = nodes["parentIndex"], nodes["backendNodeId"]
-    listening = set(nodes["isClickable"]["index"])
-    pointing = {
-        node
-        for node, styles in zip(layout["layout"]["nodeIndex"], layout["layout"]["styles"], strict=False)
-        if styles and strings[styles[0]] == "pointer" and nodes["nodeType"][node] == _ELEMENT
-    }
-    # Within what acts by itself, such as a button's icon.
-    within: set[int] = set()
-    for node, parent in enumerate(parents):
-        if parent in within or strings[nodes["nodeName"][node]] in _ACTS_ITSELF:
-            within.add(node)
-    around: set[int] = set()
-    for node in reversed(range(len(parents))):
-        hand = node in pointing and parents[node] not in pointing
-        if node in around or node in within or node in listening or node in pointing:
-            around.add(parents[node])
-        if node in within or strings[nodes["nodeName"][node]] in _NOT_CLICKABLE:
-            continue
-        if hand or (node in listening and node not in around):
-            yield numbers[node]

@@ -60,6 +60,7 @@ __all__ = [
     "drain_events",
     "ensure_real_tab",
     "fill_input",
+    "find",
     "goto_url",
     "handle_dialog",
     "hover",
@@ -134,6 +135,7 @@ dispatch_key = _of_default_tab(Tab.dispatch_key)
 drain_events = _of_default_tab(Tab.drain_events)
 ensure_real_tab = _of_default_tab(Tab.ensure_real_tab)
 fill_input = _of_default_tab(Tab.fill_input)
+find = _of_default_tab(Tab.find)
 goto_url = _of_default_tab(Tab.goto_url)
 handle_dialog = _of_default_tab(Tab.handle_dialog)
 hover = _of_default_tab(Tab.hover)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from . import cookies, dialogs, elements, http, keyboard, mouse, screenshot, snapshot
+    from . import cookies, dialogs, elements, find, http, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,8 +117,8 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    cookies, dialogs, elements, http, keyboard, mouse, screenshot, snapshot = map(
-        _DeferredModule, ("cookies", "dialogs", "elements", "http", "keyboard", "mouse", "screenshot", "snapshot")
+    cookies, dialogs, elements, find, http, keyboard, mouse, screenshot, snapshot = map(
+        _DeferredModule, ("cookies", "dialogs", "elements", "find", "http", "keyboard", "mouse", "screenshot", "snapshot")
     )
 
 
@@ -233,6 +233,7 @@ class Tab:
     # Last: then the name is the method's.
     cookies = cookies.cookies
     snapshot = snapshot.snapshot
+    find = find.find
 
     click = elements.click
     fill_input = elements.fill_input

@@ -9,12 +9,15 @@ The format is the one of Playwright's and agent-browser's snapshots, a line a no
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness_ipc import escape_control
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from .dom import Dom
 
     Nodes = dict[str, Any]
 
@@ -47,20 +50,23 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 class Document:
-    """What a browser says of one frame's document: its `nodes` as `Accessibility.getFullAXTree` gives them.
+    """What a browser says of one frame's document: its `nodes` as `Accessibility.getFullAXTree` gives them, and its `dom`.
 
-    `clickable` are the backendNodeIds that listen for clicks or show a hand; `frames` has the document of each iframe
-    by the backendNodeId of its element; `place` is what a reference to one of its nodes has to remember of it.
+    `frames` has the document of each iframe by the backendNodeId of its element; `place` is what a reference to one of its
+    nodes has to remember of it.
     """
 
-    def __init__(
-        self, nodes: list[Nodes], *, place: tuple[str, str, str] = ("", "", ""), clickable: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, nodes: list[Nodes], *, place: tuple[str, str, str], dom: Dom | None) -> None:
         self.nodes = {node["nodeId"]: node for node in nodes}
         self.root = nodes[0] if nodes else None
         self.place = place
-        self.clickable = clickable
+        self.dom = dom
         self.frames: dict[int, Document] = {}
+
+    @cached_property
+    def clickable(self) -> frozenset[int]:
+        """The backendNodeIds of what listens for clicks or shows a hand."""
+        return frozenset(self.dom.clickable()) if self.dom is not None else frozenset()
 
 
 class Element:
@@ -133,6 +139,16 @@ def plain(text: Any, limit: int = MAX_NAME) -> str:
     return words if words.isprintable() else escape_control(words)
 
 
+def role_of(node: Nodes) -> str:
+    """Return the role of a node as a line has it, "" if the page shows nobody the node."""
+    if node["ignored"]:
+        return ""
+    role = str(node["role"]["value"])
+    if role == "generic" and _property(node, "editable") == "richtext" and _property(node, "focusable"):
+        return "textbox"
+    return _NAMES.get(role, role)
+
+
 def _shown(document: Document, node: Nodes) -> Iterator[Nodes | str]:
     """Yield the nodes below `node` that are shown, and between them each stretch of text."""
     text = ""
@@ -189,9 +205,7 @@ def _property(node: Nodes, name: str) -> Any:
 def _element(document: Document, node: Nodes) -> Element:
     role, number = node["role"]["value"], node.get("backendDOMNodeId")
     properties = {one["name"]: one["value"].get("value") for one in node.get("properties", ())}
-    element = Element(_NAMES.get(role, role), plain(node.get("name", {}).get("value", "")), number)
-    if role in ("none", "generic") or node["ignored"]:
-        element.role = "textbox" if properties.get("editable") == "richtext" else "generic"
+    element = Element(role_of(node) or "generic", plain(node.get("name", {}).get("value", "")), number)
     element.value = plain(node.get("value", {}).get("value", ""))
     clickable = number in document.clickable and role not in INTERACTIVE
     focusable = properties.get("focusable") is True

@@ -1,0 +1,78 @@
+"""A document's nodes as `DOMSnapshot.captureSnapshot` gives them. Pure: it asks no browser."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What is clicked anyway, or says nothing by its listener: React and others listen at the root for all that is below.
+_NOT_CLICKABLE = {"HTML", "BODY", "LABEL"}
+_ACTS_ITSELF = {"A", "BUTTON", "INPUT", "LABEL", "OPTION", "SELECT", "SUMMARY", "TEXTAREA"}
+_NO_TEXT = {"HEAD", "NOSCRIPT", "SCRIPT", "STYLE", "TEMPLATE"}
+_ELEMENT, _TEXT = 1, 3
+
+
+class Dom:
+    """The nodes by their place in the document: `parents` (-1 for none), `tags`, `numbers` (the backendNodeIds)."""
+
+    def __init__(self, captured: dict[str, Any], strings: list[str]) -> None:
+        self._nodes = captured["nodes"]
+        self._layout = captured["layout"]
+        self._strings = strings
+        self.parents: list[int] = self._nodes["parentIndex"]
+        self.numbers: list[int] = self._nodes["backendNodeId"]
+        self.tags = [strings[name].upper() for name in self._nodes["nodeName"]]
+
+    def attributes(self, node: int) -> dict[str, str]:
+        """Return the attributes of a node."""
+        words = [self._strings[word] if word >= 0 else "" for word in self._nodes["attributes"][node]]
+        return dict(zip(words[::2], words[1::2], strict=False))
+
+    def is_element(self, node: int) -> bool:
+        """Return whether it is an element, not a text or a document."""
+        return bool(self._nodes["nodeType"][node] == _ELEMENT)
+
+    @cached_property
+    def rendered(self) -> set[int]:
+        """The nodes that have a box."""
+        return set(self._layout["nodeIndex"])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The text of each node with all that is below it."""
+        texts = [""] * len(self.parents)
+        values, kinds = self._nodes["nodeValue"], self._nodes["nodeType"]
+        for node in reversed(range(len(texts))):
+            if kinds[node] == _TEXT:
+                texts[node] = self._strings[values[node]] if values[node] >= 0 else ""
+            parent = self.parents[node]
+            if parent >= 0 and self.tags[node] not in _NO_TEXT:
+                texts[parent] = texts[node] + texts[parent]
+        return texts
+
+    def clickable(self) -> Iterator[int]:
+        """Yield the backendNodeIds of the elements that show a hand, and of those that listen for clicks themselves."""
+        listening = set(self._nodes["isClickable"]["index"])
+        pointing = {
+            node
+            for node, styles in zip(self._layout["nodeIndex"], self._layout["styles"], strict=False)
+            if styles and self._strings[styles[0]] == "pointer" and self.is_element(node)
+        }
+        # Within what acts by itself, such as a button's icon.
+        within: set[int] = set()
+        for node, parent in enumerate(self.parents):
+            if parent in within or self.tags[node] in _ACTS_ITSELF:
+                within.add(node)
+        around: set[int] = set()
+        for node in reversed(range(len(self.parents))):
+            parent = self.parents[node]
+            hand = node in pointing and parent not in pointing
+            if node in around or node in within or node in listening or node in pointing:
+                around.add(parent)
+            if node in within or self.tags[node] in _NOT_CLICKABLE:
+                continue
+            if hand or (node in listening and node not in around):
+                yield self.numbers[node]
