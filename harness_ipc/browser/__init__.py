@@ -3,11 +3,13 @@
     from harness_ipc.browser.helpers import *
 
 `helpers` are the functions of a default `tab.Tab`, whose modules (`pages`, `javascript`, `keyboard`, `mouse`, `dialogs`,
-`screenshot`) are imported when they are needed. `daemon` holds the browser and routes requests and events to its parts (`part`
-is what they have in common): `sessions`, `tabs`, `events`, `accessibility`. `discovery` finds the browser (`local` checks whose
-a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`), `connection` speaks to it (by a
-WebSocket or a `pipe`). `errors` has what can go wrong, `cli` is the command `harness-browser`, `own_imports` keeps the
-program's directory out of our imports, and `doctor` says what is wrong. It uses the public API alone.
+`screenshot`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are imported when needed. `daemon` holds
+the browser and routes requests and events to its parts (`part` is what they have in common): `sessions`, `tabs`, `events`, and
+`accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it (`matching`) and keeps
+`references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its address), `launcher`
+starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong,
+`cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what
+is wrong. It uses the public API alone.
 """
 
 from __future__ import annotations
