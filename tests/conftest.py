@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which needs (see `tests.marks`) were not met, and how many tests that skipped."""
+    """Say which needs (see `tests.support.marks`) were not met, and how many tests that skipped."""
     needs: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import harness_ipc
 from harness_ipc._transport import deadline_after
-from tests.wire import FrameConnection
+from tests.support.wire import FrameConnection
 
 from .servers import AUTHKEY, BUSY_PERIOD, Message, receive_frame, send_frame
 

@@ -18,7 +18,7 @@ import pytest
 from harness_ipc import stop_daemon
 from harness_ipc.browser import helpers
 from tests.browser.site import Site
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.processes import PATIENCE, lives, wait_until
 
 # Without the extra, what these import can't be imported.
 NEED_EXTRA = [

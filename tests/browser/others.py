@@ -21,7 +21,7 @@ from websockets.sync.connection import Connection
 from websockets.sync.server import ServerConnection, serve
 
 from harness_ipc.browser.program import find_binary, has_display, is_root
-from tests.processes import PATIENCE, wait_until
+from tests.support.processes import PATIENCE, wait_until
 
 # Of a browser with nothing to ask.
 FLAGS = ["--no-first-run", "--no-default-browser-check", "--disable-background-networking", "--password-store=basic"]

@@ -6,7 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from harness_ipc.browser.helpers import goto_url, wait_for_load
-from tests.processes import PATIENCE
+from tests.support.processes import PATIENCE
 
 FORM = """<!doctype html><title>A form</title>
 <form onsubmit="document.title = 'sent ' + new FormData(this).get('word'); return false">

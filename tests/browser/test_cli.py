@@ -23,10 +23,10 @@ from harness_ipc.browser import helpers
 from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
 from tests.browser.others import other_browser
 from tests.browser.site import Site
-from tests.managed import the_log
-from tests.marks import needs_chromium, needs_linux, needs_posix
-from tests.planted import PlantedModules, imported_names
-from tests.processes import PATIENCE, lives, runtime_files, spawn_daemon, wait_until
+from tests.support.managed import the_log
+from tests.support.marks import needs_chromium, needs_linux, needs_posix
+from tests.support.planted import PlantedModules, imported_names
+from tests.support.processes import PATIENCE, lives, runtime_files, spawn_daemon, wait_until
 
 pytestmark = needs_chromium
 

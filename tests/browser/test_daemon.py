@@ -35,9 +35,9 @@ from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, kill_browser, other_browser, relaying
 from tests.browser.site import Site
-from tests.managed import in_thread, the_log
-from tests.marks import needs_chromium, needs_posix
-from tests.processes import PATIENCE, wait_until
+from tests.support.managed import in_thread, the_log
+from tests.support.marks import needs_chromium, needs_posix
+from tests.support.processes import PATIENCE, wait_until
 
 pytestmark = needs_chromium
 

@@ -28,9 +28,9 @@ from harness_ipc.browser.program import command_line, find_binary, has_display, 
 from tests.browser.conftest import kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, answering, free_port, http, other_browser, refusing, without_http
 from tests.browser.site import Site
-from tests.managed import in_thread, the_log
-from tests.marks import needs_chromium, needs_posix, needs_root
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.managed import in_thread, the_log
+from tests.support.marks import needs_chromium, needs_posix, needs_root
+from tests.support.processes import PATIENCE, lives, wait_until
 
 pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
 

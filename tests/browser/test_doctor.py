@@ -22,8 +22,8 @@ from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
 from tests.browser.others import other_browser, refusing
 from tests.browser.site import Site
-from tests.marks import needs_chromium, needs_posix
-from tests.processes import PATIENCE, spawn_daemon, wait_until
+from tests.support.marks import needs_chromium, needs_posix
+from tests.support.processes import PATIENCE, spawn_daemon, wait_until
 
 pytestmark = needs_chromium
 

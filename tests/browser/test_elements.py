@@ -26,7 +26,7 @@ from harness_ipc.browser.helpers import (
 )
 from tests.browser.site import Site, visit
 from tests.browser.test_snapshot import reference, show
-from tests.marks import needs_chromium
+from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
 

@@ -9,7 +9,7 @@ import pytest
 from harness_ipc.browser.helpers import _send, cdp, click, fill_input, find, js
 from tests.browser.site import Site, visit
 from tests.browser.test_snapshot import show, text_of
-from tests.marks import needs_chromium
+from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
 

@@ -33,8 +33,8 @@ from harness_ipc.browser.helpers import (
     wait_for_load,
 )
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium
-from tests.processes import PATIENCE, wait_until
+from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE, wait_until
 
 pytestmark = needs_chromium
 

@@ -8,8 +8,8 @@ import pytest
 
 from harness_ipc.browser.helpers import BrowserTimeout, CDPError, JavaScriptError, js
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium
-from tests.processes import PATIENCE
+from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 

@@ -24,9 +24,9 @@ from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import browser_environment
 from tests.browser.conftest import harness_browser, kill, processes_of, suspended
 from tests.browser.site import Site
-from tests.managed import in_thread, spawn_bystander
-from tests.marks import needs_chromium, needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.managed import in_thread, spawn_bystander
+from tests.support.marks import needs_chromium, needs_linux, needs_posix, needs_root
+from tests.support.processes import PATIENCE, lives, wait_until
 
 if sys.platform != "win32":
     import fcntl

@@ -24,9 +24,9 @@ from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
 from tests.browser.test_discovery import USUAL, start, status
 from tests.browser.users import SQUATTER, VICTIM, find_as_victim, squatting
-from tests.managed import the_log
-from tests.marks import needs_chromium, needs_linux, needs_root
-from tests.processes import wait_until
+from tests.support.managed import the_log
+from tests.support.marks import needs_chromium, needs_linux, needs_root
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

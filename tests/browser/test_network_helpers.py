@@ -13,8 +13,8 @@ import pytest
 
 from harness_ipc.browser.helpers import BrowserTimeout, CDPError, HTTPError, cookies, http_get, js, set_cookies
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium
-from tests.processes import PATIENCE
+from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 

@@ -41,8 +41,8 @@ from harness_ipc.browser.helpers import (
     wait_for_load,
 )
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium, needs_posix, needs_root
-from tests.processes import PATIENCE, run_python, wait_until
+from tests.support.marks import needs_chromium, needs_posix, needs_root
+from tests.support.processes import PATIENCE, run_python, wait_until
 
 pytestmark = needs_chromium
 

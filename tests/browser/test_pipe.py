@@ -18,8 +18,8 @@ import pytest
 from harness_ipc.browser.connection import Connection, ConnectionFailed, TransportClosed
 from harness_ipc.browser.errors import BrowserLost, CDPError
 from harness_ipc.browser.pipe import MAX_SENT, FrameDecoder
-from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE
+from tests.support.marks import needs_linux, needs_posix, needs_root
+from tests.support.processes import PATIENCE
 
 if sys.platform != "win32":
     from harness_ipc.browser.pipe import PipeTransport, create_fifos, open_pipe

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.marks import needs_chromium
-from tests.processes import PATIENCE
+from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 

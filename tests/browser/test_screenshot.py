@@ -14,8 +14,8 @@ import pytest
 
 from harness_ipc.browser.helpers import CDPError, capture_screenshot, cdp, js, print_pdf
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium, needs_posix
-from tests.processes import PATIENCE
+from tests.support.marks import needs_chromium, needs_posix
+from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 

@@ -9,7 +9,7 @@ import pytest
 from harness_ipc.browser.helpers import DialogOpen, ElementNotFound, _send, cdp, handle_dialog, js, new_tab, snapshot
 from tests.browser.conftest import harness_browser
 from tests.browser.site import Site, visit
-from tests.marks import needs_chromium
+from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
 

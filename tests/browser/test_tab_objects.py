@@ -11,7 +11,7 @@ import pytest
 
 from harness_ipc.browser import helpers
 from harness_ipc.browser.tab import Tab
-from tests.processes import PATIENCE
+from tests.support.processes import PATIENCE
 
 FUNCTIONS = [name for name in helpers.__all__ if callable(getattr(Tab, name, None))]
 

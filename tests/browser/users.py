@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.processes import PATIENCE
+from tests.support.processes import PATIENCE
 
 VICTIM, SQUATTER = 54321, 54322
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import harness_ipc._server.server
-from tests.managed import end_daemons
-from tests.marks import needs_posix
+from tests.support.managed import end_daemons
+from tests.support.marks import needs_posix
 
 
 @pytest.fixture

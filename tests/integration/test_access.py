@@ -30,8 +30,8 @@ from harness_ipc import (
 )
 from harness_ipc._protocol.handshake import role_key
 from harness_ipc._registry import records
-from tests.marks import needs_posix, needs_root
-from tests.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
+from tests.support.marks import needs_posix, needs_root
+from tests.support.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -26,10 +26,10 @@ from harness_ipc import (
     aconnect_daemon,
     request,
 )
-from tests import scripted
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
-from tests.scripted import Served
+from tests.support import scripted
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
+from tests.support.scripted import Served
 
 # It does not end by itself while a test runs.
 NEVER = 3600.0

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from harness_ipc import ConnectionLost, DaemonServer, connect_daemon, request, start_daemon_server
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 MIB = 2**20
 # A period that no test waits for.

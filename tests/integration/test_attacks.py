@@ -49,9 +49,9 @@ from harness_ipc._registry import files, records
 from tests.fuzz import targets
 from tests.integration import test_access
 from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, said, serves
-from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_linux, needs_posix, needs_root
+from tests.support.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 MIB = 1024 * 1024
 NAME = "victim"
@@ -412,7 +412,7 @@ def test_a_link_that_is_there_before_the_daemon_harms_nothing(kind: str, ext: st
     precious.chmod(0o600)
     path = runtime_path(NAME, ext)
     (path.symlink_to if kind == "symbolic" else path.hardlink_to)(precious)
-    argv = [sys.executable, "-W", "error", "-m", "tests.processes", NAME, "{}"]
+    argv = [sys.executable, "-W", "error", "-m", "tests.support.processes", NAME, "{}"]
     try:
         # It is replaced, or refused in a typed error that names it.
         text = str(path)
@@ -563,7 +563,7 @@ request(sys.argv[1], {})
 def test_the_key_shows_nowhere_but_in_the_record() -> None:
     """Not on a command line, in an environment, a log, a report, an error, a traceback or any other file."""
     cli = ["-m", "harness_ipc"]
-    shown = [run_python(*cli, "start", "tests.processes:App", "--name", NAME, "--json")]
+    shown = [run_python(*cli, "start", "tests.support.processes:App", "--name", NAME, "--json")]
     try:
         record = records.load(NAME)
         assert shows_key(runtime_path(NAME, "json").read_bytes(), record)
@@ -572,7 +572,7 @@ def test_the_key_shows_nowhere_but_in_the_record() -> None:
             shown += [run_python(*cli, command, *options), run_python(*cli, command, *options, "--json")]
         for message in ("{}", '{"meta": "health"}', '{"method": "raise"}', "nonsense"):
             shown.append(run_python(*cli, "call", "--name", NAME, message))
-        shown.append(run_python(*cli, "serve", "tests.processes:App", "--name", NAME))
+        shown.append(run_python(*cli, "serve", "tests.support.processes:App", "--name", NAME))
         shown.append(failing := run_python("-c", FAILING, NAME))
         assert failing.stderr.count("Traceback (most recent call last)") >= 9
         assert "another key" in failing.stderr

@@ -26,10 +26,10 @@ from harness_ipc import (
     connect_daemon,
     request,
 )
-from tests import scripted
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_daemon
-from tests.scripted import Served, answer_all
+from tests.support import scripted
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, spawn_daemon
+from tests.support.scripted import Served, answer_all
 
 # A timeout that is meant to pass.
 SHORT = 0.2

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from harness_ipc import StartFailed, daemon_status, ensure_daemon, request, stop_daemon
-from tests.managed import assert_none_left, assert_one_daemon, at_once, command, live_processes
-from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE, run_python
+from tests.support.managed import assert_none_left, assert_one_daemon, at_once, command, live_processes
+from tests.support.marks import needs_linux, needs_posix, needs_root
+from tests.support.processes import PATIENCE, run_python
 
 pytestmark = [needs_posix, pytest.mark.usefixtures("base")]
 

@@ -15,8 +15,8 @@ import pytest
 
 from harness_ipc import __version__, identify, request
 from harness_ipc._registry import records
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
 
 _SERVICE = """
 async def handle(message):

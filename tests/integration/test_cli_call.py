@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from harness_ipc import Namespace, connect_daemon
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python
 
 SERVICE = """
 import asyncio

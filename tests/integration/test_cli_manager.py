@@ -32,8 +32,8 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
-from tests.marks import needs_posix, needs_root
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.marks import needs_posix, needs_root
+from tests.support.processes import PATIENCE, lives, wait_until
 
 # A directory that nobody removes.
 ROOT = os.environ["SYSTEMROOT"] if sys.platform == "win32" else "/"

@@ -38,10 +38,10 @@ from harness_ipc import (
 )
 from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._protocol.handshake import Keys, ServerHandshake
-from tests import scripted
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
-from tests.scripted import Generation
+from tests.support import scripted
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
+from tests.support.scripted import Generation
 
 # What takes so long does not end by itself while a test runs.
 NEVER = 3600.0

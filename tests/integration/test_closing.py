@@ -40,9 +40,9 @@ from tests.integration.test_server import (
     task_factories,
     threads,
 )
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, run_python, runtime_files, spawn_python, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, run_python, runtime_files, spawn_python, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 LIMIT = 2**20
 pytestmark = pytest.mark.usefixtures("driver")

@@ -20,11 +20,11 @@ import pytest
 
 from harness_ipc import connect_daemon, log_path, request, stop_daemon
 from harness_ipc._registry import records
-from tests import crowd
-from tests.managed import kill_all
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support import crowd
+from tests.support.managed import kill_all
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 CROWD = 200
 # Seconds of the tests of races: HARNESS_TEST_MINUTE is for a longer run.
@@ -156,7 +156,7 @@ def test_clients_that_leave_die_and_cancel_beside_drains_lose_nothing(driver: st
     def run_clients() -> None:
         try:
             while (left := deadline - time.monotonic()) > 0:
-                with spawn_python("-m", "tests.crowd", "client", str(race), driver, str(left)) as client:
+                with spawn_python("-m", "tests.support.crowd", "client", str(race), driver, str(left)) as client:
                     assert client.process.wait(left + PATIENCE) == 0
         except BaseException as failure:
             failures.append(failure)

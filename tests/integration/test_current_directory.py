@@ -13,8 +13,8 @@ import pytest
 
 from harness_ipc import log_path, stop_daemon
 from harness_ipc._registry import processes
-from tests.planted import PlantedModules, imported_names
-from tests.processes import PATIENCE, run_python, spawn_python
+from tests.support.planted import PlantedModules, imported_names
+from tests.support.processes import PATIENCE, run_python, spawn_python
 
 APP = """
 async def handle(message):

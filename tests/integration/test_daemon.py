@@ -35,8 +35,17 @@ from harness_ipc import (
     runtime_dir,
 )
 from harness_ipc._registry import records
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+from tests.support.marks import needs_posix
+from tests.support.processes import (
+    PATIENCE,
+    App,
+    DaemonProcess,
+    run_python,
+    runtime_files,
+    spawn_daemon,
+    spawn_python,
+    wait_until,
+)
 
 # A period that no test waits for: what ends before it, ends for a better reason.
 NEVER = 3600.0
@@ -341,7 +350,7 @@ def test_a_second_one_is_refused_and_told_who_is_first() -> None:
         with pytest.raises(AlreadyRunning, match=rf"\b{daemon.pid}\b") as caught:
             run_daemon(App(), "test")
         assert caught.value.pid == daemon.pid
-        second = run_python("-m", "tests.processes", "test", "{}")
+        second = run_python("-m", "tests.support.processes", "test", "{}")
         assert second.returncode != 0
         assert f"pid {daemon.pid}" in second.stderr
         assert second.stdout == ""  # neither ready nor stopped: it has not come so far

@@ -27,9 +27,9 @@ from harness_ipc import (
     request,
 )
 from harness_ipc._registry import records
-from tests import scripted
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped
+from tests.support import scripted
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

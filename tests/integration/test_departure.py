@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from harness_ipc import DaemonTimeout, aconnect_daemon, connect_daemon, ping, request, start_daemon_server
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_python, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, spawn_python, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

@@ -31,8 +31,8 @@ from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import listen
 from harness_ipc.doctor import Finding, examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
-from tests.marks import needs_posix, needs_root, needs_windows
-from tests.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
+from tests.support.marks import needs_posix, needs_root, needs_windows
+from tests.support.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
 
 STRANGER = 12345
 

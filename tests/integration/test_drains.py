@@ -32,8 +32,8 @@ from harness_ipc._protocol.handshake import Keys
 from harness_ipc._protocol.session import PROVED, ServerProtocol
 from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import AuthenticationFailed
-from tests.marks import needs_posix
-from tests.processes import PATIENCE
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE
 
 GENERATIONS = int(os.environ.get("HARNESS_TEST_DRAINS", "60"))
 

@@ -18,8 +18,8 @@ from urllib.request import urlopen
 import pytest
 
 from harness_ipc import DaemonStatus, daemon_status, list_daemons, stop_daemon
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_python, wait_until
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, spawn_python, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

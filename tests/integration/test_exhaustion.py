@@ -35,9 +35,9 @@ from harness_ipc import (
 from harness_ipc._registry import records
 from harness_ipc._transport import deadline_after, remaining
 from tests.integration.test_manager_places import mount, needs_mount, unmount
-from tests.marks import needs_address_limit, needs_linux, needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
-from tests.wire import FrameConnection
+from tests.support.marks import needs_address_limit, needs_linux, needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped, wait_until
+from tests.support.wire import FrameConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ STACK = 64 * MIB
 LARGE_THREADS = f"""
 import runpy, threading
 threading.stack_size({STACK})
-runpy.run_module("tests.processes", run_name="__main__", alter_sys=True)
+runpy.run_module("tests.support.processes", run_name="__main__", alter_sys=True)
 """
 
 

@@ -22,9 +22,9 @@ from harness_ipc import (
     runtime_dir,
     stop_daemon,
 )
-from tests.managed import at_once, kill_all
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.managed import at_once, kill_all
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, lives, wait_until
 
 pytestmark = needs_posix
 

@@ -31,8 +31,8 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, stopped, wait_until
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, stopped, wait_until
 
 NEVER = 3600.0
 # On Windows a pipe has no file.

@@ -27,10 +27,10 @@ from harness_ipc import (
     connect_daemon,
     request,
 )
-from tests import scripted
-from tests.marks import needs_posix
-from tests.processes import PATIENCE
-from tests.scripted import Generation, Served, answer_all
+from tests.support import scripted
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE
+from tests.support.scripted import Generation, Served, answer_all
 
 MESSAGE: dict[str, Any] = {"method": "m", "params": {}}
 LARGE: dict[str, Any] = {"method": "m", "params": {"text": "x" * 40_000_000}}

@@ -21,9 +21,9 @@ import pytest
 from harness_ipc import AuthenticationFailed, ConnectionLost, log_path, request
 from harness_ipc._protocol.handshake import Keys, role_key
 from harness_ipc._registry import records
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

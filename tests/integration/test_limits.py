@@ -24,8 +24,8 @@ from harness_ipc import (
 )
 from harness_ipc._calls import result_of
 from harness_ipc._registry import records
-from tests.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
-from tests.wire import dial_daemon
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
+from tests.support.wire import dial_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

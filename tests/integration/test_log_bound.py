@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness_ipc import StartFailed, connect_daemon, daemon_status, ensure_daemon, log_path, request
-from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import PATIENCE, run_python, wait_until
+from tests.support.marks import needs_linux, needs_posix, needs_root
+from tests.support.processes import PATIENCE, run_python, wait_until
 
 LOG_BYTES = 5 * 2**20
 

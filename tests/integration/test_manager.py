@@ -38,7 +38,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.managed import (
+from tests.support.managed import (
     assert_none_left,
     assert_one_daemon,
     at_once,
@@ -50,8 +50,8 @@ from tests.managed import (
     the_log,
     waits_for_go,
 )
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_daemon, stopped, wait_until
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, spawn_daemon, stopped, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

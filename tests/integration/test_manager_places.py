@@ -33,7 +33,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.managed import (
+from tests.support.managed import (
     AT_ONCE,
     assert_one_daemon,
     at_once,
@@ -44,8 +44,8 @@ from tests.managed import (
     started,
     the_log,
 )
-from tests.marks import needs_posix, needs_root
-from tests.processes import PATIENCE, DaemonProcess, spawn_python, wait_until
+from tests.support.marks import needs_posix, needs_root
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_python, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

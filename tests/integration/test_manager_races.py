@@ -31,7 +31,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.managed import (
+from tests.support.managed import (
     assert_none_left,
     assert_one_daemon,
     at_once,
@@ -41,7 +41,7 @@ from tests.managed import (
     spawn_bystander,
     started,
 )
-from tests.processes import PATIENCE, runtime_files, spawn_python, wait_until
+from tests.support.processes import PATIENCE, runtime_files, spawn_python, wait_until
 
 # A process costs several times as much on Windows.
 CALLERS = 32 if os.name == "posix" else 8

@@ -25,7 +25,7 @@ from harness_ipc import (
     log_path,
     stop_daemon,
 )
-from tests.managed import (
+from tests.support.managed import (
     AT_ONCE,
     PROGRAM,
     assert_none_left,
@@ -40,8 +40,8 @@ from tests.managed import (
     the_log,
     waits_for_go,
 )
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

@@ -30,7 +30,7 @@ from harness_ipc import (
     start_daemon_server,
     stop_daemon,
 )
-from tests.processes import PATIENCE
+from tests.support.processes import PATIENCE
 
 SERVICE = """
 import os, sys

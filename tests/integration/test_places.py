@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from harness_ipc import UnsafeDirectory, daemon_status, ensure_daemon, request
-from tests.managed import command, end_daemons
-from tests.marks import needs_linux, needs_posix, needs_root
-from tests.processes import run_python
+from tests.support.managed import command, end_daemons
+from tests.support.marks import needs_linux, needs_posix, needs_root
+from tests.support.processes import run_python
 
 STRANGER = 12345
 

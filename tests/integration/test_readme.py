@@ -17,8 +17,8 @@ import pytest
 
 from harness_ipc import Namespace, cli, ensure_daemon, errors, identify, ping, request
 from harness_ipc.testing import RunningDaemon
-from tests.marks import needs_network, needs_posix
-from tests.processes import PATIENCE, spawn_python, wait_until
+from tests.support.marks import needs_network, needs_posix
+from tests.support.processes import PATIENCE, spawn_python, wait_until
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")

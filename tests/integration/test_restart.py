@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness_ipc import DaemonStatus, StartFailed, daemon_status, ensure_daemon, request, restart_daemon, stop_daemon
-from tests.managed import PROGRAM, assert_one_daemon, command, ensure
-from tests.marks import needs_posix
+from tests.support.managed import PROGRAM, assert_one_daemon, command, ensure
+from tests.support.marks import needs_posix
 
 pytestmark = pytest.mark.usefixtures("base")
 

@@ -35,9 +35,9 @@ from harness_ipc import (
 )
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, run_python, runtime_files, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, run_python, runtime_files, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

@@ -34,9 +34,9 @@ from harness_ipc import (
     report,
     start_daemon_server,
 )
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, spawn_python, wait_until
-from tests.wire import dial_daemon
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, spawn_python, wait_until
+from tests.support.wire import dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

@@ -25,8 +25,8 @@ from harness_ipc import (
     request,
     stop_daemon,
 )
-from tests.managed import kill_all
-from tests.processes import PATIENCE, wait_until
+from tests.support.managed import kill_all
+from tests.support.processes import PATIENCE, wait_until
 
 PROGRAM = """
 import asyncio, os, sys, time

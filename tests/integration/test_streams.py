@@ -30,8 +30,8 @@ from harness_ipc import (
     start_daemon_server,
     stop_daemon,
 )
-from tests.processes import PATIENCE, wait_until
-from tests.wire import dial_daemon
+from tests.support.processes import PATIENCE, wait_until
+from tests.support.wire import dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 

@@ -26,8 +26,8 @@ from harness_ipc import (
     stop_daemon,
     testing,
 )
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, lives, wait_until
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, lives, wait_until
 
 pytest_plugins = "pytester"
 

@@ -26,9 +26,18 @@ from harness_ipc import (
     request,
     runtime_path,
 )
-from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, spawn_bystander, started
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, DaemonProcess, lives, spawn_daemon, spawn_python, stopped, wait_until
+from tests.support.managed import (
+    AT_ONCE,
+    assert_none_left,
+    assert_one_daemon,
+    at_once,
+    command,
+    ensure,
+    spawn_bystander,
+    started,
+)
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, DaemonProcess, lives, spawn_daemon, spawn_python, stopped, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +57,7 @@ time.time_ns = lambda: wall_ns() + jump() * 10**9
 """
 # A daemon then looks often whether it is idle: each time is another chance to be wrong.
 OFTEN = "import harness_ipc.daemon\nharness_ipc.daemon._LOOK_INTERVAL = 0.02\n"
-RUN = '\nimport runpy\nrunpy.run_module("tests.processes", run_name="__main__", alter_sys=True)\n'
+RUN = '\nimport runpy\nrunpy.run_module("tests.support.processes", run_name="__main__", alter_sys=True)\n'
 
 
 @contextlib.contextmanager
@@ -268,7 +277,7 @@ HANDSHAKE = """
 import os, signal
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
-from tests.wire import FrameConnection
+from tests.support.wire import FrameConnection
 record = records.load("test")
 connection = FrameConnection(record.address)
 proof = connection.check_daemon(Keys(record.authkey, record.address))

@@ -51,10 +51,10 @@ from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import deadline_after, listen
-from tests.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
-from tests.marks import needs_windows
-from tests.processes import PATIENCE, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
+from tests.support.marks import needs_windows
+from tests.support.processes import PATIENCE, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+from tests.support.wire import FrameConnection, dial_daemon
 
 if sys.platform == "win32":
     import _winapi
@@ -370,7 +370,7 @@ def test_a_client_that_dies_at_any_byte_of_a_message_costs_nothing(stage: str) -
 
 
 SENDS = """
-from tests.wire import dial_daemon
+from tests.support.wire import dial_daemon
 with dial_daemon("test") as connection:
     print("sends", flush=True)
     while True:

@@ -17,8 +17,8 @@ import pytest
 import harness_ipc
 from harness_ipc import request, runtime_path
 from harness_ipc._registry import records
-from tests.marks import REQUIRED
-from tests.processes import PATIENCE
+from tests.support.marks import REQUIRED
+from tests.support.processes import PATIENCE
 
 CHECKOUT = Path(harness_ipc.__file__).parents[1]
 THIS = "{}.{}".format(*sys.version_info[:2])

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import psutil
 
 from harness_ipc import HarnessIPCError, ensure_daemon, request, restart_daemon, stop_daemon
-from tests.managed import kill_all, live_processes
-from tests.processes import PATIENCE, wait_until
 from tests.soak.client import ARGV, KINDS, NAME
 from tests.soak.daemon import text_of
+from tests.support.managed import kill_all, live_processes
+from tests.support.processes import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = {"one shot": 3, "kept": 3, "large": 1, "slow reader": 2, "dying": 1, "hostile": 3}

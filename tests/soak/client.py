@@ -24,7 +24,7 @@ from harness_ipc import Client, HarnessIPCError, connect_daemon, ensure_daemon, 
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._registry import records
 from tests.soak.daemon import text_of
-from tests.wire import FrameConnection, dial_daemon
+from tests.support.wire import FrameConnection, dial_daemon
 
 NAME = "soak"
 ARGV = [sys.executable, "-m", "tests.soak.daemon", NAME]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness_ipc.browser._files import replace_file
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.support.marks import needs_linux, needs_posix, needs_root
 
 STRANGER = 12345
 DATA = b"new" * 100_000

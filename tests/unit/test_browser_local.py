@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness_ipc.browser import local
-from tests.marks import needs_linux, needs_socket_table
+from tests.support.marks import needs_linux, needs_socket_table
 
 pytestmark = pytest.mark.skipif(sys.byteorder == "big", reason="the addresses below are as little-endian machines print them")
 

@@ -28,7 +28,7 @@ from harness_ipc.errors import (
     HarnessIPCError,
     ResourceExhausted,
 )
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.support.marks import needs_linux, needs_posix, needs_root
 
 PATIENCE = 30.0
 # A deadline that is meant to pass.

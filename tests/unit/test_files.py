@@ -23,7 +23,7 @@ from harness_ipc._registry import files, records, trust
 from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import listen
 from harness_ipc.errors import HarnessIPCError, ResourceExhausted, StartFailed, UnsafeDirectory
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.support.marks import needs_linux, needs_posix, needs_root
 
 STRANGER = 12345
 

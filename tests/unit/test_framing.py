@@ -12,7 +12,7 @@ import pytest
 
 from harness_ipc._protocol.framing import Framing, PipeFraming, StreamFraming
 from harness_ipc.errors import HarnessIPCError, MessageTooLarge, ProtocolError
-from tests.marks import needs_posix
+from tests.support.marks import needs_posix
 
 MIB = 1024 * 1024
 LIMIT = 1000

@@ -18,8 +18,8 @@ from harness_ipc import cleanup_endpoint
 from harness_ipc._registry import files, lifetime, records
 from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import AlreadyRunning, DaemonNotRunning, StartFailed, UnsafeDirectory
-from tests.marks import needs_linux, needs_posix
-from tests.processes import PATIENCE, run_python
+from tests.support.marks import needs_linux, needs_posix
+from tests.support.processes import PATIENCE, run_python
 
 # No system has it.
 NO_PID = 2**31 - 1

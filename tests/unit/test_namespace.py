@@ -25,7 +25,7 @@ from harness_ipc import (
 from harness_ipc._registry import records, trust
 from harness_ipc._registry.namespace import all_namespaces, private_temporary_dir, runtime_root
 from harness_ipc._server.server import acquire_name
-from tests.marks import needs_linux, needs_posix, needs_root, needs_windows
+from tests.support.marks import needs_linux, needs_posix, needs_root, needs_windows
 
 STRANGER = 12345
 FALLBACK = "/home/ada/.local/state/harness-ipc/run"

@@ -11,9 +11,9 @@ import pytest
 
 from harness_ipc import is_same_process, process_identity
 from harness_ipc._registry import processes
-from tests.managed import spawn_bystander
-from tests.marks import needs_linux, needs_root
-from tests.processes import run_python
+from tests.support.managed import spawn_bystander
+from tests.support.marks import needs_linux, needs_root
+from tests.support.processes import run_python
 
 
 def test_a_process_is_found_again_by_its_identity() -> None:

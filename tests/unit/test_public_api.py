@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import harness_ipc
-from tests import scripted
+from tests.support import scripted
 
 ROOT = Path(harness_ipc.__file__).parents[1]
 # What a client has no use for: each costs milliseconds of every short-lived process.

@@ -17,7 +17,7 @@ from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc._server.server import acquire_name
 from harness_ipc.errors import DaemonNotRunning, HarnessIPCError, IncompatibleDaemon, StartFailed, UnsafeDirectory
-from tests.marks import needs_posix, needs_root
+from tests.support.marks import needs_posix, needs_root
 
 MISSING = object()
 LASTING = ("schema", "name", "generation", "address", "authkey", "pid", "create_time", "start_ticks", "boot_id")

@@ -15,8 +15,8 @@ import pytest
 
 from harness_ipc import startup
 from harness_ipc.errors import AlreadyRunning
-from tests.marks import needs_posix
-from tests.processes import PATIENCE, wait_until
+from tests.support.marks import needs_posix
+from tests.support.processes import PATIENCE, wait_until
 
 
 @pytest.mark.parametrize("value", ["", "{", "7", "[]", "{}", '{"fd": "x"}', '{"fd": -1, "inode": 1}', '{"fd": 99999}'])

@@ -27,7 +27,7 @@ from harness_ipc.errors import (
     DaemonTimeout,
     StartFailed,
 )
-from tests.marks import needs_linux, needs_posix, needs_root
+from tests.support.marks import needs_linux, needs_posix, needs_root
 
 T = TypeVar("T")
 

@@ -52,7 +52,7 @@ def main(version: str, seconds: float) -> int:
         # A regular file as an output would end the interpreter on Wine 8.
         pipes = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         pipes["stderr"] = subprocess.STDOUT
-        daemon = subprocess.Popen([*python, "tests.processes", "load", "{}"], **pipes)  # type: ignore[call-overload]
+        daemon = subprocess.Popen([*python, "tests.support.processes", "load", "{}"], **pipes)  # type: ignore[call-overload]
         try:
             assert daemon.stdout.readline() == "ready\n"
             clients = [
@@ -60,7 +60,7 @@ def main(version: str, seconds: float) -> int:
                 for _ in range(CLIENTS)
             ]
             prefix = environment["WINEPREFIX"]
-            processes = find(prefix, "python.exe", "tests.processes", "load"), find(prefix, "wineserver")
+            processes = find(prefix, "python.exe", "tests.support.processes", "load"), find(prefix, "wineserver")
             begun, looks = time.monotonic(), []
             while living := [client for client in clients if client.poll() is None]:
                 passed = time.monotonic() - begun

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from harness_ipc import _transport
 from harness_ipc._protocol.handshake import Keys
 from harness_ipc._server.server import acquire_name
-from tests.processes import PATIENCE
+from tests.support.processes import PATIENCE
 
 NAME = "test"
 GOODBYE = b'{"meta":"goodbye"}'

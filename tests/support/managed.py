@@ -23,7 +23,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
 
 # Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
 AT_ONCE = 20.0

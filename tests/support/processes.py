@@ -135,7 +135,7 @@ class DaemonProcess:
 @contextlib.contextmanager
 def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
     """Start a daemon with `App` and the options of `run_daemon`, and yield it when it is ready."""
-    with spawn_python("-m", "tests.processes", name, json.dumps(options)) as daemon:
+    with spawn_python("-m", "tests.support.processes", name, json.dumps(options)) as daemon:
         daemon.name = name
         line = daemon.read_line()
         assert line == "ready", f"the daemon said {line!r}"

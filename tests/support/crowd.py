@@ -1,4 +1,4 @@
-"""A daemon that notes what it runs, and clients that note what they are told: ``python -m tests.crowd ROLE DIRECTORY ...``.
+"""A daemon that records what it runs, and clients that record its answers: ``python -m tests.support.crowd ROLE DIRECTORY``.
 
 A client asks in every way that there is, leaves in the middle, cancels, and dies. `told` lines are a word and a request's id:
 "begin" before it is sent, and then "result", "left" (on purpose), "crossed", or "error" with its type and `maybe_executed`.
@@ -23,15 +23,15 @@ import psutil
 
 from harness_ipc import AsyncClient, Client, HarnessIPCError, aconnect_daemon, connect_daemon, request, run_daemon
 from harness_ipc._server import server
-from tests.processes import PATIENCE, wait_until
-from tests.wire import dial_daemon
+from tests.support.processes import PATIENCE, wait_until
+from tests.support.wire import dial_daemon
 
 NAME = "crowd"
 
 
 def start_command(directory: Path, driver: str) -> list[str]:
     """Return what runs the daemon, with a driver of its connections: "loop" or "pump"."""
-    return [sys.executable, "-W", "error", "-m", "tests.crowd", "daemon", str(directory), driver]
+    return [sys.executable, "-W", "error", "-m", "tests.support.crowd", "daemon", str(directory), driver]
 
 
 def run(directory: Path, driver: str) -> None:

@@ -1,0 +1,1 @@
+"""What the suites share: marks of needs, processes, daemons, peers on the wire."""
