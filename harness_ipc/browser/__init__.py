@@ -3,13 +3,13 @@
     from harness_ipc.browser.helpers import *
 
 `helpers` are the functions of a default `tab.Tab`, whose modules (`pages`, `javascript`, `keyboard`, `mouse`, `dialogs`,
-`screenshot`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are imported when needed. `daemon` holds
-the browser and routes requests and events to its parts (`part` is what they have in common): `sessions`, `tabs`, `events`, and
-`accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it (`matching`) and keeps
-`references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its address), `launcher`
-starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong,
-`cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what
-is wrong. It uses the public API alone.
+`screenshot`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are imported when needed. `daemon` holds the
+browser and routes requests and events to its parts (`part` is what they have in common): `sessions`, `logins`, `tabs`,
+`events`, and `accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it
+(`matching`) and keeps `references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its
+address), `launcher` starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has
+what can go wrong, `cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and
+`doctor` says what is wrong. It uses the public API alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ MAX_MESSAGE = 256 * 1024 * 1024
 MAX_TEXT = 16 * 1024
 # Seconds that a request may ask for at most: thirty years. Infinity is not JSON, and its integers pass what a clock counts to.
 LONGEST = 1e9
+# As a session_id: the browser itself.
+BROWSER = "browser"
+# Domains of CDP that only the browser itself has: it is meant where no session is named.
+BROWSER_DOMAINS = ("Target.", "SystemInfo.", "Tethering.")
 # What belongs to the browser or to a tool, and is no page that anybody came for.
 INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 # Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
 CALL_TIMEOUT = 60.0
+# Bytes of one message, with the NUL of a pipe or the 14 bytes of a WebSocket's header. After a longer one the browser reads
+# nothing more (tried on Chromium 156; it is kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
+MAX_SENT = 100 * 1024 * 1024
+_WEBSOCKET_HEADER = 14
 # Seconds for the connection. A browser whose user has to click Allow keeps it waiting.
 OPEN_TIMEOUT = 30.0
 # Seconds between keepalive pings to a browser elsewhere. This machine says at once when one is gone, and one that is suspended
@@ -64,7 +68,7 @@ class Transport(Protocol):
     """Carries whole messages in both directions, in order."""
 
     async def send(self, text: str) -> None:
-        """Send one message, waiting while the browser reads slowly. Raises `TransportClosed`."""
+        """Send one message, waiting while the browser reads slowly. Raises `TransportClosed`, or `CDPError` for a large one."""
 
     async def receive(self) -> str | bytes:
         """Return the next message. Raises `TransportClosed`, and `ValueError` for what is no message."""
@@ -118,6 +122,7 @@ class WebSocketTransport:
 
     async def send(self, text: str) -> None:
         """Send one message."""
+        check_size(len(text.encode()) + _WEBSOCKET_HEADER)
         try:
             await self._websocket.send(text)
         except ConnectionClosed as error:
@@ -300,6 +305,13 @@ class _Call:
         self.method = method
         self.session = session
         self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+
+def check_size(size: int) -> None:
+    """Raise `CDPError` for a message of so many bytes that the browser does not take."""
+    if size > MAX_SENT:
+        # JSON-RPC's "Invalid Request": nothing was sent.
+        raise CDPError(f"a message of {size} bytes is too large: the browser takes {MAX_SENT}", code=-32600)
 
 
 def is_local(url: str) -> bool:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, LONGEST, MAX_MESSAGE, daemon_name, discovery
+from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, daemon_name, discovery
 from .accessibility import Accessibility
 from .connection import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
 from .events import Events, shorten
+from .logins import Logins
 from .part import Part, bad_request, named_session
 from .sessions import Sessions
 from .tabs import Tabs
@@ -48,9 +49,10 @@ class BrowserApp:
         self.reconnect_lock = asyncio.Lock()
         self.events = Events(self)
         self.sessions = Sessions(self)
+        self.logins = Logins(self)
         self.tabs = Tabs(self)
         # In the order in which they are told of events.
-        self._parts: list[Part] = [self.events, self.sessions, self.tabs, Accessibility(self)]
+        self._parts: list[Part] = [self.events, self.sessions, self.logins, self.tabs, Accessibility(self)]
         self._verbs: dict[str, Verb] = {"connection_status": self._connection_status}
         self._streams: dict[str, Stream] = {}
         self._methods: dict[str, Method] = {}
@@ -104,11 +106,10 @@ class BrowserApp:
             raise bad_request('a request is {"method": text, "params": object, "session_id": text, "timeout": seconds}')
         assert isinstance(method, str)
         connection = await self.connected()
-        if method in self._methods:
-            return {"result": await self._methods[method](params, timeout), "session_id": None}
-        if method.startswith("Target."):
-            return {"result": await connection.call(method, params, timeout=timeout), "session_id": None}
-        session = await self.sessions.session_for(named_session(message))
+        named = named_session(message)
+        if named == BROWSER or (named is None and method.startswith(BROWSER_DOMAINS)):
+            return {"result": await self._call_browser(method, params, timeout), "session_id": None}
+        session = await self.sessions.session_for(named)
         self.sessions.check_page(session, method)
         try:
             result = await connection.call(method, params, session=session, timeout=timeout)
@@ -117,9 +118,19 @@ class BrowserApp:
                 raise
             # It reached no page, so it may be repeated, once.
             self.sessions.forget(session)
-            session = await self.sessions.session_for(session if message.get("session_id") else None)
+            session = await self.sessions.session_for(named and session)
             result = await (await self.connected()).call(method, params, session=session, timeout=timeout)
         return {"result": result, "session_id": session}
+
+    async def _call_browser(self, method: str, params: Message, timeout: float) -> Message:
+        if method in self._methods:
+            return await self._methods[method](params, timeout)
+        if method == "Target.setDiscoverTargets" or (method == "Target.setAutoAttach" and params.get("waitForDebuggerOnStart")):
+            raise bad_request(
+                f"{method} would change all tabs, those of others, too: pass the session_id of a page, or of "
+                'cdp("Target.attachToBrowserTarget")'
+            )
+        return await self.connection.call(method, params, timeout=timeout)
 
     # The connection.
 
@@ -169,6 +180,9 @@ class BrowserApp:
         """Tell the parts of an event, in the order in which the browser sends them."""
         if session is not None and session not in self.sessions:
             # Of a session that has ended. Each is announced by its parent before it has events.
+            return
+        if self.logins.owns(session):
+            self.logins.on_event(method, params, session)
             return
         # First: it cuts long texts, of a dialog as well.
         self.events.add(session, method, params, session, frame)

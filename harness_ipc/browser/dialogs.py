@@ -1,4 +1,4 @@
-"""Dialogs of a page (alert, confirm, prompt, beforeunload): they hold it until they are answered."""
+"""What asks a page's user: dialogs (alert, confirm, prompt, beforeunload), which hold the page until then, and logins."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ def handle_dialog(tab: Tab, accept: bool = True, text: str | None = None, *, tim
     if text is not None:
         params["promptText"] = text
     tab.cdp("Page.handleJavaScriptDialog", timeout=timeout, **params)
+
+
+def handle_login(tab: Tab, user: str, password: str, *, origin: str | None = None, timeout: float = TIMEOUT) -> None:
+    """Log in where a server or a proxy has asked this tab for it (401 and 407, told by `page_info`).
+
+    The page that was refused is loaded again; `wait_for_load` waits for all of it. Where it was a `fetch` of the page, its next
+    one is answered. With `origin`, such as ``"https://example.org"``, the login is for when that asks. The daemon keeps it
+    until the tab is closed or the login refused; the browser itself sends it from then on.
+
+    Raises `LoginFailed` if the page asks again, and `CDPError` if nothing has asked and there is no `origin`.
+    """
+    message = {"meta": "handle_login", "user": user, "password": password, "origin": origin}
+    tab.request(message, timeout=timeout)

@@ -7,6 +7,7 @@ RemoteError (of harness_ipc)
     ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
     ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
     ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
+    ├── LoginFailed       PermissionError         a server has refused the user and the password
     ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
     ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
     ├── InvalidArgument       ValueError          the page can't take it (a selector, a text, an option): nothing ran
@@ -65,6 +66,10 @@ class DialogOpen(BrowserError):
         return dict(self.data.get("dialog") or {})
 
 
+class LoginFailed(BrowserError, PermissionError):
+    """A server has refused the user and the password. ``data["login"]`` is what it asks for: origin, realm, scheme, source."""
+
+
 class ElementNotFound(BrowserError, LookupError):
     """No element is meant, or more than one, or one that is gone. ``data["count"]`` is how many a selector matches."""
 
@@ -114,6 +119,7 @@ _CLASSES = {
         BrowserTimeout,
         TabClosed,
         DialogOpen,
+        LoginFailed,
         ElementNotFound,
         ElementNotReady,
         InvalidArgument,

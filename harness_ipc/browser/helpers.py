@@ -22,6 +22,7 @@ from .errors import (
     HTTPError,
     InvalidArgument,
     JavaScriptError,
+    LoginFailed,
     TabClosed,
 )
 from .tab import START_TIMEOUT, Browser, Tab
@@ -48,6 +49,7 @@ __all__ = [
     "HTTPError",
     "InvalidArgument",
     "JavaScriptError",
+    "LoginFailed",
     "TabClosed",
     "capture_screenshot",
     "cdp",
@@ -63,6 +65,7 @@ __all__ = [
     "find",
     "goto_url",
     "handle_dialog",
+    "handle_login",
     "hover",
     "http_get",
     "iframe_target",
@@ -138,6 +141,7 @@ fill_input = _of_default_tab(Tab.fill_input)
 find = _of_default_tab(Tab.find)
 goto_url = _of_default_tab(Tab.goto_url)
 handle_dialog = _of_default_tab(Tab.handle_dialog)
+handle_login = _of_default_tab(Tab.handle_login)
 hover = _of_default_tab(Tab.hover)
 http_get = _of_default_tab(Tab.http_get)
 iframe_target = _of_default_tab(Tab.iframe_target)

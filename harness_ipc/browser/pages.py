@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 # Seconds for a page to load, as browser-harness has it.
 LOAD_TIMEOUT = 15.0
+# Of HTTP: the server, or the proxy, asks for a login.
+_LOGIN_STATUS = (401, 407)
 
 _PAGE = (
-    "({url: location.href, title: document.title, w: innerWidth, h: innerHeight, sx: scrollX, sy: scrollY, "
+    "({status: performance.getEntriesByType('navigation')[0]?.responseStatus, "
+    "url: location.href, title: document.title, w: innerWidth, h: innerHeight, sx: scrollX, sy: scrollY, "
     "pw: document.documentElement?.scrollWidth ?? 0, ph: document.documentElement?.scrollHeight ?? 0})"
 )
 _LOADED = "document.readyState === 'complete' || new Promise(done => addEventListener('load', () => done(true), {once: true}))"
@@ -27,12 +30,19 @@ _LOADED = "document.readyState === 'complete' || new Promise(done => addEventLis
 def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
     """Return what the page is: url, title, viewport (w, h), scroll position (sx, sy) and page size (pw, ph), in CSS pixels.
 
-    If a dialog holds the page, return ``{"dialog": {"type", "message", …}}`` instead: answer it with `handle_dialog`.
+    If a dialog holds the page, return ``{"dialog": {"type", "message", …}}`` instead: answer it with `handle_dialog`. If the
+    page is what a server or a proxy answered instead of a login, ``"login"`` is what is asked for (origin, realm, scheme,
+    source): answer it with `handle_login`.
     """
     try:
-        return dict(tab.js(_PAGE, timeout=timeout))
+        info = dict(tab.js(_PAGE, timeout=timeout))
     except DialogOpen as error:
         return {"dialog": error.dialog}
+    if info.pop("status") in _LOGIN_STATUS or info["url"].startswith("chrome-error:"):
+        login = tab.request({"meta": "pending_login"}, timeout=timeout)["login"]
+        if login is not None and login["document"]:
+            info["login"] = login
+    return info
 
 
 def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:

@@ -16,15 +16,11 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from . import MAX_MESSAGE
-from .connection import ConnectionFailed, TransportClosed
-from .errors import CDPError
+from .connection import ConnectionFailed, TransportClosed, check_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Bytes, with the NUL. After a longer message the browser reads nothing more (tried on Chromium 156; it is
-# kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
-MAX_SENT = 100 * 1024 * 1024
 # Bytes of a pipe, if the system grants it: what an unprivileged user may ask for (pipe(7), /proc/sys/fs/pipe-max-size).
 _CAPACITY = 1024 * 1024
 # Bytes of one read. Chrome writes as much at a time (kWritePacketSize).
@@ -129,9 +125,7 @@ if sys.platform != "win32":
         async def send(self, text: str) -> None:
             """Send one message, waiting while the browser reads slowly. Raises `CDPError` for one that it can't take."""
             data = text.encode() + b"\0"
-            if len(data) > MAX_SENT:
-                # JSON-RPC's "Invalid Request": nothing was sent.
-                raise CDPError(f"a message of {len(data)} bytes is too large: the browser takes {MAX_SENT}", code=-32600)
+            check_size(len(data))
             async with self._sending:
                 await self._sent.wait()
                 if self._closed is not None:

@@ -111,8 +111,9 @@ class Sessions(Part):
         return self._ended.get(session, "") if state is None else state.target
 
     def of_target(self, target: str) -> Iterator[str]:
-        """Return the sessions of a target."""
-        return (session for session, state in self._sessions.items() if state.target == target)
+        """Return the sessions of a target, but for one that is none of the clients'."""
+        found = (session for session, state in self._sessions.items() if state.target == target)
+        return (session for session in found if not self.app.logins.owns(session))
 
     async def targets(self) -> list[Message]:
         """Ask the browser for what can be attached to."""
@@ -156,8 +157,10 @@ class Sessions(Part):
         wanted: list[tuple[str, Message]] = [(f"{domain}.enable", {}) for domain in ("Page", "Runtime", "Network")]
         wanted.append(("Emulation.setFocusEmulationEnabled", {"enabled": True}))
         connection = self.app.connection
-        calls = (connection.call(method, params, session=session, timeout=_PREPARE_TIMEOUT) for method, params in wanted)
-        for (method, _), result in zip(wanted, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+        calls = [connection.call(method, params, session=session, timeout=_PREPARE_TIMEOUT) for method, params in wanted]
+        watching = self.app.logins.watch(state.target, _PREPARE_TIMEOUT)
+        results = await asyncio.gather(*calls, watching, return_exceptions=True)
+        for method, result in zip([*(method for method, _ in wanted), "logins"], results, strict=True):
             if isinstance(result, BrowserLost):
                 raise result
             if isinstance(result, BaseException):

@@ -12,7 +12,7 @@ import threading
 
 from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, RemoteError, connect_daemon
 
-from . import LONGEST, MAX_MESSAGE, TIMEOUT, check_extra, daemon_name, is_ours, javascript, not_ours, pages
+from . import BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, TIMEOUT, check_extra, daemon_name, is_ours, javascript, not_ours, pages
 from .errors import CDPError, DialogOpen, TabClosed, from_reply
 from .own_imports import without_program_directory
 
@@ -150,7 +150,9 @@ class Tab:
             self._client, self._session = client, None
         request = {"timeout": min(timeout, LONGEST), **message}
         ours = not message.get("session_id")
-        if ours and self._session is not None and message.get("meta") != "set_session":
+        # Without a session, those domains are the browser's own.
+        is_browsers = message.get("meta") == "set_session" or str(message.get("method", "")).startswith(BROWSER_DOMAINS)
+        if ours and self._session is not None and not is_browsers:
             request["session_id"] = self._session
         try:
             reply = client.request(request, timeout=timeout + _GRACE)
@@ -191,7 +193,8 @@ class Tab:
         cdp("DOM.getDocument", depth=-1)
         ```
 
-        `session_id` is another session than that of this tab. (A parameter that is itself called ``timeout`` goes by
+        `session_id` is another session than that of this tab, or ``"browser"`` for the browser itself, which `Target`,
+        `SystemInfo` and `Tethering` are for without one. (A parameter that is itself called ``timeout`` goes by
         ``Tab.request({"method": …, "params": …})``.) Raises `CDPError`, `DialogOpen`, `TabClosed`, `BrowserTimeout` or
         `BrowserLost`.
         """
@@ -221,6 +224,7 @@ class Tab:
     iframe_target = pages.iframe_target
 
     handle_dialog = dialogs.handle_dialog
+    handle_login = dialogs.handle_login
     press_key = keyboard.press_key
     dispatch_key = keyboard.dispatch_key
     type_text = keyboard.type_text

@@ -49,6 +49,9 @@ const layout = () => [scrollX, scrollY, innerWidth, innerHeight, devicePixelRati
   ...[root, document.body, box].flatMap(e => [e.scrollWidth, e.scrollHeight, e.clientWidth, e.clientHeight])];
 </script>"""
 
+# What lets Ada in, whose password is "secret".
+LOGIN = "Basic QWRhOnNlY3JldA=="
+
 PAGES = {
     "/": "<!doctype html><title>Home</title><h1>Home</h1>",
     "/form": FORM,
@@ -73,7 +76,7 @@ PAGES = {
 
 
 class Site:
-    """A server of `pages`. A path that begins with ``/slow`` is answered once `release` is set."""
+    """A server of `pages`. A path that begins with ``/slow`` waits until `release` is set, one with ``/private`` is for Ada."""
 
     def __init__(self) -> None:
         self.pages = dict(PAGES)
@@ -86,8 +89,14 @@ class Site:
                 if path.startswith("/slow"):
                     site.release.wait()
                 page = site.pages.get(path, "<!doctype html><title>Late</title>" if path.startswith("/slow") else None)
+                if path.startswith("/private"):
+                    page = "<!doctype html><title>Private</title>" if self.headers["Authorization"] == LOGIN else None
                 body = (page or "<!doctype html><title>Nothing here</title>").encode()
-                self.send_response(404 if page is None else 200)
+                if page is None and path.startswith("/private"):
+                    self.send_response(401)
+                    self.send_header("WWW-Authenticate", f'Basic realm="{path}"')
+                else:
+                    self.send_response(404 if page is None else 200)
                 self.send_header("Content-Type", "text/html; charset=utf-8")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

@@ -314,11 +314,28 @@ def test_what_was_never_there_is_closed(client: Client, more: Reply) -> None:
 
 
 def test_what_is_asked_of_the_browser_has_no_session(client: Client, page: str) -> None:
-    # Whatever session it names.
-    for session in (None, client.request({"meta": "session"})["session_id"], "no such session"):
+    for session in (None, "browser"):
         reply = ask(client, "Target.getTargets", session)
         assert reply["session_id"] is None
         assert page in [info["targetId"] for info in reply["result"]["targetInfos"]]
+        assert "gpu" in ask(client, "SystemInfo.getInfo", session)["result"]
+    assert "product" in ask(client, "Browser.getVersion", "browser")["result"]
+
+
+def test_a_request_that_names_a_session_goes_to_that_session(client: Client, page: str) -> None:
+    session = client.request({"meta": "session"})["session_id"]
+    assert ask(client, "Target.getTargets", "no such session")["error"]["type"] == "TabClosed"
+    assert "only supported on the browser" in ask(client, "SystemInfo.getInfo", session)["error"]["message"]
+    of_browser = ask(client, "Target.attachToBrowserTarget")["result"]["sessionId"]
+    assert "gpu" in ask(client, "SystemInfo.getInfo", of_browser)["result"]
+    # Of one page, it is nobody else's: a tab that is opened then is not paused.
+    attach: Reply = {"autoAttach": True, "waitForDebuggerOnStart": True, "flatten": True}
+    assert "result" in ask(client, "Target.setAutoAttach", session, **attach)
+    with connected() as other:
+        new_tab(other)
+        assert value(evaluate(other, "6 * 7")) == 42
+    for refused in (ask(client, "Target.setAutoAttach", **attach), ask(client, "Target.setDiscoverTargets", discover=False)):
+        assert "would change all tabs" in refused["error"]["message"]
 
 
 # Sessions, side by side.

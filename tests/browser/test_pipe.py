@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from harness_ipc.browser.connection import Connection, ConnectionFailed, TransportClosed
+from harness_ipc.browser.connection import MAX_SENT, Connection, ConnectionFailed, TransportClosed
 from harness_ipc.browser.errors import BrowserLost, CDPError
-from harness_ipc.browser.pipe import MAX_SENT, FrameDecoder
+from harness_ipc.browser.pipe import FrameDecoder
 from tests.support.marks import needs_linux, needs_posix, needs_root
 from tests.support.processes import PATIENCE
 

@@ -24,6 +24,7 @@ from harness_ipc.browser.errors import (
     HTTPError,
     InvalidArgument,
     JavaScriptError,
+    LoginFailed,
     TabClosed,
     from_reply,
 )
@@ -37,6 +38,7 @@ INSTANCES: list[BrowserError] = [
     BrowserTimeout("text"),
     TabClosed("text"),
     DialogOpen("text", dialog={"type": "alert", "message": "Grüße"}, ran=False),
+    LoginFailed("text", login={"origin": "http://127.0.0.1", "realm": "x"}),
     ElementNotFound("text", count=2),
     ElementNotReady("text"),
     InvalidArgument("text"),

@@ -1,0 +1,169 @@
+"""HTTP logins (401, and a proxy's 407): the page gets the answer at once, and the tab remembers what was asked for.
+
+Chrome would wait for its login window, which nobody sees, and with it whatever in the page waits for that answer. It asks
+somebody else only where all requests of a tab are intercepted: each is continued at once, unseen. That is done in a session
+of its own, so that a client's `Fetch.enable` is not ours. Iframes of other sites are not asked (Chrome shows no window either).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from . import LONGEST
+from .connection import CALL_TIMEOUT
+from .errors import BrowserTimeout, CDPError, LoginFailed
+from .part import Part, bad_request, named_session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .daemon import BrowserApp
+    from .part import Message, Verb
+
+
+class _Tab:
+    """The logins of one tab."""
+
+    def __init__(self) -> None:
+        # By the origin that asks: user and password.
+        self.credentials: dict[str, tuple[str, str]] = {}
+        # Requests that were answered with them: who asks again has refused them.
+        self.answered: set[str] = set()
+        # What was asked for last: origin, realm, scheme, source, and whether for the document.
+        self.asked: Message | None = None
+        # Where the document comes from that was asked for, until it has taken its place.
+        self.coming: str | None = None
+        # CDP's identity of the document.
+        self.loader: str | None = None
+        # Set with the next document, of those that wait for it.
+        self.navigated = asyncio.Event()
+
+
+class Logins(Part):
+    """What servers and proxies have asked the tabs for, and what they are answered."""
+
+    def __init__(self, app: BrowserApp) -> None:
+        super().__init__(app)
+        self._tabs: dict[str, _Tab] = {}
+        # The sessions that intercept, with their tabs.
+        self._sessions: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """The requests about logins."""
+        return {"pending_login": self._pending, "handle_login": self._handle}
+
+    def owns(self, session: str | None) -> bool:
+        """Return whether a session is none of the clients'."""
+        return session in self._sessions
+
+    async def watch(self, target: str, timeout: float) -> None:
+        """Be asked for the logins of a page."""
+        if target in self._tabs:
+            return
+        self._tabs[target] = _Tab()
+        connection = self.app.connection
+        session = (await connection.call("Target.attachToTarget", {"targetId": target, "flatten": True}))["sessionId"]
+        self._sessions[session] = target
+        await connection.call("Fetch.enable", {"handleAuthRequests": True}, session=session, timeout=timeout)
+
+    def on_event(self, method: str, params: Message, session: str | None) -> None:
+        """Continue a request, answer a question, and forget those of an earlier document."""
+        if method == "Fetch.requestPaused" and session in self._sessions:
+            self._call("Fetch.continueRequest", {"requestId": params["requestId"]}, session)
+        elif method == "Fetch.authRequired" and session in self._sessions:
+            self._answer(self._sessions[session], params, session)
+        elif method == "Page.frameNavigated":
+            self._enter_document(params["frame"])
+        elif method == "Target.targetDestroyed":
+            self._tabs.pop(params["targetId"], None)
+        elif method == "Target.detachedFromTarget":
+            self._sessions.pop(params["sessionId"], None)
+
+    def on_lost(self) -> None:
+        """Forget all: tabs are attached again when they are asked for."""
+        self._sessions.clear()
+        self._tabs.clear()
+
+    def _enter_document(self, frame: Message) -> None:
+        # The main frame has its page's id. Each session of a tab tells it.
+        tab = self._tabs.get(frame["id"])
+        if tab is None or tab.loader == frame["loaderId"]:
+            return
+        tab.loader = frame["loaderId"]
+        if tab.coming != (frame.get("unreachableUrl") or frame["url"]):
+            tab.asked = None
+        tab.coming = None
+        tab.answered.clear()
+        tab.navigated.set()
+        tab.navigated = asyncio.Event()
+
+    def _answer(self, target: str, params: Message, session: str) -> None:
+        if (tab := self._tabs.get(target)) is None:
+            return
+        challenge, request = params["authChallenge"], params["requestId"]
+        origin = challenge["origin"]
+        known = tab.credentials.get(origin)
+        answer: Message = {"response": "CancelAuth"}
+        if known is not None and request not in tab.answered:
+            tab.answered.add(request)
+            answer = {"response": "ProvideCredentials", "username": known[0], "password": known[1]}
+        else:
+            tab.credentials.pop(origin, None)
+            is_document = params["resourceType"] == "Document" and params["frameId"] == target
+            tab.asked = {key: challenge.get(key, "") for key in ("origin", "realm", "scheme", "source")}
+            tab.asked |= {"document": is_document, "refused": known is not None}
+            if is_document:
+                tab.coming = params["request"]["url"]
+        self._call("Fetch.continueWithAuth", {"requestId": request, "authChallengeResponse": answer}, session)
+
+    def _call(self, method: str, params: Message, session: str) -> None:
+        async def call() -> None:
+            # The request, or its tab, may have ended.
+            with contextlib.suppress(CDPError, ConnectionError, TimeoutError):
+                await self.app.connection.call(method, params, session=session)
+
+        task = asyncio.create_task(call())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Requests.
+
+    async def _pending(self, message: Message) -> Message:
+        await self.app.connected()
+        session = await self.app.sessions.session_for(named_session(message))
+        tab = self._tabs.get(self.app.sessions.target_of(session))
+        return {"login": tab.asked if tab is not None else None, "session_id": session}
+
+    async def _handle(self, message: Message) -> Message:
+        """Log in with ``user`` and ``password``, at ``origin`` or where it was asked last, and load the document again."""
+        user, password, origin = message.get("user"), message.get("password"), message.get("origin")
+        if not isinstance(user, str) or not isinstance(password, str) or not isinstance(origin, str | None):
+            raise bad_request("handle_login wants a user, a password, and perhaps an origin, all of them texts")
+        connection = await self.app.connected()
+        session = await self.app.sessions.session_for(named_session(message))
+        tab = self._tabs.get(self.app.sessions.target_of(session))
+        if tab is None:
+            raise bad_request("this session is of no tab: log in from the page's")
+        asked = tab.asked
+        if origin is None:
+            if asked is None:
+                raise bad_request("no login is asked for in this tab: give the origin=, such as 'https://example.org'")
+            origin = str(asked["origin"])
+        tab.credentials[origin] = user, password
+        if asked is None or not asked["document"] or asked["origin"] != origin:
+            return {"session_id": session}
+        timeout = min(message.get("timeout") or CALL_TIMEOUT, LONGEST)
+        try:
+            async with asyncio.timeout(timeout):
+                navigated = tab.navigated
+                await connection.call("Page.reload", session=session)
+                await navigated.wait()
+        except TimeoutError:
+            raise BrowserTimeout(f"the page has not been loaded again within {timeout:g} s: it may still be") from None
+        if tab.asked is not None and tab.asked["document"]:
+            raise LoginFailed(f"{origin} has refused the user and the password: pass others", login=tab.asked)
+        return {"session_id": session}
