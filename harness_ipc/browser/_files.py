@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import stat
 import sys
+
+# Devices of Windows, whatever the suffix.
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{device}{number}" for device in ("COM", "LPT") for number in range(1, 10))}
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -52,3 +57,43 @@ def _final_mode(path: str | os.PathLike[str]) -> int:
         if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
             return stat.S_IMODE(found.st_mode) & 0o777
     return 0o600
+
+
+def move_file(source: str, folder: str, name: str) -> str:
+    """Move a file to `folder`, under `name` or the next name that is free there, and return its path. Its mode becomes 0600.
+
+    Raises `OSError`.
+    """
+    if not os.path.exists(source):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+    stem, suffix = os.path.splitext(safe_name(name))
+    for number in itertools.count():
+        path = os.path.join(folder, f"{stem} ({number}){suffix}" if number else f"{stem}{suffix}")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            continue
+        break
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            os.unlink(path)
+            raise
+        import shutil
+
+        shutil.copyfile(source, path)
+        os.unlink(source)
+    os.chmod(path, 0o600)
+    return path
+
+
+def safe_name(name: str) -> str:
+    """Return `name` without what leads out of a folder, hides a file, or can't be in a name on one of the systems."""
+    kept = "".join("_" if character in '<>:"/\\|?*' or not character.isprintable() else character for character in name)
+    stem, suffix = os.path.splitext(kept.strip(". ") or "download")
+    if stem.partition(".")[0].rstrip().upper() in _RESERVED:
+        stem = f"_{stem}"
+    # Bytes: most file systems take 255, and a number may be added.
+    end = suffix.encode()[:50]
+    return (stem.encode()[: 200 - len(end)] + end).decode(errors="ignore")

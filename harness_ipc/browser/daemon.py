@@ -19,6 +19,7 @@ import harness_ipc
 from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, daemon_name, discovery
 from .accessibility import Accessibility
 from .connection import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
+from .download_events import DownloadEvents
 from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
 from .events import Events, shorten
 from .logins import Logins
@@ -52,7 +53,14 @@ class BrowserApp:
         self.logins = Logins(self)
         self.tabs = Tabs(self)
         # In the order in which they are told of events.
-        self._parts: list[Part] = [self.events, self.sessions, self.logins, self.tabs, Accessibility(self)]
+        self._parts: list[Part] = [
+            self.events,
+            self.sessions,
+            self.logins,
+            self.tabs,
+            Accessibility(self),
+            DownloadEvents(self),
+        ]
         self._verbs: dict[str, Verb] = {"connection_status": self._connection_status}
         self._streams: dict[str, Stream] = {}
         self._methods: dict[str, Method] = {}

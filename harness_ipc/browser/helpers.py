@@ -84,6 +84,7 @@ __all__ = [
     "type_text",
     "upload_file",
     "wait",
+    "wait_for_download",
     "wait_for_load",
 ]
 
@@ -159,6 +160,7 @@ snapshot = _of_default_tab(Tab.snapshot)
 switch_tab = _of_default_tab(Tab.switch_tab)
 type_text = _of_default_tab(Tab.type_text)
 upload_file = _of_default_tab(Tab.upload_file)
+wait_for_download = _of_default_tab(Tab.wait_for_download)
 wait_for_load = _of_default_tab(Tab.wait_for_load)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from . import cookies, dialogs, elements, find, http, keyboard, mouse, screenshot, snapshot
+    from . import cookies, dialogs, downloads, elements, find, http, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,8 +117,9 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    cookies, dialogs, elements, find, http, keyboard, mouse, screenshot, snapshot = map(
-        _DeferredModule, ("cookies", "dialogs", "elements", "find", "http", "keyboard", "mouse", "screenshot", "snapshot")
+    cookies, dialogs, downloads, elements, find, http, keyboard, mouse, screenshot, snapshot = map(
+        _DeferredModule,
+        ("cookies", "dialogs", "downloads", "elements", "find", "http", "keyboard", "mouse", "screenshot", "snapshot"),
     )
 
 
@@ -233,6 +234,7 @@ class Tab:
     capture_screenshot = screenshot.capture_screenshot
     print_pdf = screenshot.print_pdf
     http_get = http.http_get
+    wait_for_download = downloads.wait_for_download
     set_cookies = cookies.set_cookies
     # Last: then the name is the method's.
     cookies = cookies.cookies

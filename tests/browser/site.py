@@ -76,7 +76,7 @@ PAGES = {
 
 
 class Site:
-    """A server of `pages`. A path that begins with ``/slow`` waits until `release` is set, one with ``/private`` is for Ada."""
+    """A server of `pages`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` is for Ada."""
 
     def __init__(self) -> None:
         self.pages = dict(PAGES)
@@ -88,6 +88,13 @@ class Site:
                 path = self.path.partition("?")[0]
                 if path.startswith("/slow"):
                     site.release.wait()
+                if path == "/endless":
+                    self.send_response(200)
+                    self.send_header("Content-Disposition", "attachment")
+                    self.end_headers()
+                    self.wfile.write(b"x" * 65536)
+                    site.release.wait()
+                    return
                 page = site.pages.get(path, "<!doctype html><title>Late</title>" if path.startswith("/slow") else None)
                 if path.startswith("/private"):
                     page = "<!doctype html><title>Private</title>" if self.headers["Authorization"] == LOGIN else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness_ipc.browser._files import replace_file
+from harness_ipc.browser._files import move_file, replace_file, safe_name
 from tests.support.marks import needs_linux, needs_posix, needs_root
 
 STRANGER = 12345
@@ -155,6 +155,42 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         replace_file(tmp_path / "file", DATA)
     assert os.listdir(tmp_path) == []
+
+
+# Under a name that somebody else has chosen.
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("report.csv", "report.csv"),
+        ("Grüße 日本.tar.gz", "Grüße 日本.tar.gz"),
+        ("../../a.txt", "_.._a.txt"),
+        ("C:\\a\\b?.txt", "C__a_b_.txt"),
+        (".bashrc", "bashrc"),
+        ("..", "download"),
+        ("", "download"),
+        ("nul.txt", "_nul.txt"),
+        ("a\r\n\u202eb.txt", "a___b.txt"),
+        ("x" * 300 + ".txt", "x" * 196 + ".txt"),
+        ("a." + "y" * 300, "a." + "y" * 49),
+        ("ü" * 200, "ü" * 100),
+    ],
+)
+def test_a_safe_name(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
+
+
+def test_a_file_is_moved_to_the_first_free_name(tmp_path: Path) -> None:
+    names = []
+    for number in range(3):
+        (tmp_path / "source").write_text(str(number))
+        names.append(os.path.basename(move_file(str(tmp_path / "source"), str(tmp_path), "a.txt")))
+    assert names == ["a.txt", "a (1).txt", "a (2).txt"]
+    assert [(tmp_path / name).read_text() for name in names] == ["0", "1", "2"]
+    with pytest.raises(FileNotFoundError):
+        move_file(str(tmp_path / "source"), str(tmp_path), "b.txt")
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 # Beside another user.
