@@ -32,3 +32,9 @@ def test_build_requirements_are_bounded() -> None:
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     assert requirements
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", requirement) for requirement in requirements)
+
+
+def test_pre_commit_and_tox_run_the_same_ruff() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    versions = set(re.findall(r"ruff~=[\d.]+", hooks + (ROOT / "tox.ini").read_text(encoding="utf-8")))
+    assert len(versions) == 1

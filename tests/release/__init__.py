@@ -1,0 +1,1 @@
+"""What a release must be: see `tests.release.__main__`."""
