@@ -162,6 +162,9 @@ class Logins(Part):
                 navigated = tab.navigated
                 await connection.call("Page.reload", session=session)
                 await navigated.wait()
+                # Answered once the document has taken its place: until then the page can't be loaded again.
+                with contextlib.suppress(CDPError):
+                    await connection.call("Runtime.evaluate", {"expression": "0"}, session=session)
         except TimeoutError:
             raise BrowserTimeout(f"the page has not been loaded again within {timeout:g} s: it may still be") from None
         if tab.asked is not None and tab.asked["document"]:
