@@ -169,6 +169,10 @@ class Connection:
         """Why the connection is at its end, or None while it is there."""
         return self._lost
 
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the loop once the connection is at its end."""
+        self._reader.add_done_callback(lambda _: callback())
+
     async def call(
         self,
         method: str,

@@ -72,6 +72,7 @@ class BrowserApp:
     async def start(self) -> None:
         """Find or start the browser and attach to a page. Raises `BrowserNotFound`."""
         self._source, self._connection = await discovery.find(self._name, self._on_event)
+        self._connection.when_lost(self.events.end_streams)
         try:
             await self.sessions.watch_tabs()
             await self.sessions.attach_a_page()
@@ -84,6 +85,10 @@ class BrowserApp:
             if self.own_browser is not None:
                 await self.own_browser.close(self._connection)
             await self._connection.close()
+
+    def drain(self) -> None:
+        """End the streams: the daemon stops."""
+        self.events.end_streams("the daemon stops")
 
     async def health(self) -> Message:
         """Ask the browser. Raises `BrowserLost` or `BrowserTimeout` if it does not answer."""
@@ -174,6 +179,7 @@ class BrowserApp:
         logger.warning("the connection to the browser was lost: connecting again to %s", self._source.how)
         try:
             self._connection = await self._source.connect(self._on_event)
+            self._connection.when_lost(self.events.end_streams)
             await self.sessions.watch_tabs()
             # Sessions are of a connection: those of a tab that is still there are attached again when somebody names them.
             if tab not in {info["targetId"] for info in await self.sessions.targets()}:
@@ -193,7 +199,7 @@ class BrowserApp:
             self.logins.on_event(method, params, session)
             return
         # First: it cuts long texts, of a dialog as well.
-        self.events.add(session, method, params, session, frame)
+        self.events.add(session, method, params, frame)
         for part in self._parts:
             part.on_event(method, params, session)
 
@@ -224,7 +230,10 @@ def main() -> None:
         idle_timeout = float(idle) if idle else None
     except ValueError:
         raise harness_ipc.StartFailed(f"{IDLE_TIMEOUT}={idle!a} is no number of seconds") from None
-    harness_ipc.run_daemon(BrowserApp(name), name, app_version=APP_VERSION, idle_timeout=idle_timeout, max_message=MAX_MESSAGE)
+    app = BrowserApp(name)
+    harness_ipc.run_daemon(
+        app, name, app_version=APP_VERSION, idle_timeout=idle_timeout, max_message=MAX_MESSAGE, on_drain=app.drain
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ RemoteError (of harness_ipc)
     ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
     ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
     ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
+    ├── EventsDropped                             events of a stream were not read in time: it goes on
     ├── LoginFailed       PermissionError         a server has refused the user and the password
     ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
     ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
@@ -66,6 +67,10 @@ class DialogOpen(BrowserError):
         return dict(self.data.get("dialog") or {})
 
 
+class EventsDropped(BrowserError):
+    """Events of a stream were not read in time. ``data["count"]`` is how many; the stream goes on."""
+
+
 class LoginFailed(BrowserError, PermissionError):
     """A server has refused the user and the password. ``data["login"]`` is what it asks for: origin, realm, scheme, source."""
 
@@ -119,6 +124,7 @@ _CLASSES = {
         BrowserTimeout,
         TabClosed,
         DialogOpen,
+        EventsDropped,
         LoginFailed,
         ElementNotFound,
         ElementNotReady,

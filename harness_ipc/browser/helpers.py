@@ -19,6 +19,7 @@ from .errors import (
     DialogOpen,
     ElementNotFound,
     ElementNotReady,
+    EventsDropped,
     HTTPError,
     InvalidArgument,
     JavaScriptError,
@@ -46,6 +47,7 @@ __all__ = [
     "DialogOpen",
     "ElementNotFound",
     "ElementNotReady",
+    "EventsDropped",
     "HTTPError",
     "InvalidArgument",
     "JavaScriptError",
@@ -61,6 +63,7 @@ __all__ = [
     "dispatch_key",
     "drain_events",
     "ensure_real_tab",
+    "events",
     "fill_input",
     "find",
     "goto_url",
@@ -137,6 +140,7 @@ cookies = _of_default_tab(Tab.cookies)
 current_tab = _of_default_tab(Tab.current_tab)
 dispatch_key = _of_default_tab(Tab.dispatch_key)
 drain_events = _of_default_tab(Tab.drain_events)
+events = _of_default_tab(Tab.events)
 ensure_real_tab = _of_default_tab(Tab.ensure_real_tab)
 fill_input = _of_default_tab(Tab.fill_input)
 find = _of_default_tab(Tab.find)

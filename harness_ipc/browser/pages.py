@@ -178,16 +178,3 @@ def _target_id(helper: str, target: str | dict[str, str]) -> str:
         kind = type(target).__name__
         raise TypeError(f"{helper}(): target must be a targetId, or a tab as list_tabs() has it, not {kind}: {shown(target)}")
     return found
-
-
-def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
-    """Return the events of this process's tab since the last call: method, params, session_id.
-
-    At most the last 500 are kept, and at most 16 MiB of JSON. Texts of a page above 16,384 characters are cut, with the number
-    of those left out behind them; the params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``.
-    """
-    if tab.session is None:
-        # To be in a tab: without one, the events of all tabs are meant.
-        tab.request({"meta": "session"}, timeout=timeout)
-    events: list[dict[str, Any]] = tab.request({"meta": "drain_events"}, timeout=timeout)["events"]
-    return events

@@ -18,10 +18,10 @@ from .own_imports import without_program_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
     from typing import Any
 
-    from . import cookies, dialogs, downloads, elements, find, http, keyboard, mouse, screenshot, snapshot
+    from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, screenshot, snapshot
 
 # Seconds for the daemon to start, with a browser that starts or asks its user.
 START_TIMEOUT = 60.0
@@ -117,9 +117,21 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    cookies, dialogs, downloads, elements, find, http, keyboard, mouse, screenshot, snapshot = map(
+    cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, screenshot, snapshot = map(
         _DeferredModule,
-        ("cookies", "dialogs", "downloads", "elements", "find", "http", "keyboard", "mouse", "screenshot", "snapshot"),
+        (
+            "cookies",
+            "dialogs",
+            "downloads",
+            "elements",
+            "event_stream",
+            "find",
+            "http",
+            "keyboard",
+            "mouse",
+            "screenshot",
+            "snapshot",
+        ),
     )
 
 
@@ -171,7 +183,7 @@ class Tab:
             self._session = reply["session_id"]
         return reply
 
-    def stream(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> Iterator[Any]:
+    def stream(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> Generator[Any]:
         """Yield the items with which the daemon answers `message`, ``{"meta": stream, …}``. `timeout` is for each of them.
 
         Closing the generator tells the daemon to end the stream. Raises what `request` does.
@@ -215,7 +227,6 @@ class Tab:
     page_info = pages.page_info
     goto_url = pages.goto_url
     wait_for_load = pages.wait_for_load
-    drain_events = pages.drain_events
     list_tabs = pages.list_tabs
     current_tab = pages.current_tab
     switch_tab = pages.switch_tab
@@ -224,6 +235,8 @@ class Tab:
     ensure_real_tab = pages.ensure_real_tab
     iframe_target = pages.iframe_target
 
+    drain_events = event_stream.drain_events
+    events = event_stream.events
     handle_dialog = dialogs.handle_dialog
     handle_login = dialogs.handle_login
     press_key = keyboard.press_key

@@ -175,3 +175,22 @@ def test_an_event_may_be_as_deep_as_the_parser_allows() -> None:
     for _ in range(depth):
         (text,) = text
     assert text.endswith("(1 more characters were left out)")
+
+
+def test_events_stay_until_they_were_delivered() -> None:
+    store = EventStore()
+    for number in range(10):
+        add(store, "s", WHOLE, n=number, payload="x" * MEBI)
+    first = store.read("s", delivered=0, until=None)
+    # Not confirmed: the same again.
+    assert store.read("s", delivered=0, until=None) == first
+    seen = numbers(first["events"])
+    add(store, "s", n=10)
+    reply = first
+    while reply["events"]:
+        reply = store.read("s", delivered=reply["delivered"], until=reply["until"])
+        seen += numbers(reply["events"])
+    # Not those that have come since the first.
+    assert seen == list(range(10))
+    assert numbers(store.drain("s")) == [10]
+    assert store.read("never there", delivered=0, until=None)["events"] == []
