@@ -69,7 +69,7 @@ def stream(*parts: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     return st.lists(st.one_of(*parts), max_size=8).map(b"".join)
 
 
-@examples(300)
+@examples(150)
 @hypothesis.given(how=st.binary(min_size=1, max_size=1), data=stream(FRAMES, FRAMES, HEADERS, st.binary(max_size=20)))
 def test_any_stream_is_its_frames_and_then_one_typed_error(how: bytes, data: bytes) -> None:
     targets.frames(how + data)
@@ -84,7 +84,7 @@ STEPS = st.tuples(st.integers(0, 4), st.one_of(PROOFS, st.binary(max_size=255)))
 )
 
 
-@examples(300)
+@examples(150)
 @hypothesis.given(role=st.integers(0, 2), script=stream(STEPS))
 def test_no_peer_without_the_key_is_let_in_or_told_anything(role: int, script: bytes) -> None:
     targets.challenge(bytes([role]) + script)
@@ -114,7 +114,7 @@ def spoil(data: bytes, place: int, other: bytes) -> bytes:
     return data[:place] + other + data[place + len(other) :] if other else data[:place]
 
 
-@examples(300)
+@examples(150)
 @hypothesis.given(objects("result", "error", "meta", "type", "message"))
 def test_any_frame_is_a_message_or_one_typed_error(data: bytes) -> None:
     targets.message(data)
@@ -141,7 +141,7 @@ def test_any_record_is_loaded_or_refused(data: bytes) -> None:
     targets.record(data)
 
 
-@examples(200)
+@examples(120)
 @hypothesis.given(
     st.one_of(st.binary(max_size=70), st.text(st.sampled_from("aZ9_-./\\\n \0é\uff11"), max_size=70).map(str.encode))
 )

@@ -398,7 +398,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 # A machine under load is slow to make values.
-SLOWLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOWLY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @SLOWLY
