@@ -428,7 +428,9 @@ def test_the_last_500_events_are_kept(client: Client) -> None:
     evaluate(client, "for (let i = 1000; i < 1400; i++) console.log(i)", two)
     reply = client.request({"meta": "drain_events"})
     assert len(reply["events"]) == 500
-    assert logged(reply) == [*range(600, 700), *range(1000, 1400)]
+    # The browser may have had something to say of its tabs meanwhile.
+    others = 500 - len(logged(reply))
+    assert logged(reply) == [*range(600 + others, 700), *range(1000, 1400)]
     assert client.request({"meta": "drain_events", "session_id": one}) == {"events": []}
     assert_serves(client)
 
