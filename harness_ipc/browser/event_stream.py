@@ -7,6 +7,7 @@ from math import inf
 from harness_ipc import ConnectionLost, DaemonNotRunning
 
 from . import TIMEOUT
+from .arguments import check_seconds
 from .errors import EventsDropped, TabClosed
 
 TYPE_CHECKING = False
@@ -24,6 +25,7 @@ def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
     of those left out behind them; the params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``. The daemon
     keeps an event until it was received: one that raises loses none.
     """
+    check_seconds("timeout", timeout)
     if tab.session is None:
         # To be in a tab: without one, the events of all tabs are meant.
         tab.request({"meta": "session"}, timeout=timeout)

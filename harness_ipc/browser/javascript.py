@@ -8,7 +8,7 @@ import json
 from harness_ipc import escape_control
 
 from . import TIMEOUT
-from .arguments import check_text
+from .arguments import check_seconds, check_text
 from .errors import BrowserError, BrowserTimeout, CDPError, JavaScriptError
 
 TYPE_CHECKING = False
@@ -54,6 +54,7 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
     Raises `JavaScriptError` for what the code throws, `BrowserTimeout`, and `CDPError` for a value that can't be carried.
     """
     check_text("js", "expression", expression)
+    check_seconds("timeout", timeout)
     if target_id is None:
         return _evaluate(tab, expression, None, timeout)
     check_text("js", "target_id", target_id)

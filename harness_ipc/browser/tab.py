@@ -13,6 +13,7 @@ import threading
 from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, RemoteError, connect_daemon
 
 from . import BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, TIMEOUT, check_extra, daemon_name, is_ours, javascript, not_ours, pages
+from .arguments import check_seconds, check_text
 from .errors import CDPError, DialogOpen, TabClosed, from_reply
 from .own_imports import without_program_directory
 
@@ -158,6 +159,7 @@ class Tab:
         A request that names no session is for this tab. Raises what `errors` lists for a reply with an error; `ConnectionLost`
         if the daemon goes away, and then nothing is repeated: the next request finds or starts another.
         """
+        check_seconds("timeout", timeout)
         client = self.browser.connect()
         if client is not self._client:
             self._client, self._session = client, None
@@ -188,6 +190,7 @@ class Tab:
 
         Closing the generator tells the daemon to end the stream. Raises what `request` does.
         """
+        check_seconds("timeout", timeout)
         client = self.browser.connect()
         params = {name: value for name, value in message.items() if name != "meta"}
         if params.get("session_id") is None and client is self._client and self._session is not None:
@@ -211,6 +214,7 @@ class Tab:
         ``Tab.request({"method": …, "params": …})``.) Raises `CDPError`, `DialogOpen`, `TabClosed`, `BrowserTimeout` or
         `BrowserLost`.
         """
+        check_text("cdp", "method", method)
         message = {"method": method, "params": params, "session_id": session_id}
         result: dict[str, Any] = self.request(message, timeout=timeout)["result"]
         return result

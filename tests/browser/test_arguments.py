@@ -69,6 +69,7 @@ NO_TAB = "target must be a targetId, or a tab as list_tabs() has it, not"
         ),
         ("handle_dialog", ("yes",), "handle_dialog(): accept must be True or False, not str: 'yes'"),
         ("handle_dialog", (True, 5), "handle_dialog(): text must be str, not int: 5"),
+        ("cdp", (5,), "cdp(): method must be str, not int: 5"),
         ("wait", ("1",), "wait(): seconds must be a number of seconds, not str: '1'"),
         ("wait", (-1,), "wait(): seconds must be a number of seconds from 0 on, not -1"),
         ("wait_for_load", ("5",), "wait_for_load(): timeout must be a number of seconds, not str: '5'"),
@@ -78,3 +79,35 @@ def test_an_argument_that_can_not_be_used(helper: str, arguments: tuple[Any, ...
     with pytest.raises((TypeError, ValueError)) as caught:
         getattr(helpers, helper)(*arguments)
     assert str(caught.value) == error
+
+
+@pytest.mark.parametrize(
+    ("timeout", "kind"),
+    [
+        (-1, "from 0 on, not -1"),
+        (NAN, "from 0 on, not nan"),
+        ("5", "not str: '5'"),
+        (None, "not NoneType: None"),
+        (True, "not bool: True"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("helper", "arguments"),
+    [
+        ("js", ("1",)),
+        ("page_info", ()),
+        ("goto_url", ("http://a",)),
+        ("click", ("#a",)),
+        ("click_at_xy", (1, 2)),
+        ("press_key", ("a",)),
+        ("cookies", ()),
+        ("snapshot", ()),
+        ("capture_screenshot", ()),
+        ("list_tabs", ()),
+        ("drain_events", ()),
+        ("wait_for_load", ()),
+    ],
+)
+def test_a_timeout_that_is_no_number_of_seconds(helper: str, arguments: tuple[Any, ...], timeout: Any, kind: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"timeout must be a number of seconds[ ,]+{kind}$"):
+        getattr(helpers, helper)(*arguments, timeout=timeout)
