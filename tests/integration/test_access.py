@@ -162,7 +162,7 @@ def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[records
         yield record
 
 
-def test_the_daemon_refuses_another_user_that_reaches_it_before_it_reads_a_byte(opened: records.Record) -> None:
+def test_other_uid_is_refused_before_a_byte_is_read(opened: records.Record) -> None:
     # It said nothing, the handshake has an hour: it was refused for who it is.
     assert attempt("raw", opened.address) == ""
     assert attempt("with the key", opened.address, opened.authkey.hex())[0] in ("EOFError", *RESET)
@@ -212,9 +212,7 @@ def test_a_runtime_directory_that_another_user_made_first_is_refused(private_dir
             assert ping(NAME)
 
 
-def test_a_directory_for_short_sockets_that_another_user_made_first_is_refused(
-    private_directories: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_users_socket_directory_is_refused(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = private_directories / "tmp"
     temporary.mkdir()
     temporary.chmod(0o1777)

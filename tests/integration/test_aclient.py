@@ -161,7 +161,7 @@ def test_a_call_above_the_limit_waits_and_is_cancelled_or_times_out_unrun(daemon
     run(main)
 
 
-def test_a_call_that_is_cancelled_at_its_deadline_gives_back_no_turn_of_another(daemon: DaemonProcess) -> None:
+def test_cancellation_at_the_deadline_keeps_turns_apart(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         running = [await begin(client, f"running {n}") for n in range(64)]
         late = asyncio.create_task(client.call("echo", timeout=0.1))
@@ -252,7 +252,7 @@ def no_new_thread() -> Iterator[None]:
         yield
 
 
-def test_coroutines_that_get_no_thread_are_told_so_and_their_request_never_runs(daemon: DaemonProcess, driver: str) -> None:
+def test_coroutine_without_a_thread_never_runs_its_request(daemon: DaemonProcess, driver: str) -> None:
     if driver == "loop":
         pytest.skip("the loop needs no thread")
 

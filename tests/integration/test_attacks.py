@@ -721,9 +721,7 @@ MANY: list[Bomb] = [
 
 
 @pytest.mark.parametrize("bombs", [NESTED, NUMBERS, MANY], ids=["nested", "numbers", "many"])
-def test_a_message_that_costs_more_than_it_weighs_is_answered_and_others_are_served(
-    victim: DaemonProcess, bombs: list[Bomb]
-) -> None:
+def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: list[Bomb]) -> None:
     for kind, bomb in bombs:
         data = bomb()
         with being_honest(), dial_daemon(NAME) as connection:

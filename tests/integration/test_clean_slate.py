@@ -123,7 +123,7 @@ def test_a_terminal_that_the_app_opens_does_not_become_its_controlling_one() -> 
     assert_one_daemon()
 
 
-def test_a_daemon_is_one_process_and_its_starter_has_no_child_thread_or_warning_left() -> None:
+def test_start_leaves_no_child_thread_or_warning() -> None:
     assert ensure_daemon("test", command()).state == "running"
     assert [process.pid for process in live_processes()] == [daemon_status("test").pid]
     assert [thread.name for thread in threading.enumerate() if "harness" in thread.name] == []

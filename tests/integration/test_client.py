@@ -246,7 +246,7 @@ def test_a_forked_child_uses_the_client_with_connections_of_its_own(daemon: Daem
 
 @needs_posix
 @pytest.mark.filterwarnings("ignore:coroutine", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_exception_of_a_signal_handler_at_any_moment_leaves_no_connection_behind(client: Client) -> None:
+def test_signal_handler_exception_leaks_no_connection(client: Client) -> None:
     class Interrupt(BaseException):
         pass
 
@@ -471,7 +471,7 @@ def test_a_client_that_is_refused_knows_it_when_it_connects(verdict: bytes | Non
             assert client.call("echo") == 1
 
 
-def test_a_daemon_that_hangs_up_instead_of_a_reply_is_an_error_and_not_an_empty_reply() -> None:
+def test_eof_instead_of_a_reply_is_an_error() -> None:
     def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         connection.recv_bytes()

@@ -218,9 +218,7 @@ KINDS: dict[str, type[BaseException]] = {
 @task_factories
 @pytest.mark.parametrize("pause", [False, True])
 @pytest.mark.parametrize("name", [*KINDS, "reply"])
-def test_what_a_handler_raises_costs_its_caller_an_error_reply_and_nobody_else_anything(
-    name: str, pause: bool, factory: Any
-) -> None:
+def test_handler_exception_reaches_its_caller_only(name: str, pause: bool, factory: Any) -> None:
     async def main() -> None:
         waiting = Waiting()
 
@@ -289,7 +287,7 @@ run_daemon(App(), "test", grace_period=3600, on_ready=lambda _: print("ready", f
 """
 
 
-def test_a_task_of_the_app_that_exits_ends_the_daemon_and_answers_its_requests() -> None:
+def test_system_exit_in_a_task_ends_the_daemon() -> None:
     with spawn_python("-c", APP_EXITS) as daemon:
         assert daemon.read_line() == "ready"
         assert request("test", {}, timeout=PATIENCE)["error"]["type"] == "CancelledError"

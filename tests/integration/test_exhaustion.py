@@ -250,7 +250,7 @@ def test_silent_clients_that_take_all_descriptors_keep_nobody_out() -> None:
 
 
 @needs_linux
-def test_clients_that_come_and_go_at_the_limit_of_descriptors_do_not_fill_the_log() -> None:
+def test_descriptor_limit_does_not_flood_the_log() -> None:
     with watched() as daemon, contextlib.ExitStack() as stack:
         kept = [stack.enter_context(connect_daemon(NAME)) for _ in range(40)]
         assert all(client.call("echo", n=1) == {"n": 1} for client in kept)
@@ -315,7 +315,7 @@ def test_without_another_thread_all_short_requests_are_answered() -> None:
 
 
 @needs_address_limit
-def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_is_served() -> None:
+def test_long_request_without_a_thread_fails_alone() -> None:
     with watched("-c", LARGE_THREADS, handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         text = "x" * 200_000
         assert inside.call("echo", text=text) == {"text": text}
@@ -334,7 +334,7 @@ def test_a_long_request_that_finds_no_thread_is_a_typed_error_and_the_next_one_i
 # What the daemon may take of it, in sizes of the message: too little to receive it, to decode it, to answer it.
 @needs_address_limit
 @pytest.mark.parametrize("room", [1.5, 2.5, 3.5])
-def test_a_message_that_finds_no_memory_is_a_typed_error_and_the_daemon_serves_on(room: float) -> None:
+def test_out_of_memory_is_a_typed_error(room: float) -> None:
     with watched() as daemon, connect_daemon(NAME) as client:
         text = "x" * (40 * MIB)
         failed: set[str] = set()
@@ -414,7 +414,7 @@ def test_a_log_that_may_not_grow_costs_the_log_and_nothing_else(private_director
 
 
 @needs_posix
-def test_two_hundred_at_a_stopped_daemon_are_timeouts_and_it_serves_when_it_goes_on() -> None:
+def test_stopped_daemon_times_out_200_clients_and_recovers() -> None:
     with many_open_files(), watched() as daemon, ThreadPoolExecutor(200) as pool:
         ask = {"method": "sleep", "params": {"seconds": 0, "tag": "given up"}}
         with stopped(daemon.daemon):
@@ -431,7 +431,7 @@ def test_two_hundred_at_a_stopped_daemon_are_timeouts_and_it_serves_when_it_goes
 
 
 @needs_posix
-def test_a_thousand_silent_connections_keep_nobody_out_and_do_not_fill_the_log() -> None:
+def test_1000_silent_connections_keep_nobody_out() -> None:
     with many_open_files(), watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         assert inside.call("echo", n=1) == {"n": 1}
         with silent_crowd(CROWD):

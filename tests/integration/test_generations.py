@@ -94,7 +94,7 @@ os._exit(0)
 """
 
 
-def test_a_daemon_that_died_before_it_published_leaves_nothing_to_the_next_one() -> None:
+def test_death_before_publishing_leaves_nothing() -> None:
     for name in ("test", "test-2"):
         assert run_python("-c", DIES_BEFORE_IT_PUBLISHES, name).returncode == 0
     assert runtime_files(".json") == ["test-2.json", "test.json"]
@@ -160,7 +160,7 @@ def test_a_daemon_of_another_schema_can_be_pinged_and_stopped_but_not_asked(sche
 
 
 @needs_linux
-def test_a_daemon_that_cannot_be_identified_is_not_signalled_and_the_answer_says_why() -> None:
+def test_unidentified_daemon_is_not_signalled() -> None:
     with spawn_daemon("test") as daemon:
         path = runtime_path("test", "json")
         path.write_text(json.dumps({**json.loads(path.read_bytes()), "pid_namespace": "pid:[1]"}))

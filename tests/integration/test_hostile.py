@@ -125,7 +125,7 @@ def test_what_is_no_challenge_is_dropped_at_once(victim: DaemonProcess, data: by
 
 @needs_posix
 @pytest.mark.parametrize("data", [b"", b"\0\0", struct.pack("!i", 40), frame(b"#CHALLENGE#" + bytes(29))[:30]])
-def test_who_says_nothing_or_half_is_dropped_in_time_and_keeps_nobody_waiting(data: bytes) -> None:
+def test_silent_peers_are_dropped_and_block_nobody(data: bytes) -> None:
     with attacked_daemon(handshake_timeout=0.5), raw_socket(data) as sock:
         assert serves("victim")
         assert said(sock) == b""

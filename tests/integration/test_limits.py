@@ -195,7 +195,7 @@ def is_served() -> bool:
         return False
 
 
-def test_past_max_connections_requests_are_busy_and_the_channel_still_answers() -> None:
+def test_requests_above_max_connections_are_busy() -> None:
     with spawn_daemon("limits", max_connections=2) as daemon, contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(connect_daemon("limits")) for _ in range(2))
         for client in (first, second):

@@ -132,9 +132,7 @@ def test_modules_are_found_in_the_directory_of_the_start(base: Path, monkeypatch
     assert_one_daemon()
 
 
-def test_a_daemon_that_was_started_in_another_way_is_returned_with_the_difference(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_daemon_started_by_another_command(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(base)
     monkeypatch.chdir(base)
     argv = [sys.executable, "service.py", "test"]

@@ -185,7 +185,7 @@ def test_a_refusal_is_in_the_log_before_the_client_sees_it(fails: bool) -> None:
 # Closing.
 
 
-def test_start_returns_the_server_and_its_endpoint_and_leaving_the_context_closes() -> None:
+def test_start_returns_a_context_manager() -> None:
     async def main() -> None:
         async with serving() as server:
             assert server.record.pid == os.getpid()
@@ -481,7 +481,7 @@ def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
     run(main)
 
 
-def test_pings_at_a_blocked_loop_are_answered_and_the_next_request_when_it_goes_on() -> None:
+def test_blocked_loop_still_answers_pings() -> None:
     blocker = Blocker()
 
     def talk() -> None:
@@ -558,7 +558,7 @@ def answers(connection: FrameConnection, count: int) -> list[int]:
 
 
 @task_factories
-def test_requests_that_came_together_are_answered_in_order_and_others_between_them(factory: Any) -> None:
+def test_pipelined_requests_are_answered_in_order(factory: Any) -> None:
     many = sys.getrecursionlimit()
     asked = threading.Event()
     seen: list[int] = []

@@ -388,7 +388,7 @@ def test_a_producer_that_waits_for_nothing_notices_a_departure(method: str) -> N
     asyncio.run(main())
 
 
-def test_a_generator_that_ignores_its_cancellation_is_closed_at_its_next_item() -> None:
+def test_generator_that_ignores_cancellation_is_closed() -> None:
     def leave() -> None:
         with connect_daemon("test") as client, client.stream("ignore_cancellation") as stream:
             assert next(stream) == 0

@@ -212,7 +212,7 @@ def test_every_instance_of_a_pipe_is_its_owners_alone_and_no_other_machines() ->
     assert all(arguments[5] & identification == identification for arguments in pipes)
 
 
-def test_a_pipes_descriptor_names_the_user_and_keeps_lower_integrity_levels_out() -> None:
+def test_pipe_security_descriptor() -> None:
     all_parts = 1 | 2 | 4 | 0x10  # owner, group, access list, mandatory label
     descriptor = ctypes.create_string_buffer(pipe_security_descriptor())
     text = to_text(ctypes.c_void_p(ctypes.addressof(descriptor)), all_parts)
@@ -491,7 +491,7 @@ def test_a_record_that_stays_open_elsewhere_is_a_failed_start(opening: Callable[
 
 @OPENING
 @pytest.mark.parametrize(("verb", "call"), [("drain", "replace"), ("release", "unlink")])
-def test_a_record_that_is_open_elsewhere_for_a_moment_is_withdrawn_and_removed(
+def test_record_that_is_open_elsewhere_is_withdrawn(
     opening: Callable[[Path], Callable[[], None]], verb: str, call: str
 ) -> None:
     registration = publish()
@@ -508,7 +508,7 @@ def test_a_record_that_is_open_elsewhere_for_a_moment_is_withdrawn_and_removed(
 
 
 @OPENING
-def test_a_dead_daemons_record_that_is_open_elsewhere_for_a_moment_is_cleared_away(
+def test_stale_record_that_is_open_elsewhere_is_removed(
     opening: Callable[[Path], Callable[[], None]],
 ) -> None:
     pid = ensure().pid
@@ -653,7 +653,7 @@ threading.Event().wait()
 
 
 @pytest.mark.parametrize("may_leave", [True, False])
-def test_a_daemon_outlives_its_starter_and_the_job_of_that_if_it_may_leave_it(may_leave: bool) -> None:
+def test_daemon_outlives_its_starter_and_its_job(may_leave: bool) -> None:
     with spawn_python("-c", STARTER, json.dumps(command()), "may leave" if may_leave else "") as starter:
         assert starter.read_line() == ("breakaway" if may_leave else "job")
         assert serves()

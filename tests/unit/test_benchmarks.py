@@ -27,7 +27,7 @@ def test_the_readme_shows_the_results() -> None:
     assert shown.strip("\n") == report.markdown(_RESULTS)
 
 
-def test_the_results_are_of_all_workloads_and_contestants_and_judged_by_the_limits() -> None:
+def test_results_cover_all_workloads_and_limits() -> None:
     found = {(row["workload"], row["contestant"]) for row in _RESULTS["rows"] if not row["missing"]}
     assert {workload for workload, _ in found} == set(WORKLOADS)
     for workload in report.SLOWER:

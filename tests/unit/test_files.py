@@ -237,9 +237,7 @@ def test_a_directory_is_listed_or_a_typed_error_says_why_not(run: Path, monkeypa
 @needs_posix
 @pytest.mark.parametrize("links", [False, True], ids=["directory", "link"])
 @pytest.mark.parametrize("bits", [0o777, 0o757, 0o1777], ids=oct)
-def test_a_directory_in_one_where_others_can_write_is_refused_unless_that_is_sticky(
-    bits: int, links: bool, private_directories: Path
-) -> None:
+def test_world_writable_parent_must_be_sticky(bits: int, links: bool, private_directories: Path) -> None:
     parent = private_directories / "it's a parent"
     run = parent / "a" / "run"
     run.parent.mkdir(parents=True)
@@ -340,7 +338,7 @@ def test_a_parent_that_the_users_own_group_can_write_is_safe(
 
 
 @needs_posix
-def test_an_ancestor_that_was_safe_is_looked_at_again_when_another_directory_is_there(private_directories: Path) -> None:
+def test_replaced_ancestor_is_checked_again(private_directories: Path) -> None:
     run = private_directories / "parent" / "run"
     run.mkdir(0o700, parents=True)
     assert files.check_private_dir(str(run))
@@ -461,9 +459,7 @@ def test_a_strangers_file_is_not_read(run: Path) -> None:
 
 
 @needs_posix
-def test_the_remedy_for_a_file_that_cannot_be_opened_is_one_a_shell_understands(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remedy_for_an_unreadable_file_is_shell_quoted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files.create_private_dir(str(run))
     path = run / "d.json"
     files.write_private_file(str(path), b"secret")

@@ -206,9 +206,7 @@ def test_a_full_disk_is_a_failed_start_that_leaves_nothing(what: str, run: Path,
 # Look.
 
 
-def test_a_record_that_cannot_be_replaced_is_not_ready_and_a_draining_one_is_removed(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_record_that_cannot_be_replaced(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registration = acquire_name("d")
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail(errno.ENOSPC))
@@ -360,7 +358,7 @@ def test_a_record_that_is_not_ours_is_not_removed(data: bytes, run: Path) -> Non
     assert content(run)["d.json"] == data
 
 
-def test_cleaning_up_removes_all_of_a_dead_generation_and_nothing_of_other_names(run: Path) -> None:
+def test_cleanup_removes_one_dead_generation_only(run: Path) -> None:
     sockets: dict[str, set[str]] = {}
     for name in ("d", "d-2", "e"):
         # One that died while it wrote a draft, and one that was published.

@@ -211,7 +211,7 @@ def test_what_exists_decides_where_the_records_are(there: list[str], chosen: str
 @needs_root
 @needs_linux
 @pytest.mark.parametrize("login", [False, True])
-def test_where_another_user_has_the_temporary_name_the_fallback_is_used_and_kept(login: bool, places: Path) -> None:
+def test_fallback_behind_another_users_directory(login: bool, places: Path) -> None:
     squatted = places / "tmp" / f"harness-ipc-runtime-{os.geteuid()}"
     squatted.mkdir(parents=True)
     os.chown(squatted, STRANGER, STRANGER)
@@ -299,7 +299,7 @@ def test_a_tilde_without_a_home_is_a_typed_error(private_directories: Path, monk
 
 @needs_linux
 @pytest.mark.parametrize("variable", ["HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR"])
-def test_a_relative_directory_where_the_current_one_was_removed_is_a_typed_error(
+def test_relative_directory_below_a_removed_one(
     variable: str, private_directories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = private_directories / "gone"

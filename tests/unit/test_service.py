@@ -289,7 +289,7 @@ def test_the_names_that_a_service_uses_itself_are_no_methods(name: str) -> None:
         kind()
 
 
-def test_an_annotation_that_can_not_be_resolved_is_told_when_the_service_is_made() -> None:
+def test_unresolved_annotation_fails_at_construction() -> None:
     class Local: ...
 
     class Odd(Service):

@@ -183,7 +183,7 @@ def test_a_request_is_sent_only_where_none_is_in_flight(state: str) -> None:
     assert client.state == "CLOSED"
 
 
-def test_the_handshake_may_come_split_at_any_byte_and_the_proof_travels_with_the_request() -> None:
+def test_handshake_split_at_any_byte() -> None:
     length = len(answer(ClientProtocol(KEYS, StreamFraming(), LIMIT)))
     for cut in range(length + 1):
         client = ClientProtocol(KEYS, StreamFraming(), LIMIT)
@@ -205,7 +205,7 @@ def test_a_refused_daemon_is_told() -> None:
     assert sent(client) == [FAILURE]
 
 
-def test_the_limit_of_a_frame_is_the_handshakes_until_the_daemon_has_proved_itself() -> None:
+def test_frame_limit_before_authentication() -> None:
     assert client_in("HELLO").frame_limit == 256
     assert client_in("ANSWERED").frame_limit == client_in("STREAMING").frame_limit == LIMIT
 

@@ -84,9 +84,7 @@ def test_a_starter_that_does_not_read_holds_nobody_up(monkeypatch: pytest.Monkey
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["file", "another pipe"])
-def test_nothing_is_written_to_and_nothing_closes_a_descriptor_that_is_not_the_pipe(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reused_descriptor_is_left_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The starter's pipe was closed, and its number is another file's.
     reader, writer = os.pipe()
     set_start(monkeypatch, writer, runtime_dir="/run", log_dir="/log")
