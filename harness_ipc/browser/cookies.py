@@ -60,7 +60,7 @@ def set_cookies(tab: Tab, cookies: Iterable[Cookie], *, timeout: float = TIMEOUT
 
     One without domain and url is for the page. Raises `CDPError` for what the browser does not take; then none is set.
     """
-    if isinstance(cookies, dict | str):
+    if isinstance(cookies, dict | str) or not hasattr(cookies, "__iter__"):
         raise TypeError(f"set_cookies(): cookies must be a list of dicts, not {type(cookies).__name__}")
     wanted = [_checked(cookie) for cookie in cookies]
     if any("url" not in cookie and "domain" not in cookie for cookie in wanted):

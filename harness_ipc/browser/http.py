@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from .arguments import check_kind, check_seconds, check_url
+from .arguments import check_kind, check_seconds, check_text, check_url
 from .errors import BrowserError, BrowserTimeout, HTTPError
 
 TYPE_CHECKING = False
@@ -43,6 +43,9 @@ def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeo
     if not url.strip().lower().startswith(("http://", "https://")):
         raise ValueError("http_get(): url must begin with http:// or https://")
     check_kind("http_get", "cookies", cookies, bool, "True or False")
+    check_kind("http_get", "headers", headers or {}, dict, "a dict of texts")
+    for text in (one for header in (headers or {}).items() for one in header):
+        check_text("http_get", "a header", text)
     check_seconds("http_get(): timeout", timeout)
     deadline = time.monotonic() + timeout
     place = url.partition("?")[0]

@@ -46,7 +46,8 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
     ```
 
     The value is that of the last expression, or what a top-level ``return`` gives. ``const``, ``let`` and ``class`` are the
-    call's own; ``var`` and functions stay in the page, but not those of code with a top-level ``return``, a function's body.
+    call's own; ``var`` and functions stay in the page, but not those of code with a top-level ``return``, a function's body,
+    and not the functions of code that waits.
 
     A promise is waited for. undefined and null are None; NaN and the infinities floats; a BigInt an int; whatever else has to
     be what JSON can carry (inside an object or an array, NaN is None). Code that computes for longer than `timeout` is ended.
@@ -116,12 +117,23 @@ def _in_block(expression: str) -> tuple[str, str]:
     """Return what is put before the code, and the code in a block, which has the value that the script would have."""
     if not any(word in expression for word in _LEXICAL):
         return "", expression
-    prefix = "'use strict';{" if _is_strict(expression) else "{"
-    if "function" in expression and "await" not in expression:
+    prefix, end = ("'use strict';{" if _is_strict(expression) else "{"), "\n}"
+    if "function" in expression and "await" in expression:
+        # As below, but there is no `eval` for it: V8 takes no value from functions that can't become global.
+        if prefix == "{" and (names := _declared_functions(expression)):
+            prefix, end = f"{{let {','.join(names)}; {{", "\n}}"
+    elif "function" in expression:
         # A function that a block declares is its value in V8, though it has none; with `eval`, which a page may have replaced,
         # it is not. Runtime.evaluate allows `eval` whatever the page's policy is. That the code is valid, the block tells.
         prefix = f"{_IF_EVAL} (0, eval)({json.dumps(expression)}); else {{"
-    return prefix, f"{prefix}{expression}\n}}"
+    return prefix, f"{prefix}{expression}{end}"
+
+
+def _declared_functions(code: str) -> list[str]:
+    """Return the names of what looks like a declaration of a function."""
+    import re
+
+    return sorted(set(re.findall(r"(?:^|[;{}\n])\s*function\s+([\w$]+)\s*\(", code)))
 
 
 def _is_strict(code: str) -> bool:

@@ -186,6 +186,9 @@ def test_a_promise_that_is_never_settled(page: str, expression: str) -> None:
         ("const n = 2; var m = n; function f() {}", None),
         ("const n = 2; n * 5; function f() { return n }", 10),
         ("'use strict'; const n = 2; n * 5; function f() { return n }", 10),
+        ("const n = await f(2); n * 5; function f(m) { return m }", 10),
+        ("const n = await f(2)\nn * 5\nfunction f(m) {\n  return g(m)\n}\nfunction g(m) { return m }", 10),
+        ("'use strict'; const n = await f(2); n * 5; function f(m) { return m }", 10),
         ("'const'", "const"),
     ],
 )
@@ -231,6 +234,8 @@ def test_this_and_strictness_are_those_of_a_script(page: str) -> None:
         ("const a = 1; function f() { missing } f()", "ReferenceError: missing is not defined", (0, 28)),
         ("const a = 1; function f() { a b }", "SyntaxError: Unexpected identifier 'b'", (0, 30)),
         ("const a = await 1; missing", "ReferenceError: missing is not defined", (0, 19)),
+        ("const a = await 1; function f() { missing } f()", "ReferenceError: missing is not defined", (0, 34)),
+        ("const a = await 1; function f() {", "SyntaxError: Unexpected end of input", (0, 33)),
         ("const a = await (", "SyntaxError: Unexpected end of input", (0, 17)),
         ("const a = 1; return (", "SyntaxError: Unexpected end of input", (0, 21)),
         ("if (1) {\nlet a", "SyntaxError: Unexpected end of input", (1, 5)),
