@@ -22,6 +22,7 @@ from .connection import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .download_events import DownloadEvents
 from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
 from .events import Events, shorten
+from .gone import GoneBrowser
 from .logins import Logins
 from .part import Part, bad_request, named_session
 from .sessions import Sessions
@@ -59,6 +60,7 @@ class BrowserApp:
             self.logins,
             self.tabs,
             Accessibility(self),
+            GoneBrowser(self),
             DownloadEvents(self),
         ]
         self._verbs: dict[str, Verb] = {"connection_status": self._connection_status}
@@ -72,8 +74,9 @@ class BrowserApp:
     async def start(self) -> None:
         """Find or start the browser and attach to a page. Raises `BrowserNotFound`."""
         self._source, self._connection = await discovery.find(self._name, self._on_event)
-        self._connection.when_lost(self.events.end_streams)
         try:
+            for part in self._parts:
+                part.on_connected(self.connection)
             await self.sessions.watch_tabs()
             await self.sessions.attach_a_page()
         except BrowserError as error:
@@ -88,7 +91,8 @@ class BrowserApp:
 
     def drain(self) -> None:
         """End the streams: the daemon stops."""
-        self.events.end_streams("the daemon stops")
+        for part in self._parts:
+            part.on_drain()
 
     async def health(self) -> Message:
         """Ask the browser. Raises `BrowserLost` or `BrowserTimeout` if it does not answer."""
@@ -152,6 +156,11 @@ class BrowserApp:
         return None if self._source is None else self._source.how
 
     @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of a browser that is not the daemon's own, if they are known."""
+        return None if self._source is None else self._source.address
+
+    @property
     def own_browser(self) -> ManagedBrowser | None:
         """The browser, if it is one that belongs to the daemon."""
         return None if self._source is None else self._source.own
@@ -179,12 +188,15 @@ class BrowserApp:
         logger.warning("the connection to the browser was lost: connecting again to %s", self._source.how)
         try:
             self._connection = await self._source.connect(self._on_event)
-            self._connection.when_lost(self.events.end_streams)
+            for part in self._parts:
+                part.on_connected(self.connection)
             await self.sessions.watch_tabs()
             # Sessions are of a connection: those of a tab that is still there are attached again when somebody names them.
             if tab not in {info["targetId"] for info in await self.sessions.targets()}:
                 await self.sessions.attach_a_page()
         except BrowserError as error:
+            for part in self._parts:
+                part.on_unreachable()
             raise BrowserLost(
                 f"the browser is gone, and can't be had again: {error}; start it again, or run harness-browser --reload to use "
                 "another"

@@ -20,6 +20,7 @@ from .part import Part, bad_request, named_session
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
 
+    from .connection import Connection
     from .daemon import BrowserApp
     from .part import Message, Stream, Verb
 
@@ -140,8 +141,15 @@ class Events(Part):
         for listener in self._listeners.get(session, ()):
             listener.end(TabClosed("the tab that the events are of was closed"))
 
-    def end_streams(self, reason: str = "the connection to the browser was lost: listen again") -> None:
-        """End all streams."""
+    def on_connected(self, connection: Connection) -> None:
+        """End the streams with the connection."""
+        connection.when_lost(lambda: self._end_streams("the connection to the browser was lost: listen again"))
+
+    def on_drain(self) -> None:
+        """End the streams: the daemon stops."""
+        self._end_streams("the daemon stops: listen again")
+
+    def _end_streams(self, reason: str) -> None:
         for listeners in self._listeners.values():
             for listener in listeners:
                 listener.end(BrowserLost(reason))

@@ -9,6 +9,7 @@ from .errors import CDPError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from .connection import Connection
     from .daemon import BrowserApp
 
     Message = dict[str, Any]
@@ -46,6 +47,15 @@ class Part:
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
         """Take note of an event of the browser: of a session that is known, or of the browser itself. May not raise."""
+
+    def on_connected(self, connection: Connection) -> None:
+        """Make use of a connection that was made, the first or a later one."""
+
+    def on_unreachable(self) -> None:
+        """Take note that the browser could not be connected again."""
+
+    def on_drain(self) -> None:
+        """End the streams: the daemon stops."""
 
     def on_lost(self) -> None:
         """Forget what was of the connection that was lost."""

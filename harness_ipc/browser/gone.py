@@ -1,0 +1,70 @@
+"""Ends the daemon when a browser that is not its own is gone for good: the next command starts one that looks for another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+from .part import Part
+
+if TYPE_CHECKING:
+    from .connection import Connection
+    from .daemon import BrowserApp
+
+logger = logging.getLogger(__name__)
+
+# Seconds for the browser's port to take a connection.
+_DIAL_TIMEOUT = 2.0
+# Seconds between the looks: a browser that ends closes its connections before its port.
+_LOOKS = (0.0, 0.1, 0.4, 1.5, 5.0)
+
+
+class GoneBrowser(Part):
+    """What becomes of a connection that was lost. An own browser is started again by the next request instead."""
+
+    def __init__(self, app: BrowserApp) -> None:
+        super().__init__(app)
+        self._look: asyncio.Task[None] | None = None
+        self._ending = False
+
+    def on_connected(self, connection: Connection) -> None:
+        """Look after a browser once the connection to it is lost."""
+        connection.when_lost(self.on_unreachable)
+
+    def on_drain(self) -> None:
+        """Leave the daemon to its end."""
+        self._ending = True
+
+    def on_unreachable(self) -> None:
+        """End the daemon once nothing listens where the browser was."""
+        if not self._ending and self.app.own_browser is None and (self._look is None or self._look.done()):
+            self._look = asyncio.create_task(self._end_if_gone())
+
+    async def _end_if_gone(self) -> None:
+        # Only the connection may have been cut: the browser's user would have to allow another one, so none is made unasked.
+        for seconds in _LOOKS:
+            await asyncio.sleep(seconds)
+            if not self._ending and self.app.address is not None and await _refuses(*self.app.address):
+                logger.warning("the browser is gone: this daemon ends, and the next command starts another")
+                self._ending = True
+                # What is in flight is answered, and told that the browser is lost.
+                signal.raise_signal(signal.SIGTERM)
+                return
+
+
+async def _refuses(host: str, port: int) -> bool:
+    """Return whether nothing listens there."""
+    try:
+        async with asyncio.timeout(_DIAL_TIMEOUT):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return False
