@@ -61,6 +61,8 @@ def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeo
     except BrowserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
+        # A redirect that urllib refuses still has its connection.
+        getattr(error, "close", int)()
         cause: object = getattr(error, "reason", error)
         if isinstance(cause, TimeoutError):
             raise BrowserTimeout(f"{place} has not answered within {timeout:g} s") from None

@@ -179,9 +179,9 @@ def _is_body(result: dict[str, Any]) -> bool:
 
 
 def _timed_out(tab: Tab, expression: str, session: str | None, timeout: float) -> BrowserTimeout:
-    """Return the error for code that has not ended, and end it if it computes: after an ``await``, Chrome does not.
+    """Return the error for code that has not ended. Where the page computes after an `await` of it, that is ended.
 
-    If the page itself computes, and the code has not begun, nothing is ended.
+    Chrome's own limit ends with the first wait. Without one, the code may not even have begun: the page computes by itself.
     """
     with contextlib.suppress(BrowserError):
         try:
