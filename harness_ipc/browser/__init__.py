@@ -20,6 +20,7 @@ import sys
 from harness_ipc import IncompatibleDaemon, StartFailed, __version__
 
 NAME = "BU_NAME"
+TAB_NAME = "BU_TAB_NAME"
 WEBSOCKET = "BU_CDP_WS"
 # Whose daemon it is, in its record: not every daemon of a name is one of ours.
 APP_VERSION = f"harness-browser {__version__}"

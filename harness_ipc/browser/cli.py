@@ -16,7 +16,7 @@ from types import ModuleType, TracebackType
 
 from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__, escape_control
 
-from . import NAME, check_extra, daemon_name, helpers, is_ours, not_ours, own_imports
+from . import NAME, TAB_NAME, check_extra, daemon_name, helpers, is_ours, not_ours, own_imports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _EXIT_STATUS: list[tuple[type[Exception], int]] = [
     (TimeoutError, 4),
     (PermissionError, 5),
     (Busy, 5),
+    (BlockingIOError, 5),
     (HarnessIPCError, 6),
 ]
 # Seconds of silence that a person takes for work, not for a hang.
@@ -84,7 +85,8 @@ class _ArgumentParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _ArgumentParser(
         prog="harness-browser",
-        usage="%(prog)s [--name NAME] (-c CODE | FILE | -) [ARGUMENT ...]\n"
+        usage="%(prog)s [--name NAME] [--new-tab | --tab WHICH | --tab-name TAB] [--keep-tab]\n"
+        "           (-c CODE | FILE | -) [ARGUMENT ...]\n"
         "       %(prog)s [--name NAME] --doctor [--json] | --reload",
         description="Run Python with the browser's helpers at hand: page_info(), goto_url(url), js(code), "
         "capture_screenshot(path) and so on. The daemon that holds the browser is started by the first run, and stays.",
@@ -97,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--reload", action="store_true", help="end the daemon and its own browser: the next run starts anew")
     parser.add_argument("--json", action="store_true", help="print doctor's findings as JSON")
     parser.add_argument("--name", metavar="NAME", help=f"the daemon's name (default: ${NAME}, then 'browser')")
+    tab = parser.add_mutually_exclusive_group()
+    tab.add_argument("--new-tab", action="store_true", help="begin in a new tab, and close it at the end")
+    tab.add_argument("--tab", metavar="WHICH", help="begin in this tab: current, an id, or a part of its URL")
+    tab.add_argument("--tab-name", metavar="TAB", help=f"begin in the tab of this name (default: ${TAB_NAME}); it stays")
+    parser.add_argument("--keep-tab", action="store_true", help="keep a tab that is opened for this run: the next begins there")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("file", nargs="?", metavar="FILE", help="run the program in this file; - is standard input, as is none")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="what the program finds in sys.argv")
@@ -106,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return what is for this command, and the words behind -c CODE, which are the program's own whatever they look like."""
     for place, word in enumerate(arguments):
-        if place and arguments[place - 1] == "--name":
+        if place and arguments[place - 1] in ("--name", "--tab", "--tab-name"):
             continue
         if word.startswith("-c"):
             end = place + (2 if word == "-c" else 1)
@@ -135,7 +142,7 @@ def _run(options: argparse.Namespace) -> int:
         except OSError as error:
             _print_error(f"{options.file} can't be read: {error.strerror}")
             return 2
-    _connect()
+    _connect(options)
     _escape_other_tracebacks()
     program = ModuleType("__main__")
     program.__dict__.update({helper: getattr(helpers, helper) for helper in helpers.__all__})
@@ -209,14 +216,18 @@ def _escape_other_tracebacks() -> None:
     sys.unraisablehook = print_unraisable
 
 
-def _connect() -> None:
-    """Be sure that the daemon runs, and say so if that takes long."""
+def _connect(options: argparse.Namespace) -> None:
+    """Be sure that the daemon runs, and say so if that takes long; be in the tab that is asked for."""
     hint = f"starting {daemon_name()} and its browser; if a browser asks whether it may be controlled, click Allow"
     timer = threading.Timer(_SILENCE, _print_error, [hint])
     timer.daemon = True
     timer.start()
     try:
         helpers.connect()
+        begin = {"new": options.new_tab, "tab": options.tab, "name": options.tab_name, "keep": options.keep_tab}
+        if any(begin.values()):
+            helpers.default_tab.begin = {key: value for key, value in begin.items() if value}
+            helpers.default_tab.enter()
     finally:
         timer.cancel()
 
@@ -294,6 +305,7 @@ def _print_error(text: str) -> None:
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        # As for a script: `python -m` puts the current directory first, and what is imported later must not come from there.
-        sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+        # `python -m` puts the current directory first, and what is imported later must not come from there. Not our own
+        # directory either, as for a script: it has modules with the names of others.
+        sys.path[0] = os.path.dirname(_PACKAGE[:-1])
     sys.exit(main())

@@ -6,6 +6,7 @@ RemoteError (of harness_ipc)
     ├── BrowserLost       ConnectionError         the browser went away: what was in flight may have run
     ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
     ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
+    ├── TabInUse          BlockingIOError         another process is in the tab of that name: nothing ran
     ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
     ├── EventsDropped                             events of a stream were not read in time: it goes on
     ├── LoginFailed       PermissionError         a server has refused the user and the password
@@ -56,6 +57,10 @@ class BrowserTimeout(BrowserError, TimeoutError):
 
 class TabClosed(BrowserError, LookupError):
     """The tab of the request's session is gone. The request did not run."""
+
+
+class TabInUse(BrowserError, BlockingIOError):
+    """Another process is in the tab of that name. ``data["pid"]`` is its process id, or None. Nothing was done."""
 
 
 class DialogOpen(BrowserError):
@@ -123,6 +128,7 @@ _CLASSES = {
         BrowserLost,
         BrowserTimeout,
         TabClosed,
+        TabInUse,
         DialogOpen,
         EventsDropped,
         LoginFailed,

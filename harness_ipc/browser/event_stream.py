@@ -26,9 +26,6 @@ def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
     keeps an event until it was received: one that raises loses none.
     """
     check_seconds("timeout", timeout)
-    if tab.session is None:
-        # To be in a tab: without one, the events of all tabs are meant.
-        tab.request({"meta": "session"}, timeout=timeout)
     events: list[dict[str, Any]] = []
     request: dict[str, Any] = {"meta": "drain_events", "delivered": 0}
     while True:
@@ -66,8 +63,6 @@ class EventStream:
     """The events of a tab: an iterator, and a context manager that closes it."""
 
     def __init__(self, tab: Tab, methods: tuple[str, ...], timeout: float | None) -> None:
-        if tab.session is None:
-            tab.request({"meta": "session"})
         message = {"meta": "events", "methods": list(methods), "timeout": timeout}
         # The daemon keeps the time.
         self._items = tab.stream(message, timeout=inf if timeout is None else timeout + TIMEOUT)

@@ -7,8 +7,11 @@ what runs out is `BrowserTimeout` or `DaemonTimeout`, both `TimeoutError`.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 
+from . import TAB_NAME, TIMEOUT
 from .arguments import check_seconds
 from .errors import (
     BrowserError,
@@ -25,8 +28,10 @@ from .errors import (
     JavaScriptError,
     LoginFailed,
     TabClosed,
+    TabInUse,
 )
-from .tab import START_TIMEOUT, Browser, Tab
+from .place import START_TIMEOUT, Place
+from .tab import Browser, Tab
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +58,7 @@ __all__ = [
     "JavaScriptError",
     "LoginFailed",
     "TabClosed",
+    "TabInUse",
     "capture_screenshot",
     "cdp",
     "click",
@@ -91,7 +97,46 @@ __all__ = [
     "wait_for_load",
 ]
 
-_tab = Tab(Browser())
+
+class _DefaultTab(Tab):
+    """The tab of the process, and for each thread that has opened or switched to one, its own from then on."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+        super().__init__(Browser())
+
+    @property
+    def begin(self) -> dict[str, Any]:
+        """The tab that the process asked for, or the one that is named by the variable `BU_TAB_NAME`."""
+        name = os.environ.get(TAB_NAME)
+        return self._begin or ({"name": name} if name else {})
+
+    @begin.setter
+    def begin(self, wanted: dict[str, Any]) -> None:
+        self._begin = wanted
+
+    @property
+    def _place(self) -> Place | None:
+        return getattr(self._of_thread, "place", None) or self._of_process
+
+    @_place.setter
+    def _place(self, place: Place | None) -> None:
+        if hasattr(self._of_thread, "place"):
+            self._of_thread.place = place
+        else:
+            self._of_process: Place | None = place
+
+    def move(self, wanted: dict[str, Any], *, timeout: float = TIMEOUT) -> Place:
+        """Go to another tab: a thread that is not the main one has a tab of its own from then on."""
+        check_seconds("timeout", timeout)
+        if threading.current_thread() is not threading.main_thread() and not hasattr(self._of_thread, "place"):
+            self.browser.connect()
+            place = self._of_thread.place = self.browser.connection.enter({**self._who, "own": False, **wanted}, timeout)
+            return place
+        return super().move(wanted, timeout=timeout)
+
+
+default_tab = _DefaultTab()
 
 
 class _Helper:
@@ -102,7 +147,7 @@ class _Helper:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        method: Callable[..., Any] = getattr(_tab, self.__name__)
+        method: Callable[..., Any] = getattr(default_tab, self.__name__)
         return method
 
     @property
@@ -173,12 +218,12 @@ def connect(*, timeout: float = START_TIMEOUT) -> Client:
 
     Raises what `Browser.connect` does.
     """
-    return _tab.browser.connect(timeout=timeout)
+    return default_tab.browser.connect(timeout=timeout)
 
 
 def disconnect() -> None:
-    """Close this process's connection, if there is one: the next helper opens another."""
-    _tab.browser.disconnect()
+    """Leave the tabs, and close this process's connection, if there is one: the next helper opens another."""
+    default_tab.browser.close()
 
 
 def wait(seconds: float = 1.0) -> None:

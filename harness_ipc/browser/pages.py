@@ -99,22 +99,33 @@ def current_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str]:
     return {key: reply[key] for key in ("targetId", "url", "title")}
 
 
-def switch_tab(tab: Tab, target: str | dict[str, str], *, timeout: float = TIMEOUT) -> str:
-    """Go on in another tab, and show it. Processes that start later begin there, too. Return its session.
+def switch_tab(tab: Tab, target: str | dict[str, str], *, activate: bool = True, timeout: float = TIMEOUT) -> str:
+    """Go on in another tab, and show it unless `activate` is False. Return its session.
+
+    A process that starts later begins there, if nobody is in it then. One with a tab name moves the name instead, and a thread
+    that is not the main one has a tab of its own from then on.
 
     `target` is a targetId, or what `list_tabs` and `current_tab` give. Raises `TabClosed` if there is no such tab.
     """
-    target_id = _target_id("switch_tab", target)
-    session = _enter(tab, target_id, timeout)
-    tab.cdp("Target.activateTarget", targetId=target_id, timeout=timeout)
-    return session
+    wanted = {"target_id": _target_id("switch_tab", target), "activate": activate, "switch": True}
+    return tab.move(wanted, timeout=timeout).session
 
 
-def new_tab(tab: Tab, url: str = "about:blank", *, timeout: float = TIMEOUT) -> str:
-    """Open a tab, go on in it as with `switch_tab`, and return its targetId. Raises what `goto_url` does."""
+def new_tab(
+    tab: Tab,
+    url: str = "about:blank",
+    *,
+    isolated: bool = False,
+    background: bool = False,
+    timeout: float = TIMEOUT,
+) -> str:
+    """Open a tab, go on in it as with `switch_tab`, and return its targetId. It stays when the process ends.
+
+    It is `isolated` if it has cookies and storage of its own, until it and the tabs that it opens are closed. In the
+    `background` the browser goes on to show the tab that it shows. Raises what `goto_url` does.
+    """
     check_url("new_tab", url)
-    target: str = tab.cdp("Target.createTarget", url="about:blank", timeout=timeout)["targetId"]
-    _enter(tab, target, timeout)
+    target = tab.move({"new": True, "isolated": isolated, "background": background, "switch": True}, timeout=timeout).target
     if url != "about:blank":
         # Not with its creation: then the empty document could be taken for the page.
         tab.goto_url(url, timeout=timeout)
@@ -122,15 +133,16 @@ def new_tab(tab: Tab, url: str = "about:blank", *, timeout: float = TIMEOUT) -> 
 
 
 def close_tab(tab: Tab, target: str | dict[str, str] | None = None, *, timeout: float = TIMEOUT) -> None:
-    """Close a tab: the one that this process is in, if none is given. It then is in the daemon's tab.
+    """Close a tab: the one that this process is in, if none is given. It then begins anew with its next helper.
 
     Raises `CDPError` if there is no such tab.
     """
-    named = None if target is None else _target_id("close_tab", target)
-    own = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
-    target_id = named or own
+    if target is not None:
+        target_id = _target_id("close_tab", target)
+    else:
+        target_id = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
     tab.cdp("Target.closeTarget", targetId=target_id, timeout=timeout)
-    if target_id == own:
+    if tab.place is not None and tab.place.target == target_id:
         tab.leave()
 
 
@@ -164,10 +176,6 @@ def iframe_target(tab: Tab, url_part: str, *, timeout: float = TIMEOUT) -> str |
             if root in (page, target):
                 return str(target)
     return None
-
-
-def _enter(tab: Tab, target_id: str, timeout: float) -> str:
-    return str(tab.request({"meta": "set_session", "target_id": target_id}, timeout=timeout)["session_id"])
 
 
 def _target_id(helper: str, target: str | dict[str, str]) -> str:

@@ -125,8 +125,8 @@ class Sessions(Part):
         await self.app.connection.call("Target.setDiscoverTargets", {"discover": True})
 
     async def attach_a_page(self) -> str:
-        """Make a session of a real page the default: of an empty one, or of a new one, if there is no other."""
-        pages = [info for info in await self.targets() if info["type"] == "page"]
+        """Make a session of a real page the default: of an empty one, or of a new one, if there is no other that is free."""
+        pages = [info for info in await self.targets() if info["type"] == "page" and self._is_free(info)]
         real = [info for info in pages if not info["url"].startswith(INTERNAL)]
         blank = [info for info in pages if info["url"] == _BLANK]
         if chosen := [*real, *blank][:1]:
@@ -136,6 +136,18 @@ class Sessions(Part):
         self.default = await self.attach(target)
         logger.info("attached to tab %s", target)
         return self.default
+
+    def _is_free(self, page: Message) -> bool:
+        """Return whether a page is nobody's: no client's, and no other program's, such as another daemon on this browser."""
+        target = page["targetId"]
+        foreign = page.get("attached") and self.app.own_browser is None and not any(self.of_target(target))
+        return not foreign and self.app.tabs.is_free(target)
+
+    async def session_in(self, target: str) -> str:
+        """Return a session of a target. Raises `TabClosed` if there is none."""
+        async with self.app.reconnect_lock:
+            known = (number for number in self.of_target(target) if self._sessions[number].prepared)
+            return next(known, None) or await self.attach(target)
 
     async def attach(self, target: str) -> str:
         """Return a new session of a target. Raises `TabClosed` if there is none."""
@@ -192,12 +204,12 @@ class Sessions(Part):
             if target in self._crashed:
                 raise _page_crashed()
 
-    async def dismiss_dialog(self, target: str) -> None:
-        """Cancel the dialog that holds a target, if there is one."""
+    async def answer_dialog(self, target: str, *, accept: bool) -> None:
+        """Accept or cancel the dialog that holds a target, if there is one."""
         session = next(self.of_target(target), None)
         if target in self._dialogs and session is not None:
             with contextlib.suppress(CDPError):
-                await self.app.connection.call("Page.handleJavaScriptDialog", {"accept": False}, session=session)
+                await self.app.connection.call("Page.handleJavaScriptDialog", {"accept": accept}, session=session)
 
     def _forget_dialog(self, target: str) -> None:
         dialog = self._dialogs.pop(target, {})
@@ -255,9 +267,7 @@ class Sessions(Part):
         await self.app.connected()
         target = message.get("target_id")
         if isinstance(target, str) and not message.get("session_id"):
-            async with self.app.reconnect_lock:
-                known = (number for number in self.of_target(target) if self._sessions[number].prepared)
-                session = next(known, None) or await self.attach(target)
+            session = await self.session_in(target)
         else:
             if (named := named_session(message)) is None:
                 raise bad_request("set_session wants a session_id or a target_id")

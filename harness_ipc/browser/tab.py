@@ -7,76 +7,96 @@ first parameter: `Tab` has them as methods, and imports what `page_info` does no
 from __future__ import annotations
 
 import os
-import sys
-import threading
 
-from harness_ipc import Client, ClientClosed, ConnectionLost, DaemonNotRunning, RemoteError, connect_daemon
+from harness_ipc import RemoteError
 
-from . import BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, TIMEOUT, check_extra, daemon_name, is_ours, javascript, not_ours, pages
+from . import BROWSER_DOMAINS, LONGEST, TIMEOUT, daemon_name, javascript, pages
 from .arguments import check_seconds, check_text
 from .errors import CDPError, DialogOpen, TabClosed, from_reply
 from .own_imports import without_program_directory
+from .place import START_TIMEOUT, Connection, Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from typing import Any
+    from typing import Any, Self
+
+    from harness_ipc import Client
 
     from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, screenshot, snapshot
 
-# Seconds for the daemon to start, with a browser that starts or asks its user.
-START_TIMEOUT = 60.0
 # Seconds that the daemon gets beyond a timeout, which it keeps itself and knows more about.
 _GRACE = 2.0
 
 
-def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
-    """Be sure that the browser's daemon `name` runs. Raises what `harness_ipc.ensure_daemon` does."""
-    # Not needed by a process that finds the daemon.
-    from harness_ipc import ensure_daemon
-
-    check_extra()
-    # -P: `python -m` would import from the current directory first.
-    ensure_daemon(name, [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
-
-
 class Browser:
-    """This process's connection to the browser's daemon, made when it is first needed. A forked child opens its own."""
+    """The browser of a daemon: `new_tab` and `tab` give its tabs. A forked child opens a connection and tabs of its own.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._client: Client | None = None
-        self._process = 0
+    ```python
+    with Browser() as browser, browser.new_tab("https://example.org") as tab:
+        print(tab.page_info()["title"])
+    ```
+
+    `name` is the daemon's, which is started when it is first needed: by default what the variable `BU_NAME` says when it is.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name
+        self._connection = Connection()
+
+    @property
+    def connection(self) -> Connection:
+        """The connection of this process, which may not be made yet."""
+        if self._connection.pid != os.getpid():
+            self._connection = Connection()
+        return self._connection
 
     def connect(self, *, timeout: float = START_TIMEOUT) -> Client:
-        """Return the connection, and start the daemon if it does not run.
+        """Return the client of the daemon, which is started if it does not run.
 
         Raises `StartFailed` (of harness_ipc) with the reason, `IncompatibleDaemon` if it is another program's, and what
         `ensure_daemon` does.
         """
-        with self._lock:
-            if self._client is not None and self._process == os.getpid() and self._client.name == daemon_name():
-                return self._client
-            name = daemon_name()
-            with without_program_directory():
-                try:
-                    client = connect_daemon(name, max_message=MAX_MESSAGE)
-                except (DaemonNotRunning, ConnectionLost):
-                    # Lost, if one is just dying: nothing was sent yet.
-                    start_daemon(name, timeout=timeout)
-                    client = connect_daemon(name, max_message=MAX_MESSAGE)
-            if not is_ours(client.app_version):
-                client.close()
-                raise not_ours(name)
-            self._client, self._process = client, os.getpid()
-            return client
+        return self.connection.connect(self._name or daemon_name(), timeout)
 
-    def disconnect(self) -> None:
-        """Close the connection, if there is one: the next request opens another."""
-        with self._lock:
-            client, self._client = self._client, None
-        if client is not None and self._process == os.getpid():
-            client.close()
+    def new_tab(self, url: str = "about:blank", *, isolated: bool = False, background: bool = False, keep: bool = False) -> Tab:
+        """Open a tab for this process, and return it: it is closed by its `close`, by ours, and when this process has ended.
+
+        It is `isolated` if it has cookies and storage of its own; in the `background` the browser goes on to show the tab that
+        it shows; one that is to `keep` stays. Raises what `goto_url` does.
+        """
+        tab = Tab(self, {"new": True, "isolated": isolated, "background": background, "keep": keep, "alone": True})
+        tab.enter()
+        if url != "about:blank":
+            tab.goto_url(url)
+        return tab
+
+    def tab(self, name: str) -> Tab:
+        """Return the tab of that name, which is opened at its first use, and stays: see `--tab-name`.
+
+        Raises `TabInUse` if another process is in it.
+        """
+        tab = Tab(self, {"name": name})
+        tab.enter()
+        return tab
+
+    def tabs(self) -> list[Tab]:
+        """Return all tabs of the browser. This process is in one from its first request to it on, with others if they are."""
+        tab = Tab(self)
+        return [Tab(self, {"target_id": info["targetId"], "alone": True}) for info in tab.list_tabs()]
+
+    def close(self) -> None:
+        """Close the tabs that were opened for this process, and the connection. The next request opens another.
+
+        The daemon and its browser go on.
+        """
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Deferred:
@@ -137,52 +157,101 @@ if not TYPE_CHECKING:
 
 
 class Tab:
-    """A tab of the browser: the one that its first request is answered for, until `switch_tab` or `new_tab`."""
+    """A tab of the browser, for any number of threads: the one that its first request is answered for, until it moves.
 
-    def __init__(self, browser: Browser) -> None:
+    It moves by `switch_tab` and `new_tab`. `begin` says in which tab it begins: see `Tabs` of the daemon.
+    """
+
+    def __init__(self, browser: Browser, begin: dict[str, Any] | None = None) -> None:
         self.browser = browser
-        self._client: Client | None = None
-        self._session: str | None = None
+        self.begin = begin or {}
+        self._place: Place | None = None
 
     @property
-    def session(self) -> str | None:
-        """The session of the tab in the daemon, or None if no request was answered yet over this connection."""
-        return self._session if self._client is self.browser.connect() else None
+    def place(self) -> Place | None:
+        """Where it is, or None before its first request, after `leave`, and in a forked child."""
+        place = self._place
+        return place if place is not None and place.client is self.browser.connection.client else None
+
+    def enter(self, wanted: dict[str, Any] | None = None, *, timeout: float = TIMEOUT) -> Place:
+        """Return where it is: be in the tab that is `wanted`, or that it begins in, unless it is in one."""
+        self.browser.connect()
+        if (place := self.place) is None:
+            with self.browser.connection.lock:
+                if (place := self.place) is None:
+                    place = self._enter(self.begin if wanted is None else wanted, timeout)
+        return place
+
+    def _enter(self, wanted: dict[str, Any], timeout: float) -> Place:
+        self._place = place = self.browser.connection.enter(wanted, timeout)
+        return place
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        """What it asks for in whatever tab it is."""
+        return {key: value for key, value in self.begin.items() if key in ("name", "alone")}
+
+    def move(self, wanted: dict[str, Any], *, timeout: float = TIMEOUT) -> Place:
+        """Go to another tab, and return where it is now. Raises `TabClosed` if it can't be had."""
+        check_seconds("timeout", timeout)
+        if (place := self.place) is None:
+            return self.enter({**self._who, "own": False, **wanted}, timeout=timeout)
+        try:
+            place.update(self._ask({"meta": "move_tab", "place": place.number, **wanted}, timeout))
+        except TabClosed:
+            if place.is_known:
+                raise
+            return self._enter({**self._who, "own": False, **wanted}, timeout)
+        return place
 
     def leave(self) -> None:
-        """Be in no tab: the next request is for the daemon's."""
-        self._session = None
+        """Be in no tab; close one that was opened for this process. The next request begins anew, but not where this did."""
+        place, self._place = self.place, None
+        self.begin = self._who
+        if place is not None:
+            self.browser.connection.leave(place)
+
+    def close(self) -> None:
+        """Leave the tab. One of `Browser.new_tab` is closed, unless it is to keep; one with a name stays."""
+        self.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def request(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> dict[str, Any]:
         """Ask the daemon one thing, and return its reply: ``{"method", "params", "session_id"}``, or ``{"meta": verb}``.
 
-        A request that names no session is for this tab. Raises what `errors` lists for a reply with an error; `ConnectionLost`
-        if the daemon goes away, and then nothing is repeated: the next request finds or starts another.
+        A request that names no session is for this tab; one for the browser's tabs (``Target.…``) is for none. Raises what
+        `errors` lists for a reply with an error; `ConnectionLost` if the daemon goes away and this may have run. A daemon that
+        went before is started again.
         """
         check_seconds("timeout", timeout)
-        client = self.browser.connect()
-        if client is not self._client:
-            self._client, self._session = client, None
-        request = {"timeout": min(timeout, LONGEST), **message}
-        ours = not message.get("session_id")
-        # Without a session, those domains are the browser's own.
-        is_browsers = message.get("meta") == "set_session" or str(message.get("method", "")).startswith(BROWSER_DOMAINS)
-        if ours and self._session is not None and not is_browsers:
-            request["session_id"] = self._session
+        if message.get("session_id") or str(message.get("method")).startswith(BROWSER_DOMAINS):
+            return self._ask(message, timeout)
+        place = self.enter(timeout=timeout)
         try:
-            reply = client.request(request, timeout=timeout + _GRACE)
-        except (ClientClosed, ConnectionLost, DaemonNotRunning):
-            self.browser.disconnect()
-            raise
+            reply = self._ask({**message, "session_id": place.session}, timeout)
+        except TabClosed:
+            if place.is_known:
+                # Raised once, so that nothing goes to another tab unseen.
+                self.leave()
+                raise
+            # Another daemon runs, and this did not: back into the tab, if it is still there.
+            place = self._enter({**self._who, "again": place.target, "own": place.own}, timeout)
+            reply = self._ask({**message, "session_id": place.session}, timeout)
+        # Ours, or the one that took its place.
+        place.session = reply.get("session_id") or place.session
+        return reply
+
+    def _ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+        request = {"timeout": min(timeout, LONGEST), **message}
+        self.browser.connect()
+        reply = self.browser.connection.ask(request, timeout + _GRACE)
         if "error" in reply:
-            error = from_reply(reply["error"])
-            if isinstance(error, TabClosed) and ours:
-                # Raised once, so that nothing goes to another tab unseen. From now on, the daemon's tab is ours.
-                self._session = None
-            raise error
-        if ours and reply.get("session_id"):
-            # Ours, or the one that took its place.
-            self._session = reply["session_id"]
+            raise from_reply(reply["error"])
         return reply
 
     def stream(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> Generator[Any]:
@@ -191,12 +260,11 @@ class Tab:
         Closing the generator tells the daemon to end the stream. Raises what `request` does.
         """
         check_seconds("timeout", timeout)
-        client = self.browser.connect()
         params = {name: value for name, value in message.items() if name != "meta"}
-        if params.get("session_id") is None and client is self._client and self._session is not None:
-            params["session_id"] = self._session
+        if not params.get("session_id"):
+            params["session_id"] = self.enter(timeout=timeout).session
         try:
-            with client.stream(message["meta"], params, timeout=timeout) as items:
+            with self.browser.connect().stream(message["meta"], params, timeout=timeout) as items:
                 yield from items
         except RemoteError as error:
             raise from_reply({"type": error.type, "message": error.message, "data": error.data}) from None

@@ -428,9 +428,7 @@ def test_the_last_500_events_are_kept(client: Client) -> None:
     evaluate(client, "for (let i = 1000; i < 1400; i++) console.log(i)", two)
     reply = client.request({"meta": "drain_events"})
     assert len(reply["events"]) == 500
-    # The browser may have had something to say of its tabs meanwhile.
-    others = 500 - len(logged(reply))
-    assert logged(reply) == [*range(600 + others, 700), *range(1000, 1400)]
+    assert logged(reply) == [*range(600, 700), *range(1000, 1400)]
     assert client.request({"meta": "drain_events", "session_id": one}) == {"events": []}
     assert_serves(client)
 
@@ -876,11 +874,10 @@ def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: 
         assert_serves(successor)
 
 
-def test_a_helper_whose_daemon_was_killed_says_so_and_the_next_one_starts_another(own: Client) -> None:
+def test_a_helper_whose_daemon_was_killed_starts_another_and_goes_on(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill_daemon(own.pid)
-    with pytest.raises((ConnectionLost, DaemonNotRunning)):
-        helpers.js(COUNT)
+    # In the tab in which it was.
     assert helpers.js(COUNT) == 2
     with connected() as successor:
         assert_serves(successor)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from harness_ipc.browser import helpers
 from harness_ipc.browser.helpers import DialogOpen, ElementNotFound, _send, cdp, handle_dialog, js, new_tab, snapshot
 from tests.browser.conftest import harness_browser
 from tests.browser.site import Site, visit
@@ -98,7 +99,8 @@ def test_a_node_keeps_its_reference(page: str, site: Site) -> None:
 
 def test_a_later_command_understands_a_reference(page: str, site: Site) -> None:
     name = reference(show(site, "<button>One</button>"), "One")
-    # Of the tab that was switched to last.
+    # It begins in the tab that was switched to last, once nobody is in it.
+    helpers.disconnect()
     run = harness_browser("-c", "print(snapshot())")
     assert (run.stderr, reference(run.stdout, "One")) == ("", name)
 

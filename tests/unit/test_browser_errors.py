@@ -27,6 +27,7 @@ from harness_ipc.browser.errors import (
     JavaScriptError,
     LoginFailed,
     TabClosed,
+    TabInUse,
     from_reply,
 )
 
@@ -38,6 +39,7 @@ INSTANCES: list[BrowserError] = [
     BrowserLost("text"),
     BrowserTimeout("text"),
     TabClosed("text"),
+    TabInUse("text", pid=7),
     DialogOpen("text", dialog={"type": "alert", "message": "Grüße"}, ran=False),
     EventsDropped("text", count=3),
     LoginFailed("text", login={"origin": "http://127.0.0.1", "realm": "x"}),
