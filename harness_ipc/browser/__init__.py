@@ -3,13 +3,14 @@
     from harness_ipc.browser.helpers import *
 
 `helpers` are the functions of a default `tab.Tab`, whose modules (`pages`, `javascript`, `keyboard`, `mouse`, `dialogs`,
-`screenshot`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are imported when needed. `daemon` holds the
-browser and routes requests and events to its parts (`part` is what they have in common): `sessions`, `logins`, `gone`, `tabs`,
-`events`, and `accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it
-(`matching`) and keeps `references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its
-address), `launcher` starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has
-what can go wrong, `cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and
-`doctor` says what is wrong. It uses the public API alone.
+`cookies`, `http`, `downloads`, `screenshot` with `png`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are
+imported when needed; `arguments` says which can't be used. `daemon` holds the browser and routes requests and events to its
+parts (`part` is what they have in common): `sessions`, `logins`, `gone`, `tabs`, `events`, `download_events`, and
+`accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it (`matching`) and keeps
+`references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its address), `launcher`
+starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong,
+`cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what
+is wrong. It uses the public API alone.
 """
 
 from __future__ import annotations
