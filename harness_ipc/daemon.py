@@ -66,7 +66,7 @@ def run_daemon(
     grace_period: float = GRACE_PERIOD,
     cancel_on_disconnect: bool = True,
     on_ready: Callable[[DaemonServer], None] | None = None,
-    on_drain: Callable[[], None] | None = None,
+    on_drain: Callable[[], object] = lambda: None,
     acquired: AcquiredDaemon | None = None,
     namespace: Namespace | None = None,
 ) -> None:
@@ -74,17 +74,15 @@ def run_daemon(
 
     `app` is a `Service`, an `App`, or an async function from a message to a reply. The log is the file `log_path`; in a
     terminal it goes to standard error too, unless the program has set up logging. `on_ready` is called in the loop once clients
-    can connect, `on_drain` when the daemon begins to drain: to end streams that would last as long as their clients like, and
-    for which the drain would wait `grace_period` seconds. `acquired` is what `acquire_daemon` yielded, for a program that has
-    to do slow things before it has an app. `namespace` is where the daemon is: by default where the `ensure_daemon` that
-    started it looks for it. The other arguments are those of `start_daemon_server`.
+    can connect, `on_drain` when the daemon begins to drain: to end streams that last as long as their clients like. `acquired`
+    is what `acquire_daemon` yielded, for a program that has to do slow things before it has an app. `namespace` is where the
+    daemon is: by default where the `ensure_daemon` that started it looks for it. The other arguments are those of
+    `start_daemon_server`. A daemon that `ensure_daemon` started without `cwd=` changes to a directory that nobody removes
+    (``/``), once `sys.path` is absolute.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
     `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
     imports. A clean end returns.
-
-    A daemon that `ensure_daemon` started without `cwd=` changes to a directory that nobody removes (``/``), once `sys.path` is
-    absolute.
     """
     application = check_app(app)
     _check_context(acquired)
@@ -116,8 +114,7 @@ def run_daemon(
                 on_ready(server)
             await _stop_or_idle(server, stop, idle_timeout)
             logger.info("draining")
-            if on_drain is not None:
-                on_drain()
+            on_drain()
 
     async def main() -> None:
         stop = asyncio.Event()

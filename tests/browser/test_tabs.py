@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from harness_ipc.browser.helpers import (
     switch_tab,
 )
 from tests.browser.conftest import harness_browser
+from tests.browser.others import other_browser
 from tests.browser.site import Site
 from tests.support.processes import PATIENCE, wait_until
 
@@ -163,9 +167,6 @@ def test_a_named_tab_that_was_closed_is_opened_anew(free: str) -> None:
 @contextlib.contextmanager
 def spawned(program: str, **environment: str) -> Any:
     """A process that runs the program, and the first line that it prints."""
-    import os
-    import subprocess
-
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
@@ -303,3 +304,31 @@ def test_a_closed_tab_is_told_once(page: str) -> None:
     with pytest.raises(TabClosed):
         page_info()
     assert here() != mine
+
+
+# Several daemons on the browser of a user.
+
+
+GOES_ON = """
+from harness_ipc.browser.helpers import *
+goto_url("data:text/html,<title>mine</title>"); print(current_tab()["targetId"], flush=True)
+import sys; sys.stdin.readline()
+print(current_tab()["targetId"], page_info()["title"], flush=True)
+"""
+
+
+def test_daemons_on_one_browser_have_tabs_of_their_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    with other_browser(fresh) as browser:
+        monkeypatch.setenv("BU_CDP_URL", browser.url)
+        (users,) = browser.tabs()
+        assert where("--name", "one") == users
+        second = where("--name", "two")
+        assert second != users == where("--name", "one")
+        with spawned(GOES_ON, BU_NAME="one", BU_TAB_NAME="work") as (process, tab):
+            assert tab not in (users, second)
+            # It does not wait for those who are in a tab.
+            assert harness_browser("--name", "one", "--reload").stderr == ""
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"{tab} mine\n"
+        assert {users, second} <= set(browser.tabs())
