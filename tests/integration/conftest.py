@@ -10,6 +10,7 @@ import pytest
 import harness_ipc._server.server
 from tests.support.managed import end_daemons
 from tests.support.marks import needs_posix
+from tests.support.processes import DaemonProcess, serves, spawn_daemon
 
 
 @pytest.fixture
@@ -17,6 +18,14 @@ def base(private_directories: Path) -> Iterator[Path]:
     """Give the directory above the runtime directory, and end the test's daemons."""
     yield private_directories
     end_daemons(private_directories)
+
+
+@pytest.fixture
+def daemon() -> Iterator[DaemonProcess]:
+    """The daemon `test`, which must serve at the end."""
+    with spawn_daemon("test") as daemon:
+        yield daemon
+        assert serves()
 
 
 @pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "pump"])

@@ -31,7 +31,7 @@ from harness_ipc import (
 from harness_ipc._protocol.handshake import role_key
 from harness_ipc._registry import records
 from tests.support.marks import needs_posix, needs_root
-from tests.support.processes import PATIENCE, App, DaemonProcess, spawn_daemon, spawn_python
+from tests.support.processes import PATIENCE, App, DaemonProcess, serves, spawn_daemon, spawn_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,7 +106,7 @@ def main(verb: str, *arguments: str) -> None:
 def daemon() -> Iterator[DaemonProcess]:
     with spawn_daemon(NAME, handshake_timeout=3600) as process:
         yield process
-        assert request(NAME, {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+        assert serves(NAME)
         assert process.process.poll() is None
 
 

@@ -24,11 +24,10 @@ from harness_ipc import (
     ResourceExhausted,
     _aclient,
     aconnect_daemon,
-    request,
 )
 from tests.support import scripted
 from tests.support.marks import needs_posix
-from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, stopped, wait_until
 from tests.support.scripted import Served
 
 # It does not end by itself while a test runs.
@@ -41,18 +40,6 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "threads":
         monkeypatch.setattr(_aclient, "_LOOP_IO", None)
     return str(request.param)
-
-
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
-    """A daemon that must serve at the end."""
-    with spawn_daemon("test") as daemon:
-        yield daemon
-        assert serves()
-
-
-def serves() -> bool:
-    return request("test", {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def run(main: Callable[[AsyncClient], Awaitable[None]], *, refuse_threads: bool = True) -> None:

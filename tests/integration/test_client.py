@@ -40,23 +40,11 @@ from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._protocol.handshake import Keys, ServerHandshake
 from tests.support import scripted
 from tests.support.marks import needs_posix
-from tests.support.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, run_python, serves, spawn_daemon, spawn_python, wait_until
 from tests.support.scripted import Generation
 
 # What takes so long does not end by itself while a test runs.
 NEVER = 3600.0
-
-
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
-    """A daemon that must serve at the end."""
-    with spawn_daemon("test") as daemon:
-        yield daemon
-        assert serves()
-
-
-def serves() -> bool:
-    return request("test", {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def begun(tag: str) -> bool:

@@ -42,6 +42,7 @@ from tests.support.processes import (
     DaemonProcess,
     run_python,
     runtime_files,
+    serves,
     spawn_daemon,
     spawn_python,
     wait_until,
@@ -109,10 +110,6 @@ def spawn_app(app: str, *, until: str = "ready", **options: Any) -> Iterator[Dae
     with spawn_python("-m", "tests.integration.test_daemon", app, json.dumps(options)) as daemon:
         assert daemon.read_line() == until
         yield daemon
-
-
-def serves(name: str = "test") -> bool:
-    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def assert_clean() -> None:

@@ -29,7 +29,7 @@ from harness_ipc import (
 from harness_ipc._registry import records
 from tests.support import scripted
 from tests.support.marks import needs_linux, needs_posix
-from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, stopped
+from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ def times_out(seconds: float = TIMEOUT) -> Iterator[None]:
 def daemon() -> Iterator[DaemonProcess]:
     with spawn_daemon("late") as process:
         yield process
-        assert request("late", {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+        assert serves("late")
 
 
 async def aconnect() -> None:

@@ -32,15 +32,21 @@ from harness_ipc import (
 )
 from harness_ipc._registry import records
 from tests.support.marks import needs_linux, needs_posix
-from tests.support.processes import PATIENCE, App, DaemonProcess, run_python, runtime_files, spawn_daemon, stopped, wait_until
+from tests.support.processes import (
+    PATIENCE,
+    App,
+    DaemonProcess,
+    run_python,
+    runtime_files,
+    serves,
+    spawn_daemon,
+    stopped,
+    wait_until,
+)
 
 NEVER = 3600.0
 # On Windows a pipe has no file.
 SOCKETS = 1 if os.name == "posix" else 0
-
-
-def serves(name: str = "test") -> bool:
-    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def log() -> Any:

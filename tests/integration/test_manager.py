@@ -45,13 +45,12 @@ from tests.support.managed import (
     command,
     ensure,
     in_thread,
-    serves,
     started,
     the_log,
     waits_for_go,
 )
 from tests.support.marks import needs_posix
-from tests.support.processes import PATIENCE, spawn_daemon, stopped, wait_until
+from tests.support.processes import PATIENCE, serves, spawn_daemon, stopped, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

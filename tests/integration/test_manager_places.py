@@ -40,12 +40,11 @@ from tests.support.managed import (
     end_daemons,
     ensure,
     live_processes,
-    serves,
     started,
     the_log,
 )
 from tests.support.marks import needs_posix, needs_root
-from tests.support.processes import PATIENCE, DaemonProcess, spawn_python, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_python, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

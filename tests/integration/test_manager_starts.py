@@ -35,13 +35,12 @@ from tests.support.managed import (
     ensure,
     in_thread,
     live_processes,
-    serves,
     started,
     the_log,
     waits_for_go,
 )
 from tests.support.marks import needs_linux, needs_posix
-from tests.support.processes import PATIENCE, spawn_daemon, spawn_python, wait_until
+from tests.support.processes import PATIENCE, serves, spawn_daemon, spawn_python, wait_until
 
 pytestmark = pytest.mark.usefixtures("base")
 

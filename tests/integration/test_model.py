@@ -41,8 +41,8 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import files, records
-from tests.support.managed import command, ensure, kill_all, live_processes, serves, spawn_bystander
-from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, wait_until
+from tests.support.managed import command, ensure, kill_all, live_processes, spawn_bystander
+from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, wait_until
 
 # What hypothesis writes, it writes where nobody finds it.
 _HOME = tempfile.mkdtemp(prefix="hi-")

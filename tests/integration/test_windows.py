@@ -51,9 +51,9 @@ from harness_ipc._registry import files, records
 from harness_ipc._registry.lifetime import Registration
 from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import deadline_after, listen
-from tests.support.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, serves, the_log
+from tests.support.managed import AT_ONCE, assert_none_left, assert_one_daemon, at_once, command, ensure, the_log
 from tests.support.marks import needs_windows
-from tests.support.processes import PATIENCE, run_python, runtime_files, spawn_daemon, spawn_python, wait_until
+from tests.support.processes import PATIENCE, run_python, runtime_files, serves, spawn_daemon, spawn_python, wait_until
 from tests.support.wire import FrameConnection, dial_daemon
 
 if sys.platform == "win32":

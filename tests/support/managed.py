@@ -19,11 +19,10 @@ from harness_ipc import (
     ensure_daemon,
     identify,
     log_path,
-    request,
     stop_daemon,
 )
 from harness_ipc._registry import records
-from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, spawn_python, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, spawn_python, wait_until
 
 # Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
 AT_ONCE = 20.0
@@ -84,10 +83,6 @@ def command(name: str = "test", *words: str, first: str = "", then: str = "", op
 
 def ensure(name: str = "test", **changes: str) -> DaemonStatus:
     return ensure_daemon(name, command(name, **changes))
-
-
-def serves(name: str = "test") -> bool:
-    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def the_log(name: str = "test") -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from harness_ipc import current_request, run_daemon, runtime_dir
+from harness_ipc import current_request, request, run_daemon, runtime_dir
 from harness_ipc._registry import records
 
 # Far above what a start or an end takes on a loaded machine.
@@ -211,6 +211,11 @@ def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.01)
+
+
+def serves(name: str = "test") -> bool:
+    """Return whether the daemon, which is `App` or one like it, answers a request."""
+    return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def lives(pid: int) -> bool:
