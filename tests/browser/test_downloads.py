@@ -72,6 +72,13 @@ def test_tabs_have_downloads_of_their_own(page: str, site: Site, tmp_path: Path)
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_a_download_of_an_isolated_tab(page: str, site: Site, tmp_path: Path) -> None:
+    new_tab(f"{site.url}/", isolated=True)
+    with wait_for_download(tmp_path, timeout=PATIENCE):
+        save("report.csv")
+    assert os.listdir(tmp_path) == ["report.csv"]
+
+
 def test_nothing_is_left_and_nothing_stays_allowed(page: str, shared_browser: Path, site: Site, tmp_path: Path) -> None:
     visit(f"{site.url}/")
     with (

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from harness_ipc.browser.helpers import BrowserTimeout, CDPError, HTTPError, cookies, http_get, js, set_cookies
+from harness_ipc.browser.helpers import (
+    BrowserTimeout,
+    CDPError,
+    HTTPError,
+    cookies,
+    http_get,
+    js,
+    new_tab,
+    set_cookies,
+    switch_tab,
+)
 from tests.browser.site import Site, visit
 from tests.support.marks import needs_chromium
 from tests.support.processes import PATIENCE
@@ -179,6 +189,18 @@ def test_cookies_are_read_and_set_again(page: str, site: Site) -> None:
     assert [again[cookie["name"]] for cookie in saved] == saved
     set_cookies([{**cookie, "expires": 1} for cookie in saved])
     assert cookies() == []
+
+
+def test_an_isolated_tab_has_cookies_of_its_own(page: str, site: Site) -> None:
+    visit(f"{site.url}/")
+    set_cookies([{"name": "first", "value": "1"}])
+    new_tab(f"{site.url}/", isolated=True)
+    assert cookies(everywhere=True) == []
+    set_cookies([{"name": "second", "value": "2"}])
+    assert [cookie["name"] for cookie in cookies()] == ["second"]
+    switch_tab(page)
+    assert [cookie["name"] for cookie in cookies()] == ["first"]
+    set_cookies([{"name": "first", "value": "1", "expires": 1}])
 
 
 def test_cookies_that_can_not_be_set(page: str, site: Site) -> None:
