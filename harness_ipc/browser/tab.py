@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Seconds that the daemon gets beyond a timeout, which it keeps itself and knows more about.
 _GRACE = 2.0
 
+# Requests that do nothing to a page that is not the one of before.
+_GOES_ELSEWHERE = {"Page.navigate", "current_tab", "drain_events", "pending_dialog", "session"}
+
 
 class Browser:
     """The browser of a daemon: `new_tab` and `tab` give its tabs. A forked child opens a connection and tabs of its own.
@@ -240,7 +243,13 @@ class Tab:
                 self.leave()
                 raise
             # Another daemon runs, and this did not: back into the tab, if it is still there.
-            place = self._enter({**self._who, "again": place.target, "own": place.own}, timeout)
+            before = place.target
+            place = self._enter({**self._who, "again": before, "own": place.own}, timeout)
+            if place.target != before and not _GOES_ELSEWHERE & {message.get("method"), message.get("meta")}:
+                raise TabClosed(
+                    "the daemon was started again, and the tab of before is gone: nothing was done; the next request is for a "
+                    "new one, so go where you want to be with goto_url()"
+                ) from None
             reply = self._ask({**message, "session_id": place.session}, timeout)
         # Ours, or the one that took its place.
         place.session = reply.get("session_id") or place.session

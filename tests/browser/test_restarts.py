@@ -1,0 +1,43 @@
+"""A helper whose daemon was stopped goes on with the next one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness_ipc import stop_daemon
+from harness_ipc.browser import helpers
+from harness_ipc.browser.errors import TabClosed
+from tests.browser.others import other_browser
+from tests.support.marks import needs_chromium
+
+pytestmark = needs_chromium
+
+
+def test_the_tab_is_found_again_in_the_browser_of_others(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with other_browser(fresh) as theirs:
+        monkeypatch.setenv("BU_CDP_URL", theirs.url)
+        tab = helpers.current_tab()["targetId"]
+        helpers.js("window.kept = 42")
+        assert stop_daemon("browser")
+        assert helpers.js("window.kept") == 42
+        assert helpers.current_tab()["targetId"] == tab
+        stop_daemon("browser")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_tab_that_went_with_its_browser_is_told_before_another_is_touched() -> None:
+    helpers.js("window.kept = 42")
+    assert stop_daemon("browser")
+    with pytest.raises(TabClosed):
+        helpers.js("window.kept = 43")
+    assert helpers.js("window.kept") is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_after_a_restart_a_page_can_be_gone_to_at_once() -> None:
+    helpers.js("window.kept = 42")
+    assert stop_daemon("browser")
+    helpers.goto_url("data:text/html,<title>next</title>")
+    assert helpers.page_info()["title"] == "next"
