@@ -82,8 +82,9 @@ class Service(Dispatcher):
     run_daemon(Words(), "words")
     ```
 
-    Parameters are checked and converted by their annotations: see the README. A subclass may have `async def start(self)`,
-    called before anybody can find the daemon, `stop`, called after the last request, and `health`, which returns a dict.
+    Parameters are checked and converted by their annotations: see *Services* in the documentation. A subclass may have
+    `async def start(self)`, called before anybody can find the daemon, `stop`, called after the last request, and `health`,
+    which returns a dict.
 
     Making an object of a subclass raises `TypeError` for an annotation that can't be resolved, and for a method with the name
     of an attribute of this class.

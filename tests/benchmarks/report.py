@@ -48,6 +48,14 @@ LIMITS = (
     ),
     Limit("16 threads on one Client, of sleeps", "16 threads, 320 calls of 10 ms", OURS, "sleep", "at most", 1.5, 1.2),
 )
+# What the README shows, in plain words.
+README_RATIOS = {
+    "kept connection, of U's time": "a request on an open connection, of U's time",
+    "one shot, of U's time": "a request with a new connection, both sides authenticated, of U's time",
+    "8 clients, kept, of U's requests/s": "requests per second of eight clients, of U's",
+    "whole fresh process, of U's client": "a whole process that asks once, of U's client's time",
+    "kept connection, the fastest peer with the same job": "an open connection of the fastest peer with this job, of our time",
+}
 # Every peer that does the same job takes longer than we do.
 SLOWER = ("one shot", "kept connection")
 
@@ -133,6 +141,12 @@ def _shown(value: Any) -> str:
 def _table(head: list[str], body: Iterable[list[Any]]) -> list[str]:
     lines = [head, ["---"] * len(head), *([_shown(cell) for cell in cells] for cells in body)]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def readme_ratios(results: dict[str, Any]) -> str:
+    """Return the table of five ratios that the README shows."""
+    measured = {row["what"].partition(" (")[0]: row["measured"] for row in results["limits"]}
+    return "\n".join(_table(["", "ratio"], ([text, measured[what]] for what, text in README_RATIOS.items()))).rstrip("\n")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ def check_text(error: BaseException) -> None:
 
 
 def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCError] | None]:
-    """Return the frames in a stream and which error ends it, by the words of the README alone."""
+    """Return the frames in a stream and which error ends it, as the documented wire format says."""
     frames: list[bytes] = []
     stream = io.BytesIO(data)
     while len(head := stream.read(4)) == 4:

@@ -2,7 +2,8 @@
 
 ``python -m tests.windows 3.12 [-- PYTEST ARGUMENTS]`` sets up a Wine prefix and the interpreters in a cache folder (given by
 ``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from this side, since pip does not
-get out of Wine, and runs the suites. The README says what a pass proves. Wine has to be there: Debian's wine and wine64.
+get out of Wine, and runs the suites. It needs Debian's wine and wine64; what a pass proves
+is in docs/platforms.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there."""
+"""The snippets of the README and of docs/ are run, and tables are compared with the code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 
-from harness_ipc import Namespace, cli, ensure_daemon, errors, identify, ping, request
+from harness_ipc import Namespace, cli, ensure_daemon, errors, ping, request
 from harness_ipc.testing import RunningDaemon
 from tests.support.marks import needs_network, needs_posix
+from tests.support.pages import ALL_FILES, COMMANDS, FILES, OUTPUTS, PAGES, README, ROOT, page
 from tests.support.processes import PATIENCE, spawn_python, wait_until
 
-_ROOT = Path(__file__).parents[2]
-_README = (_ROOT / "README.md").read_text(encoding="utf-8")
-_FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", _README, re.DOTALL))
 _JSON_TYPES = {
     bool: "boolean",
     dict: "object",
@@ -32,12 +30,17 @@ _JSON_TYPES = {
     str: "string",
     type(None): "null",
 }
-_COMMANDS = dict(re.findall(r"<!-- (\w+) -->\n```sh\n(.*?)```", _README, re.DOTALL))
+# Its snippets are run by tests/browser/test_porting.py.
+_PORTING = "porting-browser-harness.md"
+# Run with a browser, in tests/browser.
+_WITH_BROWSER = {"visit.py"}
+# Imported or run by the tests of their own below.
+_TESTED_APART = {"ask.py", "careful.py", "index.py", "service.py", "test_texts.py", "texts.py", "wire.py", "words.py"}
 
 
 @pytest.fixture
 def snippets(tmp_path: Path, ipc_namespace: Namespace) -> Path:
-    for name, text in _FILES.items():
+    for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
 
@@ -52,36 +55,67 @@ def _run(script: Path) -> str:
 
 
 def test_every_python_block_is_a_file_that_a_test_runs() -> None:
-    assert _README.count("```python") == len(_FILES)
-    # visit.py is run where there is a browser, in tests/browser.
-    programs = [
-        "ask",
-        "careful",
-        "embedded",
-        "ensure",
-        "index",
-        "namespaces",
-        "service",
-        "test_words",
-        "visit",
-        "wire",
-        "words",
-    ]
-    assert sorted(_FILES) == [f"{program}.py" for program in programs]
-    assert sorted(_COMMANDS) == ["demo", "tests"]
-    assert _README.count("```sh") == len(_COMMANDS)
+    for path, text in PAGES.items():
+        if path.name == _PORTING:
+            continue
+        assert text.count("```python") == len(re.findall(r"<!-- file: \S+ -->\n```python", text)), path
+    assert OUTPUTS.keys() | _TESTED_APART | _WITH_BROWSER == FILES.keys()
 
 
-def test_a_server_and_a_client_have_under_fifteen_lines() -> None:
-    for name in ("service.py", "ask.py"):
-        assert len(_FILES[name].splitlines()) < 15
+def test_a_file_that_several_pages_show_is_the_same_in_all() -> None:
+    assert all(FILES[name] == text for name, text in ALL_FILES)
+
+
+@pytest.mark.parametrize("name", sorted(OUTPUTS))
+def test_a_program_prints_what_its_page_says(name: str, snippets: Path) -> None:
+    assert _run(snippets / name) == OUTPUTS[name]
+
+
+@needs_posix
+def test_shell_blocks_parse_and_name_commands_that_exist() -> None:
+    blocks = [block for text in PAGES.values() for block in re.findall(r"^```sh\n(.*?)```", text, re.DOTALL | re.MULTILINE)]
+    assert len(blocks) > len(COMMANDS)
+    for block in blocks:
+        subprocess.run(["/bin/sh", "-n"], input=block, text=True, check=True)
+    assert {verb for block in blocks for verb in re.findall(r"^harness-ipc (\w+)", block, re.MULTILINE)} <= _known_commands()
+
+
+def test_the_readme_is_short_and_has_the_two_set_up_commands() -> None:
+    assert README.stat().st_size <= 7 * 1024
+    assert sorted(COMMANDS) == ["demo", "tests"]
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    for path in (README, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "SECURITY.md"):
+        links = re.findall(r'(?:\]\(|srcset="|src=")(?!https?:|#)([^)#"]+)', path.read_text(encoding="utf-8"))
+        assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_tests_that_the_table_of_attackers_names_exist() -> None:
+    text = (ROOT / "tests" / "SECURITY.md").read_text(encoding="utf-8")
+    for folder, name in re.findall(r"`(?:(unit|browser)/)?(test_\w+\.py)`", text):
+        assert (ROOT / "tests" / (folder or "integration") / name).exists(), name
+    attackers = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)[2:]
+    assert [attacker for attacker in attackers if f"| {attacker} |" not in page("security.md")] == []
+
+
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import pictures
+    finally:
+        sys.path.pop(0)
+    for name, draw in pictures.PICTURES.items():
+        for theme in pictures.THEMES:
+            drawn = (ROOT / "docs" / "_static" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
+            assert drawn == draw(theme), f"python docs/pictures.py draws another {name}"
 
 
 def test_the_service_its_client_and_a_client_of_the_standard_library_alone(snippets: Path) -> None:
     with spawn_python(str(snippets / "service.py")) as daemon:
         wait_until(lambda: ping("words"))
         assert _run(snippets / "ask.py") == "4\n"
-        assert "harness_ipc" not in re.sub("harness-ipc/1", "", _FILES["wire.py"])
+        assert "harness_ipc" not in re.sub("harness-ipc/1", "", FILES["wire.py"])
         assert _run(snippets / "wire.py") == "{'result': 3}\n"
         assert request("words", {"meta": "shutdown"}) == {"shutdown": True}
         assert daemon.wait() == 0
@@ -90,7 +124,7 @@ def test_the_service_its_client_and_a_client_of_the_standard_library_alone(snipp
 def test_the_methods(snippets: Path, ipc_daemon: Callable[..., RunningDaemon]) -> None:
     (snippets / "a.txt").write_text("the quick brown fox", encoding="utf-8")
     counted = {"file": str(snippets / "a.txt"), "words": 4}
-    with ipc_daemon([sys.executable, str(snippets / "words.py")], "words").connect(request_timeout=PATIENCE) as client:
+    with ipc_daemon([sys.executable, str(snippets / "texts.py")], "texts").connect(request_timeout=PATIENCE) as client:
         assert client.call("split", text="a b c", most=1) == ["a", "b c"]
         assert client.call("count", file=snippets / "a.txt") == counted
         assert list(client.stream("reindex", folder=snippets)) == [counted]
@@ -108,25 +142,12 @@ def test_the_object_app(snippets: Path) -> None:
             assert daemon.wait() == 0
 
 
-def test_the_embedded_server(snippets: Path) -> None:
-    assert _run(snippets / "embedded.py") == "{'text': 'hello'}\n"
-
-
 def test_the_careful_client(snippets: Path) -> None:
     assert _run(snippets / "careful.py").startswith("start it: no daemon 'nobody' is running")
 
 
-def test_making_sure_that_a_daemon_runs(snippets: Path) -> None:
-    assert _run(snippets / "ensure.py") == "running\n4\n"
-    assert identify("words") is None
-
-
-def test_a_daemon_in_a_namespace(snippets: Path) -> None:
-    assert _run(snippets / "namespaces.py") == "{'result': 4}\n"
-
-
 def test_the_tests_of_a_daemon(snippets: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_words.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_texts.py"]
     result = subprocess.run(command, cwd=snippets, capture_output=True, text=True, timeout=PATIENCE)
     assert "2 passed" in result.stdout, result.stdout
 
@@ -138,7 +159,7 @@ def _json_of(*arguments: str) -> Any:
 
 def _documented(command: str) -> dict[str, str]:
     """Return the type of each field in the table of what the command prints, in its order."""
-    table = _README.partition(f"<!-- json: {command} -->\n")[2].partition("\n\n")[0]
+    table = page("cli.md").partition(f"<!-- json: {command} -->\n")[2].partition("\n\n")[0]
     return dict(re.findall(r"^\| `(\S+)` \| ([a-z ]+) \|", table, re.MULTILINE))
 
 
@@ -163,8 +184,8 @@ def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) 
     assert words["health"] is None
     assert index["health"] == {"words": 2}
     _assert_documented("stop", _json_of("stop", "--name", "words"), _json_of("stop", "--name", "words"))
-    ensure_daemon("words", [sys.executable, str(snippets / "words.py")])
-    described = _json_of("describe", "--name", "words")
+    ensure_daemon("texts", [sys.executable, str(snippets / "texts.py")])
+    described = _json_of("describe", "--name", "texts")
     assert [found["name"] for found in described["methods"]] == ["count", "reindex", "split"]
     for found in described["methods"]:
         _assert_documented("describe", described | {f"methods[].{field}": value for field, value in found.items()})
@@ -174,16 +195,19 @@ def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) 
 
 
 def test_the_table_of_states_is_complete() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (\d) \|$", _README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (\d) \|$", page("guide/lifecycle.md"), re.MULTILINE)
     assert {state: int(status) for state, status in rows} == cli._STATE_STATUS
 
 
 def test_the_block_of_commands_is_what_the_parser_takes() -> None:
-    block = _README.partition("## Command line\n\n")[2].partition("\n\n")[0]
-    commands = re.findall(r"^    harness-ipc (\w+)", block, re.MULTILINE)
+    block = page("cli.md").partition("<!-- commands -->\n")[2].partition("\n\n")[0]
+    assert {*re.findall(r"^harness-ipc (\w+)", block, re.MULTILINE)} == _known_commands()
+
+
+def _known_commands() -> set[str]:
     known = re.search(r"invalid choice: 'nonesuch' \(choose from (.*)\)", _usage_error("nonesuch"))
     assert known is not None
-    assert sorted({*commands}) == sorted(known[1].replace("'", "").split(", "))
+    return {*known[1].replace("'", "").split(", ")}
 
 
 def _usage_error(*arguments: str) -> str:
@@ -193,7 +217,7 @@ def _usage_error(*arguments: str) -> str:
 
 
 def test_the_table_of_errors_is_complete() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", _README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page("errors.md"), re.MULTILINE))
     leaves = {error.__name__: error for error in errors.HarnessIPCError.__subclasses__()}
     assert rows.keys() == leaves.keys()
     for name, builtin in rows.items():
@@ -204,7 +228,7 @@ def test_the_table_of_errors_is_complete() -> None:
 @needs_network
 def test_the_set_up_command_on_a_fresh_checkout(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE", "harness_ipc", "_harness_ipc_pytest.py"):
-        source = _ROOT / name
+        source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -215,7 +239,7 @@ def test_the_set_up_command_on_a_fresh_checkout(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(
-        ["/bin/sh", "-c", _COMMANDS["demo"]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+        ["/bin/sh", "-c", COMMANDS["demo"]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "nothing: no process, no file" in result.stdout
