@@ -33,7 +33,7 @@ _JSON_TYPES = {
 # Its snippets are run by tests/browser/test_porting.py.
 _PORTING = "porting-browser-harness.md"
 # Run with a browser, in tests/browser.
-_WITH_BROWSER = {"visit.py"}
+_WITH_BROWSER = {"tabs.py", "visit.py"}
 # Imported or run by the tests of their own below.
 _TESTED_APART = {"ask.py", "careful.py", "index.py", "service.py", "test_texts.py", "texts.py", "wire.py", "words.py"}
 
