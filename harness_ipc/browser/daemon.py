@@ -24,6 +24,7 @@ from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
 from .events import Events, shorten
 from .gone import GoneBrowser
 from .logins import Logins
+from .navigation import Navigation
 from .part import Part, bad_request, named_session
 from .sessions import Sessions
 from .tabs import Tabs
@@ -60,6 +61,7 @@ class BrowserApp:
             self.logins,
             self.tabs,
             Accessibility(self),
+            Navigation(self),
             GoneBrowser(self),
             DownloadEvents(self),
         ]

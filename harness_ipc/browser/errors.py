@@ -14,6 +14,7 @@ RemoteError (of harness_ipc)
     ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
     ├── InvalidArgument       ValueError          the page can't take it (a selector, a text, an option): nothing ran
     ├── HTTPError         ConnectionError         http_get: an answer that is an error, or none
+    ├── NavigationOvertaken                       another navigation has taken the place of the one that was asked for
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           the page's own code threw
 
@@ -117,6 +118,10 @@ class CDPError(BrowserError):
         return code
 
 
+class NavigationOvertaken(BrowserError):
+    """Another navigation of the tab, to ``data["url"]``, has taken the place of the one that was asked for."""
+
+
 class JavaScriptError(BrowserError):
     """The page's own code threw. The text is the exception's, with its stack where it has one."""
 
@@ -137,6 +142,7 @@ _CLASSES = {
         InvalidArgument,
         HTTPError,
         CDPError,
+        NavigationOvertaken,
         JavaScriptError,
     )
 }

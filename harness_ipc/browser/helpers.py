@@ -27,6 +27,7 @@ from .errors import (
     InvalidArgument,
     JavaScriptError,
     LoginFailed,
+    NavigationOvertaken,
     TabClosed,
     TabInUse,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "InvalidArgument",
     "JavaScriptError",
     "LoginFailed",
+    "NavigationOvertaken",
     "TabClosed",
     "TabInUse",
     "capture_screenshot",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from . import INTERNAL, TIMEOUT
 from .arguments import check_seconds, check_text, check_url, shown
-from .errors import SERVER_ERROR, BrowserTimeout, CDPError, DialogOpen
+from .errors import BrowserTimeout, CDPError, DialogOpen, NavigationOvertaken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,13 +16,14 @@ if TYPE_CHECKING:
 LOAD_TIMEOUT = 15.0
 # Of HTTP: the server, or the proxy, asks for a login.
 _LOGIN_STATUS = (401, 407)
+# What Chrome says of a navigation that was given up: for another one, a download, an answer without content.
+_ABORTED = "net::ERR_ABORTED"
 
 _PAGE = (
     "({status: performance.getEntriesByType('navigation')[0]?.responseStatus, "
     "url: location.href, title: document.title, w: innerWidth, h: innerHeight, sx: scrollX, sy: scrollY, "
     "pw: document.documentElement?.scrollWidth ?? 0, ph: document.documentElement?.scrollHeight ?? 0})"
 )
-_LOADED = "document.readyState === 'complete' || new Promise(done => addEventListener('load', () => done(true), {once: true}))"
 
 
 def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
@@ -48,7 +47,8 @@ def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
 def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
     """Navigate the tab, and return CDP's result once the new document is there; `wait_for_load` waits for the rest of it.
 
-    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had, `ValueError` for what has no scheme.
+    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had, `NavigationOvertaken` if another
+    navigation of the tab has taken its place, `ValueError` for what has no scheme.
     """
     check_url("goto_url", url)
     try:
@@ -59,26 +59,31 @@ def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
         raise
     # What is downloaded instead of shown is "aborted" as a page.
     if result.get("errorText") and not result.get("isDownload"):
+        if result["errorText"] == _ABORTED:
+            _check_overtaken(tab, url, result.get("loaderId"), timeout)
         raise CDPError(f"{url} can't be loaded: {result['errorText']}")
     # Answered once the document has taken its place: until then the tab has no address.
     tab.try_cdp("Runtime.evaluate", expression="0", timeout=timeout)
     return result
 
 
+def _check_overtaken(tab: Tab, url: str, loader: str | None, timeout: float) -> None:
+    last = tab.request({"meta": "last_navigation"}, timeout=timeout)
+    if last["url"] and last["loader_id"] != loader:
+        raise NavigationOvertaken(
+            f"{shown(url)} was not loaded: the page went to {shown(last['url'])} meanwhile; wait for that with wait_for_load()",
+            url=last["url"],
+        )
+
+
 def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
-    """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds."""
+    """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds.
+
+    A navigation that a click, a key or a script has begun just before, or that begins meanwhile, is waited for. Raises at once
+    where nothing will load: `DialogOpen`, `CDPError` for a page that has crashed, `TabClosed`, `BrowserLost`.
+    """
     check_seconds("wait_for_load(): timeout", timeout)
-    deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            return bool(tab.js(_LOADED, timeout=left))
-        except BrowserTimeout:
-            return False
-        except CDPError as error:
-            # The document that was asked has made room for the next one.
-            if error.code != SERVER_ERROR or error.data.get("crashed"):
-                raise
-    return False
+    return bool(tab.request({"meta": "wait_for_load"}, timeout=timeout)["loaded"])
 
 
 # Tabs.

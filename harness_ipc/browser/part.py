@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import LONGEST
+from .connection import CALL_TIMEOUT
 from .errors import CDPError
 
 if TYPE_CHECKING:
@@ -64,6 +66,16 @@ class Part:
 def bad_request(text: str) -> CDPError:
     """Return the error for a request that the browser was not asked."""
     return CDPError(text, code=INVALID_REQUEST)
+
+
+def timeout_of(message: Message) -> float:
+    """Return the timeout of a request in seconds. Raises `CDPError`."""
+    timeout = message.get("timeout")
+    if timeout is None:
+        return CALL_TIMEOUT
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
+        raise bad_request("a timeout is a number of seconds from 0 on")
+    return min(timeout, LONGEST)
 
 
 def named_session(message: Message) -> str | None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,15 @@ def site() -> Iterator[Site]:
     served = Site()
     yield served
     served.close()
+
+
+@pytest.fixture
+def slow(site: Site) -> Iterator[Site]:
+    """The site, whose slow paths are answered when the test says so, or at its end."""
+    site.paths.clear()
+    yield site
+    released, site.release = site.release, threading.Event()
+    released.set()
 
 
 @pytest.fixture(scope="module")

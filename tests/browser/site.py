@@ -66,6 +66,12 @@ PAGES = {
     # One iframe of its own site and one of the other.
     "/frames": "<!doctype html><title>Frames</title><iframe id=near src=/inner?near></iframe><iframe id=far></iframe>"
     "<script>far.src = `http://localhost:${location.port}/inner?far`</script>",
+    # It leads elsewhere: its form and its link to what is slow.
+    "/start": "<!doctype html><title>Start</title><style>* {position: absolute; left: 0; height: 40px; width: 200px}</style>"
+    "<form action=/slow-answer><input style='top: 0'><button style='top: 60px'>Send</button></form>"
+    "<a href=/slow-link style='top: 120px'>Go</a><a href=/slow-tab target=_blank style='top: 180px'>Open</a>"
+    "<a href='javascript:void 0' style='top: 240px'>Do nothing</a>",
+    "/refresh": "<!doctype html><meta http-equiv=refresh content='0; url=/form'><title>Refresh</title>",
     "/inner": "<!doctype html><title>Inner</title><p id=here>inside</p>",
     "/strict": "<!doctype html><meta http-equiv=Content-Security-Policy content=\"default-src 'none'; script-src 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'\"><title>Strict</title>",
@@ -76,16 +82,25 @@ PAGES = {
 
 
 class Site:
-    """A server of `pages`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` is for Ada."""
+    """A server of `pages`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` is for Ada.
+
+    ``/empty`` has no content. `paths` are those that were asked for.
+    """
 
     def __init__(self) -> None:
         self.pages = dict(PAGES)
         self.release = threading.Event()
+        self.paths: list[str] = []
         site = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
+                site.paths.append(path)
+                if path == "/empty":
+                    self.send_response(204)
+                    self.end_headers()
+                    return
                 if path.startswith("/slow"):
                     site.release.wait()
                 if path == "/endless":

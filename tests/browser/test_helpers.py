@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,14 +44,6 @@ FIELD, SEND, TEXT = (100, 35), (100, 100), (150, 50)
 
 def serves() -> bool:
     return bool(js("6 * 7", timeout=PATIENCE) == 42)
-
-
-@pytest.fixture
-def slow(site: Site) -> Iterator[Site]:
-    """The site, whose slow paths are answered when the test says so, or at its end."""
-    yield site
-    released, site.release = site.release, threading.Event()
-    released.set()
 
 
 # Where it is.
@@ -112,7 +103,7 @@ def once_it_waits(session: str, act: Callable[[Callable[[str], Any]], object]) -
                 request = {"method": "Runtime.evaluate", "session_id": session, "params": params}
                 return other.request(request)["result"]["result"].get("value")
 
-            wait_until(lambda: evaluate("(getEventListeners(window).load ?? []).length") > 0)
+            wait_until(lambda: evaluate("(getEventListeners(document).readystatechange ?? []).length") > 0)
             act(evaluate)
 
     with ThreadPoolExecutor(1) as pool:

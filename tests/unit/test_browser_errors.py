@@ -26,6 +26,7 @@ from harness_ipc.browser.errors import (
     InvalidArgument,
     JavaScriptError,
     LoginFailed,
+    NavigationOvertaken,
     TabClosed,
     TabInUse,
     from_reply,
@@ -47,6 +48,7 @@ INSTANCES: list[BrowserError] = [
     ElementNotReady("text"),
     InvalidArgument("text"),
     HTTPError("text", status=404, text="Nothing here"),
+    NavigationOvertaken("text", url="https://example.org/"),
     CDPError("text", code=-32601),
     JavaScriptError("text", line=3, column=4),
 ]

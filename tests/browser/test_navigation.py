@@ -1,0 +1,182 @@
+"""Waiting in a real browser: for what a click, a key or a script has begun, and not for what begins nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from harness_ipc import connect_daemon
+from harness_ipc.browser import daemon_name
+from harness_ipc.browser.helpers import (
+    CDPError,
+    DialogOpen,
+    NavigationOvertaken,
+    TabClosed,
+    click_at_xy,
+    goto_url,
+    handle_dialog,
+    js,
+    page_info,
+    press_key,
+    switch_tab,
+    wait_for_load,
+)
+from tests.browser.site import Site, visit
+from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE, wait_until
+
+pytestmark = needs_chromium
+
+# Places in /start.
+FIELD, SEND, LINK, OPEN, NOTHING = (100, 20), (100, 80), (100, 140), (100, 200), (100, 260)
+
+
+def serves() -> bool:
+    return bool(js("6 * 7", timeout=PATIENCE) == 42)
+
+
+def press_enter() -> None:
+    click_at_xy(*FIELD)
+    press_key("Enter")
+
+
+@contextlib.contextmanager
+def in_thread(act: Callable[..., Any], *arguments: Any) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(act, *arguments)
+
+
+def call_in(session: str, method: str, **params: Any) -> None:
+    """As another process, call a method of CDP in the page of `session`."""
+    with connect_daemon(daemon_name(), request_timeout=PATIENCE) as other:
+        other.request({"method": method, "session_id": session, "params": params})
+
+
+# Navigations.
+
+
+@pytest.mark.parametrize(
+    ("begin", "path"),
+    [
+        (lambda: click_at_xy(*SEND), "/slow-answer"),
+        (press_enter, "/slow-answer"),
+        (lambda: click_at_xy(*LINK), "/slow-link"),
+        (lambda: js("document.forms[0].submit()"), "/slow-answer"),
+        (lambda: js("location.href = '/slow'"), "/slow"),
+        (lambda: js("setTimeout(() => location.href = '/slow')"), "/slow"),
+    ],
+    ids=["click", "key", "link", "submit", "location", "timer"],
+)
+def test_what_was_begun_just_before_is_waited_for(page: str, slow: Site, begin: Callable[[], Any], path: str) -> None:
+    visit(f"{slow.url}/start")
+    begin()
+    with in_thread(wait_for_load, PATIENCE) as waiting:
+        wait_until(lambda: path in slow.paths)
+        assert not waiting.done()
+        slow.release.set()
+        assert waiting.result() is True
+    assert page_info()["title"] == "Late"
+
+
+def test_a_click_and_a_wait_again_and_again(page: str, site: Site) -> None:
+    for _ in range(10):
+        visit(f"{site.url}/start")
+        js("document.forms[0].action = '/form'")
+        click_at_xy(*SEND)
+        assert wait_for_load(PATIENCE) is True
+        assert js("document.title") == "A form"
+
+
+def test_a_page_that_leads_on_at_once(page: str, site: Site) -> None:
+    for _ in range(5):
+        visit(f"{site.url}/refresh")
+        assert page_info()["title"] == "A form"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: js("location.hash = 'there'"),
+        lambda: js("history.pushState(0, '', '/elsewhere')"),
+        lambda: js("location.href = '/empty'"),
+        lambda: js("location.href = '/endless'"),
+        lambda: js("location.href = '/slow'; setTimeout(stop, 50)"),
+        lambda: js("location.href = 'javascript:void 0'"),
+        lambda: click_at_xy(*NOTHING),
+        lambda: click_at_xy(*OPEN),
+    ],
+    ids=["fragment", "history", "no content", "download", "stopped", "javascript", "javascript link", "new tab"],
+)
+def test_what_brings_no_document_is_not_waited_for(page: str, slow: Site, act: Callable[[], Any]) -> None:
+    visit(f"{slow.url}/start")
+    act()
+    assert wait_for_load(PATIENCE) is True
+    assert js("document.title") == "Start"
+
+
+def test_a_page_that_has_a_timer_of_its_own(page: str, site: Site) -> None:
+    visit(f"{site.url}/start")
+    js("window.setTimeout = () => 0")
+    assert wait_for_load(PATIENCE) is True
+
+
+def test_a_navigation_that_another_overtakes(page: str, slow: Site) -> None:
+    visit(f"{slow.url}/start")
+    with in_thread(goto_url, f"{slow.url}/slow") as going:
+        wait_until(lambda: "/slow" in slow.paths)
+        call_in(switch_tab(page), "Page.navigate", url=f"{slow.url}/form")
+        with pytest.raises(NavigationOvertaken, match=r"/slow.* was not loaded: the page went to .*/form") as caught:
+            going.result()
+    assert caught.value.data["url"] == f"{slow.url}/form"
+    assert wait_for_load(PATIENCE) is True
+    assert page_info()["title"] == "A form"
+
+
+def test_an_answer_without_content_is_not_overtaken(page: str, site: Site) -> None:
+    visit(f"{site.url}/start")
+    with pytest.raises(CDPError, match="net::ERR_ABORTED"):
+        goto_url(f"{site.url}/empty")
+    assert page_info()["title"] == "Start"
+
+
+# What ends a wait.
+
+
+@contextlib.contextmanager
+def waiting_for_a_picture(page: str, slow: Site) -> Iterator[tuple[str, Future[Any]]]:
+    """In a page that has not loaded yet: its session, and a wait for it in a thread."""
+    goto_url(f"{slow.url}/picture")
+    session = switch_tab(page)
+    with in_thread(wait_for_load, PATIENCE) as waiting:
+        wait_until(lambda: "/slow-picture" in slow.paths)
+        yield session, waiting
+
+
+def test_a_dialog_ends_the_wait(page: str, slow: Site) -> None:
+    with waiting_for_a_picture(page, slow) as (session, waiting):
+        call_in(session, "Runtime.evaluate", expression="setTimeout(() => alert('Look'))")
+        with pytest.raises(DialogOpen, match="Look"):
+            waiting.result()
+    handle_dialog()
+    assert serves()
+
+
+def test_a_tab_that_is_closed_ends_the_wait(page: str, slow: Site) -> None:
+    with waiting_for_a_picture(page, slow) as (session, waiting):
+        call_in(session, "Target.closeTarget", targetId=page)
+        with pytest.raises(TabClosed):
+            waiting.result()
+    assert serves()
+
+
+def test_a_page_that_crashes_ends_the_wait(page: str, slow: Site) -> None:
+    with waiting_for_a_picture(page, slow) as (session, waiting):
+        call_in(session, "Page.crash")
+        with pytest.raises(CDPError, match="crashed"):
+            waiting.result()
+    goto_url(f"{slow.url}/form")
+    assert serves()
