@@ -96,7 +96,10 @@ __all__ = [
     "upload_file",
     "wait",
     "wait_for_download",
+    "wait_for_element",
     "wait_for_load",
+    "wait_for_network_idle",
+    "wait_for_url",
 ]
 
 
@@ -212,7 +215,10 @@ switch_tab = _of_default_tab(Tab.switch_tab)
 type_text = _of_default_tab(Tab.type_text)
 upload_file = _of_default_tab(Tab.upload_file)
 wait_for_download = _of_default_tab(Tab.wait_for_download)
+wait_for_element = _of_default_tab(Tab.wait_for_element)
 wait_for_load = _of_default_tab(Tab.wait_for_load)
+wait_for_network_idle = _of_default_tab(Tab.wait_for_network_idle)
+wait_for_url = _of_default_tab(Tab.wait_for_url)
 
 
 def connect(*, timeout: float = START_TIMEOUT) -> Client:
@@ -229,6 +235,6 @@ def disconnect() -> None:
 
 
 def wait(seconds: float = 1.0) -> None:
-    """Let time pass. `wait_for_load` and a promise in `js` wait for something."""
+    """Let time pass. `wait_for_load` and its like, and a promise in `js`, wait for something."""
     check_seconds("wait(): seconds", seconds)
     time.sleep(seconds)

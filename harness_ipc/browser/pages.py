@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import INTERNAL, TIMEOUT
-from .arguments import check_seconds, check_text, check_url, shown
+from .arguments import check_kind, check_seconds, check_text, check_url, shown
 from .errors import BrowserTimeout, CDPError, DialogOpen, NavigationOvertaken
 
 TYPE_CHECKING = False
@@ -83,7 +83,45 @@ def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
     where nothing will load: `DialogOpen`, `CDPError` for a page that has crashed, `TabClosed`, `BrowserLost`.
     """
     check_seconds("wait_for_load(): timeout", timeout)
-    return bool(tab.request({"meta": "wait_for_load"}, timeout=timeout)["loaded"])
+    return _wait(tab, {"meta": "wait_for_load"}, timeout)
+
+
+def wait_for_element(tab: Tab, selector: str, visible: bool = False, *, timeout: float = LOAD_TIMEOUT) -> bool:
+    """Wait until the page has an element, a `visible` one if that is set. Return False if it has not after `timeout` seconds.
+
+    `selector` is what `click` takes, in the page itself or its open shadow roots, not its iframes. In a page that navigates,
+    the next document is searched. Raises what `wait_for_load` does, and `InvalidArgument` for a selector that is none.
+    """
+    check_text("wait_for_element", "selector", selector)
+    check_kind("wait_for_element", "visible", visible, bool, "True or False")
+    check_seconds("wait_for_element(): timeout", timeout)
+    return _wait(tab, {"meta": "wait_for_element", "selector": selector, "visible": visible}, timeout)
+
+
+def wait_for_network_idle(tab: Tab, idle: float = 0.5, *, timeout: float = LOAD_TIMEOUT) -> bool:
+    """Wait until no request of the page has been under way for `idle` seconds. Return False if that takes too long.
+
+    WebSockets, EventSources and beacons are not counted, nor what iframes of other sites request. Raises what `wait_for_load`
+    does.
+    """
+    check_seconds("wait_for_network_idle(): idle", idle)
+    check_seconds("wait_for_network_idle(): timeout", timeout)
+    return _wait(tab, {"meta": "wait_for_network_idle", "idle": idle}, timeout)
+
+
+def wait_for_url(tab: Tab, pattern: str, *, timeout: float = LOAD_TIMEOUT) -> bool:
+    """Wait until the page's address fits, also by a script that changes it. Return False if it does not in `timeout` seconds.
+
+    `pattern` is a part of the address, or with ``*`` a glob of the whole: ``*`` is any text without ``/``, ``**`` any text, as
+    in ``"**/orders/*"``. `wait_for_load` waits for the rest of the page. Raises what that does.
+    """
+    check_text("wait_for_url", "pattern", pattern)
+    check_seconds("wait_for_url(): timeout", timeout)
+    return _wait(tab, {"meta": "wait_for_url", "pattern": pattern}, timeout)
+
+
+def _wait(tab: Tab, message: dict[str, Any], timeout: float) -> bool:
+    return bool(tab.request(message, timeout=timeout)["done"])
 
 
 # Tabs.

@@ -24,21 +24,76 @@ const shadowsIn = root => [...root.querySelectorAll("*")].flatMap(
   element => element.shadowRoot ? [element.shadowRoot, ...shadowsIn(element.shadowRoot)] : []);
 """
 
-# The one element that a selector matches, or a text in JSON: {"count", "near": [texts], "frames": [texts]} or {"invalid"}.
-SELECT = (
-    r"""(selector => {"""
-    + _COMMON
-    + r"""
+# All elements that `selector` matches.
+_SEARCH = r"""
 const path = selector.match(/^xpath=(.*)|^(\(*\.?\/\/.*)/s);
 const all = root => {
   if (!path) return [...root.querySelectorAll(selector)];
   const found = document.evaluate(path[1] ?? path[2], root, null, XPathResult.ORDERED_NODE_SNAPSHOT_TYPE);
   return Array.from({length: found.snapshotLength}, (_, i) => found.snapshotItem(i)).filter(node => node.nodeType === 1);
 };
+const search = () => {
+  const found = all(document);
+  return found.length || path ? found : shadowsIn(document).flatMap(all);
+};
+"""
+
+# Answered behind what the page has queued with setTimeout(…, 0), unless the page has replaced that by a function of its own.
+_BEHIND_QUEUE = r"""
+const native = Function.prototype.toString.call(setTimeout).includes("[native code]");
+const behindQueue = () => new Promise(done => native ? setTimeout(done) : done());
+"""
+
+# True once the document has loaded, behind its load handlers.
+LOADED = (
+    "(async () => {"
+    + _BEHIND_QUEUE
+    + """
+while (document.readyState !== "complete")
+  await new Promise(done => document.addEventListener("readystatechange", done, {once: true}));
+await behindQueue();
+return {value: true};
+})()"""
+)
+
+# The address of the document.
+ADDRESS = f"(async () => {{{_BEHIND_QUEUE} await behindQueue(); return {{value: location.href}}; }})()"
+
+# True once there is an element, and it is visible if it has to be; False after so many milliseconds. Or {"invalid"}.
+ELEMENT = (
+    r"""(async (selector, visible, milliseconds) => {"""
+    + _COMMON
+    + _SEARCH
+    + _BEHIND_QUEUE
+    + r"""
+const found = () => visible ? search().some(isVisible) : search().length > 0;
+await behindQueue();
+try {
+  if (found()) return {value: true};
+} catch (error) {
+  return {invalid: error.message};
+}
+return new Promise(done => {
+  const end = value => { observer.disconnect(); clearInterval(interval); clearTimeout(timer); done({value}); };
+  const look = () => found() && end(true);
+  const observer = new MutationObserver(look);
+  observer.observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+  // For what is no mutation of the document: a style sheet, an animation, a shadow root.
+  const interval = setInterval(look, 100);
+  const timer = setTimeout(end, milliseconds, false);
+});
+})"""
+)
+
+# The one element that a selector matches, or a text in JSON: {"count", "near": [texts], "frames": [texts]} or {"invalid"}.
+SELECT = (
+    r"""(selector => {"""
+    + _COMMON
+    + _SEARCH
+    + r"""
 let found;
 try {
-  found = all(document);
-  if (!found.length && !path) found = shadowsIn(document).flatMap(all);
+  found = search();
 } catch (error) {
   return JSON.stringify({invalid: error.message});
 }

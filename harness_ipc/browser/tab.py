@@ -308,6 +308,9 @@ class Tab:
     page_info = pages.page_info
     goto_url = pages.goto_url
     wait_for_load = pages.wait_for_load
+    wait_for_element = pages.wait_for_element
+    wait_for_network_idle = pages.wait_for_network_idle
+    wait_for_url = pages.wait_for_url
     list_tabs = pages.list_tabs
     current_tab = pages.current_tab
     switch_tab = pages.switch_tab

@@ -14,6 +14,7 @@ from harness_ipc.browser import daemon_name
 from harness_ipc.browser.helpers import (
     CDPError,
     DialogOpen,
+    InvalidArgument,
     NavigationOvertaken,
     TabClosed,
     click_at_xy,
@@ -23,7 +24,10 @@ from harness_ipc.browser.helpers import (
     page_info,
     press_key,
     switch_tab,
+    wait_for_element,
     wait_for_load,
+    wait_for_network_idle,
+    wait_for_url,
 )
 from tests.browser.site import Site, visit
 from tests.support.marks import needs_chromium
@@ -83,7 +87,7 @@ def test_what_was_begun_just_before_is_waited_for(page: str, slow: Site, begin: 
 
 
 def test_a_click_and_a_wait_again_and_again(page: str, site: Site) -> None:
-    for _ in range(10):
+    for _ in range(5):
         visit(f"{site.url}/start")
         js("document.forms[0].action = '/form'")
         click_at_xy(*SEND)
@@ -92,7 +96,7 @@ def test_a_click_and_a_wait_again_and_again(page: str, site: Site) -> None:
 
 
 def test_a_page_that_leads_on_at_once(page: str, site: Site) -> None:
-    for _ in range(5):
+    for _ in range(3):
         visit(f"{site.url}/refresh")
         assert page_info()["title"] == "A form"
 
@@ -143,7 +147,144 @@ def test_an_answer_without_content_is_not_overtaken(page: str, site: Site) -> No
     assert page_info()["title"] == "Start"
 
 
+# Elements.
+
+LATER = "document.body.insertAdjacentHTML('beforeend', `<p id=late>It is here</p>`)"
+
+
+@pytest.mark.parametrize("selector", ["#late", "//p[.='It is here']"])
+def test_an_element_that_comes(page: str, site: Site, selector: str) -> None:
+    visit(f"{site.url}/")
+    assert wait_for_element(selector, timeout=0.2) is False
+    js(f"setTimeout(() => {LATER}, 50)")
+    assert wait_for_element(selector, timeout=PATIENCE) is True
+    assert js("document.querySelector('#late').textContent") == "It is here"
+
+
+def test_an_element_that_becomes_visible(page: str, site: Site) -> None:
+    visit(f"{site.url}/")
+    js(f"{LATER}; document.head.insertAdjacentHTML('beforeend', '<style id=hides>#late {{display: none}}</style>')")
+    assert wait_for_element("#late", timeout=PATIENCE) is True
+    assert wait_for_element("#late", visible=True, timeout=0.2) is False
+    # No mutation of the document.
+    js("setTimeout(() => hides.sheet.disabled = true, 50)")
+    assert wait_for_element("#late", visible=True, timeout=PATIENCE) is True
+
+
+def test_an_element_in_a_shadow_root(page: str, site: Site) -> None:
+    visit(f"{site.url}/")
+    js("window.root = document.body.attachShadow({mode: 'open'}); setTimeout(() => root.innerHTML = '<i id=deep>', 50)")
+    assert wait_for_element("#deep", timeout=PATIENCE) is True
+
+
+def test_an_element_of_the_next_document(page: str, slow: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(slow.pages, "/slow-next", "<title>Next</title><p id=next>")
+    visit(f"{slow.url}/start")
+    js("setTimeout(() => location.href = '/slow-next', 50)")
+    with in_thread(lambda: wait_for_element("#next", timeout=PATIENCE)) as waiting:
+        wait_until(lambda: "/slow-next" in slow.paths)
+        assert not waiting.done()
+        slow.release.set()
+        assert waiting.result() is True
+    assert page_info()["title"] == "Next"
+
+
+def test_an_element_that_both_documents_have(page: str, site: Site) -> None:
+    visit(f"{site.url}/start")
+    js("document.forms[0].action = '/form'")
+    click_at_xy(*SEND)
+    assert wait_for_element("form", timeout=PATIENCE) is True
+    assert js("location.pathname") == "/form"
+
+
+def test_a_selector_that_is_none(page: str, site: Site) -> None:
+    with pytest.raises(InvalidArgument, match="not a valid selector"):
+        wait_for_element("p[", timeout=PATIENCE)
+    with pytest.raises(TypeError, match=r"wait_for_element\(\): selector must be str"):
+        wait_for_element(5)  # type: ignore[arg-type]
+
+
+# Addresses.
+
+
+@pytest.mark.parametrize("pattern", ["/orders/7", "**/orders/*", "http://127.0.0.1:*/orders/7"])
+def test_an_address_that_a_script_changes(page: str, site: Site, pattern: str) -> None:
+    visit(f"{site.url}/start")
+    assert wait_for_url(pattern, timeout=0.2) is False
+    js("setTimeout(() => history.pushState(0, '', '/orders/7'), 50)")
+    assert wait_for_url(pattern, timeout=PATIENCE) is True
+
+
+def test_the_address_of_the_next_document(page: str, slow: Site) -> None:
+    visit(f"{slow.url}/start")
+    click_at_xy(*LINK)
+    with in_thread(lambda: wait_for_url("*://*/slow-link", timeout=PATIENCE)) as waiting:
+        wait_until(lambda: "/slow-link" in slow.paths)
+        assert not waiting.done()
+        slow.release.set()
+        assert waiting.result() is True
+    assert js("location.pathname") == "/slow-link"
+
+
+# The network.
+
+
+def test_requests_that_are_under_way(page: str, slow: Site) -> None:
+    visit(f"{slow.url}/start")
+    js("void fetch('/slow-answer').then(() => document.title = 'Answered')")
+    assert wait_for_network_idle(0, timeout=0.2) is False
+    with in_thread(lambda: wait_for_network_idle(0.1, timeout=PATIENCE)) as waiting:
+        wait_until(lambda: "/slow-answer" in slow.paths)
+        assert not waiting.done()
+        slow.release.set()
+        assert waiting.result() is True
+    assert js("document.title") == "Answered"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "new EventSource('/slow-events')",
+        "new WebSocket(`ws://${location.host}/slow-socket`)",
+        "void fetch('/slow-answer', {signal: AbortSignal.timeout(50)}).catch(() => 0)",
+        "location.href = '/empty'",
+        "location.href = '/endless'",
+        "document.body.insertAdjacentHTML('beforeend', '<iframe id=gone src=/slow>'); setTimeout(() => gone.remove(), 50)",
+    ],
+    ids=["events", "socket", "aborted", "no content", "download", "removed iframe"],
+)
+def test_what_the_network_is_idle_with(page: str, slow: Site, act: str) -> None:
+    visit(f"{slow.url}/start")
+    js(act)
+    assert wait_for_network_idle(0.2, timeout=PATIENCE) is True
+
+
+def test_requests_of_a_document_that_was_left(page: str, slow: Site) -> None:
+    visit(f"{slow.url}/start")
+    js("void fetch('/slow-answer')")
+    visit(f"{slow.other_url}/form")
+    assert wait_for_network_idle(0.1, timeout=PATIENCE) is True
+
+
 # What ends a wait.
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: wait_for_element("#never", timeout=PATIENCE),
+        lambda: wait_for_url("/never", timeout=PATIENCE),
+        lambda: wait_for_network_idle(PATIENCE, timeout=PATIENCE),
+    ],
+    ids=["element", "url", "network"],
+)
+def test_a_dialog_ends_each_wait(page: str, site: Site, wait: Callable[[], bool]) -> None:
+    visit(f"{site.url}/")
+    js("setTimeout(() => alert('Look'), 100)")
+    with pytest.raises(DialogOpen, match="Look"):
+        wait()
+    handle_dialog()
+    assert serves()
 
 
 @contextlib.contextmanager
