@@ -7,10 +7,11 @@
 imported when needed; `arguments` says which can't be used. `daemon` holds the browser and routes requests and events to its
 parts (`part` is what they have in common): `sessions`, `logins`, `gone`, `tabs`, `events`, `download_events`, and
 `accessibility`, which reads a page (`frames`, `dom`), writes it as text (`tree`), finds what is in it (`matching`) and keeps
-`references` to it. `discovery` finds the browser (`local` checks whose a port is, `version` asks for its address), `launcher`
-starts one (`program` in a `profile`), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong,
-`cli` is the command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what
-is wrong. It uses the public API alone.
+`references` to it. `discovery` finds the browser (`requested` says which one a command asks for, `addresses` what a URL is,
+`local` whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`, on a `display`;
+`reasons` why it ended), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong, `cli` is the
+command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what is wrong. It
+uses the public API alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from harness_ipc import IncompatibleDaemon, StartFailed, __version__
 
 NAME = "BU_NAME"
 TAB_NAME = "BU_TAB_NAME"
-WEBSOCKET = "BU_CDP_WS"
 # Whose daemon it is, in its record: not every daemon of a name is one of ours.
 APP_VERSION = f"harness-browser {__version__}"
 

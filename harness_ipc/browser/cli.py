@@ -16,7 +16,7 @@ from types import ModuleType, TracebackType
 
 from harness_ipc import Busy, HarnessIPCError, InvalidName, __version__, escape_control
 
-from . import NAME, TAB_NAME, check_extra, daemon_name, helpers, is_ours, not_ours, own_imports
+from . import NAME, TAB_NAME, check_extra, daemon_name, errors, helpers, is_ours, not_ours, own_imports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except HarnessIPCError as error:
         _print_error(" ".join(str(error).split()))
-        for line in getattr(error, "log_tail", "").splitlines():
+        # An error of ours says all.
+        told = errors.is_ours(getattr(error, "type", ""))
+        for line in [] if told else getattr(error, "log_tail", "").splitlines():
             print("    " + escape_control(line, allow="\t"), file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
@@ -217,13 +219,13 @@ def _escape_other_tracebacks() -> None:
 
 
 def _connect(options: argparse.Namespace) -> None:
-    """Be sure that the daemon runs, and say so if that takes long; be in the tab that is asked for."""
-    hint = f"starting {daemon_name()} and its browser; if a browser asks whether it may be controlled, click Allow"
+    """Be sure that the daemon runs, and say so if that takes long, or waits for somebody; be in the tab that is asked for."""
+    hint = f"starting {daemon_name()} and its browser"
     timer = threading.Timer(_SILENCE, _print_error, [hint])
     timer.daemon = True
     timer.start()
     try:
-        helpers.connect()
+        helpers.connect(on_progress=lambda text: _print_error(str(text)))
         begin = {"new": options.new_tab, "tab": options.tab, "name": options.tab_name, "keep": options.keep_tab}
         if any(begin.values()):
             helpers.default_tab.begin = {key: value for key, value in begin.items() if value}

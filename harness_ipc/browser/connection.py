@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
+import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI, ProxyError
 
 from . import MAX_MESSAGE
+from .addresses import UnusableProxy, find_proxy, is_local, quote_reason, without_secret
 from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ OPEN_TIMEOUT = 30.0
 _KEEPALIVE = 30.0
 # JSON-RPC code of "Session with given id not found." (content/browser/devtools): the call reached no page.
 SESSION_NOT_FOUND = -32001
+# Chrome's word for a Host header that is a name, against DNS rebinding (devtools_http_handler.cc).
+_NAME_REFUSED = "Host header is specified"
+# At lower levels it would have addresses with their secrets, and what is typed and read, in the log.
+_websocket_logger = logging.getLogger(f"{__name__}.websocket")
+_websocket_logger.setLevel(logging.WARNING)
 
 
 class ConnectionFailed(BrowserNotFound):
@@ -58,6 +63,15 @@ class ConnectionFailed(BrowserNotFound):
     def must_allow(self) -> bool:
         """Whether the browser's user may have to click Allow: it does not answer, or with 403."""
         return self.waiting or self.status == 403
+
+    @property
+    def refuses_name(self) -> bool:
+        """Whether it is a Chrome that answers only to its address, not to a host name."""
+        return self.status == 500 and _NAME_REFUSED in str(self)
+
+
+class ProxyFailed(ConnectionFailed):
+    """A browser elsewhere can't be reached by its proxy. The text says what to do."""
 
 
 class TransportClosed(Exception):
@@ -90,9 +104,11 @@ class WebSocketTransport:
         No redirect is followed. Raises `ConnectionFailed`.
         """
         place = without_secret(url)
-        local = is_local(url)
+        local = sock is not None or is_local(url)
         connected: dict[str, Any] = {} if sock is None else {"sock": sock}
+        proxy = None
         try:
+            proxy = None if local else find_proxy(url)
             websocket = await _ConnectWithoutRedirect(
                 url,
                 open_timeout=OPEN_TIMEOUT,
@@ -100,17 +116,21 @@ class WebSocketTransport:
                 # Deflate costs more than the loopback does.
                 compression=None if local else "deflate",
                 ping_interval=None if local else _KEEPALIVE,
-                proxy=None if local else True,
+                proxy=proxy,
+                logger=_websocket_logger,
                 **connected,
             )
         except InvalidStatus as error:
-            status = error.response.status_code
-            raise ConnectionFailed(f"{place} answered {status} instead of opening a WebSocket", status=status) from None
+            status, reason = error.response.status_code, quote_reason(error.response.body or b"", url)
+            text = f"{place} answered {status} instead of opening a WebSocket{reason}"
+            raise ConnectionFailed(text, status=status) from None
         except TimeoutError:
-            text = f"{place} has not answered for {OPEN_TIMEOUT:g} s"
-            raise ConnectionFailed(text, waiting=True) from None
-        except (OSError, EOFError) as error:
-            raise ConnectionFailed(f"{place} can't be reached ({_reason(error)})") from None
+            text = f"{place} has not answered for {OPEN_TIMEOUT:g} s{_through(proxy)}"
+            raise ConnectionFailed(text, waiting=proxy is None) from None
+        except UnusableProxy as error:
+            raise ProxyFailed(f"{place} can't be reached: {error}") from None
+        except (OSError, EOFError, ProxyError) as error:
+            raise ConnectionFailed(f"{place} can't be reached{_through(proxy)} ({_reason(error)})") from None
         except InvalidHandshake as error:
             raise ConnectionFailed(f"{place} is no DevTools server ({_reason(error)})") from None
         except (InvalidURI, ValueError):
@@ -148,6 +168,8 @@ class Connection:
 
         Without `on_event`, events are dropped until `enter_root_session`.
         """
+        # The address of its WebSocket, if it has one.
+        self.endpoint: str | None = None
         self._transport = transport
         self._on_event = on_event
         self._adopted = adopted
@@ -162,7 +184,9 @@ class Connection:
     @classmethod
     async def open(cls, url: str, on_event: OnEvent, sock: socket.socket | None = None) -> Connection:
         """Connect by a WebSocket, as `WebSocketTransport.open` does."""
-        return cls(await WebSocketTransport.open(url, sock), on_event)
+        connection = cls(await WebSocketTransport.open(url, sock), on_event)
+        connection.endpoint = url
+        return connection
 
     @property
     def lost(self) -> BrowserLost | None:
@@ -318,25 +342,8 @@ def check_size(size: int) -> None:
         raise CDPError(f"a message of {size} bytes is too large: the browser takes {MAX_SENT}", code=-32600)
 
 
-def is_local(url: str) -> bool:
-    """Return whether `url` is on this machine's loopback interface."""
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def without_secret(url: str) -> str:
-    """Return scheme, host and port of `url`: the rest may be what gives access to the browser."""
-    try:
-        parts = urlsplit(url)
-        if not parts.hostname:
-            return "the address"
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
-    except ValueError:
-        return "the address"
+def _through(proxy: str | None) -> str:
+    return "" if proxy is None else f" through the proxy {without_secret(proxy)}"
 
 
 def _closed(error: ConnectionClosed) -> str:

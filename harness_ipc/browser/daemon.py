@@ -18,14 +18,16 @@ import harness_ipc
 
 from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, daemon_name, discovery
 from .accessibility import Accessibility
+from .addresses import address_of, without_secret
 from .connection import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
 from .download_events import DownloadEvents
-from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
+from .errors import BrowserError, BrowserLost, BrowserMismatch, BrowserNotFound, CDPError
 from .events import Events, shorten
 from .gone import GoneBrowser
 from .logins import Logins
 from .navigation import Navigation
 from .part import Part, bad_request, named_session
+from .requested import asked, find_mismatch, reload_command
 from .sessions import Sessions
 from .tabs import Tabs
 
@@ -65,7 +67,10 @@ class BrowserApp:
             GoneBrowser(self),
             DownloadEvents(self),
         ]
-        self._verbs: dict[str, Verb] = {"connection_status": self._connection_status}
+        self._verbs: dict[str, Verb] = {
+            "check_browser": self._check_browser,
+            "connection_status": self._connection_status,
+        }
         self._streams: dict[str, Stream] = {}
         self._methods: dict[str, Method] = {}
         for part in self._parts:
@@ -160,7 +165,8 @@ class BrowserApp:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of a browser that is not the daemon's own, if they are known."""
-        return None if self._source is None else self._source.address
+        endpoint = self.connection.endpoint
+        return None if endpoint is None else address_of(endpoint)
 
     @property
     def own_browser(self) -> ManagedBrowser | None:
@@ -217,10 +223,36 @@ class BrowserApp:
         for part in self._parts:
             part.on_event(method, params, session)
 
-    async def _connection_status(self, _message: Message) -> Message:
+    async def _check_browser(self, message: Message) -> Message:
+        """Raise `BrowserMismatch` or `BrowserLost` unless the browser is there, and is the one that the command asks for."""
+        mismatch = self._mismatch(message)
+        if mismatch is None:
+            await self.connected()
+        elif self.connection.lost is not None:
+            raise BrowserLost(str(self.connection.lost))
+        else:
+            wanted, instead = mismatch
+            raise BrowserMismatch(
+                f"the daemon {self._name!r} holds {self._how}{instead}, but this command asks for {wanted}: run "
+                f"{reload_command(self._name)} to replace it, or choose another --name"
+            )
+        return {}
+
+    def _mismatch(self, message: Message) -> tuple[str, str] | None:
+        wanted = message.get("asked") or {}
+        if not isinstance(wanted, dict) or not all(isinstance(value, str) for value in wanted.values()):
+            raise bad_request("what is asked for is an object of variables and their values")
+        assert self._source is not None
+        own = None if self._source.own is None else self._source.own.settings()
+        return find_mismatch(wanted, own, self._source.named, self.connection.endpoint)
+
+    async def _connection_status(self, message: Message) -> Message:
         """Say how the browser is, without mending anything."""
+        named = None if self._source is None or self._source.named is None else without_secret(self._source.named[1])
+        mismatch = self._mismatch(message)
         own = self.own_browser
         status: Message = {"connected": False, "found": self._how, "own": own is not None, "pid": own.pid() if own else None}
+        status |= {"named": named, "mismatch": None if mismatch is None else mismatch[0]}
         status |= {"browser": None, "round_trip_ms": None, "session_id": None, "tab": None, "dialog": None, "problem": None}
         try:
             health = await self.health()
@@ -239,6 +271,8 @@ class BrowserApp:
 def main() -> None:
     """Be the daemon of the name in the first argument, or in `BU_NAME`. Raises what `harness_ipc.run_daemon` does."""
     name = sys.argv[1] if len(sys.argv) > 1 else daemon_name()
+    # Paths are the starter's, whose directory a daemon leaves.
+    os.environ.update(asked(os.environ))
     idle = os.environ.get(IDLE_TIMEOUT)
     try:
         idle_timeout = float(idle) if idle else None
@@ -254,5 +288,5 @@ if __name__ == "__main__":
     try:
         main()
     except harness_ipc.HarnessIPCError as error:
-        # Its text is in the log, and the process that started us has it. A traceback would say no more.
-        sys.exit(harness_ipc.escape_control(str(error)))
+        # Its text is in the log, which stderr may be, and the process that started us has it. A traceback would say no more.
+        sys.exit(harness_ipc.escape_control(str(error)) if sys.stderr.isatty() else 1)

@@ -6,75 +6,91 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from . import WEBSOCKET, local
-from .connection import Connection, ConnectionFailed, is_local, without_secret
-from .errors import BrowserNotFound
+from harness_ipc import report
+
+from . import local
+from .addresses import UnusableProxy, address_of, find_proxy, is_local, make_url, with_host, without_secret
+from .connection import Connection, ConnectionFailed, ProxyFailed
+from .errors import BrowserError, BrowserNotFound
 from .launcher import ManagedBrowser
 from .profile import ACTIVE_PORT, read_active_port
-from .version import ask_websocket_url
+from .requested import OWN, URL, WEBSOCKET, wants_own
+from .version import TIMEOUT, ask_websocket_url
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from typing import Any
 
     from .connection import OnEvent
 
 logger = logging.getLogger(__name__)
 
-# The variables that say what browser to use.
-URL = "BU_CDP_URL"
-OWN = "HARNESS_CHROME_OWN"
+_T = TypeVar("_T")
 
 # Where a browser that was started with --remote-debugging-port usually listens.
 PORTS: tuple[int, ...] = (9222, 9223)
 
+# Of a machine without IPv6.
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
+# Seconds for a browser that was found to answer a small HTTP request: what takes longer is none.
+_ASK_TIMEOUT = 2.0
+# Seconds without an answer after which a person may be waited for.
+_SILENCE = 1.0
+# Seconds to find out whether a name is this machine's.
+_RESOLVE_TIMEOUT = 2.0
+
+# The directories of the browsers' profiles, below the place that each system has for them.
 if sys.platform == "win32":
+    _PLACE = "~/AppData/Local"
     _PROFILES = [
-        f"~/AppData/Local/{place}/User Data"
-        for place in (
-            "Google/Chrome",
-            "Google/Chrome Beta",
-            "Google/Chrome SxS",
-            "Chromium",
-            "Microsoft/Edge",
-            "Microsoft/Edge Beta",
-            "BraveSoftware/Brave-Browser",
-        )
+        *(f"Google/Chrome{channel}/User Data" for channel in ("", " Beta", " Dev", " SxS")),
+        *(f"Microsoft/Edge{channel}/User Data" for channel in ("", " Beta", " Dev", " SxS")),
+        *(f"BraveSoftware/Brave-Browser{channel}/User Data" for channel in ("", "-Beta", "-Nightly")),
+        *(f"{name}/User Data" for name in ("Chromium", "Arc", "Dia", "Perplexity/Comet", "Vivaldi")),
+        "Packages/TheBrowserCompany.Arc_ttt1ap7aakyb4/LocalCache/Local/Arc/User Data",
+        *(f"../Roaming/Opera Software/{name}" for name in ("Opera Stable", "Opera GX Stable")),
     ]
 elif sys.platform == "darwin":
+    _PLACE = "~/Library/Application Support"
     _PROFILES = [
-        f"~/Library/Application Support/{place}"
-        for place in (
-            "Google/Chrome",
-            "Google/Chrome Beta",
-            "Google/Chrome Canary",
-            "Chromium",
-            "Microsoft Edge",
-            "Microsoft Edge Beta",
-            "BraveSoftware/Brave-Browser",
-        )
+        *(f"Google/Chrome{channel}" for channel in ("", " Beta", " Dev", " Canary")),
+        *(f"Microsoft Edge{channel}" for channel in ("", " Beta", " Dev", " Canary")),
+        *(f"BraveSoftware/Brave-Browser{channel}" for channel in ("", "-Beta", "-Nightly")),
+        *("Chromium", "Arc/User Data", "Dia/User Data", "Comet", "Perplexity/Comet", "Vivaldi"),
+        *(f"com.operasoftware.{name}" for name in ("Opera", "OperaGX")),
     ]
 else:
+    _PLACE = "~"
+    _CONFIG = [
+        *(f"google-chrome{channel}" for channel in ("", "-beta", "-unstable")),
+        *(f"microsoft-edge{channel}" for channel in ("", "-beta", "-dev")),
+        *(f"BraveSoftware/Brave-Browser{channel}" for channel in ("", "-Beta", "-Nightly")),
+        *("chromium", "vivaldi", "opera", "comet", "arc", "dia"),
+    ]
+    _FLATPAKS = {
+        "com.google.Chrome": "google-chrome",
+        "com.google.ChromeDev": "google-chrome-unstable",
+        "org.chromium.Chromium": "chromium",
+        "io.github.ungoogled_software.ungoogled_chromium": "chromium",
+        "com.microsoft.Edge": "microsoft-edge",
+        "com.brave.Browser": "BraveSoftware/Brave-Browser",
+        "com.vivaldi.Vivaldi": "vivaldi",
+        "com.opera.Opera": "opera",
+    }
     _PROFILES = [
-        f"~/{place}"
-        for place in (
-            ".config/google-chrome",
-            ".config/google-chrome-beta",
-            ".config/chromium",
-            ".config/microsoft-edge",
-            ".config/microsoft-edge-beta",
-            ".config/BraveSoftware/Brave-Browser",
-            ".var/app/com.google.Chrome/config/google-chrome",
-            ".var/app/org.chromium.Chromium/config/chromium",
-            "snap/chromium/common/chromium",
-        )
+        *(f".config/{name}" for name in _CONFIG),
+        *(f".var/app/{flatpak}/config/{name}" for flatpak, name in _FLATPAKS.items()),
+        *("snap/chromium/common/chromium", "snap/brave/current/.config/BraveSoftware/Brave-Browser"),
     ]
 
 
@@ -85,12 +101,12 @@ class Source:
     how: str
     # Raises `BrowserNotFound`. Called again to re-make a lost connection.
     connect: Callable[[OnEvent], Awaitable[Connection]]
-    # Where it listens, of a browser that is not ours.
-    address: tuple[str, int] | None = None
-    # The file that says so.
+    # Finds out whether `connect` will, with nothing that asks the browser's user. Raises `ConnectionFailed`.
+    look: Callable[[], Coroutine[Any, Any, object]] | None = None
+    # The file that says where it listens.
     file: str | None = None
-    # Whether nothing but this one will do: what keeps it from being used is an error then, and not the next one's turn.
-    demanded: bool = False
+    # The variable that demands it, and the address there: what keeps it from being used is an error, not the next one's turn.
+    named: tuple[str, str] | None = None
     own: ManagedBrowser | None = None
 
 
@@ -104,12 +120,13 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
         try:
             connection = await source.connect(on_event)
         except ConnectionFailed as error:
-            if source.demanded or source.own is not None:
-                raise
+            if source.named is not None or source.own is not None:
+                raise BrowserNotFound(str(error)) from None
             if error.must_allow:
                 raise BrowserNotFound(_must_allow(source, error)) from None
-            seen = f"{source.how}: {error}"
-            logger.info("not usable, %s", seen)
+            logger.info("not usable, %s: %s", source.how, error)
+            if not isinstance(error, NobodyThere):
+                seen = f"{source.how}: {error}"
         except BrowserNotFound as error:
             raise BrowserNotFound(f"{error}{f' (also seen: {seen})' if seen else ''}") from None
         else:
@@ -123,15 +140,18 @@ def sources(name: str) -> Iterator[Source]:
     for variable in (WEBSOCKET, URL):
         if url := os.environ.get(variable):
             how = f"{variable}, {without_secret(url)}"
-            yield Source(how, _by_variable(variable, url), address_of(url), demanded=True)
+            named = _NamedBrowser(variable, url)
+            yield Source(how, named.connect, named.look, named=(variable, url))
             return
-    if not os.environ.get(OWN):
-        for profile in map(os.path.expanduser, _PROFILES):
+    if not wants_own(os.environ):
+        for profile in (os.path.normpath(os.path.expanduser(f"{_PLACE}/{name}")) for name in _PROFILES):
             if (active := read_active_port(profile)) is not None:
                 how, file = f"{ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, ACTIVE_PORT)
-                yield Source(how, _by_active_port(profile), (local.LOOPBACK, active[0]), file)
+                found = _FoundBrowser(how, active[0], profile)
+                yield Source(how, found.connect, found.look, file)
         for port in PORTS:
-            yield Source(f"port {port}", _by_port(port), (local.LOOPBACK, port))
+            found = _FoundBrowser(f"port {port}", port)
+            yield Source(found.how, found.connect, found.look)
     own = ManagedBrowser(name)
     yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
@@ -139,83 +159,182 @@ def sources(name: str) -> Iterator[Source]:
 # Browsers of others.
 
 
-class _OwnerUnknown(ConnectionFailed):
+class NobodyThere(ConnectionFailed):
+    """Nobody listens there."""
+
+
+class OwnerUnknown(ConnectionFailed):
     """Whom a port belongs to can't be told: a browser of ours may be there."""
 
 
-def _by_variable(variable: str, url: str) -> Callable[[OnEvent], Awaitable[Connection]]:
-    async def connect(on_event: OnEvent) -> Connection:
+class _NamedBrowser:
+    """The browser at the address `url` that the user has given in the environment's `variable`."""
+
+    def __init__(self, variable: str, url: str) -> None:
+        self._variable = variable
+        self._url = url
+
+    async def connect(self, on_event: OnEvent) -> Connection:
+        return await self._use(lambda url: self._open(url, on_event))
+
+    async def look(self) -> None:
+        await self._use(self._look)
+
+    async def _use(self, use: Callable[[str], Awaitable[_T]]) -> _T:
+        """Call `use` with the address, or with its host resolved if the browser wants that. Raises `ConnectionFailed`."""
         try:
-            if variable == WEBSOCKET:
-                return await Connection.open(url, on_event, await _dial_named(variable, url))
-            websocket = await ask_websocket_url(url, await _dial_named(variable, url))
-            if not is_local(websocket):
-                return await Connection.open(websocket, on_event)
-            # A browser elsewhere may name its own loopback interface, which is not this machine's.
-            named = is_local(url) and address_of(url)[1] == address_of(websocket)[1]
-            sock = await (_dial_named(variable, websocket) if named else _dial_ours(*address_of(websocket)))
-            return await Connection.open(websocket, on_event, sock)
+            try:
+                return await use(self._url)
+            except ConnectionFailed as error:
+                if not error.refuses_name:
+                    raise
+                address = await asyncio.to_thread(local.to_address, *address_of(self._url))
+                return await use(with_host(self._url, address))
+        except ProxyFailed as error:
+            raise ConnectionFailed(f"{self._variable}: {error}") from None
         except ConnectionFailed as error:
             if error.must_allow:
                 advice = "click Allow in the browser's window if it asks, then try again"
             else:
+                variable = self._variable
                 advice = f"start that browser with --remote-debugging-port, mend {variable}, or unset it to use another browser"
-            raise ConnectionFailed(f"{variable}: {error}; {advice}", status=error.status, waiting=error.waiting) from None
+            text = f"{self._variable}: {error}; {advice}"
+            raise ConnectionFailed(text, status=error.status, waiting=error.waiting) from None
 
-    return connect
-
-
-def address_of(url: str) -> tuple[str, int]:
-    """Return host and port of `url`, or ``("", 0)`` if it has none."""
-    try:
-        parts = urlsplit(url)
-        return parts.hostname or "", parts.port or (443 if parts.scheme in ("https", "wss") else 80)
-    except ValueError:
-        return "", 0
-
-
-def _by_active_port(profile: str) -> Callable[[OnEvent], Awaitable[Connection]]:
-    async def connect(on_event: OnEvent) -> Connection:
-        active = read_active_port(profile)
-        if active is None:
-            raise ConnectionFailed(f"{profile} has no {ACTIVE_PORT} any more: start the browser")
+    async def _look(self, url: str) -> None:
+        if self._variable == URL:
+            await ask_websocket_url(url, await self._dial(url))
+            return
         try:
-            return await _open_ours(active[0], active[1], on_event)
+            if urlsplit(url).scheme not in ("ws", "wss") or not address_of(url)[0]:
+                raise ValueError(url)
+            proxy = find_proxy(url)
+        except UnusableProxy as error:
+            raise ProxyFailed(f"{without_secret(url)} can't be reached: {error}") from None
+        except ValueError:
+            text = f"{without_secret(url)} is no address of DevTools: it begins with ws:// or wss://"
+            raise ConnectionFailed(text) from None
+        # A handshake could open a window that asks the browser's user.
+        if (sock := await self._dial(url, anywhere=proxy is None)) is not None:
+            sock.close()
+
+    async def _open(self, url: str, on_event: OnEvent) -> Connection:
+        websocket = await ask_websocket_url(url, await self._dial(url)) if self._variable == URL else url
+        # A browser elsewhere may name its own loopback interface, which is not this machine's.
+        if is_local(websocket) and not (is_local(url) and address_of(url)[1] == address_of(websocket)[1]):
+            sock: socket.socket | None = await _dial_ours(*address_of(websocket))
+        else:
+            sock = await self._dial(websocket)
+        how = f"{self._variable}, {without_secret(url)}"
+        return await _tell_silence(how, Connection.open(websocket, on_event, sock))
+
+    async def _dial(self, url: str, *, anywhere: bool = False) -> socket.socket | None:
+        """Connect to the address if it is on this machine, or `anywhere`, and log whose it is; others may have a proxy."""
+        host, port = address_of(url)
+        if not host or not port or not (anywhere or is_local(url) or await _is_here(host, port)):
+            return None
+        try:
+            sock, others = await asyncio.to_thread(local.connect_to_any, host, port)
+        except (OSError, OverflowError, ValueError) as error:
+            raise ConnectionFailed(f"{without_secret(url)} can't be reached ({_reason(error)})") from None
+        if others:
+            logger.warning("%s, %s, belongs to %s", self._variable, without_secret(url), local.describe_users(others))
+        return sock
+
+
+class _FoundBrowser:
+    """A browser that may listen at `port` of this machine; by the word of a `profile`, which has the path, if there is one."""
+
+    def __init__(self, how: str, port: int, profile: str | None = None) -> None:
+        self.how = how
+        self._port = port
+        self._profile = profile
+
+    async def connect(self, on_event: OnEvent) -> Connection:
+        if self._profile is None:
+            host, path = await self.look()
+            return await self._open(host, self._port, path or "/devtools/browser", on_event)
+        # Another one may have been started meanwhile.
+        active = read_active_port(self._profile)
+        if active is None:
+            raise ConnectionFailed(f"{self._profile} has no {ACTIVE_PORT} any more: start the browser")
+        self._port, path = active
+        try:
+            host, _ = await self.look()
+            return await self._open(host, self._port, path, on_event)
         except ConnectionFailed as error:
-            if error.must_allow or isinstance(error, _OwnerUnknown):
+            if error.must_allow or isinstance(error, OwnerUnknown):
                 raise
             raise ConnectionFailed(
                 f"a stale {ACTIVE_PORT} ({error}): the browser that wrote it has ended; start it again, or remove "
-                f"{os.path.join(profile, ACTIVE_PORT)}"
+                f"{os.path.join(self._profile, ACTIVE_PORT)}"
             ) from None
 
-    return connect
+    async def look(self) -> tuple[str, str | None]:
+        """Return the host, and the path that it names: None if it has no HTTP, as a Chrome that asks its user has none."""
+        problem: ConnectionFailed | None = None
+        for host in local.LOOPBACKS:
+            try:
+                return host, await self._ask(host)
+            except ConnectionFailed as error:
+                # What is wrong with one that is there counts; else the first.
+                if problem is None or (isinstance(problem, NobodyThere) and not isinstance(error, NobodyThere)):
+                    problem = error
+        assert problem is not None
+        raise problem
 
-
-def _by_port(port: int) -> Callable[[OnEvent], Awaitable[Connection]]:
-    async def connect(on_event: OnEvent) -> Connection:
-        base = f"http://{local.LOOPBACK}:{port}"
+    async def _ask(self, host: str) -> str | None:
+        base = make_url("http", host, self._port)
         try:
-            parts = urlsplit(await ask_websocket_url(base, await _dial_ours(local.LOOPBACK, port)))
             # Its host and port are what the server says: only who owns this port is known.
+            answer = await ask_websocket_url(base, await _dial_ours(host, self._port), timeout=_ASK_TIMEOUT)
+            parts = urlsplit(answer)
             path = urlunsplit(("", "", parts.path, parts.query, ""))
         except ValueError:
             path = ""
         except ConnectionFailed as error:
-            # Chrome has no HTTP there for the user's own profile, but the WebSocket, which asks the user.
-            if error.status != 404:
+            if isinstance(error, OwnerUnknown | NobodyThere):
                 raise
-            path = "/devtools/browser"
+            if error.status == 404 and await asyncio.to_thread(local.is_browser, self._port) is not False:
+                return None
+            # No browser: there is nothing to be allowed.
+            raise ConnectionFailed(str(error)) from None
         if not path.startswith("/"):
             raise ConnectionFailed(f"{base} is no DevTools server (its webSocketDebuggerUrl has no path)")
-        return await _open_ours(port, path, on_event)
+        return path
 
-    return connect
+    async def _open(self, host: str, port: int, path: str, on_event: OnEvent) -> Connection:
+        sock = await _dial_ours(host, port)
+        url = make_url("ws", host, port, path)
+        connection = await _tell_silence(self.how, Connection.open(url, on_event, sock))
+        try:
+            # Others have WebSockets too.
+            await connection.call("Browser.getVersion", timeout=TIMEOUT)
+        except BaseException as error:
+            await connection.close()
+            if not isinstance(error, BrowserError):
+                raise
+            raise ConnectionFailed(f"{without_secret(url)} opens a WebSocket, but is no browser ({error})") from None
+        return connection
 
 
-async def _open_ours(port: int, path: str, on_event: OnEvent) -> Connection:
-    sock = await _dial_ours(local.LOOPBACK, port)
-    return await Connection.open(f"ws://{local.LOOPBACK}:{port}{path}", on_event, sock)
+async def _tell_silence(how: str, opening: Coroutine[Any, Any, Connection]) -> Connection:
+    """Wait for a connection, and have those who wait for the start know that the browser may be asking its user."""
+    task = asyncio.ensure_future(opening)
+    try:
+        if not (await asyncio.wait({task}, timeout=_SILENCE))[0]:
+            logger.info("%s does not answer yet: it may be asking its user", how)
+            await report(f"the browser of {how} waits for you: click Allow in its window if it asks")
+        return await task
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+
+
+async def _is_here(host: str, port: int) -> bool:
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(asyncio.to_thread(local.is_here, host, port), _RESOLVE_TIMEOUT)
+    return False
 
 
 async def _dial_ours(host: str, port: int) -> socket.socket:
@@ -223,24 +342,12 @@ async def _dial_ours(host: str, port: int) -> socket.socket:
     try:
         return await asyncio.to_thread(local.connect_to_ours, host, port)
     except local.NotOurs as error:
-        kind = ConnectionFailed if error.uids else _OwnerUnknown
+        kind = ConnectionFailed if error.uids else OwnerUnknown
         raise kind(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
     except (OSError, OverflowError, ValueError) as error:
-        raise ConnectionFailed(f"{host}:{port} can't be reached ({_reason(error)})") from None
-
-
-async def _dial_named(variable: str, url: str) -> socket.socket | None:
-    """Connect to the address `url` of the user's if it is on this machine, and log whose it is. Raises `ConnectionFailed`."""
-    host, port = address_of(url)
-    if not is_local(url) or not port:
-        return None
-    try:
-        sock, others = await asyncio.to_thread(local.connect_to_any, host, port)
-    except (OSError, OverflowError, ValueError) as error:
-        raise ConnectionFailed(f"{without_secret(url)} can't be reached ({_reason(error)})") from None
-    if others:
-        logger.warning("%s, %s, belongs to %s", variable, without_secret(url), local.describe_users(others))
-    return sock
+        nobody = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) in _NO_SUCH_ADDRESS
+        kind = NobodyThere if nobody else ConnectionFailed
+        raise kind(f"{host}:{port} can't be reached ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 import harness_ipc
 from harness_ipc import HarnessIPCError, UnsafeDirectory, escape_control
 
-from . import APP_VERSION, WEBSOCKET, daemon_name, is_ours, not_ours
+from . import APP_VERSION, daemon_name, is_ours, not_ours
+from .requested import BINARY, asked, reload_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from harness_ipc import DaemonStatus
 
-    from . import discovery
+    from . import launcher
 
 # Seconds for the daemon to answer.
 _TIMEOUT = 5.0
@@ -83,89 +86,97 @@ def _own_browser() -> Iterator[Finding]:
     topic = "own browser"
     binary = program.find_binary()
     if binary is None:
-        demanded = os.environ.get(program.BINARY)
-        text = f"{program.BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        demanded = os.environ.get(BINARY)
+        text = f"{BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
-    text = f"{binary}, {'in a window' if program.has_display() else 'headless, since there is no display'}"
+    window, broken = program.has_display(), program.describe_broken_display()
+    where = "in a window" if window else f"headless, since {broken or 'there is no display'}"
+    text = f"{binary}, {where}"
     if (refusal := program.root_refusal()) is not None:
         yield Finding("warning", topic, f"{text}, but {refusal}")
         return
     if program.is_root():
         text += ", without its sandbox (--no-sandbox), since you are root"
-    yield Finding("ok", topic, text)
+    yield Finding("warning" if broken else "ok", topic, text)
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    from . import discovery, launcher, local, profile, program
-
     how = "was killed" if status.state == "stale" else "does not run"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
-    managed = launcher.ManagedBrowser(name)
+    yield from _next_browser(name)
+
+
+def _next_browser(name: str) -> Iterator[Finding]:
+    """Say what browser a new daemon would have."""
+    from . import discovery
+    from .connection import ConnectionFailed
+
+    for source in discovery.sources(name):
+        text = f"the next command uses {source.how}"
+        if source.own is not None:
+            yield from _next_own(name, source.own, text)
+            return
+        assert source.look is not None
+        try:
+            # Nothing that could open a window which asks its user.
+            asyncio.run(source.look())
+        except ConnectionFailed as error:
+            if source.named is not None:
+                yield Finding("failure", "browser", str(error))
+                return
+            if source.file is not None and not isinstance(error, discovery.OwnerUnknown):
+                remedy = f"rm {shlex.quote(source.file)}"
+                yield Finding("warning", "browser", f"{source.file} is stale: {error}", remedy)
+            elif not isinstance(error, discovery.NobodyThere):
+                yield Finding("warning", "browser", f"{source.how} is not used: {error}")
+        else:
+            yield _named_browser(text, source.named[1]) if source.named else Finding("ok", "browser", text)
+            return
+
+
+def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Finding]:
+    from . import profile, program
+    from .errors import BrowserNotFound
+
     remedy = None
     try:
-        taken = managed.taken()
-        pid = None if taken is not None else managed.pid()
+        # Raises for what can't be read, or is refused.
+        program.further_arguments()
+        problem = own.taken()
+        pid = None if problem is not None else own.pid()
+        if pid is not None:
+            fate = "takes it" if own.is_as_asked() else "ends it, since it was started with other settings"
+            left = f"pid {pid} was left by a daemon that was killed; the next one {fate}"
+            yield Finding("warning", "browser", left, _reload(name))
+        elif problem is None and program.find_binary() is None:
+            problem = "there is none: install Chrome or Chromium, or start one with its DevTools open"
+    except BrowserNotFound as error:
+        problem = str(error)
     except UnsafeDirectory as error:
-        text, remedy = profile.explain(error)
-        taken, pid = f"its profile {text}", None
-    if pid is not None:
-        text = f"pid {pid} was left by a daemon that was killed; the next one takes it"
-        yield Finding("warning", "browser", text, _reload(name))
-    for source in discovery.sources(name):
-        if source.own is not None:
-            if taken is not None:
-                yield Finding("failure", "browser", taken, remedy)
-            elif (refusal := program.root_refusal()) is not None:
-                yield Finding("failure", "browser", refusal)
-            elif pid is None and program.find_binary() is None:
-                yield Finding(
-                    "failure", "browser", "there is none: install Chrome or Chromium, or start one with its DevTools open"
-                )
-            else:
-                yield Finding("ok", "browser", f"the next command uses {source.how}")
-            return
-        assert source.address is not None
-        if source.demanded:
-            yield _named_browser(f"the next command uses {source.how}", source.how, source.address)
-            return
-        try:
-            # Nothing is asked: that could open a window that asks its user.
-            local.connect_to_ours(*source.address).close()
-        except local.NotOurs as error:
-            if source.file is None or not error.uids:
-                yield Finding("warning", "browser", f"{source.how} is not used: {error}")
-            else:
-                yield _stale(source, str(error))
-        except (OSError, OverflowError) as error:
-            if source.file is not None:
-                yield _stale(source, _unreachable(error))
-        else:
-            yield Finding("ok", "browser", f"the next command uses {source.how}")
-            return
+        reason, remedy = profile.explain(error)
+        problem = f"its profile {reason}"
+    problem = problem or program.root_refusal()
+    if problem is not None:
+        yield Finding("failure", "browser", problem, remedy)
+    else:
+        yield Finding("ok", "browser", text)
 
 
-def _named_browser(text: str, how: str, address: tuple[str, int]) -> Finding:
-    """Say `text` of the browser that the environment names, and name its owner if that is another user."""
+def _named_browser(text: str, url: str) -> Finding:
+    """Say `text` of the browser at the address `url` that the environment has, with its owner if that is another user."""
     from . import local
+    from .addresses import address_of
 
-    try:
-        sock, others = local.connect_to_any(*address)
-    except (OSError, ValueError, OverflowError) as error:
-        return Finding("failure", "browser", f"{how} {_unreachable(error)}: start that browser, or unset the variable")
-    sock.close()
+    host, port = address_of(url)
+    others: frozenset[int] = frozenset()
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        if local.is_here(host, port):
+            sock, others = local.connect_to_any(host, port)
+            sock.close()
     if others:
         text += f", which belongs to {local.describe_users(others)}"
     return Finding("warning" if others - {local.ROOT} else "ok", "browser", text)
-
-
-def _stale(source: discovery.Source, problem: str) -> Finding:
-    assert source.file is not None
-    return Finding("warning", "browser", f"{source.file} is stale: {problem}", f"rm {shlex.quote(source.file)}")
-
-
-def _unreachable(error: Exception) -> str:
-    return f"can't be reached ({getattr(error, 'strerror', None) or type(error).__name__})"
 
 
 def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
@@ -188,7 +199,7 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
         yield Finding("warning", topic, text, _reload(name))
     try:
         with harness_ipc.connect_daemon(name, timeout=_TIMEOUT, request_timeout=_TIMEOUT) as client:
-            told = client.request({"meta": "connection_status"})
+            told = client.request({"meta": "connection_status", "asked": asked(os.environ)})
             yield from _browser(name, told)
             if told["connected"]:
                 # Not otherwise: a request has the daemon start another browser.
@@ -199,18 +210,17 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
 
 
 def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
-    from . import connection, discovery
-
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
-        yield Finding("failure", "browser", f"{found}: {status['problem']}", _reload(name))
+        yield Finding(
+            "failure", "browser", f"{found}: {status['problem']}; the next command tries to have it again", _reload(name)
+        )
         return
     text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
-    variable, _, place = status["found"].partition(", ")
-    if variable in (WEBSOCKET, discovery.URL) and connection.is_local(place):
-        yield _named_browser(text, found, discovery.address_of(place))
-    else:
-        yield Finding("ok", "browser", text)
+    if status["mismatch"] is not None:
+        yield Finding("failure", "browser", f"{text}, but the next command asks for {status['mismatch']}", _reload(name))
+        return
+    yield Finding("ok", "browser", text) if status["named"] is None else _named_browser(text, status["named"])
     tab = status["tab"]
     if tab is None:
         yield Finding("warning", "page", f"none is attached{_because(status['problem'])}; the next request attaches one")
@@ -226,7 +236,7 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _reload(name: str) -> str:
-    return f"harness-browser --name={name} --reload"
+    return reload_command(name)
 
 
 def _start(text: str) -> str:

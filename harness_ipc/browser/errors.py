@@ -3,6 +3,7 @@
 RemoteError (of harness_ipc)
 └── BrowserError
     ├── BrowserNotFound   ConnectionRefusedError  no browser could be found, reached or started
+    ├── BrowserMismatch   ValueError              the daemon holds another browser than the command asks for: nothing ran
     ├── BrowserLost       ConnectionError         the browser went away: what was in flight may have run
     ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
     ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
@@ -46,6 +47,10 @@ class BrowserError(RemoteError):
 
 class BrowserNotFound(BrowserError, ConnectionRefusedError):
     """No browser could be found, reached or started. The text says which, and what to do."""
+
+
+class BrowserMismatch(BrowserError, ValueError):
+    """The daemon holds another browser than the variables of this command ask for. The text names both, and what to do."""
 
 
 class BrowserLost(BrowserError, ConnectionError):
@@ -126,26 +131,12 @@ class JavaScriptError(BrowserError):
     """The page's own code threw. The text is the exception's, with its stack where it has one."""
 
 
-_CLASSES = {
-    kind.__name__: kind
-    for kind in (
-        BrowserNotFound,
-        BrowserLost,
-        BrowserTimeout,
-        TabClosed,
-        TabInUse,
-        DialogOpen,
-        EventsDropped,
-        LoginFailed,
-        ElementNotFound,
-        ElementNotReady,
-        InvalidArgument,
-        HTTPError,
-        CDPError,
-        NavigationOvertaken,
-        JavaScriptError,
-    )
-}
+_CLASSES = {kind.__name__: kind for kind in BrowserError.__subclasses__()}
+
+
+def is_ours(kind: str) -> bool:
+    """Return whether this is the name of an error of this part."""
+    return kind in _CLASSES
 
 
 def from_reply(error: Any) -> RemoteError:

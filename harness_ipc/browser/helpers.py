@@ -221,12 +221,12 @@ wait_for_network_idle = _of_default_tab(Tab.wait_for_network_idle)
 wait_for_url = _of_default_tab(Tab.wait_for_url)
 
 
-def connect(*, timeout: float = START_TIMEOUT) -> Client:
+def connect(*, timeout: float = START_TIMEOUT, on_progress: Callable[[Any], object] | None = None) -> Client:
     """Return this process's connection to the browser's daemon, which is started if it does not run.
 
     Raises what `Browser.connect` does.
     """
-    return default_tab.browser.connect(timeout=timeout)
+    return default_tab.browser.connect(timeout=timeout, on_progress=on_progress)
 
 
 def disconnect() -> None:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,13 +17,27 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from harness_ipc import HarnessIPCError, process_identity, spawn_kwargs
+from harness_ipc import HarnessIPCError, process_identity, report, spawn_kwargs
 
-from . import WEBSOCKET, connection, pipe, program
+from . import connection, pipe, program
 from .connection import Connection, ConnectionFailed
+from .display import find_broken
 from .errors import BrowserError, BrowserLost, BrowserNotFound, CDPError
-from .profile import ACTIVE_PORT, PROFILE, Note, Profile, read_active_port
-from .program import BINARY, browser_environment, command_line, download_behavior, find_binary, root_refusal
+from .profile import ACTIVE_PORT, Note, Profile, read_active_port
+from .program import (
+    browser_environment,
+    command_line,
+    describe_broken_display,
+    download_behavior,
+    find_binary,
+    further_arguments,
+    has_display,
+    is_root,
+    root_refusal,
+    settings_digest,
+)
+from .reasons import find_reason, lacks_display
+from .requested import BINARY, PROFILE, URL, WEBSOCKET, asked
 
 if TYPE_CHECKING:
     from typing import Any
@@ -81,6 +94,7 @@ class ManagedBrowser:
             raise BrowserNotFound(refusal)
         # Raises before anything is started.
         download_behavior()
+        further_arguments()
         self._profile.acquire()
         try:
             return await self._adopt(on_event) or await self._start(on_event)
@@ -126,6 +140,15 @@ class ManagedBrowser:
             return self._child.pid
         return self._profile.browser()
 
+    def settings(self) -> dict[str, str]:
+        """Return what of a command's environment (`requested.asked`) this browser is."""
+        settings = asked({name: value for name, value in os.environ.items() if name not in (WEBSOCKET, URL)})
+        return settings | {BINARY: find_binary() or os.environ.get(BINARY, ""), PROFILE: self.profile}
+
+    def is_as_asked(self) -> bool:
+        """Return whether the browser of the profile was started with the settings of today. Raises `UnsafeDirectory`."""
+        return self._profile.note().settings in (None, settings_digest()) or find_binary() is None
+
     def taken(self) -> str | None:
         """Return, for people, that another daemon has the profile, if one has. Raises `UnsafeDirectory`."""
         daemon = self._profile.daemon()
@@ -152,6 +175,9 @@ class ManagedBrowser:
                     "directory"
                 )
             return None
+        if not self.is_as_asked():
+            logger.info("the browser of pid %d was started with other settings: it is not adopted", pid)
+            return None
         try:
             async with asyncio.timeout(connection.OPEN_TIMEOUT):
                 adopted = await (self._reopen_pipe if program.USES_PIPE else self._open_port)(pid, on_event)
@@ -169,26 +195,38 @@ class ManagedBrowser:
                 f"there is no browser: none runs with its DevTools open, and {where}; install Chrome or Chromium, or set "
                 f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
             )
-        arguments = command_line(binary, self.profile)
-        # What is left of one that hangs, or that has died.
-        await asyncio.to_thread(self._end_process, 0.0)
-        self._profile.remove_singleton()
-        if "--no-sandbox" in arguments:
+        window = has_display()
+        if (broken := describe_broken_display()) is not None:
+            await _warn(f"{broken}: the browser does not use it{'' if window else ', and is headless'}")
+        if is_root():
             logger.warning("running as root: the browser's sandbox is off (--no-sandbox), and a page that breaks it is root")
         try:
-            async with asyncio.timeout(START_TIMEOUT):
-                return await (self._start_with_pipe if program.USES_PIPE else self._start_with_port)(arguments, on_event)
+            try:
+                return await self._start_once(binary, window, on_event)
+            except BrowserLost:
+                # One that takes connections may still refuse this user.
+                if not window or not lacks_display(self._profile.read_stderr()):
+                    raise
+                await _warn(f"the browser can't use its display{self._quoted_reason()}: it is headless")
+                return await self._start_once(binary, False, on_event)
         except BrowserLost:
             raise BrowserNotFound(await self._why_lost(binary)) from None
         except TimeoutError:
-            raise BrowserNotFound(
-                f"{binary} has not opened its DevTools within {START_TIMEOUT:g} s{self._quoted_last_words()}"
-            ) from None
+            text = f"{binary} has not opened its DevTools within {START_TIMEOUT:g} s{self._quoted_reason()}"
+            raise BrowserNotFound(text) from None
+
+    async def _start_once(self, binary: str, window: bool, on_event: OnEvent) -> Connection:
+        arguments = command_line(binary, self.profile, window=window)
+        # What is left of one that hangs, or that has died.
+        await asyncio.to_thread(self._end_process, 0.0)
+        self._profile.remove_singleton()
+        async with asyncio.timeout(START_TIMEOUT):
+            return await (self._start_with_pipe if program.USES_PIPE else self._start_with_port)(arguments, on_event)
 
     async def _start_with_pipe(self, arguments: list[str], on_event: OnEvent) -> Connection:
         if sys.platform == "win32":
             raise NotImplementedError("Windows has no FIFOs")
-        names = "=".join(browser_environment(os.environ))
+        names = "=".join(_environment())
         command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PIPE, names, *arguments]
         with pipe.create_fifos(self._profile.to_browser, self._profile.from_browser) as (stdin, stdout):
             pid = self._spawn(arguments, command, stdin=stdin, stdout=stdout)
@@ -213,7 +251,7 @@ class ManagedBrowser:
         return connection
 
     async def _start_with_port(self, arguments: list[str], on_event: OnEvent) -> Connection:
-        environment = browser_environment(os.environ)
+        environment = _environment()
         pid = self._spawn(arguments, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
         while read_active_port(self.profile) is None:
             if self._child is None or self._child.poll() is not None:
@@ -246,12 +284,15 @@ class ManagedBrowser:
             raise BrowserNotFound(_cannot_run(arguments[0], error.strerror or str(error))) from None
         finally:
             os.close(stderr)
-        logger.info("started pid %d: %s", self._child.pid, shlex.join(arguments))
+        # Their values may be secrets.
+        switches = " ".join(word.partition("=")[0] for word in arguments[1:] if word.startswith("-"))
+        logger.info("started pid %d: %s %s", self._child.pid, arguments[0], switches)
         self._write_note(self._child.pid)
         return self._child.pid
 
     def _write_note(self, pid: int, session: str | None = None) -> None:
-        self._profile.write_note(Note(process_identity(pid), process_identity(os.getpid()), session))
+        note = Note(process_identity(pid), process_identity(os.getpid()), session, settings_digest())
+        self._profile.write_note(note)
 
     async def _why_lost(self, binary: str) -> str:
         """Return why the browser that was started is not there: it has ended, or has closed its DevTools."""
@@ -259,14 +300,14 @@ class ManagedBrowser:
         try:
             status = await asyncio.to_thread(self._child.wait, _EXIT_PERIOD)
         except subprocess.TimeoutExpired:
-            return f"{binary} has closed its DevTools{self._quoted_last_words()}; see {self._profile.stderr}"
+            return f"{binary} has closed its DevTools{self._quoted_reason()}; see {self._profile.stderr}"
         if status == _CANNOT_RUN:
-            return _cannot_run(binary, self._profile.last_words())
-        return f"{binary} ended with status {status} before it was ready{self._quoted_last_words()}; see {self._profile.stderr}"
+            return _cannot_run(binary, find_reason(self._profile.read_stderr()))
+        return f"{binary} ended with status {status} before it was ready{self._quoted_reason()}; see {self._profile.stderr}"
 
-    def _quoted_last_words(self) -> str:
-        words = self._profile.last_words()
-        return f" ({words})" if words else ""
+    def _quoted_reason(self) -> str:
+        reason = find_reason(self._profile.read_stderr())
+        return f" ({reason})" if reason else ""
 
     def _end_process(self, patience: float) -> bool:
         pid = self.pid()
@@ -283,6 +324,17 @@ class ManagedBrowser:
         if not self._profile.is_used_by_another():
             self._profile.forget()
         return pid is not None
+
+
+def _environment() -> dict[str, str]:
+    broken = find_broken(os.environ)
+    return browser_environment({name: value for name, value in os.environ.items() if name not in broken})
+
+
+async def _warn(text: str) -> None:
+    """Tell the log, and those who wait for the start."""
+    logger.warning("%s", text)
+    await report(text)
 
 
 def _end_family(process: psutil.Process, patience: float) -> None:

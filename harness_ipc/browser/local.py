@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-LOOPBACK = "127.0.0.1"
+LOOPBACKS = ("127.0.0.1", "::1")
 # Seconds for a port to take a connection. The kernel does that at once, unless the listener's queue is full.
 CONNECT_TIMEOUT = 2.0
 
@@ -61,6 +61,53 @@ def connect_to_ours(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def is_here(host: str, port: int) -> bool:
+    """Return whether the name or address `host` is of this machine. Resolves it, which may take seconds."""
+    return any(_is_own_address(family, address) for family, address in _resolve(host, port))
+
+
+def to_address(host: str, port: int) -> str:
+    """Return the address that a connection to `host` and `port` would go to first. Raises `OSError`."""
+    found = _resolve(host, port)
+    if not found:
+        raise OSError(f"{host} can't be resolved")
+    return found[0][1]
+
+
+def _resolve(host: str, port: int) -> list[tuple[int, str]]:
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, OverflowError):
+        return []
+    return [(family, str(address[0])) for family, _, _, _, address in infos]
+
+
+def _is_own_address(family: int, address: str) -> bool:
+    # Only an address of this machine can be bound.
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+            return True
+    except OSError:
+        return False
+
+
+def is_browser(port: int) -> bool | None:
+    """Return whether a process that listens at `port` has children as a Chromium has them; None if none is seen that listens.
+
+    A user sees only processes of its own, and on macOS only root does.
+    """
+    try:
+        found = psutil.net_connections("tcp")
+        listening = [one for one in found if one.status == psutil.CONN_LISTEN and tuple(one.laddr)[1:2] == (port,)]
+        pids = {one.pid for one in listening if one.pid is not None}
+        children = [child for pid in pids for child in psutil.Process(pid).children()]
+        # One word or many: Chromium writes its title there.
+        return any(" --type=" in " ".join(["", *child.cmdline()]) for child in children) if pids else None
+    except (psutil.Error, OSError):
+        return None
 
 
 def describe_users(uids: frozenset[int]) -> str:

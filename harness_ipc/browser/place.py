@@ -14,12 +14,14 @@ import threading
 from harness_ipc import ConnectionLost, DaemonNotRunning, HarnessIPCError, RemoteError, connect_daemon
 
 from . import MAX_MESSAGE, check_extra, is_ours, not_ours
-from .errors import from_reply
+from .errors import BrowserLost, from_reply
 from .own_imports import without_program_directory
+from .requested import asked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, Literal
 
     from harness_ipc import Client
 
@@ -29,15 +31,22 @@ START_TIMEOUT = 60.0
 _LEAVE_TIMEOUT = 5.0
 
 
-def start_daemon(name: str, *, timeout: float = START_TIMEOUT) -> None:
-    """Be sure that the browser's daemon `name` runs. Raises what `harness_ipc.ensure_daemon` does."""
+def start_daemon(
+    name: str,
+    *,
+    timeout: float = START_TIMEOUT,
+    on_unhealthy: Literal["accept", "restart"] = "accept",
+    on_progress: Callable[[Any], object] | None = None,
+) -> None:
+    """Be sure that the browser's daemon `name` runs. Arguments and errors are those of `harness_ipc.ensure_daemon`."""
     with without_program_directory():
         # Not needed by a process that finds the daemon.
         from harness_ipc import ensure_daemon
 
         check_extra()
         # -P: `python -m` would import from the current directory first.
-        ensure_daemon(name, [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name], timeout=timeout)
+        argv = [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name]
+        ensure_daemon(name, argv, timeout=timeout, on_unhealthy=on_unhealthy, on_progress=on_progress)
 
 
 class Place:
@@ -93,12 +102,12 @@ class Connection:
         # Those whose tabs are closed at the end of the process.
         self._own: set[Place] = set()
 
-    def connect(self, name: str, timeout: float) -> Client:
-        """Return the client of the daemon `name`, which is started if it does not run."""
+    def connect(self, name: str, timeout: float, on_progress: Callable[[Any], object] | None = None) -> Client:
+        """Return the client of the daemon `name`, which is started if it does not run. See `Browser.connect`."""
         if self.client is None or self.client.name != name:
             with self.lock:
                 if self.client is None or self.client.name != name:
-                    self.client = _connect(name, timeout)
+                    self.client = _connect(name, timeout, on_progress)
                 return self.client
         return self.client
 
@@ -140,15 +149,28 @@ class Connection:
             client.close()
 
 
-def _connect(name: str, timeout: float) -> Client:
+def _connect(name: str, timeout: float, on_progress: Callable[[Any], object] | None) -> Client:
     with without_program_directory():
         try:
-            client = connect_daemon(name, max_message=MAX_MESSAGE)
+            return _find(name, timeout)
         except (DaemonNotRunning, ConnectionLost):
-            # Lost, if one is just dying: nothing was sent yet.
-            start_daemon(name, timeout=timeout)
-            client = connect_daemon(name, max_message=MAX_MESSAGE)
-    if not is_ours(client.app_version):
+            # Lost, if one is just dying: nothing was done yet.
+            start_daemon(name, timeout=timeout, on_progress=on_progress)
+        except BrowserLost:
+            start_daemon(name, timeout=timeout, on_unhealthy="restart", on_progress=on_progress)
+        return _find(name, timeout)
+
+
+def _find(name: str, timeout: float) -> Client:
+    """Return the client of a daemon whose browser is there, and is the one that the environment asks for."""
+    client = connect_daemon(name, max_message=MAX_MESSAGE)
+    try:
+        if not is_ours(client.app_version):
+            raise not_ours(name)
+        reply = client.request({"meta": "check_browser", "asked": asked(os.environ)}, timeout=timeout)
+        if "error" in reply:
+            raise from_reply(reply["error"])
+    except BaseException:
         client.close()
-        raise not_ours(name)
+        raise
     return client

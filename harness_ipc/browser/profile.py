@@ -24,9 +24,7 @@ import psutil
 from harness_ipc import StartFailed, UnsafeDirectory, check_private_dir, create_private_dir, is_same_process
 
 from .errors import BrowserNotFound
-
-# The variable that names another directory.
-PROFILE = "HARNESS_CHROME_PROFILE"
+from .requested import PROFILE
 
 # Chrome's own word on where its DevTools port is.
 ACTIVE_PORT = "DevToolsActivePort"
@@ -38,7 +36,7 @@ _TO_BROWSER = "harness-browser.in"
 _FROM_BROWSER = "harness-browser.out"
 # Bytes of a note, of an ACTIVE_PORT: both take some hundred.
 _LIMIT = 64 * 1024
-# Bytes at the end of the browser's standard error in which its last line is looked for.
+# Bytes at the end of the browser's standard error that are read.
 _TAIL = 64 * 1024
 # Seconds for the system to release the lock of a process that has ended: microseconds on an idle machine.
 _RELEASE_PERIOD = 1.0
@@ -57,6 +55,8 @@ class Note:
     browser: dict[str, Any] | None = None
     daemon: dict[str, Any] | None = None
     session: str | None = None
+    # What it was started with (`program.settings_digest`).
+    settings: str | None = None
 
 
 def _default_directory() -> str:
@@ -141,9 +141,13 @@ class Profile:
         if check_private_dir(self.path):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
                 found = json.loads(_read_own_file(os.path.join(self.path, _NOTE)))
-                browser, daemon, session = found["browser"], found["daemon"], found.get("session")
-                if isinstance(browser, dict) and isinstance(daemon, dict) and isinstance(session, str | None):
-                    return Note(browser, daemon, session)
+                browser, daemon, *texts = (found.get(key) for key in ("browser", "daemon", "session", "settings"))
+                if (
+                    isinstance(browser, dict)
+                    and isinstance(daemon, dict)
+                    and all(isinstance(text, str | None) for text in texts)
+                ):
+                    return Note(browser, daemon, *texts)
         return Note()
 
     def write_note(self, note: Note) -> None:
@@ -152,7 +156,9 @@ class Profile:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
         with open(os.open(draft, _CREATE, 0o600), "w", encoding="utf-8") as file:
-            json.dump({"browser": note.browser, "daemon": note.daemon, "session": note.session}, file)
+            json.dump(
+                {"browser": note.browser, "daemon": note.daemon, "session": note.session, "settings": note.settings}, file
+            )
         os.replace(draft, os.path.join(self.path, _NOTE))
 
     def browser(self) -> int | None:
@@ -171,11 +177,10 @@ class Profile:
             os.unlink(self.stderr)
         return os.open(self.stderr, _CREATE, 0o600)
 
-    def last_words(self) -> str:
-        """Return the last line of the browser's standard error, without control characters; empty if there is none."""
-        with contextlib.suppress(OSError):
-            lines = _read_own_file(self.stderr, _TAIL).decode("utf-8", "backslashreplace").split("\n")
-            return ascii(next((line.strip() for line in reversed(lines) if line.strip()), ""))[1:-1][:300]
+    def read_stderr(self) -> str:
+        """Return the end of the browser's standard error; empty if there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            return _read_own_file(self.stderr, _TAIL).decode("utf-8", "backslashreplace")
         return ""
 
     def forget(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -10,19 +12,13 @@ from typing import TYPE_CHECKING
 
 from harness_ipc import HarnessIPCError, create_private_dir
 
+from .display import WAYLAND, X11, find_broken
 from .errors import BrowserNotFound
+from .requested import ARGUMENTS, BINARY, DOWNLOADS, ENVIRONMENT, PROFILE, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
-
-# The variables that say what a managed browser is.
-BINARY = "HARNESS_CHROME"
-ARGUMENTS = "HARNESS_CHROME_ARGS"
-# Names of further variables that it gets, separated by commas. One may end with *.
-ENVIRONMENT = "HARNESS_CHROME_ENV"
-ROOT = "HARNESS_CHROME_ROOT"
-DOWNLOADS = "HARNESS_CHROME_DOWNLOADS"
 
 # On Windows, Chrome takes inherited handles of pipes (--remote-debugging-io-pipes), which end with the daemon that holds them:
 # its browser could not be adopted. So there it has a port, whose number and path are in the profile.
@@ -66,6 +62,18 @@ _FLAGS = [
     "--password-store=basic",
     "--use-mock-keychain",
 ]
+# Switches that HARNESS_CHROME_ARGS must not have, and what to do instead.
+_OPENED = "any page or program could drive the browser; connect to one that you start yourself with BU_CDP_URL"
+_REFUSED = {
+    "remote-allow-origins": _OPENED,
+    "remote-debugging-address": _OPENED,
+    "remote-debugging-port": _OPENED,
+    "remote-debugging-socket-name": _OPENED,
+    "remote-debugging-targets": _OPENED,
+    "remote-debugging-pipe": "the daemon sets it itself",
+    "remote-debugging-io-pipes": "the daemon sets the pipe itself",
+    "user-data-dir": f"set {PROFILE} instead",
+}
 # CSS pixels of a window that nobody sees; Chrome's own default is 800,600. HARNESS_CHROME_ARGS may say otherwise.
 _WINDOW = "1280,900"
 
@@ -93,21 +101,35 @@ def find_binary() -> str | None:
     return next(filter(None, map(shutil.which, [demanded] if demanded else _BINARIES)), None)
 
 
-def command_line(binary: str, profile: str) -> list[str]:
-    """Return the command line of a managed browser. Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` can't be read."""
+def command_line(binary: str, profile: str, *, window: bool) -> list[str]:
+    """Return the command line of a managed browser, with a `window` or headless.
+
+    Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` can't be read, or has what would open the browser to others.
+    """
     devtools = "--remote-debugging-pipe" if USES_PIPE else "--remote-debugging-port=0"
     arguments = [binary, devtools, f"--user-data-dir={profile}", *_FLAGS]
-    if not has_display():
+    if not window:
         arguments += ["--headless=new", f"--window-size={_WINDOW}"]
     if is_root():
         # Chrome refuses to run as root otherwise.
         arguments.append("--no-sandbox")
+    return [*arguments, *further_arguments(), "about:blank"]
+
+
+def further_arguments() -> list[str]:
+    """Return the arguments in `HARNESS_CHROME_ARGS`. Raises `BrowserNotFound` for what can't be read, or is refused."""
     try:
-        return [*arguments, *shlex.split(os.environ.get(ARGUMENTS, "")), "about:blank"]
+        found = shlex.split(os.environ.get(ARGUMENTS, ""))
     except ValueError as error:
         raise BrowserNotFound(
             f"{ARGUMENTS}={os.environ[ARGUMENTS]!a} are no arguments: {error}; correct it, or unset it"
         ) from None
+    for word in found:
+        # Chrome takes one dash for two, and on Windows a slash.
+        switch = word.lstrip("-/" if sys.platform == "win32" else "-").partition("=")[0].lower()
+        if (advice := _REFUSED.get(switch)) is not None and switch != word:
+            raise BrowserNotFound(f"{ARGUMENTS} has {word.partition('=')[0]}, which is refused: {advice}")
+    return found
 
 
 def browser_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -117,6 +139,12 @@ def browser_environment(environment: Mapping[str, str]) -> dict[str, str]:
         names = [name.upper() for name in names]
     prefixes = tuple(name[:-1] for name in names if name.endswith("*"))
     return {key: value for key, value in environment.items() if key in names or (prefixes and key.startswith(prefixes))}
+
+
+def settings_digest() -> str:
+    """Return what tells a browser that was started with these settings from one that was started with others."""
+    settings = [find_binary(), further_arguments(), sorted(os.environ.get(ENVIRONMENT, "").split(","))]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def download_behavior() -> dict[str, Any]:
@@ -138,8 +166,16 @@ def download_behavior() -> dict[str, Any]:
 
 
 def has_display() -> bool:
-    """Return whether a window could be shown."""
-    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    """Return whether a window could be shown: on Linux, on a display that takes connections."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool({variable for variable in (X11, WAYLAND) if os.environ.get(variable)} - set(find_broken(os.environ)))
+
+
+def describe_broken_display() -> str | None:
+    """Return, for people, which display the environment names that can't be reached; None if there is none."""
+    broken = [f"{name}={os.environ[name]} can't be reached ({why})" for name, why in find_broken(os.environ).items()]
+    return " and ".join(broken) or None
 
 
 def is_root() -> bool:

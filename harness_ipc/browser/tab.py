@@ -54,13 +54,14 @@ class Browser:
             self._connection = Connection()
         return self._connection
 
-    def connect(self, *, timeout: float = START_TIMEOUT) -> Client:
-        """Return the client of the daemon, which is started if it does not run.
+    def connect(self, *, timeout: float = START_TIMEOUT, on_progress: Callable[[Any], object] | None = None) -> Client:
+        """Return the client of the daemon, which is started if it does not run, or if its browser is gone.
 
-        Raises `StartFailed` (of harness_ipc) with the reason, `IncompatibleDaemon` if it is another program's, and what
-        `ensure_daemon` does.
+        `on_progress` is called with a text if the start waits for somebody. Raises `StartFailed` (of harness_ipc) with the
+        reason, `IncompatibleDaemon` if the daemon is another program's, `BrowserMismatch` if it holds another browser than the
+        environment asks for, and what `ensure_daemon` does.
         """
-        return self.connection.connect(self._name or daemon_name(), timeout)
+        return self.connection.connect(self._name or daemon_name(), timeout, on_progress)
 
     def new_tab(self, url: str = "about:blank", *, isolated: bool = False, background: bool = False, keep: bool = False) -> Tab:
         """Open a tab for this process, and return it: it is closed by its `close`, by ours, and when this process has ended.

@@ -14,7 +14,8 @@ import urllib.request
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from .connection import ConnectionFailed, without_secret
+from .addresses import UnusableProxy, find_proxy, quote_reason, without_secret
+from .connection import ConnectionFailed, ProxyFailed
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
@@ -25,29 +26,38 @@ TIMEOUT = 5.0
 _MAX_ANSWER = 1024 * 1024
 
 
-async def ask_websocket_url(base: str, sock: socket.socket | None = None) -> str:
-    """Return the `webSocketDebuggerUrl` of the DevTools server at the URL `base`. Raises `ConnectionFailed`.
+async def ask_websocket_url(base: str, sock: socket.socket | None = None, *, timeout: float | None = None) -> str:
+    """Return the `webSocketDebuggerUrl` of the DevTools server at the URL `base`, in `timeout` seconds (`TIMEOUT`).
 
     The connected `sock` is used for it and closed; without one, a connection is made, by the environment's proxy if it has one.
-    No redirect is followed, and the user name and password in `base` go to its host alone.
+    No redirect is followed, and the user name and password in `base` go to its host alone. Raises `ConnectionFailed`.
     """
+    timeout = TIMEOUT if timeout is None else timeout
     place = without_secret(base)
+    proxy, through = None, ""
     try:
-        async with asyncio.timeout(TIMEOUT):
-            status, answer = await asyncio.to_thread(_get, base, sock)
+        if sock is None and (proxy := find_proxy(base)) is not None:
+            through = f" through the proxy {without_secret(proxy)}"
+        async with asyncio.timeout(timeout):
+            status, answer = await asyncio.to_thread(_get, base, sock, proxy, timeout)
         if status != 200:
-            raise ConnectionFailed(f"{place} answered {status} to /json/version", status=status)
+            text = f"{place} answered {status} to /json/version{through}{quote_reason(answer, base)}"
+            raise ConnectionFailed(text, status=status if proxy is None else None)
         if len(answer) > _MAX_ANSWER:
             raise ConnectionFailed(f"{place} is no DevTools server (it answered more than {_MAX_ANSWER} bytes)")
         return str(json.loads(answer)["webSocketDebuggerUrl"])
     except ConnectionFailed:
         raise
+    except UnusableProxy as error:
+        raise ProxyFailed(f"{place} can't be reached: {error}") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            raise ConnectionFailed(f"{place} has not answered for {TIMEOUT:g} s", waiting=True) from None
+            text = f"{place} has not answered for {timeout:g} s{through}"
+            raise ConnectionFailed(text, waiting=proxy is None) from None
         if reason is not error:
-            raise ConnectionFailed(f"{place} can't be reached ({getattr(reason, 'strerror', None) or reason})") from None
+            reason = getattr(reason, "strerror", None) or reason
+            raise ConnectionFailed(f"{place} can't be reached{through} ({reason})") from None
         # Not its text: that may be the address.
         raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None
     finally:
@@ -57,7 +67,7 @@ async def ask_websocket_url(base: str, sock: socket.socket | None = None) -> str
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def _get(base: str, sock: socket.socket | None) -> tuple[int, bytes]:
+def _get(base: str, sock: socket.socket | None, proxy: str | None, timeout: float) -> tuple[int, bytes]:
     """Return the status and the start of the body of the answer to a request for /json/version."""
     with contextlib.ExitStack() as stack:
         if sock is not None:
@@ -73,25 +83,26 @@ def _get(base: str, sock: socket.socket | None) -> tuple[int, bytes]:
             headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
         if sock is None:
             request = urllib.request.Request(f"{parts.scheme}://{host}{target}", headers=headers)  # noqa: S310 - checked above
-            reply = stack.enter_context(_opener().open(request, timeout=TIMEOUT))
+            reply = stack.enter_context(_opener(proxy).open(request, timeout=timeout))
         else:
             connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host)))
-            connection.sock = _with_tls(sock, parts)
+            connection.sock = _with_tls(sock, parts, timeout)
             connection.request("GET", target, headers=headers)
             reply = stack.enter_context(connection.getresponse())
         return reply.status, reply.read(_MAX_ANSWER + 1)
 
 
-def _opener() -> urllib.request.OpenerDirector:
+def _opener(proxy: str | None) -> urllib.request.OpenerDirector:
     """Return one that follows no redirect, which the default one does, with the headers that hold the password."""
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+    proxies = {} if proxy is None else {"http": proxy, "https": proxy}
+    for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
     return opener
 
 
-def _with_tls(sock: socket.socket, parts: SplitResult) -> socket.socket:
-    sock.settimeout(TIMEOUT)
+def _with_tls(sock: socket.socket, parts: SplitResult, timeout: float) -> socket.socket:
+    sock.settimeout(timeout)
     if parts.scheme == "https":
         return ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
     return sock

@@ -30,6 +30,7 @@ NEED_EXTRA = [
     "test_launcher.py",
     "test_local.py",
     "test_pipe.py",
+    "test_requested.py",
     "test_tabs.py",
 ]
 collect_ignore = [] if importlib.util.find_spec("websockets") else NEED_EXTRA

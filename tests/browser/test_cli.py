@@ -145,10 +145,12 @@ def test_eight_commands_at_once_start_one_daemon_and_one_browser(fresh: Path) ->
 def test_a_start_that_takes_long_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes connections, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{silent.getsockname()[1]}/secret")
+        place = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("BU_CDP_WS", f"{place}/secret")
         with running("-c", "1") as (process, _, stderr):
-            hint = "starting browser and its browser; if a browser asks whether it may be controlled, click Allow"
-            assert stderr.readline() == f"harness-browser: {hint}\n"
+            waits = f"the browser of BU_CDP_WS, {place} waits for you: click Allow in its window if it asks"
+            hints = ["starting browser and its browser", waits]
+            assert sorted(stderr.readline() for _ in hints) == [f"harness-browser: {hint}\n" for hint in hints]
             silent.close()
             said, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (6, "")

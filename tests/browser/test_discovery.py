@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import stat
 import sys
 import threading
@@ -22,14 +23,15 @@ from filelock import FileLock
 
 from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
 from harness_ipc.browser import discovery, helpers
+from harness_ipc.browser.display import find_broken
 from harness_ipc.browser.errors import BrowserNotFound
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import command_line, find_binary, has_display, is_root
-from tests.browser.conftest import kill, processes_of, suspended
+from tests.browser.conftest import harness_browser, kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, answering, free_port, http, other_browser, refusing, without_http
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
-from tests.support.marks import needs_chromium, needs_posix, needs_root
+from tests.support.marks import needs_chromium, needs_linux, needs_posix, needs_root
 from tests.support.processes import PATIENCE, lives, wait_until
 
 pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
@@ -42,6 +44,8 @@ SECRET = "hush"
 NO_HTTP = b"SSH-2.0-Server\r\n"
 PAGE = http("200 OK", "<!doctype html><title>Some page</title>")
 FORBIDDEN = http("403 Forbidden")
+# A server in the tests' process stands for a browser, without being one.
+IN_THE_TESTS = "discovery.local.is_browser = lambda port: None"
 # What runs in a profile only, and what is of use only to find it.
 TRACES = {
     "DevToolsActivePort",
@@ -77,7 +81,9 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     usual.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(fresh / "home"))
     monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
-    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
     # This machine's may be in use.
     monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
@@ -171,7 +177,7 @@ def test_a_browser_that_runs_is_attached_to_and_left_running(
                 found = f"port {port}"
             case _:
                 found = f"port {port}"
-        start(f"discovery.PORTS = ({port},)" if way.startswith("port") else "")
+        start(f"{IN_THE_TESTS}\ndiscovery.PORTS = ({port},)" if way.startswith("port") else "")
         is_theirs = {"connected": True, "own": False, "pid": None, "found": found, "problem": None}
         assert is_theirs.items() <= status().items()
         helpers.goto_url(f"{site.url}/")
@@ -344,7 +350,7 @@ def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
 ) -> None:
     # Without HTTP, as Chrome is where it asks.
     with answering(answer, version=http("404 Not Found")) as port:
-        first = "connection.OPEN_TIMEOUT = 0.25"
+        first = f"{IN_THE_TESTS}\nconnection.OPEN_TIMEOUT = 0.25"
         if way == "profile":
             active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
             found = f"DevToolsActivePort of {active_port.parent}, port {port}"
@@ -595,15 +601,67 @@ def test_without_its_sandbox_the_log_warns(fresh: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("root", [True, False])
 def test_the_sandbox_is_off_for_root_only(root: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness_ipc.browser.program.is_root", lambda: root)
-    assert ("--no-sandbox" in command_line("chromium", "profile")) is root
+    assert ("--no-sandbox" in command_line("chromium", "profile", window=has_display())) is root
+
+
+@contextlib.contextmanager
+def display(variable: str, base: Path) -> Iterator[str]:
+    """Yield the name of a display that takes connections."""
+    number = next(number for number in range(700, 800) if not os.path.exists(f"/tmp/.X11-unix/X{number}"))
+    address = f"\0/tmp/.X11-unix/X{number}" if variable == "DISPLAY" else str(base / "wayland-7")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(100)
+        yield f":{number}.0" if variable == "DISPLAY" else "wayland-7"
 
 
 @pytest.mark.parametrize("variable", ["DISPLAY", "WAYLAND_DISPLAY"])
-@needs_path
-def test_a_display_has_a_window(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--headless=new" in command_line("chromium", "profile")
-    monkeypatch.setenv(variable, ":7")
-    assert not [word for word in command_line("chromium", "profile") if "headless" in word]
+@needs_linux
+def test_a_window_is_on_a_display_that_takes_connections(variable: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(fresh))
+    assert not has_display()
+    with display(variable, fresh) as name:
+        monkeypatch.setenv(variable, name)
+        assert has_display()
+        assert find_broken(os.environ) == {}
+    assert not has_display()
+    assert list(find_broken(os.environ)) == [variable]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (":799", "No such file"),
+        ("nonsense", "no name of a display"),
+        ("localhost:59.0", "refused"),
+        ("/nonexistent/socket:0", "No such file"),
+    ],
+)
+@needs_linux
+def test_a_display_that_is_gone_is_told_with_the_reason(name: str, why: str) -> None:
+    assert why in find_broken({"DISPLAY": name})["DISPLAY"]
+
+
+@needs_linux
+def test_a_browser_whose_display_is_gone_or_refuses_is_headless_and_says_so(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPLAY", ":799")
+    run = harness_browser("-c", "print(page_info()['url'])")
+    assert run.stdout == "about:blank\n"
+    gone = "DISPLAY=:799 can't be reached (No such file or directory)"
+    assert run.stderr == f"harness-browser: {gone}: the browser does not use it, and is headless\n"
+    assert f"headless, since {gone}" in harness_browser("--doctor").stdout
+    stop_daemon("browser")
+    # One that takes connections, and answers none.
+    with display("DISPLAY", fresh) as name:
+        monkeypatch.setenv("DISPLAY", name)
+        quits = "for word; do case $word in --headless*) ok=1;; esac; done; test $ok || { echo Missing X server >&2; exit 1; }"
+        binary = shlex.quote(find_binary() or "")
+        monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f'{quits}; exec {binary} "$@"'))
+        run = harness_browser("-c", "print(page_info()['url'])")
+    assert run.stdout == "about:blank\n"
+    assert run.stderr == "harness-browser: the browser can't use its display (Missing X server): it is headless\n"
 
 
 def test_further_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,13 +293,15 @@ def test_a_stale_word_in_the_profile_of_the_user(fresh: Path, monkeypatch: pytes
     profile = home / USUAL
     profile.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
     word = profile / "DevToolsActivePort"
     with refusing() as port:
         word.write_text(f"{port}\n/devtools/browser/secret")
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic) == ("warning", "browser")
-        assert trouble.text == f"{word} is stale: can't be reached (Connection refused)"
+        assert trouble.text == f"{word} is stale: 127.0.0.1:{port} can't be reached (Connection refused)"
         assert trouble.remedy == f"rm {shlex.quote(str(word))}"
         assert word.exists()
         apply(trouble.remedy)
@@ -314,7 +316,9 @@ def test_a_browser_of_the_user_that_runs(fresh: Path, monkeypatch: pytest.Monkey
     profile = fresh / "home" / USUAL
     profile.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(fresh / "home"))
-    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
     with other_browser(fresh, profile=f"home/{USUAL}") as other:
         assert troubles() == []
         assert found("browser").text == f"the next command uses DevToolsActivePort of {profile}, port {other.port}"
@@ -347,8 +351,8 @@ def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.M
     wait_until(lambda: daemon_status("browser").state == "absent")
     (_, trouble) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", None)
-    assert trouble.text.startswith(f"{variable}, {place} can't be reached (")
-    assert trouble.text.endswith("): start that browser, or unset the variable")
+    assert trouble.text.startswith(f"{variable}: {place} can't be reached (")
+    assert trouble.text.endswith(f"mend {variable}, or unset it to use another browser")
     monkeypatch.delenv(variable)
     monkeypatch.delenv("HARNESS_CHROME")
     assert troubles() == []
@@ -371,8 +375,8 @@ def test_an_address_that_is_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, v
     monkeypatch.setenv(variable, address)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "browser")
-    assert trouble.text.startswith(f"{variable}, ")
-    assert trouble.text.endswith("start that browser, or unset the variable")
+    assert trouble.text.startswith(f"{variable}: ")
+    assert trouble.text.endswith(f"mend {variable}, or unset it to use another browser")
     # Nor does a command stumble over it.
     refused = harness_browser("-c", "1")
     assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)

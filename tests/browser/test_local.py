@@ -17,8 +17,9 @@ import pytest
 
 from harness_ipc import daemon_status, stop_daemon
 from harness_ipc.browser import discovery, helpers, local, version
-from harness_ipc.browser.connection import Connection, ConnectionFailed, is_local
-from harness_ipc.browser.doctor import Finding, examine
+from harness_ipc.browser.addresses import is_local
+from harness_ipc.browser.connection import Connection, ConnectionFailed
+from harness_ipc.browser.doctor import examine
 from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
@@ -40,7 +41,9 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     usual.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(fresh / "home"))
     monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
-    monkeypatch.delenv("HARNESS_CHROME_OWN")
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
     monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
 
@@ -94,7 +97,7 @@ def test_a_squatter_is_sent_nothing(
         reason = why_not()
         assert f"127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}" in reason
         assert "Allow" not in reason
-        assert squat.received() == [""]
+        assert set(squat.received()) == {""}
 
 
 @needs_linux
@@ -106,7 +109,7 @@ def test_a_browser_of_a_squatter_is_not_used(way: str, fresh: Path, theirs: Othe
         if way == "profile":
             active_port.write_text(f"{squat.port}\n{theirs.path}")
             problem = f"{active_port} is stale: 127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}"
-            assert f"WARNING  browser: {problem} -> rm {active_port}\n" in doctor()
+            assert f"WARNING  browser: {problem}, and was sent nothing" in doctor()
         start("" if way == "profile" else f"discovery.PORTS = ({squat.port},)")
         assert status()["own"]
         assert helpers.js("6 * 7") == 42
@@ -173,9 +176,9 @@ def test_a_user_does_not_find_a_port_of_another_user(accepts: bool, home: Path, 
         assert found["log"] == [
             f"not usable, port {squat.port}: {problem}, and was sent nothing; if you trust it, name it in BU_CDP_URL"
         ]
-        assert found["findings"][0] == f"warning: port {squat.port} is not used: {problem}"
+        assert found["findings"][0].startswith(f"warning: port {squat.port} is not used: {problem}")
         # The command's connection, and the doctor's.
-        assert squat.received() == ["", ""]
+        assert set(squat.received()) == {""}
 
 
 @needs_linux
@@ -212,7 +215,8 @@ def test_without_a_known_owner_only_a_named_browser_is_used(active_port: Path, m
         assert "stale" not in reason
         source = f"DevToolsActivePort of {active_port.parent}, port {port}"
         line = f"{source} is not used: 127.0.0.1:{port} is not known to belong to you or to root"
-        assert Finding("warning", "browser", line) in list(examine("browser"))
+        (finding,) = [one for one in examine("browser") if one.topic == "browser" and one.level == "warning"]
+        assert finding.text.startswith(line)
         assert set(received) <= {b""}
         monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{port}/path")
         assert "answered 403" in why_not()
@@ -342,7 +346,7 @@ def test_a_local_server_that_redirects_is_passed_over(
         assert f"also seen: port {port}: http://127.0.0.1:{port} answered 302 to /json/version" in why_not()
         monkeypatch.setattr(discovery, "PORTS", ())
         active_port.write_text(f"{port}\n/devtools/browser/secret")
-        assert f"ws://127.0.0.1:{port} answered 302 instead of opening a WebSocket" in why_not()
+        assert f"a stale DevToolsActivePort (http://127.0.0.1:{port} answered 302 to /json/version)" in why_not()
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1:{}/json/version", "//127.0.0.1:{}/"])

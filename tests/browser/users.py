@@ -143,9 +143,10 @@ def find(home: str, port: str) -> None:
     importlib.metadata.version = lambda distribution_name: distribution_name
     become(VICTIM)
     os.environ |= {"HOME": home, "HARNESS_CHROME": "/nonexistent"}
-    for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "HARNESS_CHROME_PROFILE"):
+    for variable in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR", "XDG_DATA_HOME"):
         os.environ[variable] = os.path.join(home, variable)
-    os.environ.pop("HARNESS_CHROME_OWN", None)
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        os.environ.pop(variable, None)
     discovery.PORTS = (int(port),)
     log: list[str] = []
     handler = logging.Handler()

@@ -15,6 +15,7 @@ from harness_ipc.browser import errors
 from harness_ipc.browser.errors import (
     BrowserError,
     BrowserLost,
+    BrowserMismatch,
     BrowserNotFound,
     BrowserTimeout,
     CDPError,
@@ -38,6 +39,7 @@ DRAWN = re.findall(r"^    [├└]── (\w+)(?: +([A-Z]\w*Error))? +\S", error
 INSTANCES: list[BrowserError] = [
     BrowserNotFound("text"),
     BrowserLost("text"),
+    BrowserMismatch("text"),
     BrowserTimeout("text"),
     TabClosed("text"),
     TabInUse("text", pid=7),

@@ -1,0 +1,141 @@
+"""Which browser a command asks for, by its environment, and whether a daemon's browser is that one.
+
+`BU_CDP_WS` or `BU_CDP_URL` asks for that browser. `HARNESS_CHROME_OWN`, `HARNESS_CHROME_PROFILE` and `HARNESS_CHROME_ARGS` ask
+for one of the daemon's own; `HARNESS_CHROME`, `HARNESS_CHROME_ENV` and `HARNESS_CHROME_DOWNLOADS` say how one is started.
+A command takes what the daemon has for all that it does not set. Clients import this module: heavy imports are local.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WEBSOCKET = "BU_CDP_WS"
+URL = "BU_CDP_URL"
+OWN = "HARNESS_CHROME_OWN"
+PROFILE = "HARNESS_CHROME_PROFILE"
+ARGUMENTS = "HARNESS_CHROME_ARGS"
+BINARY = "HARNESS_CHROME"
+# Names of further variables that an own browser gets, separated by commas. One may end with *.
+ENVIRONMENT = "HARNESS_CHROME_ENV"
+DOWNLOADS = "HARNESS_CHROME_DOWNLOADS"
+# It permits a start, and changes no browser.
+ROOT = "HARNESS_CHROME_ROOT"
+
+_WANT_OWN = (OWN, PROFILE, ARGUMENTS)
+_OF_OWN = (BINARY, ENVIRONMENT, DOWNLOADS)
+
+
+def wants_own(environment: Mapping[str, str]) -> bool:
+    """Return whether only a browser of the daemon's own will do."""
+    return any(environment.get(variable) for variable in _WANT_OWN)
+
+
+def asked(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the variables that count, with absolute paths: those of a browser that is named come first."""
+    for variable in (WEBSOCKET, URL):
+        if value := environment.get(variable):
+            return {variable: value}
+    found = {variable: environment[variable] for variable in (*_WANT_OWN, *_OF_OWN) if environment.get(variable)}
+    for variable in (PROFILE, DOWNLOADS, BINARY):
+        # A program without a directory is one of PATH.
+        if variable in found and (variable != BINARY or os.path.dirname(found[variable])):
+            found[variable] = os.path.abspath(found[variable])
+    return found
+
+
+def reload_command(name: str) -> str:
+    """Return the shell command that ends the daemon `name`, so that the next command starts it anew."""
+    return f"harness-browser --name={name} --reload"
+
+
+def find_mismatch(
+    wanted: Mapping[str, str],
+    own: Mapping[str, str] | None,
+    named: tuple[str, str] | None = None,
+    endpoint: str | None = None,
+) -> tuple[str, str] | None:
+    """Return what of `wanted`, the variables that `asked` found, a daemon's browser is not, and what that is instead.
+
+    Both are for people; None if it is the one. `own` are the settings of an own browser, `BINARY` and `PROFILE` among them; of
+    another one, `named` is the variable with the address by which it was found, if any, and `endpoint` that of its WebSocket.
+    """
+    for variable, value in wanted.items():
+        if variable in (WEBSOCKET, URL):
+            fits = own is None and _is_address(variable, value, named, endpoint)
+        elif variable in _WANT_OWN or own is not None:
+            fits = own is not None and (variable == OWN or _is_setting(variable, value, own.get(variable, "")))
+        else:
+            continue
+        if not fits and own is not None and variable in (ARGUMENTS, *_OF_OWN):
+            return show(variable, value), f" with {show(variable, held) if (held := own.get(variable)) else f'no {variable}'}"
+        if not fits:
+            return show(variable, value), ""
+    return None
+
+
+def show(variable: str, value: str) -> str:
+    """Return the variable with its value, without what may be secret in it."""
+    if variable in (WEBSOCKET, URL):
+        from .addresses import without_secret
+
+        return f"{variable}, {without_secret(value)}"
+    if variable == ARGUMENTS:
+        value = " ".join(word.partition("=")[0] for word in _split(value))
+    return f"{variable}={value}"
+
+
+def _is_address(variable: str, value: str, named: tuple[str, str] | None, endpoint: str | None) -> bool:
+    from urllib.parse import urlsplit
+
+    if (variable, value) == named or value == endpoint:
+        return True
+    try:
+        parts = urlsplit(value)
+        here, there = (_server(url) for url in (value, endpoint or ""))
+    except ValueError:
+        return False
+    if variable == WEBSOCKET or parts.username or parts.query or parts.path.strip("/"):
+        # Different browsers may be behind one host and port.
+        before = named[1] if named is not None and named[0] == variable else endpoint or ""
+        return _without_server(value) == _without_server(before) and here == _server(before)
+    return here == there
+
+
+def _server(url: str) -> tuple[str, str, int]:
+    from .addresses import address_of, is_local
+
+    host, port = address_of(url)
+    secure = "s" if url.partition(":")[0] in ("https", "wss") else ""
+    return secure, "localhost" if is_local(url) else host, port
+
+
+def _without_server(url: str) -> tuple[str | None, str | None, str, str]:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    return parts.username, parts.password, parts.path.rstrip("/"), parts.query
+
+
+def _is_setting(variable: str, value: str, held: str) -> bool:
+    if variable == ARGUMENTS:
+        return _split(value) == _split(held)
+    if variable == ENVIRONMENT:
+        return {name.strip() for name in value.split(",")} == {name.strip() for name in held.split(",")}
+    if variable == BINARY:
+        import shutil
+
+        value = shutil.which(value) or value
+    return bool(held) and os.path.realpath(value) == os.path.realpath(held)
+
+
+def _split(arguments: str) -> list[str]:
+    import shlex
+
+    try:
+        return shlex.split(arguments)
+    except ValueError:
+        return [arguments]
