@@ -510,7 +510,7 @@ def test_a_dialog_that_holds_the_page(page: str, site: Site) -> None:
     assert trouble.text == text
     seen = harness_browser("--doctor")
     assert (seen.returncode, f"WARNING  page: {text}\n" in seen.stdout) == (0, True)
-    assert harness_browser("-c", "handle_dialog()").returncode == 0
+    assert harness_browser("--tab", "current", "-c", "handle_dialog()").returncode == 0
     assert troubles() == []
     assert helpers.page_info()["url"] == f"{site.url}/dialog"
 
