@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if options.name is not None:
         os.environ[NAME] = options.name
+    if options.file in ("status", "logs"):
+        from harness_ipc.cli import main as run_command
+
+        return run_command([options.file, "--name", daemon_name(), *options.arguments])
     try:
         if options.doctor:
             from . import doctor
@@ -89,9 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="harness-browser",
         usage="%(prog)s [--name NAME] [--new-tab | --tab WHICH | --tab-name TAB] [--keep-tab]\n"
         "           (-c CODE | FILE | -) [ARGUMENT ...]\n"
-        "       %(prog)s [--name NAME] --doctor [--json] | --reload",
+        "       %(prog)s [--name NAME] doctor [--json] | reload | status [--json] | logs [-f]",
         description="Run Python with the browser's helpers at hand: page_info(), goto_url(url), js(code), "
-        "capture_screenshot(path) and so on. The daemon that holds the browser is started by the first run, and stays.",
+        "capture_screenshot(path) and so on. The daemon that holds the browser is started by the first run, and stays. "
+        "doctor, reload, status and logs are commands, not files: ./doctor is a file.",
         epilog="exit status: 0 well; 1 the program raised, or doctor found a failure; 2 usage; 4 timed out; 5 refused; 6 the "
         "daemon or its browser could not be had; else what the program exits with",
     )
@@ -113,13 +118,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return what is for this command, and the words behind -c CODE, which are the program's own whatever they look like."""
+    """Return what is for this command, and the words behind -c CODE, which are the program's own whatever they look like.
+
+    The words doctor and reload become the options of that name.
+    """
     for place, word in enumerate(arguments):
         if place and arguments[place - 1] in ("--name", "--tab", "--tab-name"):
             continue
         if word.startswith("-c"):
             end = place + (2 if word == "-c" else 1)
             return arguments[:end], arguments[end:]
+        if word in ("doctor", "reload"):
+            return [*arguments[:place], f"--{word}", *arguments[place + 1 :]], []
         if not word.startswith("-") or word in ("-", "--"):
             break
     return arguments, []

@@ -803,8 +803,23 @@ def test_reload_ends_all(fresh: Path) -> None:
     assert browser not in who()
 
 
-def test_reload_when_nothing_runs(fresh: Path) -> None:
-    run = harness_browser("--reload")
+def test_commands_are_words(warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("doctor", "status"):
+        (tmp_path / word).write_text("print('a file')", encoding="utf-8")
+        run = harness_browser(word, "--json")
+        assert (run.returncode, run.stderr) == (0, "")
+        assert json.loads(run.stdout)
+        assert harness_browser(f"./{word}").stdout == "a file\n"
+    assert json.loads(harness_browser("status", "--json").stdout)["state"] == "running"
+    assert "connected to" in harness_browser("logs").stdout
+    assert harness_browser("-c", ARGV, "doctor").stdout == "['-c', 'doctor']\n"
+    assert harness_browser("reload", "words").returncode == 2
+
+
+@pytest.mark.parametrize("word", ["reload", "--reload"])
+def test_reload_when_nothing_runs(fresh: Path, word: str) -> None:
+    run = harness_browser(word)
     assert (run.returncode, run.stdout, run.stderr) == (0, "browser: was not running\n", "")
     assert list(fresh.iterdir()) == []
     assert serves()
