@@ -277,7 +277,8 @@ def main() -> None:
     try:
         idle_timeout = float(idle) if idle else None
     except ValueError:
-        raise harness_ipc.StartFailed(f"{IDLE_TIMEOUT}={idle!a} is no number of seconds") from None
+        # There is no log yet: what started the daemon reads this from its standard error.
+        sys.exit(f"{IDLE_TIMEOUT}={idle!a} is no number of seconds")
     app = BrowserApp(name)
     harness_ipc.run_daemon(
         app, name, app_version=APP_VERSION, idle_timeout=idle_timeout, max_message=MAX_MESSAGE, on_drain=app.drain

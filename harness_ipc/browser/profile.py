@@ -139,7 +139,7 @@ class Profile:
     def note(self) -> Note:
         """Return the note, an empty one if there is none that we have written. Raises `UnsafeDirectory`."""
         if check_private_dir(self.path):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
                 found = json.loads(_read_own_file(os.path.join(self.path, _NOTE)))
                 browser, daemon, *texts = (found.get(key) for key in ("browser", "daemon", "session", "settings"))
                 if (

@@ -681,7 +681,7 @@ def test_two_names_are_two_daemons_with_two_browsers(fresh: Path) -> None:
     first, second = who("one"), who("two")
     assert all(ours != theirs for ours, theirs in zip(first, second, strict=True))
     # What is said in the command counts more.
-    assert harness_browser("--name", "one", "-c", "print(js('window.name'))", env=two).stdout == "mine\n"
+    assert harness_browser("--name", "one", "-c", "print(js('window.name'))", env={**one, "BU_NAME": "two"}).stdout == "mine\n"
     assert harness_browser("--name", "two", "--reload", env=two).stdout == "two: stopped\n"
     assert who("one") == first
     assert daemon_status("browser").state == daemon_status("two").state == "absent"
@@ -720,7 +720,7 @@ def assert_refused(run: subprocess.CompletedProcess[str], status: int, words: st
 def test_a_browser_that_is_not_there(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
     run = harness_browser("-c", "print('never')")
-    assert_refused(run, 6, "HARNESS_CHROME=/nonexistent is no program; install Chrome or Chromium, or set", log=True)
+    assert_refused(run, 6, "HARNESS_CHROME=/nonexistent is no program; install Chrome or Chromium, or set", log=False)
     assert_nothing_left(fresh)
     monkeypatch.delenv("HARNESS_CHROME")
     assert serves()
@@ -730,7 +730,7 @@ def test_a_browser_that_is_not_there(fresh: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_browser_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh))
     run = harness_browser("-c", "print('never')")
-    assert_refused(run, 6, "none is installed; install Chrome or Chromium, or set HARNESS_CHROME to its program", log=True)
+    assert_refused(run, 6, "none is installed; install Chrome or Chromium, or set HARNESS_CHROME to its program", log=False)
     monkeypatch.undo()
     use(monkeypatch, fresh)
     assert serves()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -165,24 +164,27 @@ def test_all_is_well(warm: tuple[int, int], fresh: Path, site: Site) -> None:
 
 
 @needs_posix
+@needs_posix
 def test_a_daemon_that_starts(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It takes connections, and never answers.
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{silent.getsockname()[1]}")
-        null = subprocess.DEVNULL
-        with subprocess.Popen([*COMMAND, "-c", "1"], stdin=null, stdout=null, stderr=null) as command:
-            try:
-                wait_until(lambda: daemon_status("browser").state == "starting")
-                pid = daemon_status("browser").pid
+    program, go = fresh / "chrome", fresh / "go"
+    os.mkfifo(go)
+    program.write_text(f"#!/bin/sh\nread -r _ < {go}\nexit 1\n", encoding="utf-8")
+    program.chmod(0o700)
+    monkeypatch.setenv("HARNESS_CHROME", str(program))
+    null = subprocess.DEVNULL
+    with subprocess.Popen([*COMMAND, "-c", "1"], stdin=null, stdout=null, stderr=null) as command:
+        try:
+            wait_until(lambda: daemon_status("browser").state == "starting")
+            pid = daemon_status("browser").pid
+            # The program runs: it reads.
+            with open(go, "w", encoding="utf-8"):
                 findings = examine()
-                silent.close()
-                assert command.wait(PATIENCE) == 6
-            finally:
-                command.kill()
-    assert [finding.level for finding in findings] == ["ok"] * len(findings)
+            assert command.wait(PATIENCE) == 6
+        finally:
+            command.kill()
     assert findings[-1].topic == "daemon browser"
     assert findings[-1].text == f"starting, pid {pid}: wait, or see its log {log_path('browser')}"
-    monkeypatch.delenv("BU_CDP_WS")
+    monkeypatch.delenv("HARNESS_CHROME")
     assert serves()
 
 

@@ -119,9 +119,10 @@ def test_the_folder_of_the_variable(page: str, site: Site, tmp_path: Path, monke
     visit(f"{site.url}/")
     with pytest.raises(ValueError, match=r"^wait_for_download\(\): name the folder, or set HARNESS_CHROME_DOWNLOADS$"):
         wait_for_download()
-    monkeypatch.setenv("HARNESS_CHROME_DOWNLOADS", str(tmp_path))
-    with wait_for_download(timeout=PATIENCE) as download:
-        save("here.txt")
+    with monkeypatch.context() as patch:
+        patch.setenv("HARNESS_CHROME_DOWNLOADS", str(tmp_path))
+        with wait_for_download(timeout=PATIENCE) as download:
+            save("here.txt")
     assert download.path == str(tmp_path / "here.txt")
 
 

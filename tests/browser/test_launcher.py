@@ -231,7 +231,7 @@ def test_roots_browser_is_refused_unless_it_is_accepted(fresh: Path, profile: Pa
     assert harness_browser("-c", "1").returncode == 6
     assert lives(pid)
     assert harness_browser("--reload").returncode == 0
-    assert processes_of(fresh) == []
+    wait_until(lambda: not processes_of(fresh))
 
 
 # The environment.
