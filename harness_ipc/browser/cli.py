@@ -53,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if options.name is not None:
         os.environ[NAME] = options.name
-    if options.file in ("status", "logs"):
-        from harness_ipc.cli import main as run_command
-
-        return run_command([options.file, "--name", daemon_name(), *options.arguments])
     try:
-        if options.doctor:
+        if options.file in ("status", "logs"):
+            import subprocess
+
+            command = [sys.executable, "-P", "-m", "harness_ipc", options.file, "--name", daemon_name(), *options.arguments]
+            status = subprocess.call(command)
+        elif options.doctor:
             from . import doctor
 
             status = doctor.run(as_json=options.json)
