@@ -28,6 +28,8 @@ APP_VERSION = f"harness-browser {__version__}"
 
 # Seconds for a request: a page may take its time.
 TIMEOUT = 30.0
+# Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
+CALL_TIMEOUT = 60.0
 # Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
 # Characters of a page's text that the daemon keeps, in an event or a dialog. Chrome itself limits a dialog's message to 10,240.

@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from . import LONGEST
-from .connection import CALL_TIMEOUT
+from . import CALL_TIMEOUT, LONGEST
 from .dom import Dom
 from .errors import BrowserTimeout, CDPError, ElementNotFound
 from .frames import Frames, frames_in

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI, ProxyError
 
-from . import MAX_MESSAGE
+from . import CALL_TIMEOUT, MAX_MESSAGE
 from .addresses import UnusableProxy, find_proxy, is_local, quote_reason, without_secret
 from .errors import BrowserLost, BrowserNotFound, BrowserTimeout, CDPError
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     # Method, parameters, session, and the message that they were parsed from.
     OnEvent = Callable[[str, dict[str, Any], str | None, str | bytes], None]
 
-# Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
-CALL_TIMEOUT = 60.0
 # Bytes of one message, with the NUL of a pipe or the 14 bytes of a WebSocket's header. After a longer one the browser reads
 # nothing more (tried on Chromium 156; it is kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
 MAX_SENT = 100 * 1024 * 1024

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, LONGEST, MAX_MESSAGE, daemon_name, discovery
+from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, CALL_TIMEOUT, LONGEST, MAX_MESSAGE, daemon_name, discovery
 from .accessibility import Accessibility
 from .addresses import address_of, without_secret
-from .connection import CALL_TIMEOUT, SESSION_NOT_FOUND, Connection
+from .connection import SESSION_NOT_FOUND, Connection
 from .download_events import DownloadEvents
 from .errors import BrowserError, BrowserLost, BrowserMismatch, BrowserNotFound, CDPError
 from .events import Events, shorten

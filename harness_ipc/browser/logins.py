@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from . import LONGEST
-from .connection import CALL_TIMEOUT
+from . import CALL_TIMEOUT, LONGEST
 from .errors import BrowserTimeout, CDPError, LoginFailed
 from .part import Part, bad_request, named_session
 

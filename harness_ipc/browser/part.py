@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import LONGEST
-from .connection import CALL_TIMEOUT
+from . import CALL_TIMEOUT, LONGEST
 from .errors import CDPError
 
 if TYPE_CHECKING:

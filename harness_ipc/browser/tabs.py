@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from .connection import CALL_TIMEOUT
+from . import CALL_TIMEOUT
 from .errors import BrowserError, BrowserTimeout, CDPError, DialogOpen, TabClosed, TabInUse
 from .part import Part, bad_request, named_session
 

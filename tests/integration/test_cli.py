@@ -29,14 +29,16 @@ class App:
 """
 
 
-def _run(*arguments: str, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    *arguments: str, stdin: str = "", cwd: Path | None = None, patience: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "harness_ipc", *arguments],
         input=stdin,
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=PATIENCE,
+        timeout=patience,
         cwd=cwd,
     )
 
@@ -193,7 +195,8 @@ def test_the_demo_keeps_its_promises_and_leaves_nothing(private_directories: Pat
     temporary.mkdir()
     for variable in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(variable, str(temporary))
-    shown = _run("demo", "--json")
+    # It starts a dozen processes.
+    shown = _run("demo", "--json", patience=5 * PATIENCE)
     assert shown.returncode == 0, shown.stderr
     report = json.loads(shown.stdout)
     assert report["ok"] is True
