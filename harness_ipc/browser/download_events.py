@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._files import move_file
 from .errors import BrowserError
@@ -15,7 +15,7 @@ from .part import Part
 from .program import download_behavior
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from .daemon import BrowserApp
     from .part import Message, Stream
@@ -34,7 +34,6 @@ class DownloadEvents(Part):
         self._contexts: dict[str, int] = {}
         # By guid: tab, name, url.
         self._running: dict[str, Message] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def streams(self) -> Mapping[str, Stream]:
@@ -99,7 +98,7 @@ class DownloadEvents(Part):
             if (queue := self._queue(target)) is not None:
                 queue.put_nowait({**download, "state": "begun"})
             elif self._folder is not None and download_behavior()["behavior"] == "deny":
-                self._start(self._cancel(download["guid"]))
+                self.start(self._cancel(download["guid"]))
                 return
             self._running[str(download["guid"])] = {**download, "target": target}
         elif method == "Browser.downloadProgress" and params.get("state") in ("completed", "canceled"):
@@ -122,7 +121,7 @@ class DownloadEvents(Part):
         elif download["state"] == "completed" and self._folder is not None:
             folder = download_behavior().get("downloadPath")
             if folder is not None:
-                self._start(self._move(download, folder))
+                self.start(self._move(download, folder))
 
     async def _move(self, download: Message, folder: str) -> None:
         try:
@@ -133,8 +132,3 @@ class DownloadEvents(Part):
     async def _cancel(self, guid: str) -> None:
         with contextlib.suppress(BrowserError):
             await self.app.connection.call("Browser.cancelDownload", {"guid": guid})
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -181,8 +181,7 @@ class Events(Part):
             raise bad_request("the methods of events are a list of texts")
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
             raise bad_request("the timeout of events is a number of seconds, or null")
-        await self.app.connected()
-        session = await self.app.sessions.session_for(named_session(params))
+        _, session = await self.app.sessions.requested(params)
         listener = _Listener(frozenset(methods))
         self._listeners.setdefault(session, set()).add(listener)
         try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import CALL_TIMEOUT, LONGEST
 from .errors import BrowserTimeout, CDPError, LoginFailed
-from .part import Part, bad_request, named_session
+from .part import Changing, Part, bad_request
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from .part import Message, Verb
 
 
-class _Tab:
-    """The logins of one tab."""
+class _Tab(Changing):
+    """The logins of one tab. It changes with its document."""
 
     def __init__(self) -> None:
+        super().__init__()
         # By the origin that asks: user and password.
         self.credentials: dict[str, tuple[str, str]] = {}
         # Requests that were answered with them: who asks again has refused them.
@@ -36,8 +37,6 @@ class _Tab:
         self.coming: str | None = None
         # CDP's identity of the document.
         self.loader: str | None = None
-        # Set with the next document, of those that wait for it.
-        self.navigated = asyncio.Event()
 
 
 class Logins(Part):
@@ -48,7 +47,6 @@ class Logins(Part):
         self._tabs: dict[str, _Tab] = {}
         # The sessions that intercept, with their tabs.
         self._sessions: dict[str, str] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -97,8 +95,7 @@ class Logins(Part):
             tab.asked = None
         tab.coming = None
         tab.answered.clear()
-        tab.navigated.set()
-        tab.navigated = asyncio.Event()
+        tab.notify()
 
     def _answer(self, target: str, params: Message, session: str) -> None:
         if (tab := self._tabs.get(target)) is None:
@@ -125,15 +122,12 @@ class Logins(Part):
             with contextlib.suppress(CDPError, ConnectionError, TimeoutError):
                 await self.app.connection.call(method, params, session=session)
 
-        task = asyncio.create_task(call())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.start(call())
 
     # Requests.
 
     async def _pending(self, message: Message) -> Message:
-        await self.app.connected()
-        session = await self.app.sessions.session_for(named_session(message))
+        _, session = await self.app.sessions.requested(message)
         tab = self._tabs.get(self.app.sessions.target_of(session))
         return {"login": tab.asked if tab is not None else None, "session_id": session}
 
@@ -142,8 +136,7 @@ class Logins(Part):
         user, password, origin = message.get("user"), message.get("password"), message.get("origin")
         if not isinstance(user, str) or not isinstance(password, str) or not isinstance(origin, str | None):
             raise bad_request("handle_login wants a user, a password, and perhaps an origin, all of them texts")
-        connection = await self.app.connected()
-        session = await self.app.sessions.session_for(named_session(message))
+        connection, session = await self.app.sessions.requested(message)
         tab = self._tabs.get(self.app.sessions.target_of(session))
         if tab is None:
             raise bad_request("this session is of no tab: log in from the page's")
@@ -158,9 +151,9 @@ class Logins(Part):
         timeout = min(message.get("timeout") or CALL_TIMEOUT, LONGEST)
         try:
             async with asyncio.timeout(timeout):
-                navigated = tab.navigated
+                changed = tab.changed
                 await connection.call("Page.reload", session=session)
-                await navigated.wait()
+                await changed.wait()
                 # Answered once the document has taken its place: until then the page can't be loaded again.
                 with contextlib.suppress(CDPError):
                     await connection.call("Runtime.evaluate", {"expression": "0"}, session=session)

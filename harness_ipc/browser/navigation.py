@@ -18,7 +18,7 @@ from harness_ipc import escape_control
 from . import scripts
 from .errors import SERVER_ERROR, CDPError, InvalidArgument
 from .network import Requests
-from .part import Part, bad_request, timeout_of
+from .part import Changing, Part, bad_request, timeout_of
 from .url_pattern import compile_url_pattern
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ _REDIRECT_DELAY = 1.0
 _RETRY = 0.1
 
 
-class _Page:
-    """What the events of one session say of the navigations of its main frame."""
+class _Page(Changing):
+    """What the events of one session say of the navigations of its main frame. It changes with each of them."""
 
     def __init__(self) -> None:
+        super().__init__()
         # Navigations to other documents that were started, with the loader and the address of the last.
         self.started = 0
         self.loader = self.url = ""
@@ -46,13 +47,6 @@ class _Page:
         # One is about to be asked for.
         self.scheduled = False
         self.requests = Requests()
-        # Set, and replaced, with each event.
-        self.changed = asyncio.Event()
-
-    def notify(self) -> None:
-        """Wake those that wait for a change."""
-        self.changed.set()
-        self.changed = asyncio.Event()
 
     def on_event(self, event: str, params: Message) -> None:
         """Take note of an event of the domain Page that is of the main frame."""

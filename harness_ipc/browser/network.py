@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
+
+from .part import Changing
 
 if TYPE_CHECKING:
     from .part import Message
@@ -12,14 +13,13 @@ if TYPE_CHECKING:
 _NOT_COUNTED = {"EventSource", "Ping", "WebSocket"}
 
 
-class Requests:
-    """The requests of one session that have no answer yet."""
+class Requests(Changing):
+    """The requests of one session that have no answer yet. They change with each that begins or ends."""
 
     def __init__(self) -> None:
+        super().__init__()
         # By number: the frame and the loader that it is of.
         self.pending: dict[str, tuple[str | None, str | None]] = {}
-        # Set, and replaced, with each request that begins or ends.
-        self.changed = asyncio.Event()
 
     def on_event(self, event: str, params: Message) -> None:
         """Take note of an event of the domain Network."""
@@ -36,8 +36,3 @@ class Requests:
             if of_frame == frame and (loader is None or of_loader != loader):
                 del self.pending[number]
         self.notify()
-
-    def notify(self) -> None:
-        """Wake those that wait for a change."""
-        self.changed.set()
-        self.changed = asyncio.Event()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from . import CALL_TIMEOUT, LONGEST
 from .errors import CDPError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from typing import TypeVar
 
     from .connection import Connection
     from .daemon import BrowserApp
 
+    T = TypeVar("T")
     Message = dict[str, Any]
     # From a request to its reply.
     Verb = Callable[[Message], Awaitable[Message]]
@@ -25,11 +28,32 @@ if TYPE_CHECKING:
 INVALID_REQUEST = -32600
 
 
+class Changing:
+    """Something that requests wait for a change of: they take `changed` before they look, and wait for it after."""
+
+    def __init__(self) -> None:
+        # Set, and replaced, with each change.
+        self.changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake those that wait for a change."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
 class Part:
     """One job of the daemon's. All that it may do is optional."""
 
     def __init__(self, app: BrowserApp) -> None:
         self.app = app
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do `work` in a task that nobody has to keep."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     @property
     def verbs(self) -> Mapping[str, Verb]:

@@ -96,10 +96,14 @@ class Sessions(Part):
                 )
             return await self.attach_a_page()
 
+    async def requested(self, message: Message) -> tuple[Connection, str]:
+        """Return the connection, and the session that a request is for: the one that it names, or the default."""
+        connection = await self.app.connected()
+        return connection, await self.session_for(named_session(message))
+
     async def page_of(self, message: Message) -> tuple[Connection, str, str]:
         """Return the connection, the session that the request is for, and its tab. Raises at once if the page can't answer."""
-        connection = await self.app.connected()
-        session = await self.session_for(named_session(message))
+        connection, session = await self.requested(message)
         self.check_page(session, "Accessibility.")
         return connection, session, self.target_of(session)
 
@@ -258,8 +262,7 @@ class Sessions(Part):
     # Requests.
 
     async def _get(self, message: Message) -> Message:
-        await self.app.connected()
-        session = await self.session_for(named_session(message))
+        _, session = await self.requested(message)
         return {"session_id": session, "target_id": self.target_of(session)}
 
     async def _set_default(self, message: Message) -> Message:
@@ -277,8 +280,7 @@ class Sessions(Part):
         return {"session_id": session, "target_id": self.target_of(session)}
 
     async def _pending_dialog(self, message: Message) -> Message:
-        await self.app.connected()
-        session = await self.session_for(named_session(message))
+        _, session = await self.requested(message)
         return {"dialog": self.dialog_of(self.target_of(session)), "session_id": session}
 
 

@@ -8,22 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import harness_ipc
 
 from . import CALL_TIMEOUT
 from .errors import BrowserError, BrowserTimeout, CDPError, DialogOpen, TabClosed, TabInUse
-from .part import Part, bad_request, named_session
+from .part import Part, bad_request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
-    from typing import TypeVar
+    from collections.abc import AsyncIterator, Mapping
 
     from .daemon import BrowserApp
     from .part import Message, Method, Stream, Verb
-
-    T = TypeVar("T")
 
 # Seconds for a page to say where it is, before the browser is asked instead.
 _WHERE_TIMEOUT = 3.0
@@ -64,7 +61,6 @@ class Tabs(Part):
         # One client at a time chooses its tab.
         self._choosing = asyncio.Lock()
         self._draining = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -118,7 +114,7 @@ class Tabs(Part):
         finally:
             del self._occupants[number]
             if not self._draining.is_set():
-                self._start(self._close_own(occupant))
+                self.start(self._close_own(occupant))
 
     async def _move(self, message: Message) -> Message:
         """Have a client go to another tab."""
@@ -140,7 +136,7 @@ class Tabs(Part):
         await self.app.connected()
         before = occupant.target
         # A tab that is opened for a client which leaves meanwhile is closed with the others.
-        choosing = self._start(self._choose(occupant, wanted))
+        choosing = self.start(self._choose(occupant, wanted))
         try:
             await asyncio.shield(choosing)
             target = occupant.target
@@ -244,7 +240,7 @@ class Tabs(Part):
         for context, pages in list(self._contexts.items()):
             if pages == {target}:
                 del self._contexts[context]
-                self._start(self._dispose(context))
+                self.start(self._dispose(context))
             pages.discard(target)
 
     async def _dispose(self, context: str) -> None:
@@ -263,18 +259,10 @@ class Tabs(Part):
                 await self._close({"targetId": target}, CALL_TIMEOUT)
                 await self.app.sessions.answer_dialog(target, accept=True)
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Do what goes on when the client has gone."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     async def current_tab(self, message: Message) -> Message:
         """Say where the tab of a session is."""
-        connection = await self.app.connected()
         sessions = self.app.sessions
-        session = await sessions.session_for(named_session(message))
+        connection, session = await sessions.requested(message)
         target = sessions.target_of(session)
         try:
             # The browser itself learns of a navigation later than its page.
