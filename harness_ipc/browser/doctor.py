@@ -82,6 +82,7 @@ def examine(name: str) -> Iterator[Finding]:
 def _own_browser() -> Iterator[Finding]:
     """Say what would be started."""
     from . import program
+    from .display import find_broken
 
     topic = "own browser"
     binary = program.find_binary()
@@ -90,7 +91,8 @@ def _own_browser() -> Iterator[Finding]:
         text = f"{BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
-    window, broken = program.has_display(), program.describe_broken_display()
+    unreachable = find_broken(os.environ)
+    window, broken = program.has_display(unreachable), program.describe_broken_display(unreachable)
     where = "in a window" if window else f"headless, since {broken or 'there is no display'}"
     text = f"{binary}, {where}"
     if (refusal := program.root_refusal()) is not None:
@@ -148,7 +150,7 @@ def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Fi
         if pid is not None:
             fate = "takes it" if own.is_as_asked() else "ends it, since it was started with other settings"
             left = f"pid {pid} was left by a daemon that was killed; the next one {fate}"
-            yield Finding("warning", "browser", left, _reload(name))
+            yield Finding("warning", "browser", left, reload_command(name))
         elif problem is None and program.find_binary() is None:
             problem = "there is none: install Chrome or Chromium, or start one with its DevTools open"
     except BrowserNotFound as error:
@@ -196,7 +198,7 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
         yield Finding("ok", topic, text)
     else:
         text += f", but it is {status.app_version} and this is {APP_VERSION}"
-        yield Finding("warning", topic, text, _reload(name))
+        yield Finding("warning", topic, text, reload_command(name))
     try:
         with harness_ipc.connect_daemon(name, timeout=_TIMEOUT, request_timeout=_TIMEOUT) as client:
             told = client.request({"meta": "connection_status", "asked": asked(os.environ)})
@@ -206,19 +208,19 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
                 yield _round_trip(client)
     except (HarnessIPCError, LookupError, TypeError) as error:
         text = f"the daemon does not say how it is: {type(error).__name__}: {error}"
-        yield Finding("failure", "browser", text, _reload(name))
+        yield Finding("failure", "browser", text, reload_command(name))
 
 
 def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
         yield Finding(
-            "failure", "browser", f"{found}: {status['problem']}; the next command tries to have it again", _reload(name)
+            "failure", "browser", f"{found}: {status['problem']}; the next command tries to have it again", reload_command(name)
         )
         return
     text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
     if status["mismatch"] is not None:
-        yield Finding("failure", "browser", f"{text}, but the next command asks for {status['mismatch']}", _reload(name))
+        yield Finding("failure", "browser", f"{text}, but the next command asks for {status['mismatch']}", reload_command(name))
         return
     yield Finding("ok", "browser", text) if status["named"] is None else _named_browser(text, status["named"])
     tab = status["tab"]
@@ -233,10 +235,6 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "page", f"{_start(tab['title']) or 'no title'}, {_start(tab['url']) or 'no address'}")
-
-
-def _reload(name: str) -> str:
-    return reload_command(name)
 
 
 def _start(text: str) -> str:

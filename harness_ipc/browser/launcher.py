@@ -195,38 +195,42 @@ class ManagedBrowser:
                 f"there is no browser: none runs with its DevTools open, and {where}; install Chrome or Chromium, or set "
                 f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
             )
-        window = has_display()
-        if (broken := describe_broken_display()) is not None:
-            await _warn(f"{broken}: the browser does not use it{'' if window else ', and is headless'}")
+        broken = find_broken(os.environ)
+        environment = browser_environment({name: value for name, value in os.environ.items() if name not in broken})
+        window = has_display(broken)
+        if (text := describe_broken_display(broken)) is not None:
+            await _warn(f"{text}: the browser does not use it{'' if window else ', and is headless'}")
         if is_root():
             logger.warning("running as root: the browser's sandbox is off (--no-sandbox), and a page that breaks it is root")
         try:
             try:
-                return await self._start_once(binary, window, on_event)
+                return await self._start_once(binary, environment, window, on_event)
             except BrowserLost:
                 # One that takes connections may still refuse this user.
                 if not window or not lacks_display(self._profile.read_stderr()):
                     raise
                 await _warn(f"the browser can't use its display{self._quoted_reason()}: it is headless")
-                return await self._start_once(binary, False, on_event)
+                return await self._start_once(binary, environment, False, on_event)
         except BrowserLost:
             raise BrowserNotFound(await self._why_lost(binary)) from None
         except TimeoutError:
             text = f"{binary} has not opened its DevTools within {START_TIMEOUT:g} s{self._quoted_reason()}"
             raise BrowserNotFound(text) from None
 
-    async def _start_once(self, binary: str, window: bool, on_event: OnEvent) -> Connection:
+    async def _start_once(self, binary: str, environment: dict[str, str], window: bool, on_event: OnEvent) -> Connection:
         arguments = command_line(binary, self.profile, window=window)
         # What is left of one that hangs, or that has died.
         await asyncio.to_thread(self._end_process, 0.0)
         self._profile.remove_singleton()
         async with asyncio.timeout(START_TIMEOUT):
-            return await (self._start_with_pipe if program.USES_PIPE else self._start_with_port)(arguments, on_event)
+            return await (self._start_with_pipe if program.USES_PIPE else self._start_with_port)(
+                arguments, environment, on_event
+            )
 
-    async def _start_with_pipe(self, arguments: list[str], on_event: OnEvent) -> Connection:
+    async def _start_with_pipe(self, arguments: list[str], environment: dict[str, str], on_event: OnEvent) -> Connection:
         if sys.platform == "win32":
             raise NotImplementedError("Windows has no FIFOs")
-        names = "=".join(_environment())
+        names = "=".join(environment)
         command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PIPE, names, *arguments]
         with pipe.create_fifos(self._profile.to_browser, self._profile.from_browser) as (stdin, stdout):
             pid = self._spawn(arguments, command, stdin=stdin, stdout=stdout)
@@ -250,8 +254,7 @@ class ManagedBrowser:
             raise
         return connection
 
-    async def _start_with_port(self, arguments: list[str], on_event: OnEvent) -> Connection:
-        environment = _environment()
+    async def _start_with_port(self, arguments: list[str], environment: dict[str, str], on_event: OnEvent) -> Connection:
         pid = self._spawn(arguments, arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
         while read_active_port(self.profile) is None:
             if self._child is None or self._child.poll() is not None:
@@ -324,11 +327,6 @@ class ManagedBrowser:
         if not self._profile.is_used_by_another():
             self._profile.forget()
         return pid is not None
-
-
-def _environment() -> dict[str, str]:
-    broken = find_broken(os.environ)
-    return browser_environment({name: value for name, value in os.environ.items() if name not in broken})
 
 
 async def _warn(text: str) -> None:

@@ -165,17 +165,17 @@ def download_behavior() -> dict[str, Any]:
     return {"behavior": "allow", "downloadPath": path}
 
 
-def has_display() -> bool:
-    """Return whether a window could be shown: on Linux, on a display that takes connections."""
+def has_display(broken: Mapping[str, str] | None = None) -> bool:
+    """Return whether a window could be shown: on Linux, on a display that is not `broken`, as `find_broken` has it."""
     if sys.platform in ("win32", "darwin"):
         return True
-    return bool({variable for variable in (X11, WAYLAND) if os.environ.get(variable)} - set(find_broken(os.environ)))
+    named = {variable for variable in (X11, WAYLAND) if os.environ.get(variable)}
+    return bool(named - (find_broken(os.environ) if broken is None else broken).keys())
 
 
-def describe_broken_display() -> str | None:
-    """Return, for people, which display the environment names that can't be reached; None if there is none."""
-    broken = [f"{name}={os.environ[name]} can't be reached ({why})" for name, why in find_broken(os.environ).items()]
-    return " and ".join(broken) or None
+def describe_broken_display(broken: Mapping[str, str]) -> str | None:
+    """Return, for people, what `find_broken` has found; None if that is nothing."""
+    return " and ".join(f"{name}={os.environ[name]} can't be reached ({why})" for name, why in broken.items()) or None
 
 
 def is_root() -> bool:
