@@ -147,6 +147,32 @@ def slow(site: Site) -> Iterator[Site]:
     released.set()
 
 
+# The usual profile of a Chromium, below the home directory.
+USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}.get(
+    sys.platform, ".config/chromium"
+)
+
+
+@pytest.fixture
+def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DevToolsActivePort of the user's own Chromium, which is not there yet; no port is looked at.
+
+    An own browser is not demanded any more.
+    """
+    from harness_ipc.browser import discovery
+
+    usual = fresh / "home" / USUAL
+    usual.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(fresh / "home"))
+    monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
+    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
+    # This machine's may be in use.
+    monkeypatch.setattr(discovery, "PORTS", ())
+    return usual / "DevToolsActivePort"
+
+
 @pytest.fixture(scope="module")
 def shared_browser() -> Iterator[Path]:
     """A directory whose daemon, with its browser, the tests of a module share."""

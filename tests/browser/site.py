@@ -81,15 +81,37 @@ PAGES = {
 }
 
 
-class Site:
+class LocalServer:
+    """An HTTP server of this machine at `url`. What waits in it ends when `release` is set, by `close` at last."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def serve(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        """Answer with `handler`, in threads."""
+        # A test's output is the test's.
+        handler.log_message = lambda *_: None  # type: ignore[method-assign]
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Site(LocalServer):
     """A server of `pages`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` is for Ada.
 
     ``/empty`` has no content. `paths` are those that were asked for.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.pages = dict(PAGES)
-        self.release = threading.Event()
         self.paths: list[str] = []
         site = self
 
@@ -124,20 +146,8 @@ class Site:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: object) -> None:
-                """A test's output is the test's."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.serve(Handler)
         self.other_url = f"http://localhost:{self.port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def visit(url: str) -> None:

@@ -37,7 +37,6 @@ from tests.support.processes import PATIENCE, lives, wait_until
 pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
 
 # The profile of the user's own Chromium, below the home directory.
-USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}
 # What no message, no log and no status may have of a browser's address.
 SECRET = "hush"
 # A server of something else.
@@ -72,21 +71,6 @@ def theirs(fresh: Path) -> Iterator[OtherBrowser]:
     """A browser that somebody else runs."""
     with other_browser(fresh) as browser:
         yield browser
-
-
-@pytest.fixture
-def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """DevToolsActivePort of the user's own Chromium, which is not there yet. An own browser is not demanded any more."""
-    usual = fresh / "home" / USUAL.get(sys.platform, ".config/chromium")
-    usual.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(fresh / "home"))
-    monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
-    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
-    # This machine's may be in use.
-    monkeypatch.setattr(discovery, "PORTS", ())
-    return usual / "DevToolsActivePort"
 
 
 def start(first: str = "", name: str = "browser") -> None:

@@ -18,7 +18,7 @@ from harness_ipc import daemon_status, ensure_daemon, log_path, request
 from harness_ipc.browser import APP_VERSION, helpers
 from harness_ipc.browser.doctor import Finding
 from harness_ipc.browser.program import find_binary
-from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
+from tests.browser.conftest import COMMAND, USUAL, harness_browser, kill, main_processes, processes_of, suspended, use
 from tests.browser.others import other_browser, refusing
 from tests.browser.site import Site
 from tests.support.marks import needs_chromium, needs_posix
@@ -28,9 +28,6 @@ pytestmark = needs_chromium
 
 RELOAD = "harness-browser --name=browser --reload"
 # Where Chromium keeps its user's profile.
-USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}.get(
-    sys.platform, ".config/chromium"
-)
 # Where the system says which programs there are by their names alone.
 needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
 

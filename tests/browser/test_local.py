@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,29 +22,15 @@ from harness_ipc.browser.doctor import examine
 from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
-from tests.browser.test_discovery import USUAL, start, status
+from tests.browser.test_discovery import start, status
 from tests.browser.users import SQUATTER, VICTIM, find_as_victim, squatting
 from tests.support.managed import the_log
 from tests.support.marks import needs_chromium, needs_linux, needs_root
 from tests.support.processes import PATIENCE, wait_until
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("active_port")
 
 ADDRESSES = ["127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0"]
-
-
-@pytest.fixture(autouse=True)
-def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """DevToolsActivePort of the user's own Chromium, which is not there yet. No port is looked at."""
-    usual = fresh / "home" / USUAL.get(sys.platform, ".config/chromium")
-    usual.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(fresh / "home"))
-    monkeypatch.setenv("USERPROFILE", str(fresh / "home"))
-    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
-    monkeypatch.setattr(discovery, "PORTS", ())
-    return usual / "DevToolsActivePort"
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from harness_ipc.browser.helpers import (
     set_cookies,
     switch_tab,
 )
-from tests.browser.site import Site, visit
+from tests.browser.site import LocalServer, Site, visit
 from tests.support.marks import needs_chromium
 from tests.support.processes import PATIENCE
 
@@ -31,13 +30,13 @@ pytestmark = needs_chromium
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
-class Server:
+class Server(LocalServer):
     """Remembers what it is asked. Each path has its status, headers and body."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[tuple[str, dict[str, str]]] = []
         self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {"/": (200, {}, b"plain")}
-        self.release = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,22 +51,10 @@ class Server:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: object) -> None:
-                """A test's output is the test's."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.serve(Handler)
 
     def headers(self, path: str) -> dict[str, str]:
         return next(headers for asked, headers in self.seen if asked == path)
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
