@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import CALL_TIMEOUT, LONGEST
 from .dom import Dom
-from .errors import BrowserTimeout, CDPError, ElementNotFound
+from .errors import BrowserTimeout, CDPError, ElementNotFound, node_gone
 from .frames import Frames, frames_in
 from .matching import find
 from .part import Part
@@ -96,7 +96,7 @@ class Accessibility(Part):
         references = self._references.get(target)
         if references is None or (place := references.place(name)) is None:
             if references is not None and references.was_given(name):
-                raise _gone(name)
+                raise node_gone(name, reference=name)
             raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for the references that there are")
         with contextlib.suppress(CDPError):
             inside = session if place.target == target else await self._frames.session_of(connection, place.target)
@@ -110,7 +110,7 @@ class Accessibility(Part):
             if _loaders(tree["frameTree"]).get(place.frame) == place.loader:
                 reply: Message = {"objectId": resolved["object"]["objectId"], "node_session": inside, "session_id": session}
                 return reply | {"owners": await self._frames.owners(connection, place.target, target, session)}
-        raise _gone(name)
+        raise node_gone(name, reference=name)
 
     async def frame(self, message: Message) -> Message:
         """Return what `Frames.find` does for ``frame``, an iframe's id or a part of its URL."""
@@ -163,10 +163,6 @@ class Accessibility(Part):
                     document.frames[owner] = await self._read(connection, inside, frame, there, depth)
 
         return await read(tree["frameTree"]["frame"]["id"], main["nodes"], depth)
-
-
-def _gone(name: str) -> ElementNotFound:
-    return ElementNotFound(f"the node of {name} is gone from the page: call snapshot() again", reference=name)
 
 
 def _loaders(tree: Message) -> dict[str, str]:

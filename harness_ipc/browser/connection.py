@@ -128,9 +128,9 @@ class WebSocketTransport:
         except UnusableProxy as error:
             raise ProxyFailed(f"{place} can't be reached: {error}") from None
         except (OSError, EOFError, ProxyError) as error:
-            raise ConnectionFailed(f"{place} can't be reached{_through(proxy)} ({_reason(error)})") from None
+            raise ConnectionFailed(f"{place} can't be reached{_through(proxy)} ({reason_of(error)})") from None
         except InvalidHandshake as error:
-            raise ConnectionFailed(f"{place} is no DevTools server ({_reason(error)})") from None
+            raise ConnectionFailed(f"{place} is no DevTools server ({reason_of(error)})") from None
         except (InvalidURI, ValueError):
             if sock is not None:
                 sock.close()
@@ -267,7 +267,7 @@ class Connection:
         except TransportClosed as error:
             reason = str(error)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"it sent what is no message: {_reason(error)}"
+            reason = f"it sent what is no message: {reason_of(error)}"
             await self._transport.close()
         finally:
             self._lost = BrowserLost(f"the connection to the browser was lost ({reason}): what was in flight may have run")
@@ -345,9 +345,10 @@ def _through(proxy: str | None) -> str:
 
 
 def _closed(error: ConnectionClosed) -> str:
-    return "it closed the connection" if isinstance(error, ConnectionClosedOK) else _reason(error)
+    return "it closed the connection" if isinstance(error, ConnectionClosedOK) else reason_of(error)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the reason of an error in one line: the system's, its text, or its class."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

@@ -19,7 +19,7 @@ from harness_ipc import report
 
 from . import local
 from .addresses import UnusableProxy, address_of, find_proxy, is_local, make_url, with_host, without_secret
-from .connection import Connection, ConnectionFailed, ProxyFailed
+from .connection import Connection, ConnectionFailed, ProxyFailed, reason_of
 from .errors import BrowserError, BrowserNotFound
 from .launcher import ManagedBrowser
 from .profile import ACTIVE_PORT, read_active_port
@@ -236,7 +236,7 @@ class _NamedBrowser:
         try:
             sock, others = await asyncio.to_thread(local.connect_to_any, host, port)
         except (OSError, OverflowError, ValueError) as error:
-            raise ConnectionFailed(f"{without_secret(url)} can't be reached ({_reason(error)})") from None
+            raise ConnectionFailed(f"{without_secret(url)} can't be reached ({reason_of(error)})") from None
         if others:
             logger.warning("%s, %s, belongs to %s", self._variable, without_secret(url), local.describe_users(others))
         return sock
@@ -347,11 +347,7 @@ async def _dial_ours(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, ValueError) as error:
         nobody = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) in _NO_SUCH_ADDRESS
         kind = NobodyThere if nobody else ConnectionFailed
-        raise kind(f"{host}:{port} can't be reached ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise kind(f"{host}:{port} can't be reached ({reason_of(error)})") from None
 
 
 def _must_allow(source: Source, error: ConnectionFailed) -> str:

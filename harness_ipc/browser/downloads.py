@@ -8,6 +8,7 @@ from . import TIMEOUT
 from ._files import move_file
 from .arguments import check_kind, check_seconds, shown
 from .errors import BrowserError, BrowserTimeout
+from .requested import DOWNLOADS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from .tab import Tab
-
-_FOLDER = "HARNESS_CHROME_DOWNLOADS"
 
 
 class Download:
@@ -100,9 +99,9 @@ def wait_for_download(tab: Tab, folder: str | os.PathLike[str] | None = None, *,
     seconds, for the beginning and for the end. Raises `BrowserTimeout`, and `BrowserError` for a download that was canceled.
     """
     if folder is None:
-        folder = os.environ.get(_FOLDER)
+        folder = os.environ.get(DOWNLOADS)
         if not folder:
-            raise ValueError(f"wait_for_download(): name the folder, or set {_FOLDER}")
+            raise ValueError(f"wait_for_download(): name the folder, or set {DOWNLOADS}")
     check_kind("wait_for_download", "folder", folder, (str, os.PathLike), "the path of a folder")
     check_seconds("wait_for_download(): timeout", timeout)
     path = os.path.abspath(folder)

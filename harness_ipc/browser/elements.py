@@ -1,8 +1,9 @@
 """Acting on elements: each function takes a selector, a reference of `snapshot` or `find`, or a node as CDP gives it.
 
 A selector is CSS, or XPath where it begins with ``//`` or ``xpath=``. It has to mean one element, or one that is visible; open
-shadow roots are searched where the page itself has none. `frame` is the iframe that a selector is for, as `iframe_target` takes
-it. Before anything is done, `ElementNotFound`, `ElementNotReady` (covered, disabled, hidden) or `InvalidArgument` is raised.
+shadow roots are searched where the page itself has none. `frame` is the iframe that a selector is for: an id that
+`iframe_target` gave, a part of the iframe's URL, or what means its element. Before anything is done, `ElementNotFound`,
+`ElementNotReady` (covered, disabled, hidden) or `InvalidArgument` is raised.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def hover(tab: Tab, target: Target, *, frame: Target | None = None, timeout: flo
     with resolve(tab, target, frame, timeout=timeout) as node:
         x, y = _place(node, acting=False)
     with may_open_dialog():
-        tab.cdp("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, timeout=timeout)
+        mouse.move(tab, x, y, timeout)
 
 
 def scroll_into_view(tab: Tab, target: Target, *, frame: Target | None = None, timeout: float = TIMEOUT) -> None:

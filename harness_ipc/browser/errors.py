@@ -139,6 +139,16 @@ def is_ours(kind: str) -> bool:
     return kind in _CLASSES
 
 
+def node_gone(name: str, **data: Any) -> ElementNotFound:
+    """Return the error for a node that its document no longer has; `name` is the caller's word for it."""
+    return ElementNotFound(f"the node of {name} is gone from the page: call snapshot() again", **data)
+
+
+def from_remote(error: RemoteError) -> RemoteError:
+    """Return the exception for one that the channel has raised: an error of a stream."""
+    return from_reply({"type": error.type, "message": error.message, "data": error.data})
+
+
 def from_reply(error: Any) -> RemoteError:
     """Return the exception for the ``"error"`` of a reply. One of a type that is not ours is a `RemoteError`."""
     if not isinstance(error, dict):

@@ -23,7 +23,7 @@ def click_at_xy(tab: Tab, x: float, y: float, button: str = "left", clicks: int 
         raise ValueError(f"click_at_xy(): button must be {', '.join(_BUTTONS)}, not {shown(button)}")
     check_kind("click_at_xy", "clicks", clicks, int, "a number of clicks")
     try:
-        _mouse(tab, "mouseMoved", x, y, timeout)
+        move(tab, x, y, timeout)
     except DialogOpen as error:
         # That was not the click.
         raise DialogOpen(str(error), dialog=error.dialog, ran=False) from None
@@ -38,6 +38,11 @@ def scroll(tab: Tab, x: float, y: float, dy: float = -300, dx: float = 0, *, tim
     _check_place("scroll", x=x, y=y, dy=dy, dx=dx)
     with may_open_dialog():
         _mouse(tab, "mouseWheel", x, y, timeout, deltaX=dx, deltaY=dy)
+
+
+def move(tab: Tab, x: float, y: float, timeout: float) -> None:
+    """Move the mouse to a place of the viewport."""
+    _mouse(tab, "mouseMoved", x, y, timeout)
 
 
 def _check_place(helper: str, **values: Any) -> None:

@@ -9,7 +9,16 @@ import os
 from harness_ipc import escape_control
 
 from . import scripts
-from .errors import SERVER_ERROR, BrowserTimeout, CDPError, ElementNotFound, ElementNotReady, InvalidArgument, JavaScriptError
+from .errors import (
+    SERVER_ERROR,
+    BrowserTimeout,
+    CDPError,
+    ElementNotFound,
+    ElementNotReady,
+    InvalidArgument,
+    JavaScriptError,
+    node_gone,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +91,7 @@ class Node:
 
     def gone(self) -> ElementNotFound:
         """Return the error for an element that its document no longer has."""
-        return ElementNotFound(f"the node of {self.name} is gone from the page: call snapshot() again")
+        return node_gone(self.name)
 
     def not_ready(self, problem: str) -> ElementNotReady:
         """Return the error for an element that can't be acted on."""

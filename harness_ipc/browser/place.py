@@ -14,7 +14,7 @@ import threading
 from harness_ipc import ConnectionLost, DaemonNotRunning, HarnessIPCError, RemoteError, connect_daemon
 
 from . import MAX_MESSAGE, check_extra, is_ours, not_ours
-from .errors import BrowserLost, from_reply
+from .errors import BrowserLost, from_remote, from_reply
 from .own_imports import without_program_directory
 from .requested import asked
 
@@ -63,7 +63,7 @@ class Place:
             # It is not iterated any further: it ends with the place.
             reply = next(self._stream)
         except RemoteError as error:
-            raise from_reply({"type": error.type, "message": error.message, "data": error.data}) from None
+            raise from_remote(error) from None
         self.generation = client.generation
         self.number: str = reply["place"]
         self.update(reply)

@@ -12,7 +12,7 @@ from harness_ipc import RemoteError
 
 from . import BROWSER_DOMAINS, LONGEST, TIMEOUT, daemon_name, javascript, pages
 from .arguments import check_seconds, check_text
-from .errors import CDPError, DialogOpen, TabClosed, from_reply
+from .errors import CDPError, DialogOpen, TabClosed, from_remote, from_reply
 from .own_imports import without_program_directory
 from .place import START_TIMEOUT, Connection, Place
 
@@ -277,7 +277,7 @@ class Tab:
             with self.browser.connect().stream(message["meta"], params, timeout=timeout) as items:
                 yield from items
         except RemoteError as error:
-            raise from_reply({"type": error.type, "message": error.message, "data": error.data}) from None
+            raise from_remote(error) from None
 
     def cdp(self, /, method: str, session_id: str | None = None, *, timeout: float = TIMEOUT, **params: Any) -> dict[str, Any]:
         """Call the method of the Chrome DevTools Protocol, and return its result.

@@ -244,7 +244,7 @@ def _fold(element: Element) -> None:
     elif len(children) == len(texts) == 1 and not element.value:
         element.value, element.children = texts[0].name, []
     if element.actionable and not element.name and element.role == "generic":
-        # A name for what can be clicked and has none: what is to be read there.
+        # A name for what can be clicked and has none: the text in it.
         element.name = plain(" ".join(_words(element))) if element.children else ""
 
 
