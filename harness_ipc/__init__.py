@@ -1,7 +1,7 @@
 """One authenticated, race-free, cross-platform channel between a long-lived local daemon and short-lived processes.
 
-Importing this imports what a client needs. The daemon's side, which imports asyncio, and the manager are loaded when they are
-first named.
+Importing the package imports only what a client needs. The daemon's side, which imports asyncio, and the manager are imported
+on first access.
 """
 
 from __future__ import annotations

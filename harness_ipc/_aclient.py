@@ -1,4 +1,4 @@
-"""The client for coroutines: the running loop watches its sockets while they are waited for; on Windows threads block."""
+"""The asyncio client: the running event loop waits on its sockets; on Windows, threads do."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Calls of one client at once in one loop; more wait in their order.
+# Concurrent calls of one client in one event loop; further calls queue in order.
 _MAX_CALLS = 64
-# Seconds until a daemon that has no room for a connection is asked again: nothing announces that it has.
+# Seconds between attempts to connect while the daemon's accept queue is full: nothing signals that it has room.
 _CONNECT_INTERVAL = 0.01
-# None where threads block: a loop can't watch a pipe that it did not open.
+# None where threads do the I/O: an event loop can't watch a pipe that it did not open.
 _LOOP_IO: IO | None = None
 
 if sys.platform != "win32":
     from ._transport.dial import Connection, connect_now
 
     class LoopIO(IO):
-        """Waits in the running loop, which watches a socket while it is waited for. Idle ones belong to no loop."""
+        """Waits in the running event loop. A socket is registered only during a wait: an idle one belongs to no loop."""
 
         async def connect(self, address: str, deadline: float) -> Connection:
             while (connection := connect_now(address)) is None:
@@ -70,12 +70,12 @@ if sys.platform != "win32":
                 workers.close()
 
         def check(self, record: Record) -> None:
-            """Do nothing: the loop turns while it waits for a daemon of its own."""
+            """Do nothing: a coroutine can wait for a daemon that its own loop serves."""
 
     async def _wait(connection: Connection, watch: Callable[..., object], unwatch: Callable[[int], object]) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
-        # Of time.monotonic(): a loop may have a clock of its own.
+        # By time.monotonic(): an event loop may use another clock.
         seconds = connection.deadline - time.monotonic()
         timer = None if seconds == inf else loop.call_later(max(0.0, seconds), _settle, ready, True)
         descriptor = connection.fileno()
@@ -126,7 +126,7 @@ async def aconnect_daemon(
         exchange = client._exchange(None, timeout)
         await client._run(exchange, exchange.reply)
     except BaseException:
-        # Not waited for: a caller that cancels this wants it to end.
+        # Not awaited: a caller that cancels must not wait.
         client._begin_close()
         raise
     return client

@@ -1,6 +1,6 @@
-"""What a call sends, and what its replies mean to the caller: a result, an error, or the items of a stream.
+"""The message of a call, and its replies as a result, an error, or the items of a stream.
 
-It imports no asyncio, and does no I/O of its own.
+Imports no asyncio and does no I/O.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     from ._protocol.messages import Message
 
     ErrorClasses = dict[str, type[RemoteError]]
-    # Runs a coroutine function of an exchange, where that is waited for.
+    # Awaits a coroutine function that uses the exchange.
     Run = Callable[[Exchange, Callable[[], Coroutine[Any, Any, bool]]], Coroutine[Any, Any, bool]]
 
 
 def check_request(message: Message) -> Message:
-    """Return `message`. Raises `ProtocolError` if it is none, or asks for more than one reply."""
+    """Return `message`. Raises `ProtocolError` if it is not a dict, or asks for more than one reply."""
     if not isinstance(message, dict):
-        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
+        raise ProtocolError(f"a message must be a dict, not {type(message).__name__}")
     if "more" in message:
-        raise ProtocolError('a message has no "more", which belongs to the channel: use stream()')
+        raise ProtocolError('the key "more" is reserved: use stream()')
     return message
 
 
 def call_message(method: str, params: Message | None, kwargs: Message, timeout: float, *, more: bool = False) -> Message:
-    """Return the message of a call that has `timeout` seconds, or with `more` of a stream.
+    """Return the message of a call with `timeout` seconds; with `more`, of a stream.
 
-    Raises `TypeError` if `params` is no dict, or has a name that `kwargs` has.
+    Raises `TypeError` if `params` is not a dict or shares a name with `kwargs`.
     """
     if params is not None:
         if not isinstance(params, dict):
-            raise TypeError(f"the parameters of a call are a dict, not {type(params).__name__}")
+            raise TypeError(f"the parameters of a call must be a dict, not {type(params).__name__}")
         if twice := [key for key in params if key in kwargs]:
             raise TypeError(f"the parameter {twice[0]!r} is given twice")
         kwargs = {**params, **kwargs}
@@ -62,7 +62,7 @@ def call_message(method: str, params: Message | None, kwargs: Message, timeout: 
 
 
 def error_classes(errors: Iterable[type[RemoteError]]) -> ErrorClasses:
-    """Return `errors` by their names. Raises `TypeError` for other classes, and `ValueError` if two have the same name."""
+    """Return `errors` by name. Raises `TypeError` for other classes, and `ValueError` if two have the same name."""
     classes: ErrorClasses = {}
     if isinstance(errors, type):
         raise TypeError(f"errors must be a list of classes: write errors=[{errors.__name__}]")
@@ -70,7 +70,7 @@ def error_classes(errors: Iterable[type[RemoteError]]) -> ErrorClasses:
         if not (isinstance(kind, type) and issubclass(kind, RemoteError)):
             raise TypeError(f"errors has {kind!r}, which is not a subclass of RemoteError")
         if classes.setdefault(kind.__name__, kind) is not kind:
-            raise ValueError(f"errors has two classes {kind.__name__!r}: the daemon's reply names an error by that alone")
+            raise ValueError(f"errors has two classes named {kind.__name__!r}: a reply identifies an error by name alone")
     return classes
 
 
@@ -89,7 +89,7 @@ def result_of(reply: Message, classes: ErrorClasses) -> Any:
 
 
 def description_of(reply: Message) -> Message:
-    """Return what the daemon says of itself. Raises `ProtocolError`."""
+    """Return the daemon's description of itself. Raises `ProtocolError`."""
     description = reply.get("describe")
     if not isinstance(description, dict):
         raise ProtocolError("the daemon does not describe itself: it is of another version")
@@ -97,18 +97,18 @@ def description_of(reply: Message) -> Message:
 
 
 def error_of_channel(reply: Message, name: str) -> HarnessIPCError | None:
-    """Return the error that the channel of the daemon `name`, and not its handler, has sent, if that is what `reply` is."""
+    """Return the error in `reply` if the channel of the daemon `name` sent it, not its handler; else None."""
     error: Any = reply.get("error")
     if not isinstance(error, dict) or "executed" not in error:
         return None
     if error["executed"] is False and error.get("type") == Busy.__name__:
-        return Busy(f"the daemon {name!r} takes no request now, {error.get('message')}: try again later")
+        return Busy(f"the daemon {name!r} refuses requests for now: {error.get('message')}; try again later")
     if error["executed"] is True and error.get("type") == "DaemonStopping":
         return ConnectionLost(str(error.get("message")))
     return None
 
 
-# Only the channel says that a request did not run, so such an error is of its own types.
+# Only the channel can say that a request did not run, so such an error has one of its types.
 _NOT_EXECUTED = {kind.__name__: kind for kind in (ExpectedMore, InvalidParams, MethodNotFound)}
 
 
@@ -119,14 +119,14 @@ def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     if error.get("executed") is False:
         return _NOT_EXECUTED.get(kind, RemoteError)(text, type=kind, data=data, maybe_executed=False)
     known = classes.get(kind, RemoteError)
-    # Not known(...): an application's class may take other arguments.
+    # Not known(...): an application's class may have another signature.
     made = known.__new__(known, text)
     RemoteError.__init__(made, text, type=kind, data=data)
     return made
 
 
 class _Items:
-    """Where a stream is, its last item, and its result. With `timeout`, each item has as many seconds."""
+    """The position of a stream, its last item and its result. `timeout` is in seconds, for each item."""
 
     def __init__(self, exchange: Exchange, timeout: float | None = None) -> None:
         self.result: Any = None
@@ -137,7 +137,7 @@ class _Items:
         self._receiving = False
 
     async def _advance(self) -> bool:
-        """Receive the next item. Return False if there is none: the result is known then. Raises what `call` does."""
+        """Receive the next item. Return False at the end, when `result` is set. Raises what `call` does."""
         if self._ended:
             return False
         if self._timeout is not None:
@@ -158,14 +158,14 @@ class _Items:
     def _end(self) -> None:
         self._ended = True
         if self._receiving:
-            # A task, or the frame below a signal handler, that waits for an item closes the connection itself.
+            # Another task, or the frame below a signal handler, may be waiting for an item: it closes the connection itself.
             self._exchange.cancel()
         else:
             self._exchange.close()
 
 
 class Stream(_Items):
-    """The items of a stream: an iterator, and a context manager that closes it. Made by `Client.stream`, for one thread.
+    """The items of a stream: an iterator, and a context manager that closes it. Returned by `Client.stream`; for one thread.
 
     `result` is the final result once there are no more items: None for a method that yields.
     """
@@ -190,7 +190,7 @@ class Stream(_Items):
 
 
 class AsyncStream(_Items):
-    """The items of a stream: an asynchronous iterator and context manager. Made by `AsyncClient.stream`.
+    """The items of a stream: an asynchronous iterator and context manager. Returned by `AsyncClient.stream`.
 
     `result` is the final result once there are no more items: None for a method that yields.
     """

@@ -1,4 +1,4 @@
-"""A daemon's start command: from what the caller gives, or from a record; whether it can be run, and how two of them differ."""
+"""A daemon's start command: from arguments or a record, whether it can be run, and how two of them differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from ._registry.records import Record
 
-# "package.module:app", as `harness-ipc serve` takes it. What is imported, perhaps from the current directory.
+# "package.module:app", as `harness-ipc serve` takes it.
 _APP = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _MODULE = re.compile(rf"-m|{_APP.pattern}")
 # Options of CPython whose value is the next word (`python --help`).
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-# Exits with 3 if there is no such module. `-m` looks in the current directory first, `serve` last.
+# Exits with 3 if there is no such module. `-m` searches the current directory first, `serve` last.
 _FIND_MODULE = """
 import importlib.util, sys
 sys.path.insert(0 if sys.argv[2] == "module" else len(sys.path), "")
@@ -31,18 +31,18 @@ except ModuleNotFoundError:
     found = None
 sys.exit(3 if found is None else 0)
 """
-# Seconds for an interpreter to find a module, whose packages it has to import.
+# Seconds for an interpreter to find a module, which imports its parent packages.
 _FIND_PERIOD = 10.0
 
 
 def app_argv(name: str, app: str) -> list[str]:
     """Return the command line of a process that serves `app`, "package.module:app", as the daemon `name`."""
-    # -P: `python -m` would import our own modules from the current directory first.
+    # -P: otherwise a file in the current directory could shadow this package.
     return [sys.executable, "-P", "-m", __package__, "serve", app, f"--name={name}"]
 
 
 class Command(NamedTuple):
-    """How a daemon is started. `cwd` is None where that was removed; with `leaves_cwd` the daemon does not stay there."""
+    """How a daemon is started. `cwd` is None if it was removed; with `leaves_cwd` the daemon changes to another directory."""
 
     argv: list[str]
     cwd: str | None
@@ -57,7 +57,7 @@ class Command(NamedTuple):
         cwd: str | os.PathLike[str] | None,
         environment: Mapping[str, str] | None,
     ) -> Command:
-        """Return the command of `ensure_daemon`'s arguments. Raises `TypeError` and `ValueError`, which say what to write."""
+        """Return the command for the arguments of `ensure_daemon`. Raises `TypeError` and `ValueError`."""
         if isinstance(argv, str) and _APP.fullmatch(argv):
             argv = app_argv(name, argv)
         if isinstance(argv, (str, bytes, os.PathLike)):
@@ -81,13 +81,13 @@ class Command(NamedTuple):
         return cls(fields["argv"], fields.get("cwd"), record.environment, bool(fields.get("leaves_cwd")))
 
     def find_program(self, word: str) -> str | None:
-        """Return the path of the program `word`, or None if there is none that can be executed."""
+        """Return the path of the executable `word`, or None if there is none."""
         if os.path.dirname(word):
             word = os.path.join(self.cwd or "", word)
         return shutil.which(word, path=self.environment.get("PATH", os.environ.get("PATH")))
 
     def find_obstacle(self) -> str | None:
-        """Return why a daemon can't be started, as far as that can be told without running its program, or None."""
+        """Return why the program can't be run, without running it, or None."""
         if self.cwd is not None and not (os.path.isdir(self.cwd) and os.access(self.cwd, os.X_OK)):
             return f"its directory {self.cwd} is gone"
         program = self.find_program(self.argv[0])
@@ -109,11 +109,11 @@ class Command(NamedTuple):
         try:
             done = subprocess.run(argv, cwd=self.cwd, env=environment, capture_output=True, timeout=_FIND_PERIOD)
         except (OSError, subprocess.SubprocessError):
-            return True  # unknown: the start will tell
+            return True  # unknown: leave it to the start
         return done.returncode != 3
 
     def find_differences(self, wanted: Command) -> Iterator[str]:
-        """Yield how interpreter, command line, directory and added environment differ from those that are wanted."""
+        """Yield how interpreter, command line, directory and added environment differ from those of `wanted`."""
         program, *words = self._absolute_words()
         wanted_program, *wanted_words = wanted._absolute_words()
         if program != wanted_program:
@@ -126,7 +126,7 @@ class Command(NamedTuple):
             yield f"it was started with other values of {', '.join(sorted(names))}"
 
     def _absolute_words(self) -> list[str]:
-        """Return the words, of which those that name a file are absolute."""
+        """Return the words, with those that name a file made absolute."""
         program, *words = self.argv
         if not os.path.dirname(program):
             program = self.find_program(program) or program
@@ -135,7 +135,7 @@ class Command(NamedTuple):
 
 
 def _interpreter(program: str) -> str | None:
-    """Return the interpreter that the first line of a script names. Windows has none."""
+    """Return the interpreter named in the first line of a script; None on Windows."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError), open(program, "rb") as file:
             line = file.readline(256)
@@ -145,7 +145,7 @@ def _interpreter(program: str) -> str | None:
 
 
 def _python_target(argv: Sequence[str]) -> tuple[str, str]:
-    """Return the "script", "module" or module of an "app" that an interpreter is to run, and its name; else two empty texts."""
+    """Return what an interpreter runs: its kind ("script", "module" or "app") and name; two empty strings if neither."""
     words = iter(argv[1:] if os.path.basename(argv[0]).lower().startswith("python") else ())
     for word in words:
         if word in _WITH_VALUE:

@@ -1,4 +1,4 @@
-"""From JSON to what an annotation asks for: strict, and the error says where a value does not fit. It knows no service."""
+"""Strict conversion of JSON to annotated types. An error says where in the value it is."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-# Returns the converted value, or raises `Mismatch`. None leaves values alone.
+# Returns the converted value, or raises `Mismatch`. None means that values pass unchanged.
 Convert = Callable[[Any], Any] | None
 
 
 class Mismatch(Exception):
-    """A value is not what its annotation asks for. `path` leads to it, as in "items[3].when"."""
+    """A value does not match its annotation. `path` locates it, as in "items[3].when"."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -26,13 +26,13 @@ class Mismatch(Exception):
         return f"{self.path.removeprefix('.')}: {self.args[0]}" if self.path else str(self.args[0])
 
     def within(self, step: str) -> Mismatch:
-        """Return this error, seen from the container in which `step` leads to the value."""
+        """Return this error with `step` put before its path."""
         self.path = step + self.path
         return self
 
 
 class Fields:
-    """Named values, each with its own conversion: the parameters of a method or the fields of a dataclass."""
+    """Named values, each with a conversion: the parameters of a method or the fields of a dataclass."""
 
     def __init__(self) -> None:
         self._converters: dict[str, Convert] = {}
@@ -41,13 +41,13 @@ class Fields:
         self._convert_other: Convert = None
 
     def add(self, name: str, convert: Convert, *, required: bool) -> None:
-        """Take values of this name."""
+        """Accept values of this name."""
         self._converters[name] = convert
         if required:
             self._required.add(name)
 
     def add_others(self, convert: Convert) -> None:
-        """Take values of all other names."""
+        """Accept values of all other names."""
         self._takes_others, self._convert_other = True, convert
 
     def convert(self, values: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Fields:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """Return a question after a similar name, or an empty string if there is none."""
+    """Return ", did you mean ...?" with similar known names, or an empty string if there are none."""
     from difflib import get_close_matches
 
     similar = get_close_matches(name[:100], known)
@@ -78,7 +78,7 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
 
 
 def resolve(annotations: dict[str, Any], namespace: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return `annotations` without strings in them. Raises `TypeError`."""
+    """Return `annotations` with strings evaluated. Raises `TypeError`."""
     holder = type("_", (), {"__annotations__": annotations, "__module__": namespace.get("__name__")})
     try:
         return typing.get_type_hints(holder, namespace)
@@ -90,10 +90,10 @@ def resolve(annotations: dict[str, Any], namespace: dict[str, Any], where: str) 
 
 
 def converter(hint: Any, known: dict[type, Convert] | None = None) -> Convert:
-    """Return what converts JSON to `hint`. `known` has the dataclasses that refer to it. Raises `TypeError`.
+    """Return the conversion of JSON to `hint`. `known` has the dataclasses that enclose it. Raises `TypeError`.
 
-    Converted are int, float, str, bool, None, list, dict, unions, Literal, dataclasses, Path, datetime and bytes. All else is
-    left alone. An int is no bool, a str no int; an int may be a float.
+    Supported are int, float, str, bool, None, list, dict, unions, Literal, dataclasses, Path, datetime and bytes. Values for
+    any other annotation pass unchanged. A bool is not accepted as an int, nor a str; an int is accepted as a float.
     """
     known = {} if known is None else known
     hint = getattr(hint, "__supertype__", hint)  # NewType
@@ -182,10 +182,10 @@ def _union(hint: Any, members: list[Convert]) -> Convert:
             except Mismatch as error:
                 errors.append(error)
         if not converted:
-            # The member that the value came closest to.
+            # The member that failed deepest inside the value.
             nearest = max(errors, key=lambda error: len(error.path))
             raise nearest if nearest.path else _expected(str(hint).replace("typing.", ""), value)
-        # What fits as it is comes before what fits if it is converted: 1 for float | int.
+        # A member that takes the value unchanged comes first: for float | int, 1 stays an int.
         return next((found for found in converted if found is value), converted[0])
 
     return convert
@@ -234,7 +234,7 @@ def _dataclass(kind: Any, known: dict[type, Convert]) -> Convert:
         except (TypeError, ValueError) as error:  # of its __post_init__
             raise Mismatch(f"{kind.__name__}: {error}") from error
 
-    # Before its fields, one of which may be of its own kind.
+    # Before its fields: one of them may have this type.
     known[kind] = convert
     try:
         hints = typing.get_type_hints(kind)

@@ -1,6 +1,6 @@
-"""A process's descriptors: which ones its forked children must not keep, which ones it must have, and how many it may have.
+"""The descriptors of this process: closed in forked children, opened for the standard streams, and their limit.
 
-A killed daemon's clients and successors would wait for workers that have its sockets and its lock.
+Forked workers that kept a killed daemon's sockets and lock would block its clients and its successor.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 
-# The module of `weakref.WeakSet`, which threading has imported: weakref itself would cost each client its import.
+# Where `weakref.WeakSet` is defined. threading imports this module anyway; importing weakref takes each client longer.
 from _weakrefset import WeakSet
 
 TYPE_CHECKING = False
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     class Inherited(Protocol):
         def close_inherited(self) -> None:
-            """Close a forked child's copies. The parent's must stay as they are: no unlock, no shutdown, no unlink."""
+            """Close the copies in a forked child, without an effect on the parent: no unlock, shutdown or unlink."""
 
 
 _tracked: WeakSet[Inherited] = WeakSet()
 
 
 def close_in_child(holder: Inherited) -> None:
-    """Have each child that this process forks call ``holder.close_inherited()``, for as long as `holder` is referenced."""
+    """Call ``holder.close_inherited()`` in each forked child, for as long as `holder` is referenced."""
     _tracked.add(holder)
 
 
@@ -41,9 +41,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def end_child(error: BaseException | None) -> None:
-    """End this process, which was forked, as `error` says.
+    """End this forked process, with an exit status that fits `error`.
 
-    It must not go on with the event loop of its parent: both would change what one epoll watches, and read one wake-up pipe.
+    It must not run the event loop of its parent: the two would share an epoll and a wake-up pipe.
     """
     status = 0
     if isinstance(error, SystemExit):
@@ -59,7 +59,7 @@ def end_child(error: BaseException | None) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open those of descriptors 0, 1 and 2 that are closed on the null device, before a file or a pipe gets their number."""
+    """Open closed ones of descriptors 0, 1 and 2 on the null device, before a file or a pipe gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -1,6 +1,6 @@
-"""One request and its replies: which generation is asked, what follows a goodbye, and whether the request may have run.
+"""One request and its replies: chooses a generation, retries after a goodbye, tells whether the request may have run.
 
-It waits by the `IO` that it is given. With the blocking one its coroutines never wait: `_pool.run` takes them to their end.
+All waiting is done by an `IO`. With the blocking one the coroutines never suspend: `_pool.run` drives them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from ._protocol.messages import Message
     from ._registry.records import Record
 
-# Starts of a daemon for one request: each may be followed by the end of that daemon.
+# Starts of a daemon for one request: each daemon may end before it takes the request.
 _MAX_STARTS = 3
 
-# A process that asks again and again derives the keys of a generation once.
+# Derive the keys of a generation once for many requests.
 _derive_keys = lru_cache(maxsize=8)(Keys)
 
 
 class Exchange:
-    """One request and its replies; without a message, the opening of a connection.
+    """One request and its replies; without a message, it opens a connection.
 
-    `deadline` is a monotonic time. Call `close` at the end, also after an error.
+    `deadline` is a monotonic time. Call `close` in any case, also after an error.
     """
 
     __slots__ = (
@@ -58,35 +58,35 @@ class Exchange:
     def __init__(self, pool: Pool, message: Message | None, timeout: float, io: IO = BLOCKING) -> None:
         self._link: Link | None = None
         self.set_timeout(timeout)
-        # First: it may take long, and the daemon does not wait long for our proof, which goes out with it.
+        # Before the handshake, which has a short timeout: encoding a large message may take long.
         self._frame = None if message is None else messages.encode(message)
         self._message = message
         self._pool = pool
         self._io = io
         self._state = pool.state
         self._cancelled = False
-        # Whether the request is on its way on `_link`, and for each generation that did not run it the error that says so.
+        # Whether the request was sent on `_link`, and the error of each generation that refused it.
         self._sent = False
         self._refused: dict[str, HarnessIPCError] = {}
-        # What the daemon is waited for, for the text of a timeout: "" for the reply.
+        # The operation in progress, for the text of a timeout; "" for the reply.
         self._awaited: str | None = "accept a connection" if message is None else ""
 
     def __del__(self) -> None:
-        # No link: also where `__init__` failed.
+        # It may be missing: `__init__` may have failed.
         if getattr(self, "_link", None) is not None:
             self.close()
 
     def set_timeout(self, timeout: float) -> None:
-        """Have the next reply, or the only one, come within `timeout` seconds from now. Raises `ValueError`."""
+        """Set the deadline of the next reply to `timeout` seconds from now. Raises `ValueError`."""
         self._begin = time.monotonic()
         self.deadline = deadline_after(timeout)
 
     def result_of(self, reply: Message) -> Any:
-        """Return the result in a final reply. Raises the error in it, by the client's classes, and `ProtocolError`."""
+        """Return the result in a final reply. Raises the error in it, of the client's classes, and `ProtocolError`."""
         return result_of(reply, self._pool.error_classes)
 
     def cancel(self) -> None:
-        """End the exchange at once, from any thread. What was sent may still run in the daemon."""
+        """End the exchange at once, from any thread. A request that was sent may still run in the daemon."""
         if self._state.pid == os.getpid():
             with self._state.guard:
                 self._cancelled = True
@@ -94,22 +94,22 @@ class Exchange:
                     self._link.connection.abort()
 
     def close(self) -> None:
-        """Give the connection back, or close it if the final reply has not come. Closing twice is no error."""
+        """Return the connection to the pool, or close it if the final reply has not arrived. Idempotent."""
         if self._state.pid == os.getpid():
             with self._state.guard:
                 link = self._link
                 if link is not None:
-                    # First: a link that an exception of a signal handler stops here belongs to nobody, and closes itself.
+                    # First: if a signal handler raises after this, nothing refers to the link any more, and it closes itself.
                     self._state.busy.discard(link)
                     self._link = None
                     if self._cancelled:  # perhaps after its reply had come
                         link.protocol.close()
                     self._pool.check_in(self._state, link)
-        # A forked child's copy closes itself, and its copy of the guard may be held for ever.
+        # In a forked child its copy closes itself; the child's copy of the guard may be locked for ever.
         self._link = None
 
     async def reply(self) -> Message:
-        """Return the next reply; the first time, send the request. The connection is given back after the final one.
+        """Return the next reply; the first call sends the request. After the final reply the connection returns to the pool.
 
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `ClientClosed`, `AuthenticationFailed`, `DaemonNotRunning` and so on,
         with `maybe_executed` set.
@@ -131,8 +131,8 @@ class Exchange:
                 self.close()
 
     def _complete(self, error: HarnessIPCError) -> None:
-        """Set what `error` says of the request. Raises `ClientClosed` in place of a connection that we closed ourselves."""
-        # A refused proof, or a refused request, has not run.
+        """Set `maybe_executed` and the text of a timeout. Raises `ClientClosed` if this side closed the connection."""
+        # After a failed handshake, or if it was refused, the request has not run.
         error.maybe_executed = self._may_have_run() and not isinstance(error, (AuthenticationFailed, Busy))
         if isinstance(error, ConnectionLost):
             self._check(maybe_executed=error.maybe_executed)
@@ -153,7 +153,7 @@ class Exchange:
             raise ClientClosed("the request was cancelled", maybe_executed=maybe_executed)
 
     def _take_idle(self) -> Link | None:
-        """Return a kept connection of a generation that may run the request, or None. Others are closed."""
+        """Return an idle connection to a generation that has not refused the request, or None. Closes the others."""
         state = self._state
         while state.idle and self._frame is not None:
             with state.guard:
@@ -164,7 +164,7 @@ class Exchange:
             self._check()
             if serving_threads:
                 self._io.check(link.record)
-            # The daemon says goodbye unasked, and nothing else: a readable idle connection is at its end.
+            # A readable idle connection is at EOF: the daemon sends nothing unsolicited but a goodbye.
             if link.record.generation not in self._refused and not link.connection.is_readable():
                 return link
             link.protocol.close()
@@ -172,9 +172,9 @@ class Exchange:
         return None
 
     async def _open(self) -> Link:
-        """Connect to a generation that was not asked: the one of the record, its successor, or one that is started.
+        """Connect to a generation that has not refused: the recorded one, its successor, or a new one.
 
-        The daemon has proved itself then. Before that nothing that fails has run.
+        The daemon is authenticated when this returns. If it fails, the request has not run.
         """
         self._check()
         starts, refused = 0, dict(self._refused)
@@ -204,7 +204,7 @@ class Exchange:
         io.check(record)
         self._awaited = "accept a connection"
         deadline = min(self.deadline, deadline_after(pool.connect_timeout))
-        # Before the daemon is woken, which then waits for what they are for.
+        # Before connecting, which wakes the daemon: it need not wait for this.
         protocol = ClientProtocol(_derive_keys(record.authkey, record.address), Framing(), pool.max_message)
         try:
             connection = await io.connect(record.address, deadline)
@@ -220,22 +220,21 @@ class Exchange:
         connection.deadline = deadline
         try:
             while protocol.next_event() is None:
-                # A daemon of the standard library waits for our word on its answer before it sends its own challenge.
+                # A peer that runs multiprocessing.connection waits for the verdict before it sends its challenge.
                 await io.send(connection, protocol.data_to_send())
                 protocol.receive_data(await io.receive(connection, protocol.frame_limit))
         except MessageTooLarge:
             raise AuthenticationFailed("the peer does not speak this protocol") from None
         except AuthenticationFailed:
-            # The peer is told that it was refused, if it still listens.
+            # Tell the peer that it was refused, if possible.
             with contextlib.suppress(HarnessIPCError):
                 await io.send(connection, protocol.data_to_send())
             raise
-        # A client that was closed meanwhile sends nothing more.
         self._check()
         return link
 
     async def _ask(self, link: Link) -> Message | None:
-        """Send the request, unless that is done, and return the next reply; None if this generation does not run it."""
+        """Send the request if necessary, and return the next reply; None if this generation refuses it."""
         connection, protocol, broken = link.connection, link.protocol, None
         connection.deadline = self.deadline
         had_item = protocol.state == STREAMING
@@ -267,7 +266,7 @@ class Exchange:
         return None
 
     async def _send(self, link: Link) -> ConnectionLost | None:
-        """Send the request, or without one our proof alone. Return the error if the connection breaks meanwhile."""
+        """Send the proof and the request, if there is one. Return the error if the connection breaks."""
         connection, protocol = link.connection, link.protocol
         connection.all_sent = False
         if self._frame is not None:
@@ -282,9 +281,9 @@ class Exchange:
         return None
 
     def _check_reply(self, link: Link, reply: Message) -> None:
-        """Raise the error that the channel, and not the handler, has sent, or `ProtocolError` for an item that nobody wants."""
+        """Raise the error in `reply` if the channel sent it, not the handler; `ProtocolError` for an unexpected item."""
         if (failure := error_of_channel(reply, self._pool.name)) is not None:
-            # The daemon ends the connection after it.
+            # The daemon closes the connection after it.
             link.protocol.close()
             raise failure
         if link.protocol.state == STREAMING and "more" not in (self._message or {}):

@@ -1,8 +1,8 @@
-"""The process between a starter and its daemon: gives the daemon a clean slate, and passes its exit status on.
+"""The process between a starter and its daemon: resets inherited settings, and passes the daemon's exit status on.
 
-Run by its path, ``python -I -S _launcher.py FD PROGRAM [ARGUMENT ...]``, as the leader of a new session. It imports nothing of
-the package, to start in a few milliseconds. FD is the ready pipe. It ends when its standard input does: the starter needs it no
-more. So the daemon is never the leader of its session, who acquires the first terminal that it opens.
+Run by path, ``python -I -S _launcher.py FD PROGRAM [ARGUMENT ...]``, as the leader of a new session; FD is the ready pipe. It
+imports nothing of the package, to start in a few milliseconds. It exits at EOF on standard input: the starter has released it.
+The daemon is not the session leader, so it can't acquire a controlling terminal.
 """
 
 import sys
@@ -18,11 +18,11 @@ if sys.platform != "win32":
     import os
 
     if not TYPE_CHECKING:
-        import _signal as signal  # without the enums that `signal` makes, which take longer than all the rest
+        import _signal as signal  # without the enums of `signal`, which take longer to create than all the rest
 
     def main(pipe: int, argv: list[str]) -> None:
-        """Run `argv`, and end as it ends, or when the starter needs this process no more."""
-        # Signals wait until there is a child to pass them on to.
+        """Run `argv`, and end with its exit status or signal, or when the starter releases this process."""
+        # Signals stay pending until there is a child to forward them to.
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         clean_slate()
         pid = os.fork()
@@ -35,12 +35,12 @@ if sys.platform != "win32":
                 os.write(pipe, b'{"state": "refused", "errno": %d}\n' % (error.errno or 0))
             finally:
                 os._exit(127)
-        # Now it ends with the program's copies.
+        # The pipe is at EOF when the program closes its copies.
         os.close(pipe)
         os.chdir("/")
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: os.kill(pid, number))
-        # It inherits the mask, so that signals interrupt the wait below.
+        # The thread inherits the mask, so signals interrupt the wait below.
         _thread.start_new_thread(wait_for_starter, ())
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         status = os.waitpid(pid, 0)[1]
@@ -49,29 +49,29 @@ if sys.platform != "win32":
         os._exit(os.waitstatus_to_exitcode(status))
 
     def clean_slate() -> None:
-        """Replace what a process inherits and the starter may have changed for itself."""
+        """Reset what a process inherits and the starter may have changed."""
         for number in signal.valid_signals():
             attempt(signal.signal, number, signal.SIG_DFL)
         os.umask(os.umask(0o077) | 0o022)
         attempt(os.setpriority, os.PRIO_PROCESS, 0, 0)
 
     def attempt(function: "Callable[..., Any]", *arguments: object) -> None:
-        """Call `function`. The system may refuse it."""
+        """Call `function`, ignoring a refusal by the system."""
         try:  # noqa: SIM105 - without the import of contextlib
             function(*arguments)
         except (OSError, ValueError):
             pass
 
     def wait_for_starter() -> None:
-        """End this process with the starter's end of the pipe."""
+        """End this process when the starter closes its end of the pipe."""
         os.read(0, 1)
         os._exit(0)
 
     def end_by_signal(number: int) -> None:
-        """End this process as the program was ended."""
+        """End this process by the signal that ended the program."""
         import resource
 
-        # A core is the program's, not ours.
+        # Dump no core: the program has dumped its own.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         attempt(signal.signal, number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

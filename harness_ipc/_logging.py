@@ -1,7 +1,7 @@
-"""The bounded log of a daemon. In one that was started in the background, it takes standard output and error too.
+"""The bounded log of a daemon. It includes standard output and error of a daemon that was started in the background.
 
-Prints, native code and child processes append to the same file, each by a descriptor of its own. So the file is never renamed:
-when it is too long, it is copied to its predecessor and cut.
+Prints, native code and child processes append to the same file through other descriptors. So the file is never renamed: when
+it is too long, it is copied to its predecessor and truncated.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from .errors import HarnessIPCError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The log and one predecessor are kept: each at most this many bytes.
+# The limit of the log, and of its one predecessor, in bytes.
 LOG_BYTES = 5 * 1024 * 1024
-# Seconds between two looks at the size of a log to which others write.
+# Seconds between two checks of the size of a log that other writers append to.
 _LOOK_INTERVAL = 0.25
 _COPY_BYTES = 256 * 1024
 
 
 class EntryFormatter(logging.Formatter):
-    """Formats entries without control characters. The first line of an entry is the only one that is not indented."""
+    """Formats entries without control characters, and indents all lines but the first."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the entry."""
+        """Return the formatted entry."""
         lines = super().format(record).split("\n")
         return "\n    ".join(escape_control(line, allow="\t") for line in lines)
 
 
 class BoundedLog(logging.Handler):
-    """Appends entries to a private file, which it keeps below `LOG_BYTES`, whatever else appends to it.
+    """Appends entries to a private file, and keeps the file below `LOG_BYTES` even if others append to it.
 
-    A failed write is told once on standard error, and raises nothing; `error` is what was wrong with the last one.
+    A failed write raises nothing: it is reported once on standard error. `error` is the error of the last write, or None.
     """
 
     def __init__(self, path: str) -> None:
@@ -51,7 +51,7 @@ class BoundedLog(logging.Handler):
         except OSError as error:
             self._end.close()
             raise files.log_failure(path, "opened", error) from error
-        # Afterwards: logging closes at exit whatever was once initialized.
+        # Afterwards: logging closes each initialized handler at exit.
         super().__init__()
         self.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.error: OSError | None = None
@@ -60,7 +60,7 @@ class BoundedLog(logging.Handler):
         self._told = True
 
     def check_writable(self) -> None:
-        """Raise `StartFailed` if the last write failed. From now on, failures are told on standard error."""
+        """Raise `StartFailed` if the last write failed. From now on, failures are reported on standard error."""
         if self.error is not None:
             raise files.log_failure(self._path, "written", self.error) from self.error
         self._told = False
@@ -83,22 +83,22 @@ class BoundedLog(logging.Handler):
             self.handleError(record)
 
     def takes_prints(self) -> bool:
-        """Return whether standard output or error goes into the file."""
+        """Return whether standard output or error is redirected to the file."""
         return self.follows(1) or self.follows(2)
 
     def limit_size(self, coming: int = 0) -> None:
-        """Move the content to the predecessor if `coming` more bytes would make it too long. A forked child leaves that.
+        """Move the content to the predecessor if `coming` more bytes would exceed the limit. Does nothing in a forked child.
 
-        Takes a microsecond if it has nothing to do: it is called for each request.
+        Called for each request: it takes a microsecond if there is nothing to do.
         """
         try:
             if os.fstat(self._end.fileno()).st_size + coming <= LOG_BYTES or self._pid != os.getpid():
                 return
             assert self.lock is not None
             with self.lock:
-                # Another thread may have done it.
+                # Another thread may have moved it.
                 if (size := os.fstat(self._end.fileno()).st_size) and size + coming > LOG_BYTES:
-                    # If there is no room for a copy, the bound is still kept.
+                    # Without room for a copy, the content is dropped.
                     with contextlib.suppress(OSError, HarnessIPCError):
                         self._copy(max(0, size - LOG_BYTES))
                     self._whole.truncate(0)
@@ -117,7 +117,7 @@ class BoundedLog(logging.Handler):
                 copy.write(data)
 
     def follows(self, descriptor: int) -> bool:
-        """Return whether what is written to `descriptor` goes into the file."""
+        """Return whether `descriptor` refers to the file."""
         try:
             return os.path.sameopenfile(descriptor, self._end.fileno())
         except OSError:
@@ -137,10 +137,10 @@ class BoundedLog(logging.Handler):
 
 
 class _StandardStream(io.FileIO):
-    """Standard output or error, whose loss is no error: its terminal was closed, its reader has ended, its disk is full."""
+    """Standard output or error that ignores `OSError`: a closed terminal, a broken pipe, a full disk."""
 
     def write(self, data: Any, /) -> int:
-        """Write `data`, if that is possible."""
+        """Write `data` if possible."""
         with contextlib.suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
@@ -148,13 +148,13 @@ class _StandardStream(io.FileIO):
 
 @contextlib.contextmanager
 def _lossy_streams(log: BoundedLog) -> Iterator[None]:
-    """Keep prints from raising `OSError`. In the log they are in UTF-8, and appear line by line."""
+    """Keep prints from raising `OSError`. Those that go to the log are in UTF-8 and line-buffered."""
     streams: Any = ((contextlib.redirect_stdout, sys.stdout, 1), (contextlib.redirect_stderr, sys.stderr, 2))
     with contextlib.ExitStack() as stack:
         for redirect, stream, number in streams:
             buffer = getattr(stream, "buffer", None)
             raw = getattr(buffer, "raw", buffer)
-            # Not what a test or a notebook has put there, nor the console of Windows.
+            # Not a replacement by a test or a notebook, nor the Windows console.
             if isinstance(raw, io.FileIO) and not raw.closed and raw.fileno() == number:
                 with contextlib.suppress(OSError):
                     stream.flush()
@@ -168,7 +168,7 @@ def _lossy_streams(log: BoundedLog) -> Iterator[None]:
 
 
 def _leave_to_log(error: BaseException) -> None:
-    """Keep the interpreter from printing `error`, if nothing handles it, to the log that has it."""
+    """Keep the interpreter from printing `error` to the log a second time if it is uncaught."""
     hook = sys.excepthook
     sys.excepthook = lambda kind, uncaught, trace: None if uncaught is error else hook(kind, uncaught, trace)
 
@@ -195,10 +195,9 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
     except BaseException as error:
         logger = logging.getLogger(__name__)
         if isinstance(error, HarnessIPCError):
-            # With the traceback of the app's own error.
-            logger.error("%s ends: %s", name, error, exc_info=error.__cause__)
+            logger.error("%s failed: %s", name, error, exc_info=error.__cause__)
         else:
-            logger.critical("%s ends by an error", name, exc_info=True)
+            logger.critical("%s crashed", name, exc_info=True)
         if log.follows(2):
             _leave_to_log(error)
         raise
@@ -211,13 +210,13 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
 
 
 def wants_console(log: BoundedLog) -> bool:
-    """Return whether standard error is a terminal, and the program has set up no logging of its own beside `log`."""
+    """Return whether standard error is a terminal and the program has no log handler besides `log`."""
     return sys.stderr is not None and sys.stderr.isatty() and logging.getLogger().handlers == [log]
 
 
 @contextlib.contextmanager
 def logging_to_stderr() -> Iterator[None]:
-    """Send the root logger to standard error, too."""
+    """Log to standard error too."""
     console = logging.StreamHandler()
     console.setFormatter(EntryFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(console)

@@ -1,4 +1,4 @@
-"""The start of a daemon that a client's request needs. Only a client that starts one imports it."""
+"""Starts a daemon for a client's request. Imported only by a client that starts one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def start_daemon(pool: Pool, deadline: float) -> float:
-    """Have the daemon of `pool`, which has a start, run; return `deadline`, later by the seconds of the start.
+    """Start the daemon of `pool`, and return `deadline` extended by the time that the start took.
 
-    Waiting for a predecessor that drains does not move the deadline. Raises what `ensure_daemon` or the start function does.
+    The wait for a draining predecessor does not extend it. Raises what `ensure_daemon` or the start function raises.
     """
     assert pool.start is not None
     _wait_for_predecessor(pool, deadline)
@@ -34,7 +34,7 @@ def start_daemon(pool: Pool, deadline: float) -> float:
         try:
             ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
         except StartFailed as error:
-            # Stopped by others while it started: the caller finds none, as if it had been a moment later.
+            # It was stopped while starting: the caller finds no daemon, as if it was stopped a moment later.
             if error.type != TERMINATED:
                 raise
     return deadline + time.monotonic() - begin
@@ -49,7 +49,7 @@ def _call_start(pool: Pool, start: Callable[[], object], namespace: Namespace) -
         pass
     if hasattr(result := start(), "__await__"):
         if hasattr(result, "close"):
-            result.close()  # no warning that it was never awaited
+            result.close()  # otherwise Python warns that it was never awaited
         raise TypeError(f"start must return once the daemon runs, and returned {type(result).__name__}: use a plain function")
     try:
         pool.load(again=True)

@@ -1,7 +1,4 @@
-"""The connections of a client: which are open, which are kept, for which process; and how an exchange waits for one.
-
-It knows no request.
-"""
+"""The connections of a client, in use or idle, and the blocking I/O of an exchange."""
 
 from __future__ import annotations
 
@@ -31,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class WrongVersion(DaemonNotRunning):
-    """A daemon of another version than the wanted one runs, and may be replaced."""
+    """The running daemon has another version, and may be replaced."""
 
 
 class Link:
-    """An open connection: its transport, its protocol, the record of the generation behind it, and its limit of a request."""
+    """An open connection: transport, protocol, the record of its generation, and the size limit of a request."""
 
     __slots__ = ("connection", "limit", "protocol", "record")
 
@@ -47,28 +44,27 @@ class Link:
 
 
 class State:
-    """What belongs to one process: a forked child has another one, with no connection and no lock of its parent's.
+    """The connections of one process: a forked child gets a new state, without its parent's connections and lock.
 
-    `guard` is held for a few instructions, never across a wait. It is re-entrant, because a signal handler may call or close
-    the client between any two of them.
+    `guard` is held for a few instructions, never across a wait. It is re-entrant: a signal handler may call or close the
+    client at any time.
     """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.closed = False
         self.guard = threading.RLock()
-        # Links that an exchange uses, and those that none uses, the last one used at the end. One that is in neither, because
-        # an exception came in between, closes itself.
+        # Links in use, and idle links, the most recently used last. A link in neither, after an exception, closes itself.
         self.busy: set[Link] = set()
         self.idle: list[Link] = []
 
 
 class Pool:
-    """The connections of one client, for any number of exchanges at once. At most `max_idle` are kept between them.
+    """The connections of one client, for any number of concurrent exchanges. At most `max_idle` are kept between them.
 
-    With `generation`, no other one is asked. With `start`, a daemon that is absent or says goodbye is started: by a command
-    line, an app or a function. `start_options` are arguments of `ensure_daemon`: `timeout`, and `version`, which also a daemon
-    that runs must have, with `on_mismatch`.
+    With `generation`, requests go to no other generation. With `start`, a command line, an app or a function, a daemon that is
+    absent or stopping is started. `start_options` are arguments of `ensure_daemon`: `timeout`, `version` (also required of a
+    running daemon) and `on_mismatch`.
     """
 
     def __init__(
@@ -95,20 +91,20 @@ class Pool:
         self.start_options = start_options or {}
         self.error_classes = error_classes or {}
         self.max_idle = max_idle
-        # Of the generation that was connected last.
+        # Of the generation that was connected to last.
         self.record: records.Record
         self.state = State()
 
     def own_state(self) -> State:
         """Return the state of this process."""
         if self.state.pid != os.getpid():
-            # The inherited connections close themselves.
+            # The connections inherited by a fork close themselves.
             inherited, self.state = self.state, State()
             self.state.closed = inherited.closed
         return self.state
 
     def close(self) -> None:
-        """Close all connections; exchanges end with `ClientClosed`. It waits for none of them."""
+        """Close all connections; exchanges end with `ClientClosed`. Waits for none of them."""
         state = self.own_state()
         state.closed = True
         with state.guard:
@@ -119,9 +115,9 @@ class Pool:
                 state.idle.pop().connection.close()
 
     def load(self, *, again: bool, refused: dict[str, HarnessIPCError] | None = None) -> records.Record:
-        """Return the record of the daemon to ask.
+        """Return the record of the daemon.
 
-        Raises what `records.load` does, and for a generation in `refused` the error there.
+        Raises what `records.load` does, and the error in `refused` for a generation that is there.
         """
         record = records.load(self.name, again=again, any_schema=self.any_schema, namespace=self.namespace)
         if self.generation not in (None, record.generation):
@@ -131,25 +127,25 @@ class Pool:
         wanted = self.start_options.get("version")
         if wanted is not None and (found := record.public().get("app_version")) != wanted:
             found = found or "None (its run_daemon has no app_version)"
-            text = f"the daemon {self.name!r} that runs has version {found}, not {wanted}"
+            text = f"the running daemon {self.name!r} has version {found}, not {wanted}"
             if self.start_options.get("on_mismatch") == "restart":
                 raise WrongVersion(text)
             raise IncompatibleDaemon(f"{text}: restart it, or use that version")
         return record
 
     def check_in(self, state: State, link: Link) -> None:
-        """Keep a link that is no longer used, or close it. Call it under the guard."""
-        # A late reply must not be taken for the next request's: only a link that waits for nothing is kept.
+        """Make a link idle, or close it. The caller holds the guard."""
+        # Only a link without an outstanding reply: a late one would be taken for the reply to the next request.
         is_idle = link.protocol.state == IDLE and not link.protocol.buffered
         if is_idle and not state.closed and len(state.idle) < self.max_idle:
             state.idle.append(link)
         else:
-            # Under the guard, so that nobody aborts a descriptor that has become another file's.
+            # Under the guard: otherwise an abort may hit a descriptor that has been reused.
             link.connection.close()
 
 
 class IO:
-    """How an exchange waits: by blocking. Errors are those of `_transport`."""
+    """The blocking I/O of an exchange. Raises the errors of `_transport`."""
 
     async def connect(self, address: str, deadline: float) -> Connection:
         return _transport.connect(address, deadline)
@@ -161,14 +157,14 @@ class IO:
         return connection.receive(limit)
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run a function that blocks."""
+        """Run a blocking function."""
         return function()
 
     def check(self, record: records.Record) -> None:
-        """Raise `RuntimeError` if waiting for this daemon here would never end."""
+        """Raise `RuntimeError` if waiting for this daemon would deadlock."""
         if record.pid == os.getpid() and serving_threads.get(record.address) == threading.get_ident():
             raise RuntimeError(
-                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would wait for itself: use "
+                f"a blocking call to the daemon {record.name!r} in the thread of its own event loop would deadlock: use "
                 "`await aconnect_daemon(...)`, or run the call in a thread with `await asyncio.to_thread(...)`"
             )
 
@@ -177,7 +173,7 @@ BLOCKING = IO()
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine of an exchange that blocks."""
+    """Run a coroutine that never suspends, and return its result."""
     try:
         coroutine.send(None)
     except StopIteration as stop:

@@ -1,4 +1,4 @@
-"""What an app reports while it starts: at once to its starter, and once a second in the record, where everybody sees it."""
+"""Progress of an app's start: sent to the starter at once, and written to the record once a second."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 # Seconds between two writes of the record.
 _WRITE_INTERVAL = 1.0
-# Bytes of one report as JSON: with what goes around it, a pipe of Linux takes it whole or not at all (PIPE_BUF is 4096).
+# Bytes of one report as JSON: with its envelope, a write to a Linux pipe is atomic (PIPE_BUF is 4096).
 _MAX_REPORT = 4000
 
 _starting: contextvars.ContextVar[StartProgress | None] = contextvars.ContextVar("harness_ipc_start", default=None)
 
 
 def report_start(value: Any) -> None:
-    """Pass `value` on if this task is an app's start, or belongs to it. Raises `ProtocolError` and `MessageTooLarge`."""
+    """Report `value` if this task is, or was created by, an app's start. Raises `ProtocolError` and `MessageTooLarge`."""
     if (progress := _starting.get()) is not None:
         progress.report(value)
 
 
 class StartProgress:
-    """In its block, `report_start` passes values on: `with StartProgress(...)`, in the event loop, around the app's start."""
+    """A context manager, used in the event loop around an app's start, in which `report_start` sends and records values."""
 
     def __init__(self, pipe: ReadyPipe, registration: Registration) -> None:
         self._pipe = pipe
@@ -40,11 +40,11 @@ class StartProgress:
         self._ended = False
 
     def report(self, value: Any) -> None:
-        """Send `value`, and write it, or the last one of several, when the record may be written again."""
+        """Send `value`, and write the latest value to the record at most once a second."""
         if self._ended:
             return
         frame = messages.encode({"value": value}, _MAX_REPORT)
-        # A copy: the app may change what it has reported.
+        # A copy: the app may mutate the value later.
         self._value = messages.decode(frame)["value"]
         self._pipe.send_progress(self._value)
         wait = self._written + _WRITE_INTERVAL - time.monotonic()
@@ -68,6 +68,6 @@ class StartProgress:
 
     def __exit__(self, *_: object) -> None:
         _starting.reset(self._token)
-        # Tasks that the start has left behind may go on to report.
+        # Background tasks of the app may still report.
         self._ended = True
         self._cancel()

@@ -1,4 +1,4 @@
-"""Log entries that clients can cause by the thousand: one of each kind in ten seconds, with a count. It knows no daemon."""
+"""A limit for log entries that clients can cause by the thousand: one of each kind in ten seconds, with a count."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import threading
 import time
 from math import inf
 
-# Seconds in which one entry of a kind is logged.
+# One entry of a kind is logged in this many seconds.
 _PERIOD = 10.0
-# Kinds that are remembered. For a new one, the one that was logged longest ago is forgotten.
+# The number of kinds to remember; the one that was logged longest ago is evicted.
 _MAX_KINDS = 1000
 
 
 class RateLimitedLogger:
-    """A logger that leaves an entry out while one of the same kind was logged in the last ten seconds.
+    """A logger that suppresses an entry if one of the same kind was logged in the last ten seconds.
 
-    The next one of the kind that is logged says how many were left out. Entries are of one kind if they have the same message
-    (before its arguments are filled in) and their exceptions, if any, the same types and the same lines of code.
+    The next entry of that kind says how many were suppressed. Entries are of the same kind if they have the same unformatted
+    message, and their exceptions, if any, the same types and lines of code.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._lock = threading.Lock()
-        # When each kind was logged last, and how many entries were left out since; the oldest first.
+        # When each kind was last logged, and how many entries were suppressed since; the oldest first.
         self._kinds: dict[object, tuple[float, int]] = {}
 
     def warning(self, message: str, *values: object, error: BaseException | None = None) -> None:
-        """Log a warning, without a traceback of the `error` that it is about."""
+        """Log a warning about `error`, without a traceback."""
         self._log(logging.WARNING, message, values, error)
 
     def error(self, message: str, *values: object, error: BaseException | None = None) -> None:
-        """Log an error, without a traceback of the `error` that it is about."""
+        """Log an error about `error`, without a traceback."""
         self._log(logging.ERROR, message, values, error)
 
     def exception(self, message: str, error: BaseException) -> None:
@@ -48,7 +48,7 @@ class RateLimitedLogger:
             if now - logged_at < _PERIOD:
                 self._kinds[kind] = logged_at, left_out + 1
                 return
-            # Removed and added, so that the order is by time.
+            # Reinserted, to keep the order by time.
             self._kinds.pop(kind, None)
             if len(self._kinds) >= _MAX_KINDS:
                 del self._kinds[next(iter(self._kinds))]
@@ -58,7 +58,7 @@ class RateLimitedLogger:
 
 
 def _lines_of(error: BaseException) -> list[object]:
-    """Return the types and the lines of code of `error` and of its causes, each line once: the depth of a recursion varies."""
+    """Return the types and lines of code of `error` and its causes; each line once, since the depth of a recursion varies."""
     kinds: dict[object, None] = {}
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]

@@ -1,1 +1,1 @@
-"""The commands of `harness-ipc` that have a module of their own, and what they print with."""
+"""Commands of `harness-ipc`, and their output."""

@@ -1,4 +1,4 @@
-"""The commands `call` and `describe`. They are run often: what not each call needs is imported where it is used."""
+"""The commands `call` and `describe`. Heavy imports are local, to keep each call fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .._protocol.messages import Message
     from ..client import Client
 
-# Characters of a bar.
+# The width of the progress bar, in characters.
 _BAR_WIDTH = 30
 
 
@@ -28,7 +28,7 @@ def call(options: argparse.Namespace) -> int:
     try:
         message = _read_message(options) if is_json else {"method": options.what, "params": _parse_params(options.params)}
     except ProtocolError as error:
-        print_error(f"the message is not usable: {error}")
+        print_error(f"the message is invalid: {error}")
         return 2
     if is_json and "more" not in message:
         reply = client.request(options.name, message, timeout=options.timeout, namespace=options.namespace)
@@ -40,7 +40,7 @@ def call(options: argparse.Namespace) -> int:
             _call_method(daemon, message["method"], params)
         except InvalidParams as error:
             hint = any(isinstance(value, str) for value in params.values()) and not is_json
-            print_error(f"{error}{' (a value that is no text is written KEY:=JSON)' if hint else ''}")
+            print_error(f"{error}{' (write KEY:=JSON for a value that is not text)' if hint else ''}")
             return 1
     return 0
 
@@ -63,12 +63,12 @@ def describe(options: argparse.Namespace) -> int:
 
 def _read_message(options: argparse.Namespace) -> Message:
     if options.params:
-        raise ProtocolError("a message that is JSON has no other arguments")
+        raise ProtocolError("a JSON message takes no further arguments")
     message = messages.decode(sys.stdin.buffer.read() if options.what == "-" else os.fsencode(options.what))
     if "more" in message:
         message.setdefault("params", {})
         if not isinstance(message.get("method"), str) or not isinstance(message["params"], dict):
-            raise ProtocolError('with "more" it has a "method", which is text, and "params", which are an object')
+            raise ProtocolError('a message with "more" needs a "method" (text) and "params" (an object)')
     return message
 
 
@@ -82,7 +82,7 @@ def _parse_params(words: list[str]) -> Message:
             raise ProtocolError(f"{word!a} is not KEY=TEXT or KEY:=JSON")
         if key in params:
             raise ProtocolError(f"the parameter {key!a} is given twice")
-        # In an object, so that it is checked as a message is.
+        # Wrapped in an object, so that it is validated as a message.
         params[key] = messages.decode(b'{"v":%s}' % os.fsencode(text))["v"] if is_json else text
     return params
 
@@ -94,7 +94,7 @@ def _call_method(daemon: Client, method: str, params: Message) -> None:
         with daemon.stream(method, params) as stream:
             for item in stream:
                 if not has_items:
-                    # Items are results, unless the daemon says that the method has but one.
+                    # Items are results, unless the daemon says that the method has only one.
                     has_items, is_stream = True, _is_stream(daemon, method, default=True)
                 if is_stream:
                     print_json(item)
@@ -108,7 +108,7 @@ def _call_method(daemon: Client, method: str, params: Message) -> None:
 
 
 def _is_stream(daemon: Client, method: str, *, default: bool) -> bool:
-    """Return whether the daemon says that `method` answers with a stream, or `default` if it says nothing of it."""
+    """Return whether the daemon describes `method` as a stream, or `default` if it does not describe it."""
     try:
         return bool(next((found["stream"] for found in daemon.describe()["methods"] if found["name"] == method), default))
     except HarnessIPCError:
@@ -116,7 +116,7 @@ def _is_stream(daemon: Client, method: str, *, default: bool) -> bool:
 
 
 class _Progress:
-    """Progress on stderr: on a terminal a bar, where it has "done" and "total", otherwise a line of JSON each."""
+    """Progress on stderr: a bar if stderr is a terminal and the value has "done" and "total", otherwise a line of JSON."""
 
     def __init__(self) -> None:
         self._width = 0

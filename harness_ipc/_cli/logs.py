@@ -18,7 +18,7 @@ from .output import escape
 if TYPE_CHECKING:
     import argparse
 
-# Seconds between two looks at a log: nothing that every system has announces an append.
+# Seconds between two reads of a log: no portable call waits for an append.
 _LOG_POLL = 0.1
 
 
@@ -40,7 +40,7 @@ def logs(options: argparse.Namespace) -> int:
 
 
 class _Log:
-    """A log that a daemon appends to, and copies to a new predecessor and cuts when it is long."""
+    """A log that a daemon appends to. When it is too long, the daemon copies it to its predecessor and truncates it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -55,9 +55,9 @@ class _Log:
         return b"".join(lines)
 
     def appended(self) -> bytes:
-        """Return what was appended since, also if the log was cut meanwhile."""
+        """Return what was appended since the last read, also if the log was truncated meanwhile."""
         data = b""
-        # It may be missing for a moment, or on Windows can't be opened.
+        # It may be missing, or on Windows locked, for a moment.
         with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(self.path) as file:
             if file.seek(0, os.SEEK_END) < self._read:
                 data = self._read_rest()
@@ -68,7 +68,7 @@ class _Log:
         return data
 
     def _read_rest(self) -> bytes:
-        """Return what a new predecessor has beyond what was read of the log."""
+        """Return the rest of the log that was moved to a new predecessor."""
         previous, self._predecessor = self._predecessor, self._identify_predecessor()
         if self._predecessor != previous:
             with contextlib.suppress(FileNotFoundError, ConnectionLost), files.open_log_for_reading(f"{self.path}.1") as file:

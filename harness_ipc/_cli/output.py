@@ -1,4 +1,4 @@
-"""What commands print: reports to stdout, and what a person has to know to stderr, in one line. It knows no command."""
+"""Output of commands: reports go to stdout, errors to stderr in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._text import escape_control
 
 def print_json(value: object) -> None:
     """Print `value` as one line."""
-    # ASCII: it passes any console's encoding, and has neither lone surrogates nor control characters.
+    # ASCII: any console can encode it, and it has neither lone surrogates nor control characters.
     print(json.dumps(value), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a person reads of daemons: states, and that something takes long."""
+"""Human-readable output: the states of daemons, and the progress of a long command."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     from .._status import DaemonStatus
 
-# Seconds of silence that a person takes for work, not for a hang.
+# Seconds before a command reports that it is still running.
 _SILENCE = 1.0
 
 
 def print_status(status: DaemonStatus) -> None:
-    """Print all that is known of a daemon, a line each."""
+    """Print the status of a daemon, one field a line."""
     print(f"{status.name}: {status.state}{'' if status.pid is None else f', pid {status.pid}'}")
     for title, text in _details(status):
         print(f"  {title:9} {escape(text)}")
 
 
 def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
-    """Yield what is known of a daemon, as a title and a text for a person."""
+    """Yield a title and a text for each field of a status that is known."""
     if status.problem is not None:
         yield "problem", status.problem
     if status.progress is not None:
@@ -62,7 +62,7 @@ def _details(status: DaemonStatus) -> Iterator[tuple[str, str]]:
 
 
 def print_table(found: list[DaemonStatus], *, with_apps: bool) -> None:
-    """Print a line for each daemon, cut to the terminal's width if there is one."""
+    """Print a line for each daemon, truncated to the width of the terminal if there is one."""
     heads = ("NAME", "STATE", "PID", "UPTIME", "REQUESTS", "ERRORS", "VERSION", "APP", "HEALTH OR PROBLEM")
     rows = [heads, *map(_row, found)]
     if with_apps:
@@ -93,13 +93,13 @@ def _row(status: DaemonStatus) -> tuple[str, ...]:
 
 
 def _one_line(value: Any) -> str:
-    """Return JSON that a daemon has reported, for a person."""
+    """Return JSON that a daemon has reported as one printable line."""
     text = value if isinstance(value, str) else json.dumps(value)
     return " ".join(escape(text).split())
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds for a person, in at most two units."""
+    """Return seconds as text in at most two units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
@@ -111,9 +111,9 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
-    """Say on stderr that it takes long, if it does: on a terminal with the seconds, in one line that is removed at the end.
+    """Report on stderr that a block is still running; on a terminal, in one line with the seconds, removed at the end.
 
-    Yields a function that takes the value that is shown behind the seconds.
+    Yields a function that sets the value shown after the seconds.
     """
     over = threading.Event()
     begun = time.monotonic()

@@ -1,1 +1,1 @@
-"""The protocol of a connection, without I/O: bytes and frames in, decisions and frames out."""
+"""The sans-I/O protocol of a connection: bytes in, events and bytes out."""

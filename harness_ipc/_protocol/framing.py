@@ -1,6 +1,6 @@
-"""Frames in a stream of bytes, as `multiprocessing.connection` writes them, and in a pipe whose messages are frames. No I/O.
+"""Framing of a byte stream, as in `multiprocessing.connection`, and of a pipe, where each message is a frame. No I/O.
 
-In a stream a frame is its length in four bytes, big-endian, and its payload. A length of -1 announces one of eight bytes.
+In a stream, a frame is a big-endian length of four bytes and the payload. A length of -1 is followed by one of eight bytes.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from ..errors import MessageTooLarge, ProtocolError
 _LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!Q")
 _MAX_SHORT = 2**31 - 1
-# Bytes up to which frames are copied together, so that one write sends them.
+# Frames of up to this many bytes together are joined, to send them with one write.
 _MAX_COALESCED = 64 * 1024
 
 
 class StreamFraming:
-    """Both directions of an AF_UNIX connection. `buffered` is how many bytes were fed and not yet taken as frames."""
+    """The framing of an AF_UNIX connection, in both directions. `buffered` counts the bytes not yet returned as frames."""
 
     __slots__ = ("_data", "_pieces", "_start", "_wanted", "buffered")
 
     def __init__(self) -> None:
-        # `_pieces` follow `_data`, which was taken up to `_start`. They are joined once `_wanted` bytes are there.
+        # `_data` is consumed up to `_start`; `_pieces` follow it. They are joined once there are `_wanted` bytes.
         self._data = b""
         self._start = 0
         self._pieces: list[bytes] = []
@@ -41,8 +41,8 @@ class StreamFraming:
     def next_frame(self, limit: int) -> bytes | None:
         """Return the payload of the next frame, or None until it is complete.
 
-        An announced length allocates nothing. Raises `MessageTooLarge` for one above `limit` bytes and `ProtocolError` for a
-        negative one; nothing more can be read from this peer then.
+        An announced length allocates no memory. Raises `MessageTooLarge` for one above `limit` bytes and `ProtocolError` for a
+        negative one; the connection can't be read any further then.
         """
         if self.buffered < self._wanted:
             return None
@@ -68,7 +68,7 @@ class StreamFraming:
             return None
         self.buffered = left
         self._wanted = _LENGTH.size
-        # An idle connection holds no message.
+        # An idle connection must not keep a message in memory.
         self._data, self._start = (data, end) if left else (b"", 0)
         return data[body:end]
 
@@ -79,7 +79,7 @@ class StreamFraming:
 
     @staticmethod
     def encode(frames: list[bytes]) -> list[bytes]:
-        """Return the chunks to write for `frames`: short ones in one chunk, a long one as it is, after its length."""
+        """Return the chunks to write for `frames`: short frames are joined; a long payload is a separate chunk, not copied."""
         if sum(map(len, frames)) <= _MAX_COALESCED:
             return [b"".join([_LENGTH.pack(len(frame)) + frame for frame in frames])] if frames else []
         chunks: list[bytes] = []
@@ -101,7 +101,7 @@ class StreamFraming:
 
 
 class PipeFraming:
-    """Both directions of an AF_PIPE connection, where each message of the pipe is a frame."""
+    """The framing of an AF_PIPE connection, in both directions: each message of the pipe is a frame."""
 
     __slots__ = ("_frames", "buffered")
 
@@ -136,9 +136,9 @@ class PipeFraming:
 
 
 def check_size(size: int, limit: int) -> None:
-    """Raise `MessageTooLarge` if a message of `size` bytes, sent or announced, is above `limit`, `ProtocolError` below 0."""
+    """Raise `MessageTooLarge` if the `size` of a message is above `limit`, and `ProtocolError` if it is negative. In bytes."""
     if size < 0:
-        raise ProtocolError("the peer sent a frame of a negative length: it does not speak this protocol")
+        raise ProtocolError("the peer sent a negative frame length: it does not speak this protocol")
     if size > limit:
         raise MessageTooLarge(
             f"a message of {size} bytes is above the limit of {limit} bytes: send less, or raise max_message on both sides",

@@ -1,4 +1,4 @@
-"""Messages: a JSON object in one frame, and the requests reserved for the channel itself. No I/O."""
+"""Messages, one JSON object in each frame, and the requests reserved for the channel. No I/O."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
     Message = dict[str, Any]
 
-# Tens of megabytes are real: a screenshot or a DOM dump in base64.
+# Tens of megabytes occur: screenshots and DOM dumps in base64.
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 
-# Requests of the form {"meta": verb} that the channel answers. Any other verb is the application's own.
+# Requests of the form {"meta": verb} that the channel answers. Other verbs belong to the application.
 PING = "ping"
 HEALTH = "health"
 DESCRIBE = "describe"
 SHUTDOWN = "shutdown"
-# What a daemon that leaves says, unasked: all that it has not answered on this connection has not run and will not run.
+# Sent unsolicited by a daemon that closes: unanswered requests on this connection have not run and will not run.
 GOODBYE_FRAME = b'{"meta":"goodbye"}'
-# The keys of a message and of a reply that belong to the channel.
+# The keys of a reply that are reserved for the channel.
 _CHANNELS_OWN = ("meta", "continues")
 
 
 def _reject_constant(constant: str) -> NoReturn:
-    raise ProtocolError(f"{constant} is not JSON: send null, or a string")
+    raise ProtocolError(f"{constant} is not valid JSON: send null, or a string")
 
 
 def to_json(value: Any) -> Any:
-    """Return what a value that JSON does not have is sent as. Raises `TypeError` if there is no such rule.
+    """Convert a value that is not JSON: the default conversion of results. Raises `TypeError` for other types.
 
-    Bytes are sent as base64, a dataclass as an object of its fields, a path as its text, a datetime in ISO 8601.
+    Bytes become base64, a dataclass an object of its fields, a path its text, and a datetime ISO 8601.
     """
     if isinstance(value, (bytes, bytearray)):
         from binascii import b2a_base64
@@ -55,12 +55,12 @@ def to_json(value: Any) -> Any:
 
 
 class Encoder(json.JSONEncoder):
-    """An encoder for messages, in which `convert` returns what a value that JSON does not have is sent as."""
+    """An encoder of messages; `convert` converts values that are not JSON."""
 
     def __init__(self, convert: Callable[[Any], Any]) -> None:
-        # ensure_ascii carries lone surrogates, which page text has and UTF-8 has not.
+        # ensure_ascii preserves lone surrogates, which occur in page text and have no UTF-8.
         super().__init__(allow_nan=False, ensure_ascii=True, separators=(",", ":"), default=convert)
-        # Private, and all that the class itself uses: it makes one for each message, half of the time that a short one takes.
+        # Private. The base class creates one for each message, which takes half of the time of a short message.
         make = getattr(json.encoder, "c_make_encoder", None)
         quote = json.encoder.encode_basestring_ascii
         self._encode = make and make(None, convert, quote, None, ":", ",", False, False, False)
@@ -69,7 +69,7 @@ class Encoder(json.JSONEncoder):
         return "".join(self._encode(o, 0)) if self._encode else super().encode(o)
 
 
-# Made once: json.loads() with parse_constant builds a decoder for each call.
+# Created once: json.loads() with parse_constant would create a decoder for each call.
 _encoder = Encoder(to_json)
 _decoder = json.JSONDecoder(parse_constant=_reject_constant)
 _WHITESPACE = " \t\n\r"
@@ -79,10 +79,10 @@ def encode(message: Message, limit: int | None = None, encoder: json.JSONEncoder
     """Return `message` as the bytes of one frame.
 
     Raises `ProtocolError` for anything that is not a JSON object, naming the offending key and type, and `MessageTooLarge`
-    above `limit` bytes, if there is one.
+    above `limit` bytes, if given.
     """
     if not isinstance(message, dict):
-        raise ProtocolError(f"a message is a dict, not {type(message).__name__}")
+        raise ProtocolError(f"a message must be a dict, not {type(message).__name__}")
     try:
         frame = encoder.encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -94,7 +94,7 @@ def encode(message: Message, limit: int | None = None, encoder: json.JSONEncoder
 
 
 def _find_unsendable(message: Message, encoder: json.JSONEncoder) -> str:
-    """Return the path of the first value that `encoder` refuses, as in "result.items[3].when", or "" if that can't be told."""
+    """Return the path of the first value that `encoder` refuses, as in "result.items[3].when", or "" if unknown."""
     try:
         return next(_unsendable(message, "", encoder), "")[:200]
     except (TypeError, ValueError, RecursionError):
@@ -106,7 +106,7 @@ def _unsendable(value: Any, path: str, encoder: json.JSONEncoder) -> Iterator[st
         for key, item in value.items():
             name = f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!a}]"
             yield from _unsendable(item, (path + name).removeprefix("."), encoder)
-        value = dict.fromkeys(value)  # its keys are left
+        value = dict.fromkeys(value)  # check the keys
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from _unsendable(item, f"{path}[{i}]", encoder)
@@ -126,20 +126,20 @@ def decode(frame: bytes) -> Message:
     """Return the JSON object in `frame`. Raises `ProtocolError` for anything else."""
     try:
         text = frame.decode("utf-8").strip(_WHITESPACE)
-        message, end = _decoder.raw_decode(text)  # without the two searches for whitespace of decode()
+        message, end = _decoder.raw_decode(text)  # decode() would scan for whitespace twice
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except ProtocolError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a frame of {len(frame)} bytes is not a message: {_one_line(error)}") from error
+        raise ProtocolError(f"a frame of {len(frame)} bytes is not valid JSON: {_one_line(error)}") from error
     if not isinstance(message, dict):
-        raise ProtocolError(f"a message is a JSON object, not {type(message).__name__}")
+        raise ProtocolError(f"a message must be a JSON object, not {type(message).__name__}")
     return message
 
 
 def error_reply(error: BaseException) -> Message:
-    """Return the reply that carries `error` to the client: a `RemoteError` as it is, any other by its name and text."""
+    """Return the reply for `error`: a `RemoteError` with its attributes, any other exception as its name and text."""
     try:
         if isinstance(error, RemoteError):
             data = {} if error.data is None else {"data": error.data}
@@ -151,7 +151,7 @@ def error_reply(error: BaseException) -> Message:
 
 
 def not_executed(error: BaseException) -> Message:
-    """Return the reply that carries `error`, and says that the request did not run. Only the channel says so."""
+    """Return the reply for `error` that says that the request did not run. Only the channel may say so."""
     reply = error_reply(error)
     reply["error"]["executed"] = False
     return reply
@@ -164,20 +164,20 @@ def stopping_reply() -> Message:
 
 
 def item_reply(value: Any) -> Message:
-    """Return the reply that carries one item of a stream, or progress; another reply follows."""
+    """Return the reply for one item of a stream, or progress; another reply follows."""
     return {"continues": True, "result": value}
 
 
 def check_reply(reply: Any) -> Message:
-    """Return a handler's `reply`. Raises `TypeError` unless it is a dict, `ProtocolError` for a key of the channel."""
+    """Return a handler's `reply`. Raises `TypeError` unless it is a dict, and `ProtocolError` for a reserved key."""
     if not isinstance(reply, dict):
-        raise TypeError(f"the handler returned {type(reply).__name__}, a reply is a dict")
+        raise TypeError(f"the handler returned {type(reply).__name__}: a reply must be a dict")
     for key in _CHANNELS_OWN:
         if key in reply:
-            raise ProtocolError(f'a reply has no "{key}": that key belongs to the channel')
+            raise ProtocolError(f'the key "{key}" of a reply is reserved')
     error = reply.get("error")
     if isinstance(error, dict) and "executed" in error:
-        raise ProtocolError('an error has no "executed": that key belongs to the channel')
+        raise ProtocolError('the key "executed" of an error is reserved')
     return reply
 
 

@@ -1,10 +1,10 @@
-"""A connection's two sides as tables of states: frames in, events and frames out. No I/O, no clock, no thread.
+"""Both sides of a connection as state machines: bytes in, events and bytes out. No I/O, clock or thread.
 
     ServerProtocol   HELLO -> ANSWERED -> IDLE -> ACTIVE [-> CANCELLING] -> REPLYING -> IDLE ...
     ClientProtocol   HELLO -> ANSWERED -> IDLE -> AWAITING [-> STREAMING] -> IDLE ...;  ANSWERED -> PROVING -> AWAITING
 
-A side that ends a connection in order passes through LEAVING: it has something to send first. GONE: the daemon said goodbye.
-What has been received ahead and what is not yet sent belong to the connection, not to its state.
+LEAVING: there is something to send before the connection is closed. GONE: the daemon said goodbye. Received data that is not
+yet processed and data to send are not part of the state.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ HELLO, ANSWERED, IDLE, LEAVING, CLOSED = "HELLO", "ANSWERED", "IDLE", "LEAVING",
 ACTIVE, CANCELLING, REPLYING = "ACTIVE", "CANCELLING", "REPLYING"
 PROVING, AWAITING, STREAMING, GONE = "PROVING", "AWAITING", "STREAMING", "GONE"
 
-# Events that are no message.
-PROVED = "PROVED"  # the server's: the client has proved itself
-READY = "READY"  # the client's: the daemon has proved itself, a request may be sent
-VERDICT = "VERDICT"  # the client's, if it has sent no request with its proof: the daemon accepts that
-GOODBYE = "GOODBYE"  # the client's: what the daemon has not answered has not run and will not run
+# Events other than messages.
+PROVED = "PROVED"  # server: the client is authenticated
+READY = "READY"  # client: the daemon is authenticated, a request may be sent
+VERDICT = "VERDICT"  # client, if no request was sent with the proof: the daemon accepted the proof
+GOODBYE = "GOODBYE"  # client: unanswered requests have not run and will not run
 
-# Bytes of further requests that are read while one is in flight: the end of the connection shows only behind them.
+# Bytes of further requests that are read while one is in flight: EOF is detected only after them.
 MAX_READ_AHEAD = 64 * 1024
 
 _SERVER_STATES = {
@@ -39,12 +39,12 @@ _SERVER_STATES = {
     (ACTIVE, "reply"): REPLYING,
     (CANCELLING, "reply"): REPLYING,
     (REPLYING, "reply taken"): IDLE,
-    # No request can have been sent before our answer: no goodbye is needed.
+    # The client sends no request before the answer, so it needs no goodbye.
     (HELLO, "leave"): CLOSED,
     (ANSWERED, "leave"): LEAVING,
     (IDLE, "leave"): LEAVING,
     (LEAVING, "leave"): LEAVING,
-    # A request that came too late: it has not been started.
+    # The request was received but not started.
     (ACTIVE, "leave"): LEAVING,
     (IDLE, "fail"): LEAVING,
     **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, REPLYING, LEAVING, CLOSED)},
@@ -66,7 +66,7 @@ _CLIENT_STATES = {
 
 
 class _Protocol:
-    """What both sides have: received data, data to send, and the state."""
+    """The part common to both sides: received data, data to send, and the state."""
 
     __slots__ = ("_frames", "_max_message", "_output", "state")
 
@@ -77,26 +77,26 @@ class _Protocol:
         self.state = HELLO
         self._frames = framing
         self._max_message = max_message
-        # Frames to send: the handshake's list.
+        # Frames to send; shared with the handshake.
         self._output = output
 
     def receive_data(self, data: bytes) -> None:
-        """Add what arrived: any bytes of a stream, or one message of a pipe."""
+        """Add received data: any part of a stream, or one message of a pipe."""
         self._frames.feed(data)
 
     @property
     def buffered(self) -> int:
-        """Bytes that arrived and are not yet part of an event: of a client without a request, a reason to close."""
+        """The number of received bytes that are not yet part of an event."""
         return self._frames.buffered
 
     def data_to_send(self) -> list[bytes]:
-        """Return the chunks to write, in order, and forget them. In a pipe each is a message of its own."""
+        """Return the chunks to write, in order, and clear them. On a pipe, each is one message."""
         chunks = self._frames.encode(self._output)
         self._output.clear()
         return chunks
 
     def close(self) -> None:
-        """The connection has ended, or must end at once."""
+        """Close: the connection has ended, or must end at once."""
         self._move("close")
         self._frames.clear()
 
@@ -110,8 +110,8 @@ class _Protocol:
 class ServerProtocol(_Protocol):
     """The daemon's side of one connection.
 
-    Give it what arrives (`receive_data`), take events (`next_event`) until there is none, send `data_to_send()`. An error that
-    `next_event` raises ends the connection: send what there is to send, which says why, and close.
+    Pass received data to `receive_data`, process the events of `next_event` until it returns None, and send
+    `data_to_send()`. If `next_event` raises, send `data_to_send()`, which may say why, and close the connection.
     """
 
     __slots__ = ("_handshake",)
@@ -124,21 +124,21 @@ class ServerProtocol(_Protocol):
         super().__init__(framing, max_message, self._handshake.output)
 
     def receive_data(self, data: bytes) -> None:
-        """Add what arrived. What comes after a goodbye is dropped."""
+        """Add received data. After a goodbye it is discarded."""
         if self.state not in (LEAVING, CLOSED):
             self._frames.feed(data)
 
     @property
     def max_frame(self) -> int:
-        """Bytes that the next frame may have."""
+        """The limit of the next frame in bytes."""
         return MAX_FRAME if self.state in (HELLO, ANSWERED) else self._max_message
 
     def next_event(self) -> str | Message | ProtocolError | None:
-        """Return the next event, or None: more has to arrive, or the request in flight has to be answered first.
+        """Return the next event, or None until more data arrives or the request in flight is answered.
 
-        `PROVED`; a request; or a `ProtocolError`, in place of a request that can't be read, to be answered like one.
+        An event is `PROVED`, a request, or a `ProtocolError`: an invalid request, to be answered like a valid one.
 
-        Raises `AuthenticationFailed`; `MessageTooLarge` or `ProtocolError` for a frame that can't be skipped.
+        Raises `AuthenticationFailed`, and `MessageTooLarge` or `ProtocolError` for a frame that can't be skipped.
         """
         while self.state in (HELLO, ANSWERED):
             try:
@@ -173,17 +173,17 @@ class ServerProtocol(_Protocol):
             self._move("close")
             raise
         if self._handshake.done:
-            # The verdict stays in `_output`: it travels with the first reply.
+            # The verdict stays in `_output`, to be sent with the first reply.
             self._move("proof")
         elif self.state == HELLO:
             self._move("answer")
 
     def send_item(self, frame: bytes) -> None:
-        """Send one of the replies that come before the final one."""
+        """Send a reply that is not the final one."""
         self._output.append(frame)
 
     def send_reply(self, frame: bytes) -> None:
-        """Send the final reply to the request in flight. Call `reply_taken` when the system has taken all of it."""
+        """Send the final reply to the request in flight. Call `reply_taken` when the system has accepted all of it."""
         self._move("reply")
         self._output.append(frame)
 
@@ -192,19 +192,19 @@ class ServerProtocol(_Protocol):
         self._move("reply taken")
 
     def cancel(self) -> None:
-        """The request in flight was cancelled; it is still answered."""
+        """Record that the request in flight was cancelled; it is still answered."""
         self._move("cancel")
 
     def fail(self, error: Exception) -> None:
-        """End the connection, between two requests, by telling the client why its next one can't be read."""
+        """Between two requests, send the client the reason why its next one can't be read, and end the connection."""
         self._move("fail")
         self._frames.clear()
         self._output.append(messages.encode(messages.not_executed(error)))
 
     def leave(self) -> None:
-        """End the connection by a goodbye, in place of the verdict if that has not been sent.
+        """End the connection with a goodbye, which replaces the verdict if that has not been sent.
 
-        What has arrived is dropped: it has not run, and no request of it may have been started.
+        Received data is discarded. No request may be running.
         """
         self._move("leave")
         self._frames.clear()
@@ -212,7 +212,7 @@ class ServerProtocol(_Protocol):
 
 
 class ClientProtocol(_Protocol):
-    """The client's side of one connection, used as `ServerProtocol` is. It begins with something to send."""
+    """The client's side of one connection, used like `ServerProtocol`. It starts with data to send."""
 
     __slots__ = ("_handshake",)
 
@@ -225,16 +225,16 @@ class ClientProtocol(_Protocol):
 
     @property
     def frame_limit(self) -> int:
-        """Bytes of the longest frame that may come next."""
+        """The limit of the next frame in bytes."""
         return MAX_FRAME if self.state == HELLO else self._max_message
 
     def next_event(self) -> str | Message | None:
-        """Return the next event, or None until more has arrived.
+        """Return the next event, or None until more data arrives.
 
-        `READY`, `VERDICT`, `GOODBYE`, or a reply: an item if the state is STREAMING then, the final one if it is IDLE.
+        An event is `READY`, `VERDICT`, `GOODBYE` or a reply, which is an item if the new state is STREAMING, and final if it
+        is IDLE.
 
-        Raises `AuthenticationFailed`; `MessageTooLarge` or `ProtocolError` for a reply that can't be read. The connection can
-        only be closed then.
+        Raises `AuthenticationFailed`, and `MessageTooLarge` or `ProtocolError` for an invalid reply. Close the connection then.
         """
         if self.state == HELLO:
             return self._receive_handshake()
@@ -267,6 +267,6 @@ class ClientProtocol(_Protocol):
         return READY
 
     def send_request(self, frame: bytes) -> None:
-        """Send a request: after `READY`, then together with our proof, or when the last one's final reply has come."""
+        """Send a request: after `READY`, together with the proof, or after the final reply to the previous request."""
         self._move("request")
         self._output.append(frame)

@@ -208,7 +208,7 @@ def test_classes_that_can_not_be_registered_are_refused_at_once() -> None:
     with pytest.raises(TypeError, match=r"write errors=\[NotIndexed\]"):
         connect_daemon("test", errors=NotIndexed)  # type: ignore[arg-type]
     same_name = type("NotIndexed", (RemoteError,), {})
-    with pytest.raises(ValueError, match="two classes 'NotIndexed'"):
+    with pytest.raises(ValueError, match="two classes named 'NotIndexed'"):
         connect_daemon("test", errors=[NotIndexed, same_name])
 
 

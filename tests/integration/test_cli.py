@@ -107,9 +107,9 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["call", "{nonsense"], 2, "the message is not usable"),
+        (["call", "{nonsense"], 2, "the message is invalid"),
         (["call", "[1]"], 2, "a JSON object, not list"),
-        (["call", '{"x": NaN}'], 2, "NaN is not JSON"),
+        (["call", '{"x": NaN}'], 2, "NaN is not valid JSON"),
         (["call", "--timeout", "-1", "{}"], 2, "--timeout"),
         (["call", "--timeout", "nan", "{}"], 2, "--timeout"),
         (["ping", "--name", "a/b"], 2, "is not a daemon name"),

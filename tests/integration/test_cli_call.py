@@ -129,13 +129,13 @@ def test_progress_on_a_terminal_is_a_bar(words: DaemonProcess) -> None:
     [
         (["cuont", "text=a"], 1, "MethodNotFound: there is no method 'cuont', did you mean 'count'?"),
         (["count", "txt=a"], 1, "there is no 'txt', did you mean 'text'?"),
-        (["count", "text=a", "times=2"], 1, "times: expected int, got str '2' (a value that is no text is written KEY:=JSON)"),
+        (["count", "text=a", "times=2"], 1, "times: expected int, got str '2' (write KEY:=JSON for a value that is not text)"),
         (["count", "text"], 2, "'text' is not KEY=TEXT or KEY:=JSON"),
         (["count", "=a"], 2, "is not KEY=TEXT"),
-        (["count", "times:=x"], 2, "is not a message"),
+        (["count", "times:=x"], 2, "is not valid JSON"),
         (["count", "text=a", "text:=1"], 2, "the parameter 'text' is given twice"),
-        (['{"method": "count"}', "text=a"], 2, "a message that is JSON has no other arguments"),
-        (['{"method": "count", "params": [], "more": true}'], 2, 'with "more" it has a "method"'),
+        (['{"method": "count"}', "text=a"], 2, "a JSON message takes no further arguments"),
+        (['{"method": "count", "params": [], "more": true}'], 2, 'a message with "more" needs a "method"'),
         (["--timeout", "0.2", "hang"], 4, "timed out"),
     ],
 )

@@ -182,7 +182,7 @@ def test_another_version_is_an_error_or_replaced(ask: Any, form: Any, tmp_path: 
     old, new = form(Daemon(tmp_path, version="1")), form(Daemon(tmp_path, version="2"))
     pid = ask(old, 1, version="1")
     for start in (None, new):
-        with pytest.raises(IncompatibleDaemon, match="'test' that runs has version 1, not 2") as caught:
+        with pytest.raises(IncompatibleDaemon, match="the running daemon 'test' has version 1, not 2") as caught:
             ask(start, 2, version="2")
         assert not caught.value.maybe_executed
     second = ask(new, 3, version="2", on_mismatch="restart")
