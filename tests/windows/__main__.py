@@ -174,7 +174,7 @@ def run_suites(python: Path, version: str, arguments: list[str], environment: di
     # Of some thousand processes Wine loses one, or takes longer for it than any deadline: what fails is run once more, and
     # the line at the end says how often that was.
     # A test that takes too long ends its worker, since no signal can end it alone.
-    arguments = ["-n", "3", "--dist", "worksteal", "--reruns", "1", "--timeout", "400", *arguments]
+    arguments = ["-n", "3", "--dist", "worksteal", "--reruns", "1", "-raR", "--timeout", "400", *arguments]
     # A regular file as its output, or no input, would end the interpreter on Wine 8.
     process = subprocess.Popen(
         ["wine", str(python), "-X", "utf8", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
