@@ -209,12 +209,22 @@ class Navigation(Part):
         if page.requested:
             # The browser starts it, or refuses it, before it answers.
             page.requested = False
-            await connection.call("Page.getNavigationHistory", session=session, timeout=timeout)
+            await self._catch_up(connection, session, timeout)
             return None
         if page.scheduled:
             await self._wait(page.changed)
             return None
         return value.get("value") if page.started == started else None
+
+    @staticmethod
+    async def _catch_up(connection: Connection, session: str, timeout: float) -> None:
+        """Return once the browser has told which navigations it has started: it does before it answers."""
+        try:
+            await connection.call("Page.getNavigationHistory", session=session, timeout=timeout)
+        except CDPError as error:
+            # "Not attached to an active page" is the answer while one document makes room for the next, which was told.
+            if error.code != SERVER_ERROR or error.data.get("crashed"):
+                raise
 
     @staticmethod
     async def _wait(changed: asyncio.Event) -> None:
@@ -225,6 +235,6 @@ class Navigation(Part):
     async def _last_navigation(self, message: Message) -> Message:
         """Return ``loader_id`` and ``url`` of the navigation that was started last."""
         connection, session, _ = await self.app.sessions.page_of(message)
-        await connection.call("Page.getNavigationHistory", session=session, timeout=timeout_of(message))
+        await self._catch_up(connection, session, timeout_of(message))
         page = self._page(session)
         return {"loader_id": page.loader, "url": page.url, "session_id": session}
