@@ -1,4 +1,4 @@
-"""One start of a daemon: its process, and what it or its log says of how that went."""
+"""Starts a daemon's process and waits for its result, with the log as a source of errors."""
 
 from __future__ import annotations
 
@@ -26,46 +26,45 @@ if TYPE_CHECKING:
     from ._command import Command
     from ._registry.namespace import Namespace
 
-# Seconds for a child that has said why it fails to print its traceback and end.
+# Seconds for a child that has reported its failure to print its traceback and exit.
 _EXIT_PERIOD = 2.0
-# The `StartFailed.type` of a daemon that was stopped while it started.
+# The `StartFailed.type` of a daemon that was stopped while starting.
 TERMINATED = "SIGTERM"
-# Bytes.
-_LOG_TAIL = 4096
-# Seconds between two looks for the record of a child that says nothing.
+_LOG_TAIL = 4096  # bytes
+# Seconds between two checks of the record of a child that sends no messages.
 _LOOK_INTERVAL = 0.05
-# The line before each start, and entries of the log that tell of no fault.
+# Log lines that are no error: the banner of a start, and entries of level DEBUG or INFO.
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
 class StartTimeout(Exception):
-    """The deadline of a start has passed."""
+    """The timeout of a start has expired."""
 
 
 class StartWait:
-    """A wait of `timeout` seconds for the daemon `name` to start. What it reports meanwhile is passed to `on_progress`."""
+    """A wait of `timeout` seconds for the daemon `name` to start. Its progress is passed to `on_progress`."""
 
     def __init__(
         self, name: str, timeout: float, namespace: Namespace, on_progress: Callable[[Any], object] | None = None
     ) -> None:
-        """Begin the wait. Raises `ValueError`."""
+        """Start the timeout. Raises `ValueError`."""
         self.name = name
         self.namespace = namespace
         self.timeout = timeout
         self._deadline = deadline_after(timeout)
         self._on_progress = on_progress
-        # What was passed on last, and whether it came by the pipe: the record may be older.
+        # The last progress passed on, and whether it came by the pipe, in which case the record may be older.
         self._last: Any = None
         self._hears = False
 
     def remaining(self) -> float:
-        """Return the seconds that are left. Raises `StartTimeout` if none are."""
+        """Return the seconds left. Raises `StartTimeout` if there are none."""
         if (seconds := self._deadline - time.monotonic()) <= 0:
             raise StartTimeout
         return seconds
 
     def pause(self) -> None:
-        """Wait a moment for what nothing announces, and look at the record for progress. Raises `StartTimeout`."""
+        """Wait until the next poll, and check the record for progress. Raises `StartTimeout`."""
         if not sleep_until_retry(self._deadline):
             raise StartTimeout
         progress = None
@@ -75,7 +74,7 @@ class StartWait:
         self._pass_on(progress)
 
     def hear(self, progress: Any) -> None:
-        """Pass on what the starting child says."""
+        """Pass on progress that the child has sent."""
         self._hears = True
         self._pass_on(progress)
 
@@ -104,7 +103,7 @@ def start(command: Command, wait: StartWait) -> bool:
             ending, signal_name = _ending(message["status"])
             raise _start_failed(name, f"it {ending} before it was ready", log, offset, quote=True, type=signal_name)
         if state == "failed":
-            # It has yet to print its traceback.
+            # It may still be printing its traceback.
             _wait_for_exit(child)
             why, type_name, reason = (str(message.get(key, "")) for key in ("message", "type", "reason"))
             raise _start_failed(name, why, log, offset, type=type_name, reason=reason)
@@ -119,8 +118,8 @@ def start(command: Command, wait: StartWait) -> bool:
 
 
 def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Child, int]:
-    """Start the process, and return it and where in the log its words begin. Raises `StartFailed`."""
-    # A pipe to the child must not get the number of a stream.
+    """Start the process. Return it and the offset of its output in the log. Raises `StartFailed`."""
+    # The pipe to the child must not get the descriptor of a standard stream.
     open_standard_streams()
     descriptor = files.open_private_log(log)
     try:
@@ -142,9 +141,9 @@ def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Ch
 
 
 def _next_message(child: startup.Child, wait: StartWait) -> startup.StartMessage:
-    """Return the child's word on its start, or what is seen of one that says none: "published", or "ended" with its "status".
+    """Return the child's next message, or for a silent one the state "published", or "ended" with its "status".
 
-    Its progress is passed on. Raises `StartTimeout`.
+    Progress is passed on. Raises `StartTimeout`.
     """
     while True:
         ended = child.process.poll() is not None
@@ -154,10 +153,10 @@ def _next_message(child: startup.Child, wait: StartWait) -> startup.StartMessage
             continue
         if message is not None:
             return message
-        # A program that closed what it inherited, or whose wrapper did.
+        # The program, or a wrapper, may have closed the pipe.
         if probe(wait.name, STATUS_TIMEOUT, wait.namespace, health=False)[0].alive:
             return {"state": "published"}
-        # One that made itself a daemon has ended well, and has left the process that will be it.
+        # A program that has daemonized itself has exited with 0 and left a descendant.
         if ended and not (child.process.returncode == 0 and child.has_descendants()):
             return {"state": "ended", "status": child.process.returncode}
         wait.pause()
@@ -170,7 +169,7 @@ def _wait_for_exit(child: startup.Child) -> None:
 
 
 def _ending(status: int) -> tuple[str, str]:
-    """Return how a process ended that has this `returncode`, and the name of the signal that ended it, if one did."""
+    """Return how a process with the `returncode` `status` ended, and the name of the signal that ended it, or ""."""
     if sys.platform == "win32" and status == signal.SIGTERM:
         return f"ended with status {status}", TERMINATED  # by `stop_daemon`
     if status >= 0:
@@ -190,13 +189,13 @@ def _not_executable(command: Command, error: Exception) -> StartFailed:
 def _start_failed(
     name: str, why: str, log: str, offset: int, *, quote: bool = False, type: str = "", reason: str = ""
 ) -> StartFailed:
-    """Return the error. `quote` the last line of the log too: there a program that just dies says why."""
+    """Return the error. With `quote`, it includes the last line that the program has printed."""
     tail = ""
     with contextlib.suppress(OSError), files.open_log_for_reading(log) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _LOG_TAIL, offset if offset < size else 0))
         tail = file.read().decode("utf-8", "backslashreplace")
-    # What it printed last, not what we logged.
+    # Only lines that the program printed.
     lines = [line for line in tail.splitlines() if line.strip() and not _OWN_LINE.match(line)]
     if quote and lines:
         reason = lines[-1].strip()

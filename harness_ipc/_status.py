@@ -1,4 +1,4 @@
-"""The state of a daemon, from its record, its process and its answers. Creates, changes and signals nothing."""
+"""The state of a daemon, from its record, its process and its replies. Creates, changes and signals nothing."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ from .errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Seconds for a daemon to report its state: its loop gets a quarter of one.
+# Seconds for a daemon to report its state. It waits 0.25 s for its event loop.
 STATUS_TIMEOUT = 2.0
-# Seconds between two polls of a state that nothing announces: the end of a process that is not our child, a held lock.
+# Seconds between two polls: for the end of a process that is not our child, or for a lock.
 _POLL_INTERVAL = 0.01
-# Daemons that are asked at once.
+# Daemons that are queried concurrently.
 _AT_ONCE = 8
-# What a status takes from the record.
+# Fields that a status takes from the record.
 _KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment", "progress")
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatus:
-    """What is known of the daemon `name`. Times are seconds, `since` and `uptime`'s start seconds since 1970.
+    """The state of the daemon `name`. Times are in seconds, `since` in seconds since 1970.
 
-    `state` is "absent", "starting", "running", "unresponsive" (it lives, but its loop is blocked or it does not answer),
-    "stale" (the record of a dead process), "incompatible" (of another schema) or "forbidden" (not ours to use). `argv` and
+    `state` is "absent", "starting", "running", "unresponsive" (alive, but its loop is blocked or it does not answer), "stale"
+    (the record of a dead process), "incompatible" (of another schema) or "forbidden" (unsafe, or another user's). `argv` and
     `cwd` are those of the start, `environment` the names of the variables that the starter added. `healthy` is False if the
     app's `health` raised an error or returned an "error", True if it returned anything else, and None if the app has no
-    `health` or did not answer, in which case `health` has the error of asking. `progress` is what the app has reported last
-    while it starts, a second ago at most.
+    `health` or did not answer; `health` has the error then. `progress` is the last progress of a start, at most a second old.
     """
 
     name: str
@@ -77,44 +76,44 @@ class DaemonStatus:
 
     @property
     def alive(self) -> bool:
-        """Whether the daemon's process is there and has published itself."""
+        """Whether the daemon runs, responsive or not."""
         return self.state in ("running", "unresponsive")
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, in their order: the documented shape."""
+        """Return all fields, in order."""
         return asdict(self)
 
 
 def daemon_status(name: str, *, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None = None) -> DaemonStatus:
-    """Return the state of the daemon `name`; `timeout` in seconds bounds each of the two questions to it.
+    """Return the state of the daemon `name`; `timeout` in seconds applies to each of two requests, ping and health.
 
-    Creates and changes nothing. Raises `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and as
-    `Namespace` does `UnsafeDirectory` if no place for the files can be told.
+    Creates and changes nothing. Raises `InvalidName`, `ResourceExhausted` if this process has no free descriptor, and like
+    `Namespace` `UnsafeDirectory` if the directory can't be determined.
     """
     return probe(name, timeout, namespace or Namespace(), health=True)[0]
 
 
 def daemon_alive(name: str, *, namespace: Namespace | None = None) -> bool:
-    """Return whether the daemon `name` runs, responsive or not. Raises as `daemon_status` does."""
+    """Return whether the daemon `name` runs, responsive or not. Raises what `daemon_status` does."""
     return probe(name, STATUS_TIMEOUT, namespace or Namespace(), health=False)[0].alive
 
 
 def list_daemons(*, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None = None) -> list[DaemonStatus]:
-    """Return the states of all daemons of `namespace` that run, start or left a record, by name. Creates nothing.
+    """Return the states of all daemons of `namespace` that have a record, sorted by name. Creates nothing.
 
     Raises `UnsafeDirectory` or `ResourceExhausted`.
     """
     namespace = namespace or Namespace()
     entries = (entry.partition(".") for entry in files.list_private_dir(namespace.runtime_dir))
     names = {stem for stem, _, ext in entries if ext == "json" and is_name(stem)}
-    # At once: one that does not answer takes its timeout.
+    # Concurrently: one that does not answer takes the whole timeout.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         states = list(pool.map(partial(daemon_status, timeout=timeout, namespace=namespace), sorted(names)))
     return [status for status in states if status.state != "absent" or status.pid is not None]
 
 
 def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> tuple[DaemonStatus, HarnessIPCError | None]:
-    """Return the state and, if it is "incompatible" or "forbidden", the error that says so."""
+    """Return the state and, if it is "incompatible" or "forbidden", the error."""
     status: Callable[..., DaemonStatus] = partial(
         DaemonStatus, name, log_path=str(log_path(name, namespace=namespace)), app=namespace.app
     )
@@ -135,23 +134,23 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
         except AuthenticationFailed as error:
             return status(state="forbidden", problem=str(error), **known), error
         except ResourceExhausted:
-            # Of this process: it says nothing of the daemon.
+            # A problem of this process, not of the daemon.
             raise
         except HarnessIPCError as error:
             if published_generation(name, namespace) != record.generation:
                 continue
             found = _without_answer(record, error)
             if found["state"] == "stale":
-                # That may be another process by now.
+                # The pid may have been reused.
                 known.pop("pid")
             answer = status(**found, **known)
-            # A process that is just being killed hangs up before it is gone; one that hangs answers nothing.
+            # A killed process closes its connections before it disappears: retry. A hanging one times out instead.
             if answer.alive and not isinstance(error, DaemonTimeout) and sleep_until_retry(deadline):
                 continue
             if record.schema == records.SCHEMA or not answer.alive:
                 return answer, None
             break
-        # It may have become ready, or been replaced, since the record was read.
+        # The daemon may have become ready, or been replaced, since the record was read.
         if pong.get("generation") == record.generation and record.state == records.READY:
             break
     if record.schema != records.SCHEMA:
@@ -164,7 +163,7 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
 
 
 def _with_answer(record: records.Record, pong: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known of a daemon that has answered `pong`."""
+    """Return the status fields of a daemon that has answered a ping with `pong`."""
     found = {key: pong.get(key) for key in ("connections", "requests", "errors", "loop_lag", "idle")}
     since = record.public()["started_at"]
     found["uptime"] = max(0.0, time.time() - since)
@@ -178,7 +177,7 @@ def _with_answer(record: records.Record, pong: dict[str, Any]) -> dict[str, Any]
 
 
 def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str, Any]:
-    """Return what is known of a daemon that does not answer: it is dead, starting, draining, or hangs."""
+    """Return the status fields of a daemon that does not answer: it is dead, starting, draining, or hangs."""
     public = record.public()
     lives = processes.is_same_process(public)
     unknown = None if lives else processes.why_unknown(public)
@@ -187,8 +186,8 @@ def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str,
     if record.state == records.STARTING:
         return {"state": "starting", "since": public.get("started_at"), "problem": "it is starting: wait, or see its log"}
     if record.state == records.DRAINING:
-        return {"state": "absent", "problem": f"pid {record.pid} is finishing what is in flight: wait, or stop it"}
-    problem = f"pid {record.pid} lives but does not answer ({error}); see its log, or stop it"
+        return {"state": "absent", "problem": f"pid {record.pid} is finishing requests in flight: wait, or stop it"}
+    problem = f"pid {record.pid} is alive but does not answer ({error}); see its log, or stop it"
     if unknown:
         problem = f"it does not answer ({error}), and can't be signalled from here: {unknown}"
     return {"state": "unresponsive", "problem": problem}
@@ -205,7 +204,7 @@ def _ask_health(name: str, timeout: float, namespace: Namespace) -> tuple[dict[s
 
 
 def published_generation(name: str, namespace: Namespace) -> str | None:
-    """Return the generation that the record of `name` names now, if there is one."""
+    """Return the generation in the current record of `name`, or None."""
     try:
         return records.read(name, again=True, namespace=namespace).generation
     except HarnessIPCError:
@@ -213,6 +212,6 @@ def published_generation(name: str, namespace: Namespace) -> str | None:
 
 
 def sleep_until_retry(deadline: float) -> bool:
-    """Wait a moment for what nothing announces. Return whether there was time left."""
+    """Wait until the next poll. Return False if the deadline has passed."""
     time.sleep(_POLL_INTERVAL)
     return time.monotonic() < deadline

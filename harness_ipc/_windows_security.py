@@ -1,4 +1,4 @@
-"""Who may open a pipe on Windows: its security descriptor, and the check that the system has applied it. It makes no pipe."""
+"""The security descriptor of a pipe on Windows, and the check that the system has applied it."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ if sys.platform == "win32":
     def pipe_security_descriptor() -> bytes:
         """Return the security descriptor of a pipe that only this user can open, in self-relative form.
 
-        It names the user's own SID. OWNER RIGHTS would mean the owner that the system chooses. For an elevated process that is
-        the group of all administrators, who would be let in. The label keeps processes of a lower integrity level out: those of
-        the same user that are not elevated must not drive an elevated daemon. See "Security Descriptor String Format",
+        It contains the user's SID instead of OWNER RIGHTS: the owner is chosen by the system, and for an elevated process it is
+        the group of all administrators. The label keeps out processes of a lower integrity level: processes of the same user
+        that are not elevated must not control an elevated daemon. See "Security Descriptor String Format",
         "Mandatory Integrity Control" and "Named Pipe Security and Access Rights" in the Win32 documentation.
 
         Raises `OSError`.
@@ -96,7 +96,7 @@ if sys.platform == "win32":
             return ctypes.string_at(descriptor, size.value)
 
     def check_pipe_security(handle: int) -> None:
-        """Raise `StartFailed` unless this user owns the pipe and is the only one on its access list, `OSError` if unknown."""
+        """Raise `StartFailed` unless this user owns the pipe and is alone on its access control list; `OSError` if unknown."""
         owner, access_list, descriptor = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
         wanted = _OWNER | _ACCESS_LIST
         found = [ctypes.byref(owner), None, ctypes.byref(access_list), None, ctypes.byref(descriptor)]
@@ -107,12 +107,12 @@ if sys.platform == "win32":
             _check(_string_to_sid(_user()[0], ctypes.byref(user)))
             with _freed(user):
                 if not owner or not _equal_sid(owner, user):
-                    raise StartFailed("the pipe belongs to another user: something else has made it; start again")
+                    raise StartFailed("the pipe belongs to another user, who created it first: start again")
                 if not _allows_only(access_list, user):
-                    raise StartFailed("the pipe can be opened by others: the system has not applied its access list")
+                    raise StartFailed("the pipe can be opened by others: the system has not applied its access control list")
 
     def _allows_only(access_list: ctypes.c_void_p, user: ctypes.c_void_p) -> bool:
-        # No list at all allows everything to everybody.
+        # Without a list, everybody has access.
         if not access_list or _AccessList.from_address(access_list.value or 0).count != 1:
             return False
         entry = ctypes.c_void_p()
@@ -139,7 +139,7 @@ if sys.platform == "win32":
 
     def _token_information(token: wintypes.HANDLE, kind: int) -> ctypes.Array[ctypes.c_char]:
         needed = wintypes.DWORD()
-        # It fails, and says how much room is needed.
+        # The first call fails, and returns the size of the buffer.
         _get_token_information(token, kind, None, 0, ctypes.byref(needed))
         buffer = ctypes.create_string_buffer(needed.value)
         _check(_get_token_information(token, kind, buffer, needed, ctypes.byref(needed)))

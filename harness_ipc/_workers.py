@@ -1,4 +1,4 @@
-"""Daemon threads for what blocks: not an executor's, which the interpreter would wait for at its end."""
+"""Daemon threads for blocking calls: the interpreter would wait for those of an executor at exit."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
     Jobs = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
 
-# Threads that wait for another function.
+# Idle threads to keep.
 _MAX_IDLE = 8
 
 
 class Workers:
-    """Threads of one process, named `name`. At most 8 are kept idle, the last one used first."""
+    """Threads of one process, named `name`. At most 8 are kept idle; the most recently used is used first."""
 
     def __init__(self, name: str = "harness-ipc-client") -> None:
         self._name = name
         self.pid = os.getpid()
-        # Guards what follows; held for a few instructions.
+        # Guards the fields below; held for a few instructions.
         self._guard = threading.RLock()
         self._closed = False
         self._idle: list[Jobs] = []
-        # Each is done when its thread has ended.
+        # One per thread, done when it has ended.
         self._ends: set[Future[None]] = set()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Return the result of `function`, which goes on if this is cancelled.
+        """Return the result of `function`, which continues if this is cancelled.
 
         Raises `ResourceExhausted` if no thread can be started, and `ClientClosed`.
         """
@@ -51,14 +51,14 @@ class Workers:
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
-        """Have the threads end when they have run what they were given."""
+        """Tell the threads to end after their current functions."""
         with self._guard:
             self._closed = True
             while self._idle:
                 self._idle.pop().put(None)
 
     async def wait_closed(self) -> None:
-        """Wait until no thread is left."""
+        """Wait until all threads have ended."""
         with self._guard:
             ends = [asyncio.wrap_future(end) for end in self._ends]
         await asyncio.gather(*ends)

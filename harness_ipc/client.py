@@ -1,4 +1,4 @@
-"""The blocking client: find the daemon by its record, prove both sides, ask, and say in one typed error what went wrong.
+"""The blocking client.
 
 Importing it imports neither asyncio nor anything that only a daemon needs.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._registry.namespace import Namespace
 
 
-# Connecting is local and takes well under a millisecond; five seconds are for a machine that is swapping.
+# Connecting takes well under a millisecond; five seconds allow for a machine that is swapping.
 CONNECT_TIMEOUT = 5.0
 # A request may load a page or compile a project.
 REQUEST_TIMEOUT = 60.0
@@ -57,18 +57,18 @@ def connect_daemon(
         print(daemon.call("search", query="needle"))
     ```
 
-    With `start`, a daemon that is absent is started, now and before each later call. It is a command line or an app, such as
-    "my_package.index:app", as `ensure_daemon` takes them, or a function without arguments that returns once the daemon runs,
-    which several threads and processes may call at once. `start_timeout` seconds are for a start alone, unless it is a
-    function; no other timeout counts it. `version` is what the daemon's `app_version` must be: if another one runs,
-    `on_mismatch` says whether that is an error, or the daemon is stopped and started again.
+    With `start`, the daemon is started if it is absent, now and before each later call. `start` is a command line or an app, as
+    for `ensure_daemon`, such as "my_package.index:app"; or a function without arguments that returns once the daemon runs.
+    Several threads and processes may call the function at once. A start may take `start_timeout` seconds (not enforced for a
+    function), which no other timeout includes. `version` is the required `app_version` of the daemon: if another one runs, an
+    error is raised, or with `on_mismatch="restart"` the daemon is restarted.
 
-    `errors` are classes, derived from `RemoteError`, that a call raises for errors of their name: ``except NotIndexed`` works
-    on both sides. Their own ``__init__`` is not called: they have `message`, `type`, `data` and `maybe_executed`.
+    `errors` are subclasses of `RemoteError`. A call raises them for errors with their names, so ``except NotIndexed`` works on
+    both sides. Their ``__init__`` is not called: they have `message`, `type`, `data` and `maybe_executed`.
 
-    `timeout` is for connecting and proving, in seconds; `request_timeout` for each request that brings none of its own, with
-    at most `timeout` of it for connecting (`float("inf")` waits for ever); `max_message` is the limit of a message in either
-    direction, in bytes; `namespace` is that of the daemon's application, and None the default one.
+    `timeout` is for connecting and the handshake, in seconds. `request_timeout` is the default for each request, and includes
+    at most `timeout` for connecting; `float("inf")` waits for ever. `max_message` is the limit of a message in either
+    direction, in bytes. `namespace` is that of the daemon's application.
 
     Raises `DaemonNotRunning`, `DaemonTimeout`, `AuthenticationFailed`, `ConnectionLost`, `IncompatibleDaemon`,
     `UnsafeDirectory`, `InvalidName`, `ResourceExhausted` if no descriptor is free, and what `ensure_daemon` or `start` does.
@@ -90,11 +90,11 @@ def connect_daemon(
 
 
 class Client:
-    """A daemon's client, for any number of threads at once: each call has a connection of its own while it runs.
+    """A thread-safe client of a daemon. Each concurrent call uses its own connection.
 
-    At most 8 connections are kept for later calls. One that is found dead before a request was sent on it is replaced. A
-    request is sent again only if the daemon has said goodbye in place of a reply, which means that it did not run, and another
-    generation of the daemon runs or can be started. After a fork the child opens connections of its own.
+    At most 8 idle connections are kept for later calls; a dead one is replaced. A request is resent only if the daemon said
+    goodbye instead of replying, which means that the request did not run, and another generation of the daemon runs or can be
+    started. A forked child opens its own connections.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Client:
         max_message: int = messages.DEFAULT_MAX_MESSAGE,
         namespace: Namespace | None = None,
     ) -> None:
-        """Take what `connect_daemon` does, and connect with the first request."""
+        """Take the arguments of `connect_daemon`; connect with the first request."""
         if on_mismatch == "restart" and start is None:
-            raise ValueError("on_mismatch='restart' needs a start: what the daemon is started with")
+            raise ValueError("on_mismatch='restart' needs `start`, which says how to start the daemon")
         self.name = name
         self.request_timeout = request_timeout
         self._pool = Pool(
@@ -133,23 +133,23 @@ class Client:
 
     @property
     def generation(self) -> str:
-        """The identity of the daemon's run: it changes when a restarted daemon is connected again."""
+        """The id of the daemon's generation. It changes when the client connects to a restarted daemon."""
         return self._pool.record.generation
 
     @property
     def app_version(self) -> str | None:
-        """What the daemon's app gave to `run_daemon` as its version, from its record."""
+        """The `app_version` of the daemon, from its record."""
         return self._pool.record.public().get("app_version")
 
     def request(self, message: Message, *, timeout: float | None = None) -> Message:
         """Send `message`, a JSON object, and return the raw reply.
 
-        `timeout` in seconds covers everything from now on; None takes the client's `request_timeout`.
+        `timeout` in seconds includes connecting and the request; None means the client's `request_timeout`.
 
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `MessageTooLarge`, `ProtocolError`, `ClientClosed`, and what
-        `connect_daemon` does when a connection had to be opened. The error's `maybe_executed` says whether the request may have
-        run. After `MessageTooLarge` or `ProtocolError` for `message` itself nothing was sent. A message with "more" is refused:
-        use `stream`. `Busy` is not repeated here: the caller knows whether to wait.
+        `connect_daemon` does if a connection has to be opened. The error's `maybe_executed` says whether the request may have
+        run. If `message` itself is invalid or too large, nothing is sent. A message with "more" is refused: use `stream`.
+        `Busy` is not retried: the caller knows whether to wait.
         """
         timeout = self.request_timeout if timeout is None else timeout
         return run(Exchange(self._pool, check_request(message), timeout).reply())
@@ -166,10 +166,10 @@ class Client:
     ) -> Any:
         """Send ``{"method": method, "params": {**params, **kwargs}}`` and return ``reply["result"]``.
 
-        `params` is for names that can't be keywords here, such as "timeout". The daemon is told the seconds that are left.
+        `params` is for names that are arguments here, such as "timeout". The daemon is told how many seconds are left.
         `on_progress` is called with each item that the method reports or yields before its final result.
 
-        Raises `RemoteError` for ``reply["error"]``, `TypeError` for a parameter that is given twice, and what `request` does.
+        Raises `RemoteError` for ``reply["error"]``, `TypeError` for a duplicate parameter, and what `request` does.
         """
         timeout = self.request_timeout if timeout is None else timeout
         message = call_message(method, params, kwargs, timeout, more=on_progress is not None)
@@ -182,7 +182,7 @@ class Client:
         return stream.result
 
     def stream(self, method: str, params: Message | None = None, /, *, timeout: float | None = None, **kwargs: Any) -> Stream:
-        """Return an iterator over the items that `method` yields or reports. The request is sent with the first one.
+        """Return an iterator over the items that `method` yields or reports. The first iteration sends the request.
 
         ```python
         with client.stream("reindex", folder="src") as progress:
@@ -190,10 +190,10 @@ class Client:
                 print(item)
         ```
 
-        `timeout` in seconds is the time between two items; None takes the client's `request_timeout`. A stream that is closed
-        before its end ends its connection, which cancels the method.
+        `timeout` in seconds is for each item; None means the client's `request_timeout`. Closing a stream early closes its
+        connection, which cancels the method.
 
-        Raises `TypeError` for a parameter that is given twice, and while it is iterated what `call` does.
+        Raises `TypeError` for a duplicate parameter, and during iteration what `call` does.
         """
         timeout = self.request_timeout if timeout is None else timeout
         message = call_message(method, params, kwargs, timeout, more=True)
@@ -202,17 +202,17 @@ class Client:
     def describe(self, *, timeout: float | None = None) -> Message:
         """Return the daemon's `name`, `version` (of harness_ipc), `app_version` and `python`, and its `methods`.
 
-        Each of these has a `name`, a `signature`, the first line of its docstring in `doc`, and in `stream` whether it answers
-        with a stream. A daemon with a plain handler has none.
+        Each method has a `name`, a `signature`, the first line of its docstring as `doc`, and `stream`, whether it answers with
+        a stream. A daemon with a plain handler has no methods.
 
         Raises what `request` does.
         """
         return description_of(self.request({"meta": messages.DESCRIBE}, timeout=timeout))
 
     def close(self) -> None:
-        """Close all connections. Calls in other threads end with `ClientClosed`, and are not waited for.
+        """Close all connections. Calls in other threads raise `ClientClosed`; this does not wait for them.
 
-        It may be called at any time, also in a signal handler and in a forked child. Closing twice is no error.
+        May be called at any time, also in a signal handler and in a forked child. Idempotent.
         """
         self._pool.close()
 
@@ -227,9 +227,9 @@ class Client:
 
 
 def shut_down(name: str, generation: str, *, timeout: float, namespace: Namespace) -> bool:
-    """Ask that generation of the daemon `name`, and no other, to shut down. Return whether it said that it will.
+    """Ask one generation of the daemon `name` to shut down. Return whether it agreed.
 
-    Raises what `connect_daemon` and `Client.request` do, but for a daemon of another schema.
+    Raises what `connect_daemon` and `Client.request` do, but accepts a record of another schema.
     """
     limit = messages.DEFAULT_MAX_MESSAGE
     pool = Pool(
@@ -256,12 +256,12 @@ def request(
 ) -> Message:
     """Connect to the daemon `name`, send `message`, return the raw reply and close.
 
-    `timeout`, in seconds, is for it all, and connecting has at most 5 of them; the others are those of `connect_daemon`.
+    `timeout` in seconds is for everything, with at most 5 of it for connecting. Other arguments are those of `connect_daemon`.
 
     Raises what `connect_daemon` and `Client.request` raise.
     """
     check_request(message)
-    # Every version answers these.
+    # Every version answers these requests.
     any_schema = message.get("meta") in (messages.PING, messages.SHUTDOWN)
     pool = Pool(
         name,
@@ -277,9 +277,9 @@ def request(
 
 
 def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> bool:
-    """Return whether the daemon `name` answers within `timeout` seconds, by the way that every request takes.
+    """Return whether the daemon `name` answers an authenticated request within `timeout` seconds.
 
-    True also while its loop is blocked: then it lives, but is unresponsive. False if nobody answers, as `identify` says.
+    Also True while its event loop is blocked, when the daemon is alive but unresponsive. False where `identify` returns None.
 
     Raises what `identify` does.
     """
@@ -287,14 +287,13 @@ def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | 
 
 
 def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> int | None:
-    """Return the process id that the authenticated daemon `name` gives for itself, or None if nobody answers.
+    """Return the process id of the daemon `name`, as reported by the authenticated daemon, or None if it does not answer.
 
-    Nobody answers if there is no daemon, if it takes too long, goes away or answers nonsense, and also if what listens there
-    can't prove that it has the key: that is not the daemon.
+    None means that there is no daemon, that it timed out, disconnected or sent an invalid reply, or that the listener could not
+    authenticate itself.
 
-    Raises what the user has to fix first, since it would not go away with another daemon: `InvalidName`, `UnsafeDirectory`,
-    `IncompatibleDaemon` (a record of another schema: its daemon may well run), and `ResourceExhausted` (this process has no
-    free descriptor, which says nothing about the daemon).
+    Raises errors that a new daemon would not fix: `InvalidName`, `UnsafeDirectory`, `IncompatibleDaemon` (a record of another
+    schema; the daemon may be running), and `ResourceExhausted` (no free descriptor in this process).
     """
     try:
         pid = request(name, {"meta": messages.PING}, timeout=timeout, namespace=namespace).get("pid")
@@ -302,5 +301,5 @@ def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespac
         raise
     except HarnessIPCError:
         return None
-    # type(): bool is a subclass of int. As a pid, True, 0 and -1 mean init, our group, everybody.
+    # type(): bool is a subclass of int. To kill(), pids 0 and -1 mean process groups.
     return pid if type(pid) is int and pid > 0 else None

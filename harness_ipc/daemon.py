@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two checks of the record and the socket, which also record that the loop is responsive.
+# Seconds between two checks of the record and the socket, each of which records that the loop is responsive.
 _LOOK_INTERVAL = 2.0
 
-# `has_acquired`: whether this thread is in a `acquire_daemon` block.
+# `has_acquired`: whether this thread is in an `acquire_daemon` block.
 _thread = threading.local()
 
 
 class App(Protocol):
-    """A daemon's application: an object with ``async handle(message)``. What else it has is optional.
+    """An application: an object with ``async handle(message)``. Its other methods are optional.
 
-    ``async start()`` acquires resources, before the daemon can be found. ``async stop()`` releases them, after the last
-    request, also if `start` failed. ``async health() -> dict`` says whether what it depends on answers: the daemon is unhealthy
-    if that raises an error, or returns a dict with an "error". None stands for an empty dict.
+    ``async start()`` acquires resources, before clients can find the daemon. ``async stop()`` releases them, after the last
+    request, and also if `start` failed. ``async health() -> dict`` checks the app's dependencies: the daemon is unhealthy if it
+    raises an error or returns a dict with an "error". None means an empty dict.
     """
 
     def handle(self, message: Message, /) -> Awaitable[Message] | AsyncIterator[Any]:
-        """Answer one request."""
+        """Handle one request."""
 
 
 def run_daemon(
@@ -72,13 +72,12 @@ def run_daemon(
 ) -> None:
     """Run the daemon `name` until SIGTERM, SIGINT, SIGHUP, a ``shutdown`` request or `idle_timeout` seconds without a request.
 
-    `app` is a `Service`, an `App`, or an async function from a message to a reply. The log is the file `log_path`; in a
-    terminal it goes to standard error too, unless the program has set up logging. `on_ready` is called in the loop once clients
-    can connect, `on_drain` when the daemon begins to drain: to end streams that last as long as their clients like. `acquired`
-    is what `acquire_daemon` yielded, for a program that has to do slow things before it has an app. `namespace` is where the
-    daemon is: by default where the `ensure_daemon` that started it looks for it. The other arguments are those of
-    `start_daemon_server`. A daemon that `ensure_daemon` started without `cwd=` changes to a directory that nobody removes
-    (``/``), once `sys.path` is absolute.
+    `app` is a `Service`, an `App`, or an async function that takes a message and returns a reply. The log is the file
+    `log_path`; in a terminal it also goes to standard error, unless the program has configured logging. `on_ready` is called
+    in the loop once clients can connect, and `on_drain` when the daemon starts to drain, for example to end infinite streams.
+    `acquired` is the result of `acquire_daemon`, for a program with slow work to do before it has an app. `namespace` defaults
+    to that of the `ensure_daemon` that started this process, if any. The other arguments are those of `start_daemon_server`. A
+    daemon started by `ensure_daemon` without `cwd=` makes `sys.path` absolute and changes to ``/``, which nobody removes.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
     `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
@@ -101,7 +100,7 @@ def run_daemon(
             cancel_on_disconnect=cancel_on_disconnect,
             health=application.health,
             on_shutdown=stop.set,
-            # At once: the handler or its children may have printed much.
+            # After each request: the handler or its children may have printed a lot.
             after_request=daemon.log.limit_size if daemon.log.takes_prints() else None,
             registration=daemon.registration,
             namespace=daemon.namespace,
@@ -125,7 +124,7 @@ def run_daemon(
                 if started:
                     await serve(stop)
                 else:
-                    message = "it was told to stop while it was starting"
+                    message = "it was stopped while starting"
                     daemon.report.send(state="failed", type=signals.received, message=message)
             finally:
                 try:
@@ -143,7 +142,7 @@ def run_daemon(
 
 
 class AcquiredDaemon(NamedTuple):
-    """This process has the name of a daemon: no other process can get it, and the starter waits for the ready message."""
+    """A name held by this process: no other process can acquire it, and the starter waits for the ready message."""
 
     registration: Registration
     report: startup.ReadyPipe
@@ -178,7 +177,7 @@ def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
-    """Do as `asyncio.run`, but wait only a while for tasks that go on when they are cancelled."""
+    """Run like `asyncio.run`, but wait only `CANCEL_PERIOD` for tasks that ignore cancellation."""
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         try:
             loop.run_until_complete(main)
@@ -194,7 +193,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def _do_nothing() -> None:
-    """Take the place of a missing start or stop."""
+    """The default of an app's start and stop."""
 
 
 class _Functions(NamedTuple):
@@ -207,7 +206,7 @@ class _Functions(NamedTuple):
 
 
 def check_app(app: App | Handler) -> _Functions:
-    """Return the functions of `app`. Raises `TypeError` if it is no app, in words that say what to write."""
+    """Return the functions of `app`. Raises `TypeError` if it is not an app."""
     if isinstance(app, type):
         raise TypeError(f"{app.__name__} is a class: write run_daemon({app.__name__}())")
     functions: dict[str, Any] = {key: value for key in _Functions._fields if (value := getattr(app, key, None)) is not None}
@@ -220,7 +219,7 @@ def check_app(app: App | Handler) -> _Functions:
     for key, function in functions.items():
         if isinstance(function, Dispatcher):
             continue
-        # An object may be called like a function, and a handler be an async generator.
+        # A handler may be a callable object, or an async generator function.
         called = (function, getattr(type(function), "__call__", None))  # noqa: B004
         if not any(map(inspect.iscoroutinefunction, called)) and not (
             key == "handle" and any(map(inspect.isasyncgenfunction, called))
@@ -231,7 +230,7 @@ def check_app(app: App | Handler) -> _Functions:
 
 
 def _check_context(acquired: AcquiredDaemon | None) -> None:
-    """Raise `RuntimeError` where no daemon can run."""
+    """Raise `RuntimeError` if a daemon can't run here."""
     if acquired is None and getattr(_thread, "has_acquired", False):
         raise RuntimeError(
             "run_daemon was called while `harness-ipc serve` imports this module: "
@@ -242,13 +241,13 @@ def _check_context(acquired: AcquiredDaemon | None) -> None:
 
 
 async def _start(app: _Functions, stop: asyncio.Event) -> bool:
-    """Wait for the app's start. Return False if `stop` was set before it was done."""
+    """Run the app's start. Return False if `stop` was set before it finished."""
     starting = asyncio.ensure_future(app.start())
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not starting.done():
-        logger.info("told to stop while starting")
+        logger.info("stopped while starting")
         starting.cancel()
         await asyncio.wait({starting})
         return False
@@ -264,7 +263,7 @@ async def _start(app: _Functions, stop: asyncio.Event) -> bool:
 
 
 async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
-    """Wait until the daemon should end: it was told to, it is idle, or nobody can find it any more."""
+    """Wait until the daemon should end: `stop` is set, it is idle, or clients can't find it any more."""
     while not stop.is_set():
         server.beat()
         left = inf if idle_timeout is None else idle_timeout - server.idle_seconds
@@ -275,15 +274,15 @@ async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout:
             await asyncio.wait_for(stop.wait(), min(left, _LOOK_INTERVAL))
         if not stop.is_set() and not server.is_reachable():
             # Exit rather than keep running unreachable.
-            logger.error("nobody can reach this daemon: another one has its name, or its socket was removed")
+            logger.error("clients can't reach this daemon: another one holds its name, or its socket was removed")
             return
 
 
 class _StoppingSignals:
-    """Sets `stop` on SIGTERM, SIGINT and SIGHUP (Windows: SIGINT and Ctrl-Break), in this process and no child that it forks.
+    """Sets `stop` on SIGTERM, SIGINT and SIGHUP (Windows: SIGINT and Ctrl-Break), in this process but not in forked children.
 
-    A second SIGTERM or SIGINT ends the process at once. A second SIGHUP does not: a terminal that closes sends two. SIGHUP
-    stays ignored if it is (nohup).
+    A second SIGTERM or SIGINT ends the process at once. A second SIGHUP does not: a closing terminal sends two. An ignored
+    SIGHUP (nohup) stays ignored.
     """
 
     def __init__(self, stop: asyncio.Event) -> None:
@@ -301,19 +300,19 @@ class _StoppingSignals:
                 if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._on_signal)
         except ValueError:
-            logger.info("not in the main thread: signals are left alone")
+            logger.info("not in the main thread: no signal handlers are installed")
         return self
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.received = name = signal.Signals(number).name
         if name != "SIGHUP":
             signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
-        # In the loop: here, the log may be in the middle of an entry.
+        # In the loop: the signal may have interrupted a write to the log.
         self._loop.call_soon_threadsafe(logger.info, "received %s", name)
         self._loop.call_soon_threadsafe(self._stop.set)
 
     def close_inherited(self, *_: object) -> None:
-        """Restore the handlers: a worker's SIGTERM is its own."""
+        """Restore the signal handlers in a forked child."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -1,6 +1,6 @@
-"""The tour: a daemon in a process of its own, honest clients in others, and two who try without the key.
+"""The tour: a daemon, client processes, and two clients without the key.
 
-It uses directories of its own and removes them: nothing that runs is touched, and nothing is left.
+It uses temporary directories, which it removes, and does not affect running daemons.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _NAME = "demo"
 _PROCESSES = 4
 _KEPT = 500
 _ONE_SHOT = 250
-# Seconds for everything that is waited for: far above what it takes.
+# The timeout of each wait in seconds, far above the usual time.
 _PATIENCE = 60.0
 
 
 async def handle(message: dict[str, Any]) -> dict[str, Any]:
-    """The demo's application: says back what it was sent."""
+    """Echo the message: the demo's application."""
     return {"result": message.get("params")}
 
 
 def run(*, as_json: bool = False) -> int:
-    """Give the tour and return the exit status: 0 if all went as promised, else 1."""
+    """Run the tour and return the exit status: 0 if everything worked, else 1."""
     say = _Speaker(sys.stderr if as_json else sys.stdout)
     directory = tempfile.mkdtemp(prefix="harness-ipc-")
     saved = {key: os.environ.get(key) for key in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR")}
@@ -99,11 +99,11 @@ def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dic
     say.line("intruder", f"with a wrong key: {refused['verdict']}")
     say.progress("silent", 0, 1)
     dropped = silent.result()
-    say.line("silent", f"client that proves nothing: {dropped['verdict']}")
+    say.line("silent", f"client without a proof: {dropped['verdict']}")
 
     start = time.perf_counter()
     pid = client.identify(_NAME)
-    say.line("daemon", f"pid {pid} serves on: it answered in {(time.perf_counter() - start) * 1000:.1f} ms")
+    say.line("daemon", f"pid {pid} still serves: answered in {(time.perf_counter() - start) * 1000:.1f} ms")
     client.request(_NAME, {"meta": messages.SHUTDOWN})
     daemon.wait(_PATIENCE)
     return {
@@ -121,7 +121,7 @@ def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dic
 
 
 class _Speaker:
-    """Tells a person what happens; on a terminal, progress is rewritten in place."""
+    """Prints what happens. On a terminal, progress is updated in place."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -146,7 +146,7 @@ class _Speaker:
 
 
 class _Player:
-    """A process that plays one part of the demo, and the thread that follows what it prints."""
+    """A process with one part of the demo, and the thread that reads its output."""
 
     def __init__(self, processes: contextlib.ExitStack, part: str, errors: Any) -> None:
         self.part = part
@@ -157,7 +157,7 @@ class _Player:
         self.thread.start()
 
     def result(self) -> dict[str, Any]:
-        """Wait for the process and return what it found."""
+        """Wait for the process and return its result."""
         self.thread.join(_PATIENCE)
         if self._result is None:
             raise HarnessIPCError(f"the demo's {self.part} process failed: its exit status is {self._process.poll()}")
@@ -203,7 +203,7 @@ def _print_table(report: dict[str, Any]) -> None:
     print(f"  authentication  {report['authentication']}")
 
 
-# The parts that the other processes play: `python -m harness_ipc.demo PART`.
+# The parts of the other processes: `python -m harness_ipc.demo PART`.
 
 
 def _play_client() -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _play_client() -> dict[str, Any]:
 
 
 def _play_intruder() -> dict[str, Any]:
-    """Ignore that the daemon proves itself, and answer its challenge with another key."""
+    """Ignore the daemon's proof, and answer its challenge with another key."""
     record = records.load(_NAME)
     with Client(record.address) as connection:
         connection.send_bytes(b"#CHALLENGE#" + os.urandom(20))

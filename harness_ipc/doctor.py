@@ -1,6 +1,6 @@
-"""What is wrong on this machine, and the command that mends it. It looks, and changes nothing: no start, no stop, no removal.
+"""Diagnosis of this machine, with commands that fix problems. Changes nothing: starts, stops and removes nothing.
 
-Its one trial, a connection to itself, is made in a private temporary directory of its own.
+A test connection to itself uses a private temporary directory.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from typing import Literal
 
 _DEPENDENCIES = ("platformdirs", "filelock", "psutil")
-# Seconds for the round trip: it takes milliseconds.
+# Seconds for the round trip, which takes milliseconds.
 _ROUND_TRIP = 5.0
-# Bytes free below which records and logs can't be written for long.
+# Free bytes below which the disk counts as full.
 _LOW_SPACE = 1024 * 1024
 _QUESTION, _ANSWER = b'{"question":1}', b'{"answer":1}'
 _MAX_MESSAGE = 64
-# Where a lock may not hold, a rename not be atomic or a socket not be bound. 9p is also how WSL mounts the disks of Windows.
+# File systems on which locks, atomic renames or sockets may fail. WSL mounts Windows disks as 9p.
 _NETWORK = re.compile(r"(fuse\.)?(nfs\d?|cifs|smb\w*|afs|afpfs|9p|ceph|glusterfs|lustre|gpfs|beegfs|davfs|webdav|sshfs|s3fs)")
 _OF_A_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.(json|[0-9a-f]{32}\.tmp)")
 _SOCKET = re.compile(r"[0-9a-f]{16}\.sock")
@@ -49,7 +49,7 @@ _SOCKET = re.compile(r"[0-9a-f]{16}\.sock")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. `remedy` is a command that mends it, or None where none does."""
+    """The result of a check. `remedy` is a shell command that fixes the problem, or None."""
 
     level: Literal["ok", "warning", "failure"]
     topic: str
@@ -58,7 +58,7 @@ class Finding:
 
 
 def run(*, as_json: bool = False, namespace: Namespace | None = None) -> int:
-    """Print the findings, one a line, or as one JSON object, and return the exit status: 1 if there is a failure, else 0."""
+    """Print the findings, one per line or as one JSON object. Return the exit status: 1 if there is a failure, else 0."""
     findings = examine(namespace)
     ok = all(finding.level != "failure" for finding in findings)
     if as_json:
@@ -72,7 +72,7 @@ def run(*, as_json: bool = False, namespace: Namespace | None = None) -> int:
 
 
 def examine(namespace: Namespace | None = None) -> list[Finding]:
-    """Make every check and return what it found. A check that fails itself is a failure among the others; nothing is raised."""
+    """Run all checks and return their findings. Raises nothing: a check that raises becomes a finding of level "failure"."""
     checks: list[Callable[[Namespace], Iterator[Finding]]] = [_python, _dependencies, _processes]
     checks += [_runtime_directory, _log_directory, _socket_path, _round_trip, _daemons]
     namespace = namespace or Namespace()
@@ -112,7 +112,7 @@ def _processes(_: Namespace) -> Iterator[Finding]:
     if why := processes.why_identity_is_unavailable():
         yield Finding("failure", "processes", f"{why}: no daemon can start, or be signalled", "mount -t proc proc /proc")
     else:
-        yield Finding("ok", "processes", "they can be told apart")
+        yield Finding("ok", "processes", "they can be identified")
 
 
 # Directories.
@@ -127,11 +127,11 @@ def _log_directory(namespace: Namespace) -> Iterator[Finding]:
     variable = "HARNESS_IPC_LOG_DIR"
     why = f"{variable} is set" if os.environ.get(variable) else "the platform's directory for logs"
     if namespace.log_dir.startswith(namespace.runtime_dir):
-        why = "in the runtime directory, since HOME names no directory"
-    # Others may read where it is, but not write: as `open_private_log` has it.
+        why = "in the runtime directory, since HOME is not a directory"
+    # Others may read its directory but not write to it, as in `open_private_log`.
     finding = _directory("log directory", namespace.log_dir, why, variable, files.LOG_DIRECTORY)
     if finding.level == "ok" and sys.platform == "win32" and _is_of_store() and "\\appdata\\" in namespace.log_dir.lower():
-        text = f"{finding.text}; Python from the Store sees a copy of AppData, where other programs don't find the logs"
+        text = f"{finding.text}; Python from the Store sees a private copy of AppData, so other programs don't find the logs"
         finding = Finding("warning", "log directory", text, _set(variable, r"%USERPROFILE%\.harness-ipc\log"))
     yield finding
 
@@ -155,12 +155,12 @@ def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -
             if info.st_mode & 0o300 != 0o300:
                 return Finding("failure", topic, f"{text}: you can't write there", f"chmod 700 {_quote(path)}")
     else:
-        # A drive of Windows that is not there has no parent.
+        # A missing Windows drive has no parent.
         while not os.path.lexists(place) and place != os.path.dirname(place):
             place = os.path.dirname(place)
-        text += ", will be made at the first start"
+        text += ", will be created at the first start"
     if not os.path.isdir(place):
-        return Finding("failure", topic, f"{text}, but {place} is no directory", elsewhere)
+        return Finding("failure", topic, f"{text}, but {place} is not a directory", elsewhere)
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return Finding("failure", topic, f"{text}, but {place} can't be written", trust.give_back(path) or elsewhere)
     kind = _file_system(place)
@@ -184,7 +184,7 @@ def _file_system(path: str) -> str | None:
         # Linux without /proc.
         return None
     real = os.path.realpath(path) + "/"
-    # The last one first: a later mount hides an earlier one of the same place.
+    # The last first: a later mount hides an earlier one at the same path.
     mounts = [
         (len(mount.mountpoint), mount.fstype)
         for mount in reversed(partitions)
@@ -196,7 +196,7 @@ def _file_system(path: str) -> str | None:
 if sys.platform == "win32":
 
     def _socket_path(_: Namespace) -> Iterator[Finding]:
-        # A pipe has no path in the file system.
+        # A pipe is not in the file system.
         return iter(())
 
     def _trial_parent() -> str | None:
@@ -224,7 +224,7 @@ else:
         return len(os.fsencode(os.path.join(directory, f"{0:016x}.sock")))
 
     def _trial_parent() -> str | None:
-        # The round trip must not fail for a long TMPDIR, which daemons need not use.
+        # The round trip must not fail because of a long TMPDIR, which daemons need not use.
         return None if _socket_length(os.path.join(tempfile.gettempdir(), "hi-12345678")) <= MAX_ADDRESS else "/tmp"  # noqa: S108
 
 
@@ -237,11 +237,11 @@ def _round_trip(_: Namespace) -> Iterator[Finding]:
         try:
             seconds = _timed_round_trip(directory, errors)
         except (HarnessIPCError, OSError) as error:
-            # Often only one side knows why the connection broke.
+            # Often only one side knows why the connection failed.
             text = "; the other side: ".join(map(_describe, [error, *errors]))
             yield Finding("failure", "round trip", f"over {listen.FAMILY} it failed: {text}")
             return
-    text = f"over {listen.FAMILY}, connected, mutually proved and answered in {seconds * 1000:.1f} ms"
+    text = f"over {listen.FAMILY}, connected, authenticated and answered in {seconds * 1000:.1f} ms"
     yield Finding("ok", "round trip", text)
 
 
@@ -275,7 +275,7 @@ def _ask(address: str, keys: Keys, deadline: float) -> None:
             if event is None:
                 protocol.receive_data(connection.receive(protocol.frame_limit))
         if event != json.loads(_ANSWER):
-            raise HarnessIPCError("another reply came back than was sent")
+            raise HarnessIPCError("the reply differs from the request")
     finally:
         connection.close()
 
@@ -307,23 +307,23 @@ def _write(port: listen.Port, protocol: ServerProtocol, deadline: float) -> None
             port.wait(deadline, reading=False, limit=0)
 
 
-# Daemons and what dead ones left.
+# Daemons and stale files.
 
 
 def _daemons(namespace: Namespace) -> Iterator[Finding]:
     directory = namespace.runtime_dir
     try:
-        # Before the daemons are asked: what one of them removes meanwhile was no leftover.
+        # Before the daemons are queried: files that they remove meanwhile are not stale.
         entries = sorted(files.list_private_dir(directory))
         daemons = _status.list_daemons(namespace=namespace)
     except UnsafeDirectory:
-        # The check of the directory has said so.
+        # The check of the directory has reported it.
         return
     for status in daemons:
         yield _daemon(status, namespace)
     if not daemons:
-        yield Finding("ok", "daemons", "none runs")
-    # A name whose record is not that of a dead process may have a living one.
+        yield Finding("ok", "daemons", "none are running")
+    # Any other state may belong to a living process.
     living = {status.name for status in daemons if status.state != "stale"}
     leftovers = list(_leftovers(namespace, entries, living))
     yield from leftovers or [Finding("ok", "leftovers", "none")]
@@ -356,7 +356,7 @@ def _daemon(status: _status.DaemonStatus, namespace: Namespace) -> Finding:
 
 
 def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> Iterator[Finding]:
-    """Find what no living process has among the `entries` that are still there; `living` are the names of daemons."""
+    """Find those of `entries` that still exist and belong to no living process; `living` are the names of daemons."""
     directory = namespace.runtime_dir
     used: set[str] = set()
     left: dict[str, tuple[str, str]] = {}
@@ -364,7 +364,7 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
         if not (match := _OF_A_NAME.fullmatch(entry)):
             continue
         name, kind = match.groups()
-        # `stop` clears stale files away, and would stop a living daemon too.
+        # `stop` removes stale files, but would stop a living daemon too.
         remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name, namespace)
         lives, address = False, ""
         with contextlib.suppress(HarnessIPCError, OSError, ValueError):
@@ -377,20 +377,20 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
             used.add(address)
         else:
             if kind != "json":
-                left[entry] = "what a daemon wrote that died before it was ready, or while it drained", remedy
+                left[entry] = "left by a daemon that died while starting or draining", remedy
             if _SOCKET.fullmatch(socket := os.path.basename(address)):
                 left[socket] = "the socket of a daemon that died", remedy
     for entry in entries:
         path = os.path.join(directory, entry)
         if _SOCKET.fullmatch(entry) and path not in used and entry not in left and _nobody_listens(path):
-            left[entry] = "a socket that no record names, and where nobody listens", _remove(path)
+            left[entry] = "a socket without a record, where nobody listens", _remove(path)
         if entry in left and os.path.lexists(path):
             what, remedy = left[entry]
             yield Finding("warning", "leftovers", f"{path}: {what}", remedy)
 
 
 def _nobody_listens(address: str) -> bool:
-    # A daemon that ends withdraws its record a moment before its socket.
+    # A daemon that ends removes its record a moment before its socket.
     try:
         _transport.connect(address, _transport.deadline_after(_ROUND_TRIP)).close()
     except DaemonNotRunning:
@@ -400,7 +400,7 @@ def _nobody_listens(address: str) -> bool:
     return False
 
 
-# Words.
+# Text and commands.
 
 
 def _describe(error: BaseException) -> str:
@@ -413,7 +413,7 @@ def _without_remedy(error: UnsafeDirectory) -> str:
 
 def _stop(name: str, namespace: Namespace) -> str:
     app = "" if namespace.app == DEFAULT_APP else f" --app={namespace.app}"
-    # A name may begin with what argparse takes for an option.
+    # argparse would take a name that begins with "-" for an option.
     return f"harness-ipc{app} stop --name{'=' if name.startswith('-') else ' '}{name}"
 
 
@@ -430,7 +430,7 @@ def _quote(path: str) -> str:
 
 
 def _print_line(text: str) -> None:
-    # No character may end the line, move the cursor or be unknown to the console.
+    # Escape control characters, and characters that the console can't encode.
     shown = escape_control(text)
     encoding = sys.stdout.encoding or "ascii"
     print(shown.encode(encoding, "backslashreplace").decode(encoding))

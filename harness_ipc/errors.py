@@ -1,8 +1,8 @@
-"""The errors: one root, and each leaf is also the builtin that a caller would already catch.
+"""The exceptions. Each also derives from a fitting built-in exception.
 
 HarnessIPCError
 ├── InvalidName            ValueError              a daemon name that no path may be built from
-├── UnsafeDirectory        PermissionError         a directory or file that others could read, replace or plant
+├── UnsafeDirectory        PermissionError         a directory or file that others could read or replace
 ├── DaemonNotRunning       ConnectionRefusedError  no record, or nobody behind it
 ├── AlreadyRunning         RuntimeError            another process has this name
 ├── StartFailed            RuntimeError            a daemon could not start
@@ -10,17 +10,17 @@ HarnessIPCError
 ├── AuthenticationFailed   PermissionError         the peer has another key, or is another user
 ├── Busy                   RuntimeError            the daemon is full; the text names the limit
 ├── DaemonTimeout          TimeoutError            the deadline of a call passed
-├── ConnectionLost         ConnectionError         the peer went away in the middle
+├── ConnectionLost         ConnectionError         the peer closed the connection
 ├── ClientClosed           RuntimeError            this client was closed
 ├── ResourceExhausted      OSError                 this process is out of descriptors, memory or threads
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
-├── ProtocolError          ValueError              something that is not a message: not JSON, not an object
-└── RemoteError            RuntimeError            the daemon's own handler answered with an error
+├── ProtocolError          ValueError              an invalid message: not JSON, or not an object
+└── RemoteError            RuntimeError            the handler in the daemon raised an error
     ├── MethodNotFound     LookupError             the service has no such method
-    ├── InvalidParams      TypeError               parameters that the method does not take
-    └── ExpectedMore       TypeError               a stream that was called as if it had one reply
+    ├── InvalidParams      TypeError               the method does not accept these parameters
+    └── ExpectedMore       TypeError               a stream was called without `stream`
 
-All of them survive pickling and copying with their attributes.
+All can be pickled and copied, with their attributes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# What this process, or the whole system, has run out of: descriptors, memory, buffers.
+# This process, or the system, is out of descriptors, memory or buffers.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
@@ -46,7 +46,7 @@ class HarnessIPCError(Exception):
 
     def __init__(self, message: str = "", *, maybe_executed: bool | None = None) -> None:
         super().__init__(message)
-        # Only where it differs from the class: an attribute of the instance is pickled and copied.
+        # Only if it differs from the class: instance attributes are pickled and copied.
         if maybe_executed is not None:
             self.maybe_executed = maybe_executed
 
@@ -56,7 +56,7 @@ class InvalidName(HarnessIPCError, ValueError):
 
 
 class UnsafeDirectory(HarnessIPCError, PermissionError):
-    """A directory or a file in it is not private to this user. `remedy` is the command that mends it."""
+    """A directory or a file in it is not private to this user. `remedy` is a shell command that fixes it."""
 
     def __init__(self, message: str, *, path: str = "", remedy: str = "") -> None:
         super().__init__(message)
@@ -65,11 +65,11 @@ class UnsafeDirectory(HarnessIPCError, PermissionError):
 
 
 class DaemonNotRunning(HarnessIPCError, ConnectionRefusedError):
-    """Nobody answers for this name: no record, or the leavings of a daemon that died."""
+    """The daemon is not running: there is no record, or only a stale one."""
 
 
 class AlreadyRunning(HarnessIPCError, RuntimeError):
-    """Another process is this daemon. `pid` is its process id, or None while it has not published one."""
+    """Another process holds the name. `pid` is its process id, or None if unknown."""
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:
         super().__init__(message)
@@ -79,8 +79,7 @@ class AlreadyRunning(HarnessIPCError, RuntimeError):
 class StartFailed(HarnessIPCError, RuntimeError):
     """A daemon could not start. `log_tail` has the last lines of its log.
 
-    `type` is the name of the exception, or of the signal, that ended the start, `reason` its text. What is not known is an
-    empty string.
+    `type` is the name of the exception or signal that ended the start, and `reason` its text; each is empty if unknown.
     """
 
     def __init__(self, message: str, *, log_tail: str = "", type: str = "", reason: str = "") -> None:
@@ -91,11 +90,11 @@ class StartFailed(HarnessIPCError, RuntimeError):
 
 
 class IncompatibleDaemon(HarnessIPCError, RuntimeError):
-    """The daemon is of a version with another record: it can be pinged and stopped, and takes no request from this version."""
+    """The record has another schema: this version can ping and stop the daemon, but not send requests to it."""
 
 
 class AuthenticationFailed(HarnessIPCError, PermissionError):
-    """The peer could not prove that it has the key, refused our proof, or belongs to another user."""
+    """The peer failed to authenticate itself, rejected our proof, or belongs to another user."""
 
 
 class Busy(HarnessIPCError, RuntimeError):
@@ -107,7 +106,7 @@ class DaemonTimeout(HarnessIPCError, TimeoutError):
 
 
 class ConnectionLost(HarnessIPCError, ConnectionError):
-    """The peer went away. If `maybe_executed` is True, the request may have run: nothing is repeated silently."""
+    """The peer closed the connection. If `maybe_executed` is True, the request may have run; it is not resent."""
 
 
 class ClientClosed(HarnessIPCError, RuntimeError):
@@ -119,7 +118,7 @@ class ResourceExhausted(HarnessIPCError, OSError):
 
 
 class MessageTooLarge(HarnessIPCError, ValueError):
-    """A message above `limit` bytes. `size` is its length in bytes, or None where only the peer knows it."""
+    """A message above `limit` bytes. `size` is its length in bytes, or None if only the peer knows it."""
 
     def __init__(self, message: str, *, size: int | None = None, limit: int = 0, maybe_executed: bool | None = None) -> None:
         super().__init__(message, maybe_executed=maybe_executed)
@@ -128,14 +127,14 @@ class MessageTooLarge(HarnessIPCError, ValueError):
 
 
 class ProtocolError(HarnessIPCError, ValueError):
-    """Something that can't be a message: not UTF-8, not JSON (NaN is not), or not an object."""
+    """An invalid message: not UTF-8, not JSON (NaN is not), or not an object."""
 
 
 class RemoteError(HarnessIPCError, RuntimeError):
-    """The daemon answered with an error. A handler raises one for an error that its caller should expect.
+    """The daemon answered with an error. Handlers raise it for errors that callers should expect.
 
-    `message` is its text, `type` the name of the exception in the daemon (by default that of the class), and `data` any JSON
-    that goes with it, or None. The error that the client raises has the same three. `str()` is "type: message".
+    `message` is its text, `type` the name of the exception (by default of the class), and `data` any JSON, or None. The client
+    raises an error with the same three. `str()` is "type: message".
     """
 
     maybe_executed = True
@@ -151,13 +150,13 @@ class RemoteError(HarnessIPCError, RuntimeError):
 
 
 class MethodNotFound(RemoteError, LookupError):
-    """The service has no method of that name; the text names similar ones. Nothing ran."""
+    """The service has no method of that name; the text suggests similar ones. Nothing ran."""
 
     maybe_executed = False
 
 
 class InvalidParams(RemoteError, TypeError):
-    """The method does not take these parameters; the text has its signature. It did not run."""
+    """The method does not accept these parameters; the text has its signature. It did not run."""
 
     maybe_executed = False
 

@@ -1,7 +1,7 @@
 """Start a daemon once, stop it, restart it.
 
-Each of these acts on one generation, never on a name alone: a process is signalled only if it is the one that the record
-names, by pid and start.
+Each function acts on one generation, not just on a name. A process is signalled only if its pid and start time are those in the
+record.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Literal
 
-# Seconds for a start: an app may load a model or wait for a browser.
+# Seconds for a start: an app may load a model.
 START_TIMEOUT = 60.0
-# Seconds for a drain: the daemon's own grace period, and what its app needs to let go.
+# Seconds for a drain: the daemon's grace period, and the app's stop.
 STOP_TIMEOUT = 10.0
-# Seconds for a process that was told to terminate, and for the system to end one that was killed.
+# Seconds for a process to end after it was terminated, and after it was killed.
 _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
-# Starts that may find that somebody has just taken the name by hand: once is bad luck, more are another directory's daemon.
+# Starts that find the name taken: once may be a race, repeatedly means a daemon in another directory.
 _TRIES = 3
 
 
@@ -58,26 +58,26 @@ def ensure_daemon(
     on_progress: Callable[[Any], object] | None = None,
     namespace: Namespace | None = None,
 ) -> DaemonStatus:
-    """Return the state of the daemon `name`, once it runs: it is started with the command line `argv` if it does not.
+    """Start the daemon `name` with the command line `argv` unless it runs. Return its state once it runs.
 
     ```python
     ensure_daemon("index", "my_package.index:app")
     ensure_daemon("index", [sys.executable, "-m", "my_index"])
     ```
 
-    `argv` is the name of an app, which ``harness-ipc serve`` then runs with this interpreter, or the words of a command line
-    whose program calls `run_daemon`, with this name. However many processes call this at once, one daemon is started; the child
-    is detached, has the null device as standard input, and its standard output and error go into the log. `env` is added
-    to its environment; `timeout` is seconds for everything. `version` is what the running daemon's `app_version` must be: if it
-    is not, `on_mismatch` says whether that is an error, the daemon is restarted, or accepted. With `on_unhealthy="restart"` a
-    daemon that is found and says that it is unhealthy (`DaemonStatus.healthy` is False) is restarted; one that does not answer
-    is not. `on_progress` is called with what the daemon reports while it starts (`await report(value)` in its app's `start`);
-    if another process has started it, and on Windows, with one report a second. `namespace` says where the daemon is;
-    `run_daemon` in the child takes it from here.
+    `argv` is an app, "module:object", which ``harness-ipc serve`` runs with this interpreter, or the words of a command line
+    whose program calls `run_daemon` with this name. If many processes call this at once, only one daemon is started. The child
+    is detached; standard input is the null device, and standard output and error go to the log. `env` is added to its
+    environment. `timeout` is for everything, in seconds. `version` is the required `app_version` of a running daemon; on a
+    mismatch, `on_mismatch` decides whether to raise an error, restart the daemon or accept it. With `on_unhealthy="restart"`, a
+    running daemon that reports that it is unhealthy (`DaemonStatus.healthy` is False) is restarted, but not one that does not
+    answer. `on_progress` is called with each value that the daemon reports while it starts (`await report(value)` in its app's
+    `start`); on Windows, or if another process started it, at most once a second. `run_daemon` in the child inherits
+    `namespace`.
 
-    Raises `StartFailed` as soon as the start has failed, with the log's tail; `DaemonTimeout` if it goes on at the deadline;
-    `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`; `TypeError` or
-    `ValueError` for a command line that is a string, or empty.
+    Raises `StartFailed`, with the end of the log, as soon as the start has failed; `DaemonTimeout` if it is still starting when
+    the timeout expires; `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`;
+    `TypeError` or `ValueError` for an `argv` that is a string or empty.
     """
     command = Command.make(name, argv, cwd, env)
     accepted = _Accepted(version, on_mismatch, on_unhealthy)
@@ -85,7 +85,7 @@ def ensure_daemon(
 
 
 class _Accepted(NamedTuple):
-    """Which running daemons `ensure_daemon` returns, and what is done with others: see there."""
+    """Which running daemons `ensure_daemon` accepts, and how it treats others: see there."""
 
     version: str | None = None
     on_mismatch: str = "error"
@@ -95,28 +95,28 @@ class _Accepted(NamedTuple):
 def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonStatus:
     name, namespace = wait.name, wait.namespace
     files.create_private_dir(namespace.runtime_dir, tighten=True)
-    # Held by the one process that starts.
+    # Held by the process that starts the daemon.
     lock = NameLock(os.path.join(namespace.runtime_dir, f"{name}.start"))
     tries, is_ours = _TRIES, False
     try:
         if (status := _find_usable(command, accepted, wait)) is not None:
             return _with_differences(status, command, namespace)
-        # At most one daemon is ended for its health by this call: the next one may be as ill, and others use it already.
+        # Restart an unhealthy daemon only once: the new one may be unhealthy too, and in use by others.
         accepted = accepted._replace(on_unhealthy="accept")
         while not lock.try_acquire():
             wait.pause()
         while (status := _find_usable(command, accepted, wait)) is None:
-            # A process that has the name is starting, or still draining.
+            # Another process holds the name: it is starting or draining.
             if not lifetime.cleanup_endpoint(name, namespace=namespace):
                 wait.pause()
             elif is_ours := start(command, wait):
-                # What this command line starts has its version: starting it again would not change that.
+                # A second restart would start the same version again.
                 on_mismatch = "error" if accepted.on_mismatch == "restart" else accepted.on_mismatch
                 accepted = accepted._replace(on_mismatch=on_mismatch)
             elif not (tries := tries - 1):
                 raise StartFailed(
-                    f"{name!r} is not running in {namespace.runtime_dir}, but its command line says that it is, somewhere: its "
-                    "program must call run_daemon without `namespace`, or with the same one"
+                    f"{name!r} is not running in {namespace.runtime_dir}, but according to its command line it runs in another "
+                    "directory: its program must call run_daemon without `namespace`, or with the same one"
                 )
     except StartTimeout:
         raise _start_timeout(wait) from None
@@ -131,7 +131,7 @@ def _start_timeout(wait: StartWait) -> DaemonTimeout:
     if status.state == "starting" and status.since is not None:
         doing = f"pid {status.pid} has been starting for {time.time() - status.since:.1f} s"
     elif status.alive:
-        doing = f"pid {status.pid} has its name by now"
+        doing = f"pid {status.pid} now has its name"
     elif status.state == "absent" and status.pid is not None:
         doing = f"pid {status.pid}, its predecessor, is still stopping"
     return DaemonTimeout(
@@ -141,13 +141,13 @@ def _start_timeout(wait: StartWait) -> DaemonTimeout:
 
 
 def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespace | None = None) -> bool:
-    """End the daemon `name`, and return whether there was one, when its process is gone, its lock free and its record removed.
+    """Stop the daemon `name`. Return whether there was one, after its process has ended and its lock and record are gone.
 
-    It is asked to, and has `timeout` seconds to finish what is in flight; then it is terminated, then killed. Only the very
-    process that the record names is ever signalled, and not if it is this one.
+    It is asked to shut down, and has `timeout` seconds to finish requests in flight; then it is terminated, then killed. Only
+    the process identified by the record is signalled, and never this process.
 
-    Raises `DaemonTimeout` if it does not end, because the system holds it or it can't be identified, `AuthenticationFailed` if
-    it is not ours, `IncompatibleDaemon`, `UnsafeDirectory` or `InvalidName`.
+    Raises `DaemonTimeout` if it does not end or can't be identified, `AuthenticationFailed` if it belongs to another user,
+    `IncompatibleDaemon`, `UnsafeDirectory` or `InvalidName`.
     """
     namespace = namespace or Namespace()
     try:
@@ -158,7 +158,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     known = not own and record is not None and processes.is_same_process(record.public())
     asked = False
     if record is not None:
-        # Also if its process is not found: the key proves that the daemon is the record's.
+        # Even if its process is not found: the key authenticates the daemon.
         asked = (known and record.state == records.DRAINING) or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
         if known:
             _end(record, timeout if asked else 0.0)
@@ -167,14 +167,14 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
         if record is None and found is not None:
-            # Its record had been removed, and it has made it again.
+            # Its record was removed, and it has restored it.
             return stop_daemon(name, timeout=timeout, namespace=namespace)
         if record is not None and found not in (None, record.generation):
             break
         if not sleep_until_retry(deadline):
-            why = "no record says which process has its lock" if record is None else processes.why_unknown(record.public())
+            why = "no record identifies the holder of its lock" if record is None else processes.why_unknown(record.public())
             why = "this process serves it: close its server" if own else why
-            why = f"{why}; nothing was signalled" if why else "another process than the record's has its lock"
+            why = f"{why}; nothing was signalled" if why else "its lock is held by a process other than that of the record"
             raise DaemonTimeout(f"timed out after {seconds:g} s waiting for the daemon {name!r} to stop: {why}")
     return asked or known
 
@@ -186,10 +186,10 @@ def restart_daemon(
     stop_timeout: float = STOP_TIMEOUT,
     namespace: Namespace | None = None,
 ) -> DaemonStatus:
-    """Stop the daemon `name` and start it again with the command line, the directory and the added environment of its record.
+    """Stop the daemon `name` and start it again with the command line, directory and added environment in its record.
 
-    It is not stopped if its program, script, module, interpreter or directory is gone. If it can't be started again, its record
-    stays, and this can be called again.
+    It is not stopped if its program, script, module, interpreter or directory is missing. If the start fails, the record stays,
+    so this can be called again.
 
     Raises `DaemonNotRunning` if there is no record, and what `stop_daemon` and `ensure_daemon` do.
     """
@@ -210,7 +210,7 @@ def restart_daemon(
 
 
 def _find_usable(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonStatus | None:
-    """Return the state of a daemon that is there and may be used, or None if one has to be started. Raises `StartTimeout`."""
+    """Return the state of a running daemon that is accepted, or None if one has to be started. Raises `StartTimeout`."""
     name, namespace, (version, on_mismatch, on_unhealthy) = wait.name, wait.namespace, accepted
     status, error = probe(name, min(STATUS_TIMEOUT, wait.remaining()), namespace, health=on_unhealthy == "restart")
     if error is not None:
@@ -220,7 +220,7 @@ def _find_usable(command: Command, accepted: _Accepted, wait: StartWait) -> Daem
     is_other_version = version not in (None, status.app_version) and on_mismatch != "accept"
     if is_other_version and on_mismatch != "restart":
         found = status.app_version or "None (its run_daemon has no app_version)"
-        raise IncompatibleDaemon(f"the daemon {name!r} that runs has version {found}, not {version}: restart it, or accept it")
+        raise IncompatibleDaemon(f"the running daemon {name!r} has version {found}, not {version}: restart it, or accept it")
     if not is_other_version and (on_unhealthy != "restart" or status.healthy is not False):
         return status
     _check_can_start(name, command)
@@ -239,12 +239,12 @@ def _check_can_start(name: str, command: Command) -> None:
 
 
 def _with_differences(status: DaemonStatus, command: Command, namespace: Namespace) -> DaemonStatus:
-    """Return the status of a daemon that was found, whose `problem` says how its start differs from `command`."""
+    """Return the status of a running daemon with a `problem` that says how its start differs from `command`."""
     texts = [] if status.problem is None else [status.problem]
     with contextlib.suppress(HarnessIPCError):
         found = Command.of(records.read(status.name, namespace=namespace))
         if differences := "; ".join(found.find_differences(command)):
-            texts.append(f"the daemon that runs is not the one that was asked for: {differences}; stop it to start that")
+            texts.append(f"the running daemon was started differently: {differences}; stop it to start the requested one")
     return replace(status, problem="; ".join(texts) or None)
 
 
@@ -252,7 +252,7 @@ def _with_differences(status: DaemonStatus, command: Command, namespace: Namespa
 
 
 def _ask_to_stop(record: records.Record, timeout: float, namespace: Namespace) -> bool:
-    """Ask that generation to shut down, and no other. Return whether it said that it will."""
+    """Ask the generation of `record` to shut down. Return whether it agreed."""
     if record.state != records.READY:
         return False
     try:
@@ -277,7 +277,7 @@ def _end(record: records.Record, timeout: float) -> None:
         except psutil.AccessDenied as error:
             raise AuthenticationFailed(f"the daemon {record.name!r}, pid {record.pid}, is not yours to stop") from error
         deadline = deadline_after(period)
-        # Not for a zombie: it only waits for its parent to collect it.
+        # Does not wait for a zombie: only its parent can reap it.
         while processes.is_same_process(identity):
             if not sleep_until_retry(deadline):
                 break
@@ -285,5 +285,5 @@ def _end(record: records.Record, timeout: float) -> None:
             return
     raise DaemonTimeout(
         f"timed out after {_KILL_PERIOD:g} s waiting for pid {record.pid} of the daemon {record.name!r} to end: it was killed, "
-        "and the system holds it"
+        "but still exists"
     )

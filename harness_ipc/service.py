@@ -1,4 +1,4 @@
-"""Methods for a daemon: `Service` finds the method that a message names, binds its parameters, and calls it."""
+"""Services: a base class for handlers with methods, which have typed parameters."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     F = TypeVar("F", bound=Callable[..., Any])
 
-# Threads for the methods that are no coroutines: more calls wait in order.
+# Threads for blocking methods; further calls queue in order.
 _MAX_THREADS = 32
 _MARK = "_harness_ipc_method"
-# What `run_daemon` calls on an app.
+# Methods of an app that `run_daemon` calls.
 _RESERVED = ("start", "stop", "health")
 
 
@@ -37,12 +37,12 @@ def method(function: F, /) -> F: ...
 @overload
 def method(*, cancel_on_disconnect: bool = True) -> Callable[[F], F]: ...
 def method(function: Callable[..., Any] | None = None, /, *, cancel_on_disconnect: bool = True) -> Any:
-    """Make a function of a `Service` a method that clients can call.
+    """Decorator: make a function of a `Service` callable by clients.
 
-    It is a coroutine function, an async generator function, which answers with a stream, or another function, which is called
-    in a thread. With `cancel_on_disconnect=False` it runs to its end when its caller goes away.
+    The function is a coroutine function, an async generator function, which answers with a stream, or a plain function, which
+    runs in a thread. With `cancel_on_disconnect=False` it is not cancelled when its caller disconnects.
 
-    Raises `TypeError` for what can't be called by the names of its parameters.
+    Raises `TypeError` for anything else, and for a positional-only or ``*args`` parameter.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def method(function: Callable[..., Any] | None = None, /, *, cancel_on_disconnec
 
 
 class _Method(NamedTuple):
-    """A method as it is called, and as it is described."""
+    """A method: how to call it, and its description."""
 
     fields: Fields
     is_async: bool
@@ -71,7 +71,7 @@ class _Method(NamedTuple):
 
 
 class Service(Dispatcher):
-    """The base class of a daemon's methods, which `run_daemon` serves.
+    """The base class of services, to be passed to `run_daemon`.
 
     ```python
     class Words(Service):
@@ -82,18 +82,18 @@ class Service(Dispatcher):
     run_daemon(Words(), "words")
     ```
 
-    Parameters are checked and converted by their annotations: see *Services* in the documentation. A subclass may have
-    `async def start(self)`, called before anybody can find the daemon, `stop`, called after the last request, and `health`,
-    which returns a dict.
+    Parameters are validated and converted by their annotations: see *Services* in the documentation. A subclass may have
+    ``async def start(self)``, called before clients can find the daemon, ``stop``, called after the last request, and
+    ``health``, which returns a dict.
 
-    Making an object of a subclass raises `TypeError` for an annotation that can't be resolved, and for a method with the name
-    of an attribute of this class.
+    Creating an instance raises `TypeError` for an annotation that can't be resolved, and for a method with the name of an
+    attribute of this class.
     """
 
     _methods: ClassVar[dict[str, _Method]] = {}
     uninterrupted: frozenset[str] = frozenset()
 
-    if not TYPE_CHECKING:  # so that a type checker sees the __init__ of the subclass alone
+    if not TYPE_CHECKING:  # type checkers should see only the __init__ of the subclass
 
         def __new__(cls, *arguments, **keywords):
             if "_methods" not in cls.__dict__:
@@ -107,10 +107,10 @@ class Service(Dispatcher):
             return self
 
     def encode_result(self, value: Any) -> Any:
-        """Return what `value`, a part of a result that JSON does not have, is sent as. Override it to add to the rule.
+        """Convert `value`, a part of a result that is not JSON. Override this to support more types.
 
-        This sends bytes as base64, a dataclass as an object of its fields, a path as its text and a datetime in ISO 8601, and
-        raises `TypeError` for all else.
+        Bytes become base64, a dataclass an object of its fields, a path its text, and a datetime ISO 8601. Raises `TypeError`
+        for other types.
         """
         return messages.to_json(value)
 
@@ -159,7 +159,7 @@ class Service(Dispatcher):
 
 def _catch(function: Callable[[], Any]) -> tuple[BaseException | None, Any]:
     pid, failure, result = os.getpid(), None, None
-    # Not raised in the thread: a future takes no StopIteration.
+    # Returned, not raised: a future does not accept StopIteration.
     try:
         result = function()
     except BaseException as error:
@@ -182,7 +182,7 @@ def _find_methods(service: type[Service]) -> tuple[dict[str, _Method], frozenset
         if cancel_on_disconnect is None or not inspect.isfunction(function):
             continue
         if name in _RESERVED or hasattr(Service, name):
-            raise TypeError(f"{service.__name__}.{name}: a service uses this name itself: give the method another")
+            raise TypeError(f"{service.__name__}.{name}: the name is reserved by Service: rename the method")
         methods[name] = _describe(function, name)
         if not cancel_on_disconnect:
             uninterrupted.add(name)
@@ -193,7 +193,7 @@ def _describe(function: Callable[..., Any], name: str) -> _Method:
     where = function.__qualname__
     signature = inspect.signature(function, **_AS_FOUND)
     parameters = list(signature.parameters.values())[1:]  # without self
-    # Not the annotation of the result, which may be there for the type checker alone.
+    # Without the annotation of the result, which may be importable only by a type checker.
     annotations = {found.name: found.annotation for found in parameters if found.annotation is not found.empty}
     hints = resolve(annotations, inspect.unwrap(function).__globals__, where)
     fields = Fields()
@@ -212,7 +212,7 @@ def _describe(function: Callable[..., Any], name: str) -> _Method:
     )
 
 
-# From 3.14 on, annotations are evaluated when they are read, and some can't be.
+# Since Python 3.14, annotations are evaluated on access, which may fail.
 _AS_FOUND: dict[str, Any] = {}
 _AS_TEXT: dict[str, Any] = {}
 if sys.version_info >= (3, 14):
@@ -223,7 +223,7 @@ if sys.version_info >= (3, 14):
 
 
 class _Text(str):
-    """An annotation that was written as a string, shown without quotes."""
+    """An annotation written as a string, shown without quotes."""
 
     __slots__ = ()
 
@@ -241,7 +241,7 @@ def _show_signature(function: Callable[..., Any]) -> str:
 
 
 def _returns_stream(method: _Method) -> bool:
-    """Return whether a function that is no generator itself says that it returns one."""
+    """Return whether the return annotation of a non-generator function is an iterator."""
     returned = method.signature.rpartition(" -> ")[2].partition("[")[0]
     return returned.rpartition(".")[2] in ("AsyncIterator", "AsyncIterable", "AsyncGenerator")
 

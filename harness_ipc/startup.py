@@ -1,8 +1,7 @@
-"""What a starting daemon says to its starter: both ends of the pipe between them. It knows neither names nor records.
+"""The ready pipe: how a starting daemon reports to its starter.
 
-The starter passes the pipe's writing end in an environment variable, with what the daemon must know of its start; `run_daemon`
-takes it and says "ready", or why not. Nothing here depends on that: programs close what they inherit, so the starter looks for
-the daemon's record too.
+An environment variable names the writing end of the pipe and describes the start. `run_daemon` sends progress, "ready" or the
+error. The pipe may be missing, since programs may close inherited descriptors: the starter also watches for the record.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
     StartMessage = dict[str, Any]
 
 VARIABLE = "HARNESS_IPC_START"
-# Seconds for a starter to read what came before.
+# Seconds for the starter to make room in the pipe.
 _SEND_PERIOD = 1.0
-# Seconds for our launcher to end after it was told to. It has nothing left to do.
+# Seconds for the launcher to end after it was released.
 _RELEASE_PERIOD = 2.0
 
 
 def spawn_kwargs() -> dict[str, Any]:
-    """Return the arguments of `subprocess.Popen` that detach a child from our session or console, so that it outlives us."""
+    """Return arguments of `subprocess.Popen` that detach a child from our session or console, so that it outlives us."""
     if sys.platform == "win32":
-        # Not DETACHED_PROCESS: it overrides CREATE_NO_WINDOW, and each console program that the child runs pops a window up
+        # Not DETACHED_PROCESS: it overrides CREATE_NO_WINDOW, and each console program that the child runs would open a window
         # ("Process Creation Flags" in the Win32 documentation).
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     return {"start_new_session": True}
@@ -48,7 +47,7 @@ if sys.platform == "win32":
         os.set_inheritable(writer, True)
         handle = msvcrt.get_osfhandle(writer)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
-        # A terminal's or an agent's job may end all its processes with itself, and may or may not let one go.
+        # The job of a terminal or an agent may kill its processes when it ends, and may not allow a breakaway.
         for how, flag in (("breakaway", subprocess.CREATE_BREAKAWAY_FROM_JOB), ("job", 0)):
             detached = spawn_kwargs()
             detached["creationflags"] |= flag
@@ -62,7 +61,7 @@ if sys.platform == "win32":
         raise AssertionError("the second try returns or raises")
 
     def _read(reader: int, timeout: float) -> bytes | None:
-        """Return what is there within `timeout` seconds, b"" at the end, or None."""
+        """Return data that arrives within `timeout` seconds, b"" at EOF, or None."""
         import _winapi
 
         deadline = time.monotonic() + timeout
@@ -80,7 +79,7 @@ if sys.platform == "win32":
         return msvcrt.open_osfhandle(start["handle"], os.O_WRONLY)
 
     def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
-        """Return whether `descriptor` is of a pipe that the starter made."""
+        """Return whether `descriptor` is the pipe of the starter."""
         import ctypes
 
         pid = ctypes.c_ulong()
@@ -97,7 +96,7 @@ else:
     def _popen(
         argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
     ) -> subprocess.Popen[bytes]:
-        # A frozen application's executable is itself: no interpreter that runs our launcher.
+        # The executable of a frozen application can't run the launcher.
         if sys.executable and not getattr(sys, "frozen", False):
             launcher = os.path.join(os.path.dirname(__file__), "_launcher.py")
             argv = [sys.executable, "-I", "-S", launcher, str(writer), *argv]
@@ -106,7 +105,7 @@ else:
         return subprocess.Popen(argv, env={**env, VARIABLE: text}, pass_fds=(writer,), **spawn_kwargs(), **options)
 
     def _read(reader: int, timeout: float) -> bytes | None:
-        """Return what is there within `timeout` seconds, b"" at the end, or None."""
+        """Return data that arrives within `timeout` seconds, b"" at EOF, or None."""
         import selectors
 
         # Not select.poll: eventlet removes it.
@@ -118,7 +117,7 @@ else:
         return int(start["fd"])
 
     def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
-        """Return whether `descriptor` is of the FIFO with the inode that the starter names."""
+        """Return whether `descriptor` is the pipe with the inode given by the starter."""
         try:
             found = os.fstat(descriptor)
         except (OSError, OverflowError):
@@ -127,7 +126,7 @@ else:
 
 
 class Child:
-    """A detached child, and its messages. On POSIX `process` is our launcher, which ends as the child does."""
+    """A detached child and its messages. On POSIX, `process` is the launcher, which exits like the child."""
 
     def __init__(
         self,
@@ -138,7 +137,7 @@ class Child:
         cwd: str | None,
         log: int,
     ) -> None:
-        """Start it, and tell it `start`: what `ReadyPipe.start` says. Raises `OSError`."""
+        """Start the child, which receives `start` as `ReadyPipe.start`. Raises `OSError`."""
         self._id = os.urandom(8).hex()
         self._data = b""
         self._reader, writer = os.pipe()
@@ -155,7 +154,7 @@ class Child:
             os.close(leash)
 
     def next_message(self, timeout: float) -> StartMessage | None:
-        """Return the next message if there is one within `timeout` seconds; after the last, None at once."""
+        """Return the next message, or None after `timeout` seconds. At EOF, return None at once."""
         deadline = time.monotonic() + timeout
         while True:
             line, end, rest = self._data.partition(b"\n")
@@ -169,7 +168,7 @@ class Child:
                 return None
 
     def has_descendants(self) -> bool:
-        """Return whether a process that the child started runs, seen by its environment."""
+        """Return whether a descendant of the child runs, identified by its environment."""
         import psutil
 
         for process in psutil.process_iter():
@@ -179,21 +178,21 @@ class Child:
         return False
 
     def close(self) -> None:
-        """Let the child go. Waits for our launcher, which leaves no zombie, and not for the child."""
+        """Release the child: wait for the launcher, to leave no zombie, but not for the child."""
         os.close(self._reader)
         os.close(self._leash)
         deadline = time.monotonic() + (_RELEASE_PERIOD if os.name == "posix" else 0.0)
         while self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        # It goes on by itself: no ResourceWarning.
+        # Avoid the ResourceWarning: the child keeps running.
         self.process.returncode = self.process.returncode or 0
 
 
 class ReadyPipe:
-    """The child's end. Writes nothing where nobody listens. `start` is what the starter said, or empty.
+    """The child's end of the pipe. Without a starter, sending does nothing. `start` describes the start, or is empty.
 
-    It has "runtime_dir" and "log_dir"; "argv" and "cwd", which start this daemon, and "leaves_cwd"; "environment", the names
-    of the variables that the starter added; and "detached".
+    Its keys: "runtime_dir", "log_dir"; "argv", "cwd" and "leaves_cwd" of the start; "environment", the names of the variables
+    that the starter added; and "detached".
     """
 
     def __init__(self, text: str) -> None:
@@ -210,7 +209,7 @@ class ReadyPipe:
         close_in_child(self)
 
     def leave_directory(self) -> None:
-        """Leave the directory of the start unless it was asked for: it may be removed. Modules are still found there."""
+        """Change to ``/`` unless `cwd` was given: the directory may be removed later. `sys.path` is made absolute before."""
         if self.start:
             with contextlib.suppress(OSError):
                 sys.path[:] = [os.path.abspath(entry) for entry in sys.path]
@@ -218,16 +217,16 @@ class ReadyPipe:
             os.chdir(os.environ.get("SYSTEMROOT", "C:\\") if sys.platform == "win32" else "/")
 
     def send(self, **message: Any) -> None:
-        """Send one message. A starter that has gone, or does not read, does not matter: it also looks for the record."""
+        """Send one message. Errors are ignored: the starter also watches for the record."""
         self._write(message, _SEND_PERIOD)
 
     def send_progress(self, value: Any) -> None:
-        """Send what the app reports, if there is room for it; on Windows, where a write blocks, leave it to the record."""
+        """Send progress if the pipe has room. Not on Windows, where a write would block: the record has it too."""
         if sys.platform != "win32":
             self._write({"state": "progress", "value": value}, 0.0)
 
     def _write(self, message: StartMessage, period: float) -> None:
-        """Write a message; wait at most `period` seconds for room each time that there is none."""
+        """Write a message; wait at most `period` seconds whenever the pipe is full."""
         if self._descriptor is None or not _is_ours(self._descriptor, self.start):
             return
         data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
@@ -247,9 +246,9 @@ class ReadyPipe:
                     return
 
     def close(self) -> None:
-        """Send nothing more."""
+        """Close the pipe."""
         descriptor, self._descriptor = self._descriptor, None
-        # The program may have closed what it did not open, and have opened another file meanwhile.
+        # The program may have closed the descriptor, and opened another file with the same number.
         if descriptor is not None and _is_ours(descriptor, self.start):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -259,13 +258,13 @@ class ReadyPipe:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[ReadyPipe]:
-    """Give the pipe to this process' starter, and tell it the error that ends the block, if one does."""
-    # Removed: the children of this process were not started by our starter.
+    """Yield the pipe to the starter of this process. If the block raises, send the error."""
+    # Removed from the environment: it must not be inherited by children.
     pipe = ReadyPipe(os.environ.pop(VARIABLE, ""))
     try:
         yield pipe
     except Exception as error:
-        # A StartFailed knows the error that it stands for.
+        # A StartFailed has the type and reason of the original error.
         kind = getattr(error, "type", "") or type(error).__name__
         reason = getattr(error, "reason", "") or getattr(error, "message", "") or str(error)
         pipe.send(state="failed", message=str(error), type=kind, reason=reason)

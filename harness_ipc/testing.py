@@ -1,6 +1,6 @@
-"""Daemons in the tests of those who build on this package: a private namespace, and daemons in it that end with it.
+"""Support for tests of daemons: a private namespace, and daemons that are stopped at the end of a block.
 
-The fixtures `ipc_namespace` and `ipc_daemon` are these functions for one test. Nothing here needs pytest.
+The pytest fixtures `ipc_namespace` and `ipc_daemon` use this module, which does not need pytest.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ if TYPE_CHECKING:
     from .client import Client
     from .daemon import App
 
-# Bytes of the longest temporary directory in which a socket's path, 38 bytes more, fits on macOS, which allows 103.
+# The longest temporary directory in bytes: a socket's path has 38 more, and macOS allows 103.
 _MAX_TEMPORARY_DIR = 60
-# Seconds for the processes that a daemon has started to end after it.
+# Seconds for child processes of a daemon to end after it.
 EXIT_PERIOD = 5.0
 
 
 class RunningDaemon(NamedTuple):
-    """A daemon that runs for a test."""
+    """A daemon that is running for a test."""
 
     name: str
     namespace: Namespace
 
     def connect(self, **options: Any) -> Client:
-        """Connect to it: see `connect_daemon`."""
+        """Connect to the daemon: see `connect_daemon`."""
         return connect_daemon(self.name, namespace=self.namespace, **options)
 
     async def aconnect(self, **options: Any) -> AsyncClient:
-        """Connect to it: see `aconnect_daemon`."""
+        """Connect to the daemon: see `aconnect_daemon`."""
         return await aconnect_daemon(self.name, namespace=self.namespace, **options)
 
 
 @contextlib.contextmanager
 def private_namespace() -> Iterator[Namespace]:
-    """Yield a namespace that nobody else uses, and stop the daemons in it and below it at the end of the block.
+    """Yield a namespace with new directories. At the end of the block, stop the daemons in and below it, and remove it.
 
-    Its directories are short and new, and are removed. Raises `AssertionError`, which names them, if processes of its daemons
-    went on when these had ended (they are killed), or a daemon could not be stopped. An error of the block gets that as a note.
+    Raises `AssertionError` if child processes of its daemons are still running (they are killed), or a daemon could not be
+    stopped. If the block raises, that is added to the error as a note.
     """
     long = os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > _MAX_TEMPORARY_DIR
     directory = "/tmp" if long else None  # noqa: S108 - a new directory in it, with mode 0700
@@ -79,19 +79,20 @@ def private_namespace() -> Iterator[Namespace]:
 def running(
     app: App | Handler | str | Sequence[str], name: str = "test", *, namespace: Namespace | None = None, **options: Any
 ) -> Iterator[RunningDaemon]:
-    """Run the daemon `name` for the length of the block, and yield it once it can be asked.
+    """Run the daemon `name` for the length of the block. Yield it once it is ready.
 
     ```python
     with running(Words()) as daemon, daemon.connect() as client:
         assert client.call("count", text="the quick brown fox") == 4
     ```
 
-    An `app` as `run_daemon` takes it is served by an event loop in a thread of this process, with the `options` of
-    `start_daemon_server`. ``"package.module:app"`` (found where this process finds its modules), or the command line of a
-    program that calls `run_daemon` with this `name`, runs in a process of its own, with the `options` of `ensure_daemon`.
-    Without `namespace` the daemon has a private one.
+    An `app` as for `run_daemon` is served by an event loop in a thread of this process; `options` are those of
+    `start_daemon_server`. ``"package.module:app"`` (imported with this process's `sys.path`), or the command line of a program
+    that calls `run_daemon` with this `name`, runs in a new process; `options` are those of `ensure_daemon`. The default
+    `namespace` is a private one.
 
-    Raises `AlreadyRunning`, what `ensure_daemon` or the app's `start` and `stop` raise, and `AssertionError` for what is left.
+    Raises `AlreadyRunning`, what `ensure_daemon` or the app's `start` and `stop` raise, and `AssertionError` if processes are
+    left running.
     """
     with contextlib.ExitStack() as stack:
         namespace = namespace or stack.enter_context(private_namespace())
@@ -111,9 +112,9 @@ def running(
 async def serving(
     app: App | Handler, name: str = "test", *, namespace: Namespace | None = None, **options: Any
 ) -> AsyncIterator[RunningDaemon]:
-    """Run the daemon `name` on the running event loop for the length of the block, with the options of `start_daemon_server`.
+    """Run the daemon `name` in the running event loop for the length of the block. `options`: see `start_daemon_server`.
 
-    Raises what the app's `start` or `stop` and `start_daemon_server` do. A blocking client has to be used in a thread.
+    Raises what the app's `start` or `stop` and `start_daemon_server` raise. Use a blocking client only in another thread.
     """
     functions = check_app(app)
     with contextlib.ExitStack() as stack:
@@ -148,7 +149,7 @@ def _in_thread(app: App | Handler, name: str, namespace: Namespace, options: dic
             (ended if started.done() else started).set_exception(error)
 
     def end() -> list[str]:
-        with contextlib.suppress(RuntimeError):  # its loop is closed: it was told to shut down
+        with contextlib.suppress(RuntimeError):  # its loop is closed: it was shut down
             loop.call_soon_threadsafe(stop.set)
         thread.join(STOP_TIMEOUT)
         if thread.is_alive():
@@ -156,7 +157,7 @@ def _in_thread(app: App | Handler, name: str, namespace: Namespace, options: dic
         ended.result()
         return []
 
-    # A daemon thread: an app that blocks for ever must not keep the tests from ending.
+    # A daemon thread: an app that hangs must not keep pytest from ending.
     thread = threading.Thread(target=run, name=f"harness-ipc-{name}", daemon=True)
     thread.start()
     loop, stop = started.result()
@@ -166,7 +167,7 @@ def _in_thread(app: App | Handler, name: str, namespace: Namespace, options: dic
 
 @contextlib.contextmanager
 def _ending(end: Callable[[], list[str]]) -> Iterator[None]:
-    """Call `end` after the block, and raise the texts that it returns. An error of the block gets them as notes."""
+    """Call `end` after the block, and raise `AssertionError` with the texts it returns, or add them to an error as notes."""
     try:
         yield
     except BaseException as error:
@@ -178,20 +179,20 @@ def _ending(end: Callable[[], list[str]]) -> Iterator[None]:
 
 
 def _end_below(directory: str) -> list[str]:
-    """Stop the daemons of all namespaces in and below that runtime directory. Return what was left."""
+    """Stop the daemons of all namespaces in and below a runtime directory. Return a text for each that was left running."""
     left: list[str] = []
     others: list[psutil.Process] = []
     for place, _, files in os.walk(directory):
         names = {file.partition(".")[0] for file in files if file.endswith(".lock")}
         left += _end_daemons(sorted(names), Namespace(runtime_dir=place))
         if any(file.endswith(".start") for file in files):
-            # A start may have come to no record.
+            # A start may have failed before there was a record.
             others = list(psutil.process_iter())
     return left + _end_processes([process.pid for process in others if _was_started_below(directory, process)])
 
 
 def _end_daemons(names: Iterable[str], namespace: Namespace) -> list[str]:
-    """Stop the daemons, and kill what they leave running. Return what was left."""
+    """Stop the daemons, and kill child processes left running. Return a text for each."""
     left: list[str] = []
     children: list[int] = []
     for name in names:
@@ -209,7 +210,7 @@ def _end_daemons(names: Iterable[str], namespace: Namespace) -> list[str]:
 
 
 def _end_processes(pids: list[int]) -> list[str]:
-    """Wait for the end of processes that should end by themselves. Kill those that do not, and return which they are."""
+    """Wait for processes to end, and kill those that do not. Return a text for each."""
     identities = [identity for pid in pids if (identity := processes.process_identity(pid)) is not None]
     deadline = deadline_after(EXIT_PERIOD)
     while (alive := list(filter(None, map(processes.find_process, identities)))) and sleep_until_retry(deadline):
@@ -223,7 +224,7 @@ def _end_processes(pids: list[int]) -> list[str]:
 
 
 def _was_started_below(directory: str, process: psutil.Process) -> bool:
-    """Return whether `ensure_daemon` started the process, or what forked it, for a namespace in or below that directory."""
+    """Return whether the process, or its ancestor, was started by `ensure_daemon` for a namespace in or below `directory`."""
     with contextlib.suppress(psutil.Error, OSError, ValueError):
         start = json.loads(process.environ().get(startup.VARIABLE, "{}"))
         return os.path.commonpath([directory, start.get("runtime_dir", "")]) == directory

@@ -1,1 +1,1 @@
-"""Names, directories, private files, records, locks, processes: what a daemon leaves in file system and process table."""
+"""Names, directories, private files, records, locks and process identities."""

@@ -1,6 +1,7 @@
-"""Private directories and files: made, tightened by those that write, and refused with a command that fixes them.
+"""Private directories and files: created, and checked at each use for owner, mode and links.
 
-Owner, mode and links are checked at each use. No file is opened, and no mode changed, through a link.
+Writers tighten a mode that is too open. The error for an unsafe path contains a shell command that fixes it. No file is opened,
+and no mode changed, through a link.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Mode bits that a private directory or file, and the directory of logs, must not have.
+# Mode bits that must not be set: on a private directory or file, and on the directory of logs.
 _PRIVATE = 0o077
 LOG_DIRECTORY = 0o022
 
-# On Windows a reader that has a file open, or a virus scanner, makes replacing, removing or opening it fail for a moment.
+# Seconds to retry: on Windows, a file that a reader or a virus scanner has open can't be replaced, removed or opened.
 SHARING_PATIENCE = 1.0
 _SHARING_STEP = 0.01
 
 ANOTHER_PLACE = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
 
-# O_NONBLOCK: a FIFO in a file's place must not hang the open.
+# O_NONBLOCK: opening a FIFO must not block.
 NOFOLLOW_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-# Device and inode of the directories whose ancestors were checked, by path. While the same directory is at the path, nobody has
-# replaced an ancestor, or he could not have moved this user's directory there.
+# Device and inode of the directories whose ancestors were checked, by path. As long as they are the same, no ancestor has been
+# replaced: another user could not have moved this user's directory there.
 _checked: dict[str, tuple[int, int]] = {}
 
 
 def check_private_dir(path: str, *, forbidden: int = _PRIVATE) -> bool:
-    """Return whether the directory `path` exists; raise `UnsafeDirectory` if it is there and not private.
+    """Return whether the directory `path` exists; raise `UnsafeDirectory` if it exists and is not private.
 
-    `forbidden` are the mode bits that it must not have.
+    `forbidden` are the mode bits that must not be set.
     """
     try:
         info = os.lstat(path)
@@ -71,12 +72,12 @@ def list_private_dir(path: str) -> list[str]:
 
 
 def create_private_dir(path: str, *, forbidden: int = _PRIVATE, tighten: bool = False) -> None:
-    """Create the directory `path`, and the parents that are missing, with mode 0700; check it as `check_private_dir`.
+    """Create the directory `path` and missing parents with mode 0700; check it like `check_private_dir`.
 
-    With `tighten`, the mode bits `forbidden` are taken from one that is this user's and only too open, with a warning.
+    With `tighten`, the mode bits `forbidden` of an existing directory of this user are cleared, with a warning.
     """
     if tighten and sys.platform != "win32":
-        with contextlib.suppress(OSError):  # the check says what is the matter
+        with contextlib.suppress(OSError):  # the check reports the problem
             if os.lstat(path).st_mode & forbidden and trust.may_close(path):
                 trust.check_ancestors(path)
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NOFOLLOW_FLAGS)
@@ -100,12 +101,12 @@ def _make_dir(path: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
         if sys.platform != "win32" and stat.S_IMODE(os.lstat(path).st_mode) & 0o700 != 0o700:
-            # The umask has taken away even the owner's rights, to open it too.
+            # The umask has cleared the owner's bits too.
             os.chmod(path, 0o700, follow_symlinks=False)
 
 
 def _tighten(path: str, descriptor: int, forbidden: int) -> None:
-    """Take the mode bits `forbidden` from a file or directory of this user in which nobody else could write."""
+    """Clear the mode bits `forbidden` of a file or directory of this user that nobody else can write to."""
     info = os.fstat(descriptor)
     if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden or trust.others_can_write(info):
         return
@@ -117,7 +118,7 @@ def _tighten(path: str, descriptor: int, forbidden: int) -> None:
 
 
 def file_fingerprint(path: str) -> tuple[int, ...]:
-    """Return what tells this content of the file `path` from any other. Raises as `read_private_file` does."""
+    """Return a fingerprint of the content of the file `path`. Raises what `read_private_file` does."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -131,12 +132,12 @@ def file_fingerprint(path: str) -> tuple[int, ...]:
 def read_private_file(path: str, limit: int) -> bytes:
     """Return up to `limit` + 1 bytes of a file that only this user can write and read.
 
-    Raises `FileNotFoundError`, `UnsafeDirectory` if it is a link, foreign, open to others or can't be read, and
+    Raises `FileNotFoundError`; `UnsafeDirectory` if it is a link, another user's, open to others or unreadable; and
     `ResourceExhausted` if this process has no free descriptor or memory.
     """
     descriptor = _open_for_reading(path)
     try:
-        # Not limit + 1 in any case: a buffer of that size costs more than all the rest.
+        # Not always limit + 1: allocating such a buffer takes longer than all the rest.
         return os.read(descriptor, min(limit, os.fstat(descriptor).st_size) + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -145,7 +146,7 @@ def read_private_file(path: str, limit: int) -> bytes:
 
 
 def open_log_for_reading(path: str) -> BinaryIO:
-    """Open the log `path` as a private file is opened. Raises as `read_private_file` does."""
+    """Open the log `path`, with the checks of a private file. Raises what `read_private_file` does."""
     check_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY)
     return open(_open_for_reading(path), "rb")
 
@@ -172,14 +173,14 @@ def _unreadable(path: str, error: OSError) -> HarnessIPCError:
 def open_private_file(path: str, flags: int, *, tighten: bool = False) -> int:
     """Open the file `path` with `flags`, never through a link, and return the descriptor. A new file has mode 0600.
 
-    Raises `UnsafeDirectory` if it is not a regular file of this user alone, and `OSError`. One that others can only read is
-    tightened if `tighten`.
+    Raises `OSError`, and `UnsafeDirectory` if it is not a private regular file of this user. With `tighten`, the mode of one
+    that others can only read is changed.
     """
     try:
         descriptor = _open(path, flags | NOFOLLOW_FLAGS)
     except OSError as error:
         if error.errno not in EXHAUSTED:
-            # A link or another user's file: say so, not that it can't be opened.
+            # Report a link or another user's file as such.
             with contextlib.suppress(FileNotFoundError):
                 file_fingerprint(path)
         raise
@@ -188,7 +189,7 @@ def open_private_file(path: str, flags: int, *, tighten: bool = False) -> int:
             _tighten(path, descriptor, _PRIVATE)
         trust.check_private(path, os.fstat(descriptor), stat.S_IFREG, _PRIVATE)
         if flags & os.O_CREAT and sys.platform != "win32":
-            # The umask may have taken away even the owner's rights.
+            # The umask may have cleared the owner's bits too.
             os.fchmod(descriptor, 0o600)
     except BaseException:
         os.close(descriptor)
@@ -201,22 +202,22 @@ def _open(path: str, flags: int) -> int:
         import _winapi
         import msvcrt
 
-        # FILE_GENERIC_WRITE without FILE_WRITE_DATA, and FILE_READ_ATTRIBUTES: each write goes to the end, a child's too, to
-        # which O_APPEND means nothing. FILE_SHARE_READ and FILE_SHARE_WRITE; OPEN_ALWAYS.
+        # FILE_GENERIC_WRITE without FILE_WRITE_DATA, and FILE_READ_ATTRIBUTES: each write appends, also one of a child process,
+        # where O_APPEND has no effect. FILE_SHARE_READ and FILE_SHARE_WRITE; OPEN_ALWAYS.
         return msvcrt.open_osfhandle(_winapi.CreateFile(path, 0x120194, 3, 0, 4, 0, 0), os.O_WRONLY | os.O_APPEND)
     return os.open(path, flags, 0o600)
 
 
 def write_private_file(path: str, data: bytes) -> None:
-    """Create the file `path`, which must not exist, with mode 0600 and `data` in it. Raises `OSError`."""
+    """Create the file `path` with mode 0600 and `data` in it. Raises `OSError`, also if it exists."""
     with open(open_private_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(data)
 
 
 def move_if_absent(draft: str, path: str) -> bool:
-    """Give the file `draft` the name `path`, or return False if that exists. On POSIX the name `draft` may stay."""
+    """Rename the file `draft` to `path`, or return False if that exists. On POSIX the name `draft` may stay."""
     try:
-        # Windows' rename does not replace.
+        # On Windows, rename does not replace.
         retry_on_sharing_violation(os.rename if sys.platform == "win32" else os.link, draft, path)
     except FileExistsError:
         return False
@@ -224,7 +225,7 @@ def move_if_absent(draft: str, path: str) -> bool:
 
 
 def remove(path: str) -> None:
-    """Remove the file `path` if the system lets us."""
+    """Remove the file `path`, ignoring errors."""
     with contextlib.suppress(OSError):
         retry_on_sharing_violation(os.unlink, path)
 
@@ -232,7 +233,7 @@ def remove(path: str) -> None:
 def open_private_log(path: str) -> int:
     """Open the log `path` for appending, mode 0600, never through a link, and return the descriptor.
 
-    Its directory is made if it is missing; others may read that, but not write. A log that others can only read is tightened.
+    Its directory is created if missing; others may read that, but not write. A log that others can only read is tightened.
     """
     create_private_dir(os.path.dirname(path), forbidden=LOG_DIRECTORY, tighten=True)
     try:
@@ -244,7 +245,7 @@ def open_private_log(path: str) -> int:
 
 
 def log_failure(path: str, what: str, error: OSError) -> StartFailed:
-    """Return the error of a log that can't be `what`, such as "opened"."""
+    """Return the error for a log that can't be `what`, such as "opened"."""
     todo = f"make room in {os.path.dirname(path)}, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return StartFailed(
         f"the log {path} can't be {what}: {error.strerror}; {todo}set HARNESS_IPC_LOG_DIR to a directory that you can write"
@@ -252,7 +253,7 @@ def log_failure(path: str, what: str, error: OSError) -> StartFailed:
 
 
 def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_PATIENCE) -> T:
-    """Return ``action(*arguments)``, repeated for `seconds` while Windows says that another process has the file open."""
+    """Return ``action(*arguments)``; on Windows, retry for `seconds` while another process has the file open."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -265,7 +266,7 @@ def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, sec
 
 @contextlib.contextmanager
 def start_failures(what: str, remedy: str) -> Iterator[None]:
-    """Raise `StartFailed`, with `what` could not be done, the reason and the `remedy`, for an `OSError` of the block."""
+    """Convert an `OSError` of the block to `StartFailed`, with `what` failed, the reason and the `remedy` in its text."""
     try:
         yield
     except HarnessIPCError:

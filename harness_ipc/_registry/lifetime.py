@@ -1,7 +1,7 @@
-"""A daemon's hold on its name: the name lock, and the record that its holder writes.
+"""A daemon's registration: the name lock, and the record that its holder writes.
 
-One process at a time has a name, also where a cleaner removes old files: the record of a living process is obeyed even by a
-process that has the lock, and a record is created only where there is none.
+Only one process at a time holds a name, even if a cleaner removes old files: a process with the lock also respects the record
+of a living process, and never replaces a record that it has not removed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-# Seconds that another process may hold the lock only to clean up, and the most between two tries to claim a name.
+# Seconds that a process may hold the lock just to clean up, and at most between two attempts to acquire a name.
 _LOCK_PATIENCE = 0.5
 _RETRY = 0.02
-# Times that a file may be removed beneath us during one claim or write.
+# Retries after another process has removed a file.
 _TRIES = 20
-# Seconds for other processes (a virus scanner, on Windows) to close the record before it becomes ready.
+# Seconds for other processes (on Windows, a virus scanner) to close the record before it becomes ready.
 _READY_PATIENCE = 5.0
-# Seconds after which the times of the files are set, or a cleaner of old files would remove them.
+# Seconds between updates of the files' times, which keep a cleaner of old files from removing them.
 TOUCH_INTERVAL = 3600.0
 
 
 class Registration:
-    """This process's hold on a name for one generation, from the claim to `release`.
+    """A name that this process holds for one generation, until `release`.
 
     Its methods may be called from any thread, one at a time.
     """
@@ -44,9 +44,9 @@ class Registration:
     def __init__(
         self, name: str, *, generation: str, address: str, family: str, namespace: Namespace | None = None, **optional: Any
     ) -> None:
-        """Claim the name, and record that this process is starting. `optional` are `argv`, `cwd`, `environment`, `detached`.
+        """Acquire the name, and record that this process is starting. `optional`: `argv`, `cwd`, `environment`, `detached`.
 
-        Raises `AlreadyRunning`, with the pid of the process that has the name, `StartFailed` and `UnsafeDirectory`.
+        Raises `AlreadyRunning`, with the pid of the holder, `StartFailed` and `UnsafeDirectory`.
         """
         from .. import __version__
 
@@ -80,7 +80,7 @@ class Registration:
             lock = _acquire(self._directory, self.record.name)
             try:
                 self._write(self.record)
-                # After the write: a process that locks a newer file from now on finds the record.
+                # After the write: a process that locks a newer file now finds the record.
                 if lock.is_current():
                     return lock
                 self._unlink()
@@ -89,24 +89,24 @@ class Registration:
                 raise
             lock.release()
             time.sleep(random.random() * _RETRY)  # noqa: S311 - no secret
-        raise StartFailed(f"the lock of {self.record.name!r} is removed from {self._directory} again and again")
+        raise StartFailed(f"another program keeps removing the lock of {self.record.name!r} from {self._directory}: stop it")
 
     def report(self, progress: Any) -> None:
-        """Record what the app reports while it starts. If it can't be written, that is no reason to fail."""
+        """Record the progress of the app's start. Errors are ignored."""
         self.record = self.record.replace(progress=progress)
         with contextlib.suppress(HarnessIPCError, OSError):
             self._write(self.record)
 
     def publish(self, *, app_version: str | None, max_message: int) -> None:
-        """Record that clients can connect. Raises `StartFailed`, or `AlreadyRunning` if another process has got the name."""
+        """Record that clients can connect. Raises `StartFailed`, or `AlreadyRunning` if another process holds the name."""
         record = self.record.replace(app_version=app_version, max_message=max_message, state=records.READY, progress=None)
         self._write(record)
         self.record = record
 
     def look(self) -> bool:
-        """Return whether clients still find this generation. A lock or a record that was removed is made again.
+        """Return whether clients still find this generation. Restores a lock or a record that was removed.
 
-        Unknown (e.g. EMFILE, or others may use the directory for now): assume that they do.
+        If unknown (e.g. EMFILE, or the directory is open to others), assumes that they do.
         """
         try:
             if not self._lock.is_current():
@@ -122,7 +122,7 @@ class Registration:
             return os.path.lexists(self._directory)
 
     def drain(self) -> None:
-        """Record that clients can't connect any more, while what is in flight is finished. Without room, remove the record."""
+        """Record that clients can't connect while requests in flight finish. If the disk is full, remove the record."""
         with contextlib.suppress(HarnessIPCError, OSError):
             if self._pid == os.getpid() and self._is_own():
                 self.record = self.record.replace(state=records.DRAINING)
@@ -132,7 +132,7 @@ class Registration:
                     self._unlink()
 
     def release(self) -> None:
-        """Remove the record, and give the name up. Idempotent. In a forked child, leave both to the parent."""
+        """Remove the record and release the name. Idempotent. Does neither in a forked child: both are the parent's."""
         if self._pid == os.getpid():
             self._unlink()
         self._lock.release()
@@ -149,14 +149,14 @@ class Registration:
                 files.remove(self._path)
 
     def _write(self, record: Record) -> None:
-        """Make `record` the name's. Raises `AlreadyRunning` if a living process has another there, and `StartFailed`."""
+        """Write `record`. Raises `AlreadyRunning` if the name has the record of another living process, and `StartFailed`."""
         data = record.to_json()
         if len(data) > (limit := records.MAX_RECORD):
             size = f"{len(data)} bytes, the limit is {limit}"
             raise StartFailed(f"the record {self._path} has {size}: use a shorter command line, or add fewer variables")
         with files.start_failures(f"the record {self._path} can't be written", files.ANOTHER_PLACE):
             for _ in range(_TRIES):
-                # A sweeper may have removed the draft.
+                # A cleaner may have removed the draft.
                 with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
                     if self._is_own():
                         patience = _READY_PATIENCE if record.state == records.READY else files.SHARING_PATIENCE
@@ -167,10 +167,10 @@ class Registration:
                     other = _remove_dead(self._directory, record.name)
                     if other is not None and other.generation != record.generation:
                         raise _already_running(record.name, other)
-        raise StartFailed(f"the record {self._path} is removed again and again")
+        raise StartFailed(f"another program keeps removing the record {self._path}: stop it")
 
     def _touch(self) -> None:
-        """Set the times of all files that a cleaner must leave alone, and of their directories."""
+        """Update the times of all files that a cleaner must not remove, and of their directories."""
         self._touched = time.monotonic()
         self._lock.share_directory()
         paths = [f"{self._path.removesuffix('.json')}.lock", self._path, self._directory]
@@ -182,10 +182,10 @@ class Registration:
 
 
 def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
-    """Remove what a dead generation of the daemon `name` left behind, and nothing of a living one.
+    """Remove the stale files of a dead daemon `name`; never those of a living one.
 
-    Returns whether the name is free now: False means that a daemon is running, and that nothing was touched. The lock's file
-    stays. Raises `UnsafeDirectory`, `StartFailed` or `InvalidName`.
+    Returns whether the name is free. False means that a daemon is running, and that nothing was removed. The lock file stays.
+    Raises `UnsafeDirectory`, `StartFailed` or `InvalidName`.
     """
     directory = os.path.dirname(private_path(name, "json", namespace))
     if not os.path.lexists(directory):
@@ -201,13 +201,13 @@ def cleanup_endpoint(name: str, *, namespace: Namespace | None = None) -> bool:
 
 
 def restore_record(record: Record, namespace: Namespace) -> None:
-    """Write the record of a daemon that has ended again, so that it can be started from that. Never replaces another."""
+    """Rewrite the record of a daemon that has ended, so that it can be restarted. Never replaces another record."""
     with contextlib.suppress(OSError, HarnessIPCError), _draft(namespace.runtime_dir, record.name, record.to_json()) as draft:
         files.move_if_absent(draft, private_path(record.name, "json", namespace))
 
 
 def is_living(record: Record) -> bool:
-    """Return whether the record's process lives. Where that can't be told: whether its socket accepts connections."""
+    """Return whether the record's process is alive, or if that is unknown, whether its socket accepts connections."""
     if sys.platform == "win32" or processes.why_unknown(record.public()) is None:
         return processes.find_process(record.public()) is not None
     with socket.socket(socket.AF_UNIX) as probe:
@@ -220,7 +220,7 @@ def is_living(record: Record) -> bool:
 
 
 def _acquire(directory: str, name: str) -> NameLock:
-    """Return the lock of a name that no living process has, and remove the drafts. Raises what `Registration` does."""
+    """Acquire the lock of a name that no living process holds, and remove drafts. Raises what `Registration` does."""
     lock = NameLock(os.path.join(directory, f"{name}.lock"))
     deadline = time.monotonic() + _LOCK_PATIENCE
     try:
@@ -245,7 +245,7 @@ def _already_running(name: str, living: Record | None) -> AlreadyRunning:
 
 
 def _read_living(path: str, name: str) -> Record | None:
-    """Return the record of `name` in the file `path` if its process lives. Raises as `files.read_private_file` does."""
+    """Return the record of `name` in the file `path` if its process is alive. Raises what `files.read_private_file` does."""
     with contextlib.suppress(FileNotFoundError, ValueError, IncompatibleDaemon):
         record = records.read_file(path, name)
         return record if is_living(record) else None
@@ -253,13 +253,13 @@ def _read_living(path: str, name: str) -> Record | None:
 
 
 def _remove_dead(directory: str, name: str) -> Record | None:
-    """Remove the record at the name's path, and the socket that it names. Return it instead if its process lives."""
+    """Remove the record of `name` and the socket named in it. If its process is alive, keep both and return the record."""
     path = os.path.join(directory, f"{name}.json")
     if (living := _read_living(path, name)) is None:
         with contextlib.suppress(FileNotFoundError):
             aside = _draft_path(directory, name)
             files.retry_on_sharing_violation(os.rename, path, aside)
-            # Another process may have replaced it since it was read.
+            # Another process may have replaced the record since it was read.
             if (living := _read_living(aside, name)) is not None:
                 files.move_if_absent(aside, path)
                 files.remove(aside)
@@ -268,14 +268,14 @@ def _remove_dead(directory: str, name: str) -> Record | None:
 
 
 def _remove_drafts(directory: str, name: str) -> None:
-    """Remove the drafts of dead generations, and the sockets that they name. The caller holds the name lock."""
+    """Remove the drafts of dead generations, and the sockets named in them. The caller holds the name lock."""
     for entry in files.list_private_dir(directory):
         if entry.startswith(f"{name}.") and entry.endswith(".tmp"):
             path = os.path.join(directory, entry)
             with contextlib.suppress(OSError, ValueError, IncompatibleDaemon):
                 if is_living(record := records.read_file(path, name)):
                     continue
-                # Only where, and as what, a generation's socket can be: a damaged record must not choose what is unlinked.
+                # Only a path that a socket of a generation can have: a damaged record must not choose what is unlinked.
                 place, socket_name = os.path.split(record.address)
                 if socket_name == f"{record.generation[:16]}.sock" and any(
                     os.path.samefile(place, each) for each in (directory, private_temporary_dir())
@@ -290,7 +290,7 @@ def _draft_path(directory: str, name: str) -> str:
 
 @contextlib.contextmanager
 def _draft(directory: str, name: str, data: bytes) -> Iterator[str]:
-    """Write `data` to a new file, yield its path, and remove it at the end of the block if it is still there."""
+    """Write `data` to a new file and yield its path. After the block the file is removed if it still exists."""
     draft = _draft_path(directory, name)
     try:
         files.write_private_file(draft, data)

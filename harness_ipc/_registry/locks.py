@@ -1,4 +1,4 @@
-"""A lock on a file that others may remove: it counts only while its path leads to it."""
+"""A lock on a file that others may remove: valid only while the file is at its path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._descriptors import close_in_child
 from ..errors import HarnessIPCError
 from . import files
 
-# The errors of a lock that another process has. Wine sets no errno.
+# The errors for a lock that another process holds. Wine sets no errno.
 if sys.platform == "win32":
     import msvcrt
 
@@ -36,9 +36,9 @@ def _try_lock(descriptor: int) -> bool:
 
 
 class NameLock:
-    """The lock of one name, held from `try_acquire` until `release` or the end of the process, however that ends.
+    """The lock of one name, held from `try_acquire` until `release` or the end of the process.
 
-    The file may be removed by a cleaner. The holder then acquires it again, and keeps the lock of the removed file.
+    If a cleaner removes the file, the holder locks a new one, and keeps the lock on the removed file.
     """
 
     def __init__(self, path: str) -> None:
@@ -49,11 +49,11 @@ class NameLock:
         close_in_child(self)
 
     def try_acquire(self) -> bool:
-        """Lock the file, made if it is missing. Return False if another process has it.
+        """Lock the file, creating it if missing. Return False if another process holds the lock.
 
-        Raises `UnsafeDirectory` if others could read or plant the file, and `StartFailed` if it can't be opened or locked.
+        Raises `UnsafeDirectory` if others could read or replace the file, and `StartFailed` if it can't be opened or locked.
         """
-        with files.start_failures(f"the lock {self._path} can't be taken", files.ANOTHER_PLACE):
+        with files.start_failures(f"the lock {self._path} can't be acquired", files.ANOTHER_PLACE):
             return self._try_acquire()
 
     def _try_acquire(self) -> bool:
@@ -62,7 +62,7 @@ class NameLock:
                 descriptor = files.open_private_file(self._path, os.O_RDWR | os.O_CREAT)
             except PermissionError as error:
                 if sys.platform == "win32" and not isinstance(error, HarnessIPCError):
-                    # Another process has opened it for itself alone.
+                    # Another process has opened it exclusively.
                     return False
                 raise
             current = False
@@ -77,11 +77,11 @@ class NameLock:
                     os.close(descriptor)
 
     def is_current(self) -> bool:
-        """Whether the file at the path is the one that is locked here. Raises `UnsafeDirectory`."""
+        """Whether the file at the path is the locked one. Raises `UnsafeDirectory`."""
         return self._is_at_path(self._descriptors[-1])
 
     def _is_at_path(self, descriptor: int) -> bool:
-        # On Windows nobody can remove or rename a file that is open without FILE_SHARE_DELETE.
+        # On Windows a file that is open without FILE_SHARE_DELETE can't be removed or renamed.
         if sys.platform != "win32":
             info = os.fstat(descriptor)
             try:
@@ -94,7 +94,7 @@ class NameLock:
     def share_directory(self) -> None:
         """Hold a shared lock on the directory too, unless a cleaner has it now.
 
-        systemd-tmpfiles passes over a directory that somebody has locked, whatever locks its files have.
+        systemd-tmpfiles skips a locked directory; it ignores locks on files.
         """
         if sys.platform != "win32":
             with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ class NameLock:
             os.close(self._directory)
             self._directory = None
         for descriptor in descriptors:
-            # Not by closing alone: forked children may have the descriptor. On Windows no other process has the handle.
+            # Closing is not enough if forked children have the descriptor. On Windows no other process has the handle.
             if sys.platform != "win32" and self._pid == os.getpid():
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)

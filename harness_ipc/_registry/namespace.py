@@ -1,4 +1,4 @@
-"""Where an application's daemons are: names, and the directories of records and logs. It looks, and creates nothing."""
+"""Namespaces: names, and the directories of an application's records and logs. Creates nothing."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def check_name(name: str, what: str = "a daemon name") -> str:
 
 
 class Namespace:
-    """The directories of one application's daemons: a value, whose `runtime_dir` and `log_dir` are absolute paths.
+    """The directories of one application's daemons. Immutable and hashable; `runtime_dir` and `log_dir` are absolute paths.
 
-    Every function that takes a daemon's name takes one as `namespace`; None is `Namespace()`. Two applications with different
-    namespaces never meet each other's daemons. An argument wins over ``HARNESS_IPC_RUNTIME_DIR`` and ``HARNESS_IPC_LOG_DIR``,
-    which win over the platform's directories. An argument is used as it is; below the variables' directories, and below the
-    platform's runtime directory, each `app` but the default one has a directory of its own.
+    Every function that takes a daemon's name also takes a `namespace`; None means `Namespace()`. Applications with different
+    namespaces never see each other's daemons. Arguments override ``HARNESS_IPC_RUNTIME_DIR`` and ``HARNESS_IPC_LOG_DIR``, which
+    override the platform's directories. Arguments are used unchanged. Below the directories of the variables, and below the
+    platform's runtime directory, each `app` except the default has its own subdirectory.
 
     Raises `InvalidName` if `app` is not 1 to 64 of ``A-Z a-z 0-9 _ -``, and `UnsafeDirectory` if a directory is relative and
-    the current one was removed (for that of the variable, `log_dir` does).
+    the current directory was removed. (`log_dir` raises it for a relative ``HARNESS_IPC_LOG_DIR``.)
     """
 
     __slots__ = ("_app", "_log_dir", "_runtime_dir")
@@ -73,7 +73,7 @@ class Namespace:
     def log_dir(self) -> str:
         """The directory of logs. It need not exist yet."""
         if self._log_dir is None:
-            # Only when it is asked for: a client needs no log.
+            # Resolved on first access: a client needs no log.
             if override := os.environ.get(_LOG_VARIABLE):
                 self._log_dir = _absolute(self._below(override), _LOG_VARIABLE)
             else:
@@ -111,7 +111,7 @@ def all_namespaces() -> list[Namespace]:
 
 
 def runtime_dir(*, namespace: Namespace | None = None) -> Path:
-    """Return the directory of the endpoint records and sockets of this user. It need not exist yet.
+    """Return the directory of this user's records and sockets. It need not exist yet.
 
     Raises `UnsafeDirectory` if it exists and is not private to this user.
     """
@@ -130,14 +130,14 @@ def runtime_path(name: str, ext: str, *, namespace: Namespace | None = None) -> 
 
 
 def log_path(name: str, *, namespace: Namespace | None = None) -> Path:
-    """Return the path of the log of the daemon `name`. Raises `InvalidName`, and `UnsafeDirectory` as `Namespace` does."""
+    """Return the path of the log of the daemon `name`. Raises `InvalidName` and, like `Namespace`, `UnsafeDirectory`."""
     from pathlib import Path
 
     return Path((namespace or Namespace()).log_dir, f"{check_name(name)}.log")
 
 
 def private_path(name: str, ext: str, namespace: Namespace | None = None) -> str:
-    """Return what `runtime_path` does, as a string, which costs less."""
+    """Return the path of `runtime_path` as a string, which is faster."""
     check_name(name)
     directory = (namespace or Namespace()).runtime_dir
     check_private_dir(directory)
@@ -145,7 +145,7 @@ def private_path(name: str, ext: str, namespace: Namespace | None = None) -> str
 
 
 def private_temporary_dir() -> str:
-    """Return the short directory for a socket whose path would be too long in the runtime directory. Raises `StartFailed`."""
+    """Return the fallback directory for a socket whose path is too long in the runtime directory. Raises `StartFailed`."""
     import tempfile
 
     try:
@@ -154,26 +154,26 @@ def private_temporary_dir() -> str:
             user = str(os.geteuid())
         return os.path.join(tempfile.gettempdir(), f"{DEFAULT_APP}-{user}")
     except FileNotFoundError as error:
-        raise StartFailed("no temporary directory can be written: set TMPDIR to one that can") from error
+        raise StartFailed("no temporary directory is writable: set TMPDIR to one that is") from error
 
 
 def _absolute(path: str, variable: str) -> str:
     if os.path.isabs(path):
         return path
     try:
-        # No shell has expanded a "~" in a container's or a unit's environment.
+        # In the environment of a container or a systemd unit, no shell has expanded a "~".
         if not (found := os.path.abspath(os.path.expanduser(path))).startswith(os.path.abspath("~")):
             return found
-        why = "there is no HOME"
+        why = "HOME is not set"
     except FileNotFoundError:
         why = "the current directory was removed"
-    text = f"{path} can't be found, since {why}: set {variable} to an absolute path"
+    text = f"{path} can't be resolved, since {why}: set {variable} to an absolute path"
     raise UnsafeDirectory(text, path=path, remedy=trust.elsewhere()) from None
 
 
 def _platform_log_dir(app: str) -> str | None:
-    """Return the platform's directory of logs, or None where there is no home for it."""
-    # Not the passwd entry's: another HOME means other logs. Users that have none have "/" or "/nonexistent".
+    """Return the platform's directory of logs, or None without a home directory."""
+    # Not from passwd: another HOME means other logs. System users have "/" or "/nonexistent".
     home = os.environ.get("HOME", "")
     has_home = os.path.isabs(home) and home.strip("/") and os.path.isdir(home)
     if sys.platform != "win32" and not has_home and not os.path.isabs(os.environ.get("XDG_STATE_HOME", "")):
@@ -184,32 +184,32 @@ def _platform_log_dir(app: str) -> str | None:
         path = platformdirs.user_log_dir(app, appauthor=False)
     except (RuntimeError, OSError):
         return None
-    # A "~" that nobody has expanded must not become a directory.
+    # An unexpanded "~" must not become a directory.
     return path if os.path.isabs(path) else None
 
 
 def runtime_root() -> tuple[str, str]:
-    """Return the runtime directory of the default application and, for people, why it is this one.
+    """Return the runtime directory of the default application, and the reason for the choice as text.
 
-    Raises `UnsafeDirectory` if no place can be told, with the variable to set.
+    Raises `UnsafeDirectory`, which names the variable to set, if there is none.
     """
     if override := os.environ.get(_RUNTIME_VARIABLE):
         return override, f"{_RUNTIME_VARIABLE} is set"
     if sys.platform == "win32":
-        # Not in AppData: Python from the Store is shown a copy of that, and other programs would not find its daemons.
+        # Not in AppData: Python from the Store sees a private copy of it, and other programs would not find its daemons.
         profile = os.path.expanduser("~")
         if not os.path.isabs(profile):
             text = f"there is no home directory for the records: set USERPROFILE or {_RUNTIME_VARIABLE}"
             raise UnsafeDirectory(text, path=profile, remedy=trust.elsewhere())
         import ctypes
 
-        # What an elevated process makes belongs to the administrators: other processes of the user can't even read it.
+        # Files of an elevated process belong to the administrators: the user's other processes can't read them.
         if ctypes.windll.shell32.IsUserAnAdmin():
             return os.path.join(profile, ".harness-ipc", "run-elevated"), "the directory of elevated processes"
         return os.path.join(profile, ".harness-ipc", "run"), "in your profile"
-    # XDG_RUNTIME_DIR, TMPDIR and HOME differ between a login, cron, ssh, sudo and a sandbox of one user, and two directories
-    # would be two daemons: what exists decides. A directory stays in use once it is there, so that a later login, which creates
-    # /run/user/<uid>, does not hide the daemons that were started before it.
+    # XDG_RUNTIME_DIR, TMPDIR and HOME of one user differ between login, cron, ssh, sudo and sandboxes, and two directories
+    # would mean two daemons. So the choice depends on which directories exist. A directory stays in use once it exists: a later
+    # login, which creates /run/user/<uid>, must not hide the running daemons.
     uid = os.geteuid()
     temporary = f"/tmp/{DEFAULT_APP}-runtime-{uid}"  # noqa: S108 - its owner is checked at each use
     if (squatter := _owner(temporary)) == uid:

@@ -1,7 +1,7 @@
-"""The record of a daemon: the file ``<name>.json`` in the runtime directory, with all that others may know of the daemon.
+"""The record of a daemon: the file ``<name>.json`` in the runtime directory, which describes it to other processes.
 
-Its `state` is "starting", "ready" (clients can connect) or "draining". The key is in it only while it is ready. This module
-reads records and opens no connection; `lifetime` writes them.
+Its `state` is "starting", "ready" (clients can connect) or "draining". It contains the key only while it is ready. This module
+reads records; `lifetime` writes them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 _STATES = STARTING, READY, DRAINING = "starting", "ready", "draining"
-# Bytes. A record has about 700, and argv and the added environment.
+# The limit of a record in bytes: it takes about 700, plus argv and the added environment.
 MAX_RECORD = 256 * 1024
 
-# Seconds since 1970, far beyond any clock and within what a float and a datetime can hold: the year 9999.
+# Seconds since 1970: the year 9999, the last one of datetime.
 _END_OF_TIME = 253_402_300_800
 _KEY_BYTES = 32
 
 _TEXT, _NUMBER, _INTEGER = (str,), (int, float), (int,)
 _Types = dict[str, tuple[type, ...]]
-# In every schema, for ever: with these, any version can ping, report and stop a daemon of any other.
+# Part of every schema: with these fields any version can ping, report and stop a daemon of any other version.
 _LASTING: _Types = {**dict.fromkeys(("name", "generation", "address"), _TEXT), "pid": _INTEGER, "create_time": _NUMBER}
 _REQUIRED: _Types = {
     **dict.fromkeys(("family", "version", "python", "state"), _TEXT),
@@ -38,21 +38,21 @@ _REQUIRED: _Types = {
     "argv": (list,),
     "environment": (dict,),
 }
-# Lasting too are `authkey`, `start_ticks` and `boot_id`. Not every system has the latter, and `cwd` may have been removed.
+# `authkey`, `start_ticks` and `boot_id` are part of every schema too. Only Linux has the latter two; `cwd` may be removed.
 _OPTIONAL: _Types = {
     **dict.fromkeys(("authkey", "boot_id", "pid_namespace", "time_namespace", "app_version", "cwd", "detached"), _TEXT),
     **dict.fromkeys(("start_ticks", "max_message"), _INTEGER),
     "leaves_cwd": (bool,),
-    # What the app has reported last while it starts: any JSON.
+    # The last progress that the app reported during its start: any JSON.
     "progress": (str, int, float, bool, list, dict),
 }
 
 
 class Record:
-    """What a client has to know to reach one generation of a daemon, and what a person wants to know about it.
+    """How to reach one generation of a daemon, and its description.
 
-    `authkey` has 32 bytes, or none in a record that is not ready. `max_message` is the largest message that the daemon takes,
-    in bytes. `environment` has the variables that the starter added, with their values: not for reports.
+    `authkey` has 32 bytes, or 0 if the record is not ready. `max_message` is the limit of a message to the daemon in bytes.
+    `environment` has the variables that the starter added, with values: do not show them.
     """
 
     __slots__ = (
@@ -61,7 +61,7 @@ class Record:
     )
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        """Take the fields of a record's file, of this schema or another. Raises `ValueError` that quotes none of the values."""
+        """Validate the fields of a record, of any schema. Raises `ValueError`, which quotes none of the values."""
         self.schema: int = fields["schema"]
         required, optional = (_LASTING | _REQUIRED, _OPTIONAL) if self.schema == SCHEMA else (_LASTING, _OPTIONAL | _REQUIRED)
         # type(): bool is a subclass of int.
@@ -69,7 +69,7 @@ class Record:
         odd = {key for key, kinds in optional.items() if key in fields and type(fields[key]) not in kinds}
         if wrong or (odd and self.schema == SCHEMA):
             raise ValueError(f"its {min(wrong or odd)} is missing or of a wrong type")
-        # Another schema may mean something else by it.
+        # In another schema the field may have another meaning.
         fields = {key: value for key, value in fields.items() if key not in odd}
         self.authkey = bytes.fromhex(fields.pop("authkey", ""))
         state = fields.get("state")
@@ -82,7 +82,7 @@ class Record:
         self.max_message: int = fields.get("max_message", MAX_RECORD)
         self.environment: dict[str, str] = fields.get("environment", {})
         self._fields = fields
-        # As the keys are derived from it; raises UnicodeError, a ValueError.
+        # As in the key derivation. Raises UnicodeError, a ValueError.
         self.address.encode("utf-8", "surrogateescape")
         possible = self.pid > 0 and self.max_message > 0 and self.address != "" and "\0" not in self.address
         possible &= all(0 <= fields.get(key, 0) < _END_OF_TIME for key in ("create_time", "started_at"))
@@ -94,7 +94,7 @@ class Record:
             raise ValueError("one of its values is impossible")
 
     def public(self) -> dict[str, Any]:
-        """Return the fields for reports: all but the authkey, and of the environment the names."""
+        """Return the fields without secrets: no authkey, and only the names of the environment."""
         return {**self._fields, "environment": sorted(self.environment)}
 
     def replace(self, **changes: Any) -> Record:
@@ -111,13 +111,13 @@ class Record:
         return f"<Record {self.name!r} generation={self.generation!r} pid={self.pid} address={self.address!r}>"
 
 
-# The last record read, by path, with the file's fingerprint. Parsing is most of the cost of finding a daemon, and a file with
-# the same identity, times and size is the same record: a new state is always a new file.
+# The last record read, by path, with the file's fingerprint. Parsing is most of the cost of finding a daemon. A file with the
+# same fingerprint is the same record, since each change creates a new file.
 _last_read: dict[str, tuple[tuple[int, ...], Record]] = {}
 
 
 def load(name: str, *, again: bool = False, any_schema: bool = False, namespace: Namespace | None = None) -> Record:
-    """Return the record of the daemon `name`, to which clients can connect. `again` reads it even if it seems unchanged.
+    """Return the record of the daemon `name` if clients can connect to it. `again` reads it even if it seems unchanged.
 
     Raises what `read` does, `DaemonNotRunning` if the daemon is starting or draining, and `IncompatibleDaemon` if the record
     has another schema, unless `any_schema`.
@@ -125,21 +125,21 @@ def load(name: str, *, again: bool = False, any_schema: bool = False, namespace:
     record = read(name, again=again, namespace=namespace)
     if record.state != READY:
         doing = "still starting" if record.state == STARTING else "stopping"
-        raise DaemonNotRunning(f"the daemon {name!r} is {doing}, or was killed while it did: see its log, or start it again")
+        raise DaemonNotRunning(f"the daemon {name!r} is {doing}, or was killed meanwhile: see its log, or start it again")
     if record.schema != SCHEMA and not any_schema:
         raise incompatible(record.schema)
     return record
 
 
 def read(name: str, *, again: bool = False, namespace: Namespace | None = None) -> Record:
-    """Return the record of the daemon `name` in whatever state. Creates nothing.
+    """Return the record of the daemon `name` in any state. Creates nothing.
 
-    Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` if it can't be understood, and
-    `UnsafeDirectory` if it could have been planted or read by somebody else.
+    Raises `DaemonNotRunning` if there is none or if it is damaged, `IncompatibleDaemon` for an unknown schema, and
+    `UnsafeDirectory` if another user could have written or read it.
     """
     path = private_path(name, "json", namespace)
     try:
-        # Taken before the content is read: a record that is replaced in between is read again next time.
+        # Before the content: if the record is replaced in between, it is read again next time.
         fingerprint = files.file_fingerprint(path)
         last = _last_read.get(path)
         if last is not None and last[0] == fingerprint and not again:
@@ -158,8 +158,8 @@ def read(name: str, *, again: bool = False, namespace: Namespace | None = None) 
 def read_file(path: str, name: str) -> Record:
     """Return the record of `name` in the file `path`.
 
-    Raises `ValueError` in words that never quote the file, `IncompatibleDaemon` if it has another schema and lacks what all
-    schemas have, and what `files.read_private_file` does.
+    Raises `ValueError`, which never quotes the file, `IncompatibleDaemon` if it has another schema and lacks a field of every
+    schema, and what `files.read_private_file` does.
     """
     data = files.read_private_file(path, MAX_RECORD)
     if len(data) > MAX_RECORD:
@@ -177,7 +177,7 @@ def read_file(path: str, name: str) -> Record:
             raise
         raise incompatible(schema) from None
     if record.name != name:
-        raise ValueError("it names another daemon")
+        raise ValueError("it is the record of another daemon")
     return record
 
 
@@ -190,5 +190,5 @@ def incompatible(schema: int) -> IncompatibleDaemon:
 
 
 def new_generation_id() -> str:
-    """Return a new unguessable name for a generation: 32 hexadecimal digits."""
+    """Return a new random id of a generation: 32 hexadecimal digits."""
     return os.urandom(16).hex()

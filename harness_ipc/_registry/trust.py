@@ -1,6 +1,6 @@
-"""Which other users could replace or read a path, and the shell command that fixes it. It changes nothing.
+"""Checks whether other users could replace or read a path, and finds a shell command that fixes it. Changes nothing.
 
-On Windows there is little to check: the access list of the user's profile protects what is in it.
+On Windows there is little to check: the access control list of the user's profile protects the files in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# As many as Linux follows (path_resolution(7)).
+# The limit of Linux (path_resolution(7)).
 _MAX_LINKS = 40
 _SHARED_IN = ("/", "/home", "/private", "/private/var", "/run", "/Users", "/var", "/var/cache", "/var/lib", "/var/spool")
 _SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
@@ -31,7 +31,7 @@ def refusal(path: str, problem: str, remedy: str) -> UnsafeDirectory:
 
 
 def home() -> str | None:
-    """Return the home directory of this user's passwd entry, which is the same for all processes, or None without one."""
+    """Return the home directory in passwd, which is the same for all processes of this user, or None."""
     if sys.platform == "win32":
         return None
     uid = os.geteuid()
@@ -47,10 +47,10 @@ def home() -> str | None:
 
 
 def check_ancestors(path: str) -> None:
-    """Raise `UnsafeDirectory` if another user could replace `path` by replacing one of the directories that lead to it.
+    """Raise `UnsafeDirectory` if another user could replace `path` by replacing one of its parent directories.
 
-    They must belong to root, to the owner of ``/`` or to this user, and others may write in none that is not sticky. Links are
-    checked as what they are, and then where they lead. What does not exist yet is no fault.
+    Each must belong to root, to the owner of ``/`` or to this user, and must not be writable by others unless it is sticky.
+    Links are checked, and so are their targets. Missing directories are ignored.
     """
     if sys.platform == "win32":
         return
@@ -77,7 +77,7 @@ def check_ancestors(path: str) -> None:
 
 
 def _walk(path: str, links: int = 0) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield each directory and link that is met on the way to `path` and into it, and what it is."""
+    """Yield each directory and link on the way to `path`, and its status; targets of links too."""
     if links > _MAX_LINKS:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     parent = os.path.dirname(path)
@@ -90,12 +90,12 @@ def _walk(path: str, links: int = 0) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def others_can_write(info: os.stat_result) -> bool:
-    """Return whether another user can write there; the members of this user's own group are none."""
+    """Return whether another user can write there. A private group of this user does not count."""
     return bool(info.st_mode & stat.S_IWOTH) or bool(info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether the group is this user's own and has no other member, as where the umask is 002."""
+    """Return whether the group is this user's private group, without other members (umask 002)."""
     if sys.platform == "win32":
         return False
     import grp
@@ -110,14 +110,14 @@ def _is_own_group(gid: int) -> bool:
 
 
 def is_shared(path: str) -> bool:
-    """Return whether programs other than ours need the directory `path` as it is: a system's directory, or a home."""
+    """Return whether other programs depend on the mode of the directory `path`: a system directory, or a home."""
     real, own = os.path.realpath(path), home()
     above_home = own is not None and f"{os.path.realpath(own)}/".startswith(f"{real}/")
     return above_home or os.path.dirname(real) in _SHARED_IN or f"{real}/".startswith(_SHARED_TREES)
 
 
 def may_close(path: str) -> bool:
-    """Return whether others can lose the right to read the directory `path`: it is no system's and has no open one."""
+    """Return whether the directory `path` may be closed to others: no other program depends on it or a directory in it."""
     try:
         with os.scandir(path) as entries:
             inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)
@@ -132,7 +132,7 @@ def check_private(path: str, info: os.stat_result, kind: int, forbidden: int) ->
         if info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT:
             raise refusal(path, "is a link", f'rmdir "{path}"')
         if stat.S_IFMT(info.st_mode) != kind:
-            raise refusal(path, "is not what belongs there", f'move "{path}" "{path}.old"')
+            raise refusal(path, "is of another type", f'move "{path}" "{path}.old"')
         return
     uid = os.geteuid()
     if info.st_mode & (0o170000 | forbidden) == kind and info.st_uid == uid:
@@ -149,37 +149,37 @@ def check_private(path: str, info: os.stat_result, kind: int, forbidden: int) ->
 
 
 def denied(path: str, error: OSError) -> UnsafeDirectory:
-    """Return the error for a path that the system does not let this user look at."""
+    """Return the error for a path that this user can't examine."""
     return refusal(path, f"can't be examined ({error.strerror})", give_back(path) or elsewhere())
 
 
 def make_readable(path: str) -> str:
-    """Return the remedy for a file or directory of this user that he can't read."""
+    """Return the remedy for an unreadable file or directory of this user."""
     if sys.platform == "win32":
         return f'icacls "{path}" /reset'
     return f"chmod {700 if os.path.isdir(path) else 600} {_quote(path)}"
 
 
 def _take_over(path: str, info: os.stat_result, uid: int) -> str:
-    """Return the remedy for the user `uid`, where `path` is another user's."""
+    """Return the remedy for the user `uid` if `path` belongs to another user."""
     if remedy := _sudo_with_home(info.st_uid, uid):
         return remedy
     if info.st_uid == 0 and not is_shared(path):
         return give_back(path) or f"sudo chown -R {uid} {_quote(path)}"
     if not stat.S_ISDIR(info.st_mode):
         return f"sudo rm {_quote(path)}"
-    # In /tmp it is in our way. Anywhere else it may be what somebody needs.
+    # In /tmp it can be removed; elsewhere somebody may need it.
     squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
     return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
 
 
 def give_back(path: str) -> str | None:
-    """Return the remedy if `path`, or a directory above it, was made with sudo in a directory of this user."""
+    """Return the remedy if `path`, or a parent directory, was created with sudo in a directory of this user."""
     if sys.platform == "win32":
         return None
     made_by_root = None
     while (parent := os.path.dirname(path)) != path:
-        with contextlib.suppress(OSError):  # it can't be seen, but one above it can
+        with contextlib.suppress(OSError):  # it can't be examined, but a parent can
             if os.lstat(path).st_uid == 0 and os.lstat(parent).st_uid == os.geteuid() != 0:
                 made_by_root = f"sudo chown -R {os.geteuid()} {_quote(path)}"
         path = parent
@@ -187,7 +187,7 @@ def give_back(path: str) -> str | None:
 
 
 def _sudo_with_home(owner: int, uid: int) -> str | None:
-    """Return the remedy for root with the `HOME` of the user `owner`, whose files root must not use as its own."""
+    """Return the remedy for root with the `HOME` of the user `owner` (sudo without -H)."""
     with contextlib.suppress(OSError):
         if uid == 0 != owner == os.stat(os.environ.get("HOME", "/")).st_uid:
             return "sudo -H -s"
@@ -195,7 +195,7 @@ def _sudo_with_home(owner: int, uid: int) -> str | None:
 
 
 def elsewhere() -> str:
-    """Return the command that moves both directories to another place."""
+    """Return the command that sets both directories to another place."""
     if sys.platform == "win32":
         return r"set HARNESS_IPC_RUNTIME_DIR=%USERPROFILE%\.harness-ipc\run"
     own = home()

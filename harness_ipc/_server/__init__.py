@@ -1,1 +1,1 @@
-"""The daemon's side of the channel: admission, requests, and the drivers of its connections."""
+"""The server: admission of clients, requests, and I/O of the connections."""

@@ -1,4 +1,4 @@
-"""Who is let in: pending handshakes, connections, descriptors, and their limits. Every method may be called from any thread."""
+"""Admission of clients: the limits of pending handshakes, connections and descriptors. All methods are thread-safe."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Past this number the oldest are dropped to make room, once they had a second; until then nothing more is accepted. So silent
-# clients can't keep an honest one out, nor a burst of honest ones.
+# Above this number the oldest are dropped, but each has at least a second, during which nothing more is accepted. So neither
+# silent clients nor a burst of honest ones can keep an honest client out.
 MAX_PENDING_HANDSHAKES = 256
 MIN_HANDSHAKE_TIME = 1.0
-# Seconds to wait for room, for descriptors or for memory, which nothing announces, before accept is tried again.
+# Seconds before accept is retried without room, descriptors or memory.
 PAUSE = 0.1
 
 
 class Deadlines:
-    """Closes the connections of one event loop that do not go on in time: see `Session.due`."""
+    """The deadlines of the connections of one event loop: see `Session.due`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sessions: Callable[[], list[Session]]) -> None:
         self._loop = loop
@@ -43,7 +43,7 @@ class Deadlines:
         self._next = inf
 
     def set(self, session: Session, seconds: float) -> None:
-        """Close `session` in so many seconds, unless it has a deadline already, or sets `due` to infinity before."""
+        """Close `session` after `seconds`, unless it has a deadline already, or sets `due` to infinity before."""
         if session.due == inf and seconds < inf:
             session.due = time.monotonic() + seconds
             if session.due < self._next:
@@ -61,17 +61,17 @@ class Deadlines:
         sessions = self._sessions()
         for session in sessions:
             if session.due <= now:
-                session.close(DaemonTimeout("it did not prove itself, or send the rest of a message, in time"))
+                session.close(DaemonTimeout("it did not complete the handshake, or a message, in time"))
         if (due := min((session.due for session in sessions if session.due > now), default=inf)) < inf:
             self._schedule(due)
 
 
 class Admission:
-    """The listener and all connections: those that have not proved themselves, and those that are served."""
+    """The listener and all connections, before and after the handshake."""
 
     def __init__(self, listener: Listener, max_connections: int) -> None:
         self.listener = listener
-        # How many clients were accepted or refused: a loop that accepts is not blocked.
+        # The number of clients accepted or refused: it shows whether the loop is blocked.
         self.accepted = 0
         self._max_connections = max_connections
         self._log = RateLimitedLogger(logger)
@@ -82,14 +82,14 @@ class Admission:
         close_in_child(self)
 
     def close_inherited(self) -> None:
-        """Close a forked child's copies of the connections. Without the lock, which a thread may have had that is not there."""
+        """Close a forked child's copies of the connections. Without the lock: a thread of the parent may have held it."""
         for session in (*self._pending, *self._sessions):
             session.connection.close_inherited()
 
     def accept(self) -> tuple[Accepted, str | None] | None:
-        """Accept a client without waiting; None if nobody is there, or `is_paused`.
+        """Accept a client without waiting. Return None if none is waiting, or `is_paused`.
 
-        With the connection comes the limit that keeps the client out, if the last descriptor is the spare one.
+        Returns the connection, and if it uses the spare descriptor, the limit that was reached.
         """
         try:
             if not self.make_room():
@@ -114,7 +114,7 @@ class Admission:
         return client, None
 
     def _accept_spare(self) -> tuple[Accepted, str | None] | None:
-        """Accept a client though no descriptor is free, to tell it so."""
+        """Accept a client with the spare descriptor, to tell it that the limit is reached."""
         with self._lock:
             if self._drop_silent() or (full := lacking_descriptors()) is None:
                 self._pause()
@@ -123,13 +123,13 @@ class Admission:
             try:
                 return self.listener.accept_spare(), full
             except (HarnessIPCError, OSError):
-                # Nobody is there, or another thread of the app has taken the descriptor.
+                # No client is waiting, or another thread has taken the descriptor.
                 self.listener.keep_spare()
                 self._pause()
                 return None
 
     def make_room(self) -> bool:
-        """Return whether there is room for one more client that has to prove itself; drop silent ones if there is not."""
+        """Return whether there is room for one more pending handshake, after dropping silent clients if necessary."""
         with self._lock:
             if len(self._pending) < MAX_PENDING_HANDSHAKES:
                 return True
@@ -137,7 +137,7 @@ class Admission:
             return False
 
     def _drop_silent(self) -> bool:
-        """End the clients that have not proved themselves and had their time. Return whether there were any."""
+        """Close pending handshakes that are older than a second. Return whether there were any."""
         latest = time.monotonic() - MIN_HANDSHAKE_TIME
         silent = [session for session in self._pending if session.accepted_at <= latest]
         for session in silent:
@@ -148,16 +148,16 @@ class Admission:
         self._paused_until = time.monotonic() + PAUSE
 
     def is_paused(self) -> bool:
-        """Whether nobody is accepted for a moment on purpose."""
+        """Whether accepting is paused."""
         return time.monotonic() < self._paused_until
 
     def add(self, session: Session) -> None:
-        """Take note of a connection that was just accepted."""
+        """Register a connection that was just accepted."""
         with self._lock:
             self._pending[session] = None
 
     def admit(self, session: Session) -> None:
-        """Let a client in that has proved itself, or set `session.full`: the limit that keeps it out."""
+        """Admit an authenticated client, or set `session.full` to the limit that was reached."""
         with self._lock:
             if session.full is None and len(self._sessions) >= self._max_connections:
                 session.full = f"all {self._max_connections} connections are taken (max_connections)"
@@ -166,37 +166,37 @@ class Admission:
                 self._sessions[session] = None
 
     def remove(self, session: Session, close: Callable[[], None]) -> None:
-        """Call `close`, which closes its connection, and forget it."""
+        """Call `close`, which closes the connection, and unregister it."""
         with self._lock:
             self._pending.pop(session, None)
             self._sessions.pop(session, None)
-            # Under the lock, so that nobody aborts a descriptor that has become another file's.
+            # Under the lock: otherwise an abort may hit a descriptor that has been reused.
             with contextlib.suppress(OSError):
                 close()
             self.listener.keep_spare()
 
     @property
     def connections(self) -> int:
-        """How many clients have proved themselves and are served."""
+        """The number of authenticated clients."""
         return len(self._sessions)
 
     def log_end(self, session: Session, error: Exception | None) -> None:
-        """Log why a connection ends, at a level that tells whose fault it is."""
+        """Log why a connection ends: debug for a normal end, a warning for a fault of the client, an error for one of ours."""
         pid = session.peer.pid
         if error is None:
-            logger.debug("the client with pid %s is gone", pid)
+            logger.debug("the client with pid %s has disconnected", pid)
         elif isinstance(error, AuthenticationFailed):
             self._log.warning("refused the client with pid %s: %s", pid, error)
         elif isinstance(error, MessageTooLarge):
             self._log.warning("dropped the client with pid %s: %s", pid, error)
         elif isinstance(error, (HarnessIPCError, EOFError, OSError)):
-            logger.debug("the client with pid %s is gone: %s", pid, error)
+            logger.debug("the client with pid %s has disconnected: %s", pid, error)
         else:
             self._log.exception("a connection failed", error)
 
     def log_full(self, session: Session) -> None:
-        """Log that a client is turned away, and by which limit."""
-        self._log.warning("turned the client with pid %s away: %s", session.peer.pid, session.full)
+        """Log that a client is rejected, and by which limit."""
+        self._log.warning("rejected the client with pid %s: %s", session.peer.pid, session.full)
 
     def all(self) -> list[Session]:
         """Return all connections."""
@@ -204,5 +204,5 @@ class Admission:
             return [*self._pending, *self._sessions]
 
     def hosted_by(self, host: Host) -> list[Session]:
-        """Return the connections of `host`, in its own thread."""
+        """Return the connections of `host`. Call it in the thread of `host`."""
         return [session for session in self.all() if session.host is host]

@@ -1,4 +1,4 @@
-"""Built-in requests that need no handler, and every request of a client above a limit."""
+"""Requests answered without the handler: built-in ones, and all those of a client above a limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def answer_builtin(server: DaemonServer, host: Host, session: Session, message: Message) -> bool:
-    """Answer such a request, in the thread of the session's host, or see that it will be. Return False if it is not one."""
+    """Answer such a request, now or later, in the thread of the session's host. Return False for other requests."""
     verb = message.get("meta")
     if verb == messages.PING:
         host.start_ping(session)
@@ -40,7 +40,7 @@ def answer_builtin(server: DaemonServer, host: Host, session: Session, message: 
 
 
 def send_pong(server: DaemonServer, session: Session, since: float, responsive: bool = True) -> None:
-    """Reply to a ping, in the thread of the session's host: the server's loop has taken from `since` until now."""
+    """Reply to a ping, in the thread of the session's host. The server's loop has taken since the time `since`."""
     counters = server.requests.counters
     pong = {
         "pong": True,

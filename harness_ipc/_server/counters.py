@@ -1,4 +1,4 @@
-"""How much a daemon's handler is used. It knows no request."""
+"""Counters of a daemon's requests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 
 
 class Counters:
-    """Requests of the application's: in flight, answered, and how many of the answers were errors.
+    """Requests to the app: in flight, answered, and answered with an error.
 
-    The event loop's thread alone writes them, each as a whole; any thread may read one.
+    Written only in the event loop's thread, each atomically; readable in any thread.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Connections until their first request that is the app's: an event loop in a thread has them, whatever the server's loop does.
+"""An event loop in a thread, for connections before their first request to the app, even if the server's loop is blocked.
 
-On POSIX it stands by: it accepts while the server's loop does not. On Windows every connection begins here.
+On POSIX it accepts only while the server's loop is blocked. On Windows every connection starts here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .server import DaemonServer
     from .session import Session
 
-# Seconds that a ping waits for the server's loop. One that takes longer blocks everybody: it is unresponsive.
+# Seconds that a ping waits for the server's loop. A loop that takes longer is unresponsive.
 _PATIENCE = 0.25
 
 
 class Greeter(threading.Thread):
-    """The host of sessions that have asked the app nothing yet. It does the handshake, and answers `ping` and `shutdown`.
+    """The host of sessions before their first request to the app: the handshake, `ping` and `shutdown`.
 
-    Its methods belong to its own loop's thread; `for_each` and `stop` may be called from any.
+    Call its methods in its own thread, except `for_each` and `stop`, which are thread-safe.
     """
 
     def __init__(self, server: DaemonServer) -> None:
@@ -36,10 +36,10 @@ class Greeter(threading.Thread):
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
         self.deadlines = Deadlines(self.loop, lambda: server.admission.hosted_by(self))
         self._server = server
-        # Pings that wait for the server's loop, until when; when it was asked what it has not answered yet.
+        # Pings that wait for the server's loop, and their timers; the time of the unanswered question to it.
         self._pings: dict[Session, asyncio.TimerHandle] = {}
         self._asked_at: float | None = None
-        # When the server's loop was last seen to be responsive, if `DaemonServer.beat` is called.
+        # The last time that the server's loop was responsive, if `DaemonServer.beat` is called.
         self.beat_at: float | None = None
 
     def run(self) -> None:
@@ -48,7 +48,7 @@ class Greeter(threading.Thread):
             self.loop.run_forever()
 
     def stop(self) -> None:
-        """Have the thread end."""
+        """Tell the thread to end."""
         if not self.is_alive():
             self.loop.close()
             return
@@ -56,7 +56,7 @@ class Greeter(threading.Thread):
             self.loop.call_soon_threadsafe(self.loop.stop)
 
     def for_each(self, do: Callable[[Session], None]) -> None:
-        """Call `do` in the thread, with each connection that it has then."""
+        """Call `do` in the thread with each of its connections."""
 
         def do_all() -> None:
             for session in self._server.admission.hosted_by(self):
@@ -66,11 +66,11 @@ class Greeter(threading.Thread):
             self.loop.call_soon_threadsafe(do_all)
 
     def start_request(self, session: Session, message: Message) -> None:
-        """Hand `session` over to the server's loop, with its first request that is the app's, or `health`."""
+        """Hand `session` over to the server's loop, with its first request to the app, or `health`."""
         session.move(self._server, message)
 
     def start_ping(self, session: Session) -> None:
-        """Answer a ping when the server's loop has answered, or has not for 0.25 s."""
+        """Answer a ping when the server's loop has responded, or after 0.25 s."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self._server.loop.call_soon_threadsafe(self.loop.call_soon_threadsafe, self._on_answer, self._asked_at)

@@ -1,4 +1,4 @@
-"""Sockets in event loops, on POSIX: they accept, read and write without blocking, and no connection costs a thread."""
+"""Non-blocking sockets in event loops, on POSIX: no connection needs a thread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .server import DaemonServer
     from .session import Host, Session
 
-# Seconds that a client waits for a loop that accepts nothing before the greeter accepts it.
+# Seconds until the greeter accepts a client that the server's loop has not accepted.
 _LOOP_PATIENCE = 0.1
-# Bytes of a read that is not expected to be full.
+# Bytes of the first read.
 _FIRST_READ = 4096
 
 
 class LoopAcceptor:
-    """Accepts in the server's loop. The greeter does while that is blocked."""
+    """Accepts in the server's loop, and in the greeter while that loop is blocked."""
 
     has_ended = True
 
@@ -32,17 +32,17 @@ class LoopAcceptor:
         self._server = server
         self._listener = server.admission.listener
         self._descriptor = self._listener.fileno()
-        # How many had been accepted when the loop was found to be blocked.
+        # The number of accepted clients when the loop was found blocked.
         self._stalled_at = -1
 
     def start(self) -> None:
-        """Begin."""
+        """Start accepting."""
         self._resume()
         self._server.greeter.loop.call_soon_threadsafe(self._stand_by)
 
     def close(self) -> None:
-        """Accept nobody any more."""
-        with contextlib.suppress(RuntimeError):  # a loop that was closed before watches nothing
+        """Stop accepting."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._server.loop.remove_reader(self._descriptor)
             self._server.greeter.loop.call_soon_threadsafe(self._server.greeter.loop.remove_reader, self._descriptor)
         self._listener.close()
@@ -60,14 +60,14 @@ class LoopAcceptor:
             self._server.loop.call_later(PAUSE, self._resume)
 
     def _accept(self, host: Host) -> bool:
-        """Accept a client for the loop of `host`. Return whether there was one."""
+        """Accept a client in the loop of `host`. Return whether one was waiting."""
         if (accepted := self._server.admission.accept()) is None:
             return False
         client, full = accepted
         transport = LoopTransport(*client)
         transport.session = self._server.new_session(transport, full)
         transport.session.begin(host)
-        # Most clients have sent something by now: one iteration of the loop less.
+        # Most clients have already sent data: this saves an iteration of the loop.
         transport.on_readable()
         return True
 
@@ -75,7 +75,7 @@ class LoopAcceptor:
 
     def _stand_by(self) -> None:
         if not self._server.is_draining:
-            with contextlib.suppress(OSError):  # it has been closed meanwhile
+            with contextlib.suppress(OSError):  # it was closed meanwhile
                 self._server.greeter.loop.add_reader(self._descriptor, self._on_waiting_client)
 
     def _on_waiting_client(self) -> None:
@@ -83,7 +83,7 @@ class LoopAcceptor:
         if self._stalled_at == admission.accepted and self._accept(self._server.greeter):
             self._stalled_at = admission.accepted
         else:
-            # The server's loop is faster if it is not blocked. It may also pause on purpose.
+            # Leave it to the server's loop unless that is blocked. It may also be paused.
             self._server.greeter.loop.remove_reader(self._descriptor)
             self._server.greeter.loop.call_later(_LOOP_PATIENCE, self._look_again, admission.accepted)
 
@@ -95,7 +95,7 @@ class LoopAcceptor:
 
 
 class LoopTransport:
-    """A `Session`'s socket, watched by a loop until it is closed: its end is noticed while a request is in flight."""
+    """The socket of a `Session`. The loop watches it until it is closed, so EOF is noticed while a request is in flight."""
 
     __slots__ = ("_chunks", "_loop", "_read_size", "_reading_paused", "_socket", "peer", "session", "unsent")
 
@@ -106,26 +106,26 @@ class LoopTransport:
         self._socket = sock
         self.peer = peer
         self._read_size = _FIRST_READ
-        # What the system has not taken yet, and how many bytes that is.
+        # Chunks not yet written, and their size in bytes.
         self._chunks: deque[memoryview] = deque()
         self.unsent = 0
         self._reading_paused = False
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch the socket in `loop`, in whose thread this is called."""
+        """Watch the socket in `loop`. Call it in the thread of `loop`."""
         self._loop = loop
         loop.add_reader(self._socket.fileno(), self.on_readable)
         if self._chunks:
             loop.add_writer(self._socket.fileno(), self._on_writable)
 
     def detach(self) -> None:
-        """Stop watching it."""
+        """Stop watching the socket."""
         self._loop.remove_reader(self._socket.fileno())
         if self._chunks:
             self._loop.remove_writer(self._socket.fileno())
 
     def on_readable(self) -> None:
-        """Read what has arrived."""
+        """Read available data."""
         try:
             data = self._socket.recv(self._read_size)
         except BlockingIOError:
@@ -133,7 +133,7 @@ class LoopTransport:
         except (OSError, MemoryError) as error:
             self.session.on_lost(error)
             return
-        # Memory for a long read is taken only after a full one.
+        # A large buffer is allocated only after a full read.
         self._read_size = MAX_READ if len(data) == self._read_size else _FIRST_READ
         if data:
             self.session.on_data(data)
@@ -141,7 +141,7 @@ class LoopTransport:
             self.session.on_lost()
 
     def write(self, chunks: list[bytes]) -> bool:
-        """Write in order. Return whether the system has taken all."""
+        """Write in order. Return whether the system has accepted all."""
         for chunk in chunks:
             taken = 0
             if not self._chunks:
@@ -150,7 +150,7 @@ class LoopTransport:
                 except BlockingIOError:
                     pass
                 except OSError as error:
-                    # Not at once: this may be in the middle of the session's own work.
+                    # Later: the session may be in the middle of an operation.
                     self._loop.call_soon(self.session.on_lost, error)
                     return False
                 if taken < len(chunk):
@@ -179,7 +179,7 @@ class LoopTransport:
         self.session.on_drained()
 
     def pause_reading(self) -> None:
-        """Deliver no more data until `resume_reading`."""
+        """Stop delivering data until `resume_reading`."""
         self._reading_paused = True
         self._loop.remove_reader(self._socket.fileno())
 
@@ -190,17 +190,17 @@ class LoopTransport:
             self._loop.add_reader(self._socket.fileno(), self.on_readable)
 
     def abort(self) -> None:
-        """End the connection, from any thread; the loop that has it sees that and closes it."""
+        """Shut the connection down, from any thread; its loop notices and closes it."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket at once. Closing twice is no error."""
+        """Close the socket at once. Idempotent."""
         if self._socket.fileno() >= 0:
             self.detach()
             self._chunks.clear()
             self._socket.close()
 
     def close_inherited(self) -> None:
-        """Close a forked child's copy. The loop's is the parent's."""
+        """Close a forked child's copy of the socket. The loop belongs to the parent."""
         self._socket.close()

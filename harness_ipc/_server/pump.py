@@ -1,7 +1,7 @@
-"""The thin adapter: a thread for each connection that can't be watched by a loop (a named pipe), between it and the loop.
+"""A thread for each connection that an event loop can't watch (a named pipe), which passes data between the two.
 
-The thread waits for data, for what it writes to be taken, or to be woken. It has no protocol state: it gives the loop what
-arrives and sends what the loop queues. It never waits for a reply.
+The thread waits for data, for a write to complete, or to be woken. It has no protocol state: it passes received data to the
+loop, and sends chunks queued by the loop.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Threads that stay in accept. On Windows each offers a pipe instance, and a client that finds none has to wait and retry.
+# Threads that stay in accept. On Windows each offers a pipe instance; a client that finds none has to wait and retry.
 _WARM_THREADS = 8
-# Seconds until an accept that failed is tried again.
+# Seconds before a failed accept is retried.
 _PAUSE = 0.1
 
 
 class PumpTransport:
-    """A `Session`'s transport: its loop's side of a pump. `run` is the thread's."""
+    """The transport of a `Session`. `run` runs in the thread; the other methods belong to the loop."""
 
     session: Session
 
     def __init__(self, port: Port) -> None:
         self._port = port
         self.peer = port.peer
-        # What the loop has not been told yet, and the loop; none while the session is handed over.
+        # Events for the loop, and the loop, which is None while the session is handed over.
         self._events: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         # Chunks to write.
         self._queue: deque[bytes] = deque()
         self._reading_paused = False
-        # Data was read that the session has not got yet: no more is read until it has.
+        # Whether read data is not yet delivered to the session: nothing more is read until it is.
         self._undelivered = False
         self._closing = threading.Event()
-        # Bytes that the system has not taken, counted in the loop.
+        # Bytes not yet written, counted in the loop.
         self.unsent = 0
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to `loop`, in whose thread this is called."""
+        """Deliver events in `loop`. Call it in the thread of `loop`."""
         self._loop = loop
         loop.call_soon(self._deliver, loop)
 
     def detach(self) -> None:
-        """Belong to no loop, until `attach`."""
+        """Deliver no events until `attach`."""
         self._loop = None
 
     def write(self, chunks: list[bytes]) -> bool:
-        """Write in order. Return whether the system has taken all: only if there is nothing to write."""
+        """Write in order. Return whether all is written: only if there was nothing to write."""
         for chunk in chunks:
             self._queue.append(chunk)
             self.unsent += len(chunk)
@@ -71,7 +71,7 @@ class PumpTransport:
         return not self.unsent
 
     def pause_reading(self) -> None:
-        """Deliver no more data until `resume_reading`."""
+        """Stop delivering data until `resume_reading`."""
         self._reading_paused = True
 
     def resume_reading(self) -> None:
@@ -81,11 +81,11 @@ class PumpTransport:
             self._port.wake()
 
     def abort(self) -> None:
-        """End the connection, from any thread; the pump sees that."""
+        """End the connection, from any thread; the pump notices."""
         self._port.abort()
 
     def close(self) -> None:
-        """Have the thread close the connection. Closing twice is no error."""
+        """Tell the thread to close the connection. Idempotent."""
         self._closing.set()
         self._port.wake()
 
@@ -94,7 +94,7 @@ class PumpTransport:
         self._port.close()
 
     def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
-        # An event may hand the session over: the other loop is told of the next ones.
+        # An event may hand the session over: later events go to the other loop.
         while self._events and self._loop is loop:
             callback, argument = self._events.popleft()
             callback(argument)
@@ -112,7 +112,7 @@ class PumpTransport:
     # In the thread.
 
     def run(self) -> None:
-        """Pump until the connection ends, or `close`, then close it."""
+        """Pump until the connection ends or `close` is called, then close it."""
         error: Exception | None = None
         try:
             self._pump()
@@ -121,16 +121,16 @@ class PumpTransport:
         try:
             self._tell(self.session.on_lost, error)
             self._closing.wait()
-            # What is left says why the connection is closed: as far as that goes at once.
+            # Send the rest, which may say why the connection is closed, as far as possible without waiting.
             while not self._port.is_writing and self._begin_write():
                 pass
-        except (OSError, RuntimeError) as raised:  # RuntimeError: a loop that was closed before has no session
+        except (OSError, RuntimeError) as raised:  # RuntimeError: the loop is closed
             logger.debug("a connection ended: %s", raised)
         finally:
             self._port.close()
 
     def _tell(self, callback: Callable[[Any], None], argument: Any) -> None:
-        # First the event: a loop that the session is handed over to looks for it.
+        # Queue the event first: the loop that the session is handed over to looks for it.
         self._events.append((callback, argument))
         if (loop := self._loop) is not None:
             loop.call_soon_threadsafe(self._deliver, loop)
@@ -152,7 +152,7 @@ class PumpTransport:
                 return
 
     def _begin_write(self) -> int:
-        """Begin to write the next chunk, and return its size, or 0 if there is none."""
+        """Start writing the next chunk. Return its size, or 0 if there is none."""
         if not self._queue:
             return 0
         chunk = self._queue.popleft()
@@ -161,7 +161,7 @@ class PumpTransport:
 
 
 class ThreadAcceptor:
-    """Accepts in threads, each of which then pumps for the connection that it got. The greeter hosts it first."""
+    """Accepts in threads, each of which then pumps its connection. The first host of a session is the greeter."""
 
     def __init__(self, server: DaemonServer) -> None:
         self._server = server
@@ -174,7 +174,7 @@ class ThreadAcceptor:
         self._closing = threading.Event()
 
     def start(self) -> None:
-        """Begin. Raises `RuntimeError` if no thread can be started."""
+        """Start accepting. Raises `RuntimeError` if no thread can be started."""
         with self._lock:
             self._add_thread()
 
@@ -187,7 +187,7 @@ class ThreadAcceptor:
         self._accepting += 1
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting."""
         self._closing.set()
         self._wake_accepting()
 
@@ -197,7 +197,7 @@ class ThreadAcceptor:
         for _ in range(accepting):
             self._listener.wake()
         if accepting:
-            # Again: a wake-up is a connection on some systems, which another thread may have got.
+            # Again: on some systems a wake-up is a connection, which another thread may have accepted.
             with contextlib.suppress(RuntimeError):
                 self._server.loop.call_later(_PAUSE, self._wake_accepting)
         else:
@@ -205,7 +205,7 @@ class ThreadAcceptor:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its threads serve nobody any more."""
+        """Whether all its threads have ended."""
         return not self._running
 
     def join(self) -> None:
@@ -220,15 +220,15 @@ class ThreadAcceptor:
             while self._accept_one():
                 pass
         except Exception:
-            logger.exception("a thread that accepts failed")
+            logger.exception("an accepting thread failed")
         finally:
             with self._lock:
                 self._running -= 1
-            with contextlib.suppress(RuntimeError):  # a loop that was closed before waits for nothing
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._server.loop.call_soon_threadsafe(self._server.check_closed)
 
     def _accept_one(self) -> bool:
-        """Accept one connection and serve it to its end. Return whether this thread should accept another one."""
+        """Accept a connection and serve it. Return whether this thread should accept another one."""
         port: Port | None = None
         try:
             port = self._listener.accept_port()
@@ -254,7 +254,7 @@ class ThreadAcceptor:
             return False
 
     def _has_stand_in(self) -> bool:
-        """See that another thread accepts in this one's stead, and that there is room. Return whether this one may serve."""
+        """Ensure that another thread accepts, and that there is room. Return whether this thread may serve its connection."""
         while not self._closing.is_set() and not self._server.admission.make_room():
             self._closing.wait(_PAUSE)
         with self._lock:
@@ -274,7 +274,7 @@ class ThreadAcceptor:
         session = transport.session = self._server.new_session(transport)
         try:
             self._server.greeter.loop.call_soon_threadsafe(session.begin, self._server.greeter)
-        except RuntimeError:  # it was closed
+        except RuntimeError:  # the loop is closed
             self._server.remove(session, port.close)
         else:
             transport.run()

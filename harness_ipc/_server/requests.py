@@ -1,4 +1,4 @@
-"""From one message to its replies: the handler, `health`, errors and counters. It knows no connection."""
+"""The handling of requests: handler, `health`, errors and counters. Independent of connections."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
     Handler = Callable[[Message], Awaitable[Message] | AsyncIterator[Any]]
 
     class Caller(Protocol):
-        """Where the replies to a request go."""
+        """The receiver of the replies to a request."""
 
         @property
         def peer(self) -> PeerCredentials:
-            """The process at the other end."""
+            """The process of the client."""
 
         async def send_item(self, frame: bytes) -> None:
-            """Send a reply that is not the final one, and wait while 64 KiB are unsent."""
+            """Send a reply that is not the final one, and wait while 64 KiB or more are unsent."""
 
         def send_reply(self, frame: bytes) -> None:
-            """Send the final reply. One that comes after the caller has gone is dropped."""
+            """Send the final reply. It is dropped if the caller has disconnected."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """A handler that knows its methods: what requests ask a `Service`. This one has none.
+    """The interface of a handler with methods, such as `Service`. This one has none.
 
-    A call that raises `RemoteError` at once, and not when what it returns is awaited, has run nothing.
+    If a call raises `RemoteError` synchronously, before its result is awaited, the request has not run.
     """
 
-    # Methods that run to their end when their caller has gone.
+    # Methods that are not cancelled when their caller disconnects.
     uninterrupted: frozenset[str] = frozenset()
 
     def describe_methods(self) -> list[Message]:
@@ -58,12 +58,12 @@ class Dispatcher:
         return []
 
     def encode_result(self, value: Any) -> Any:
-        """Return what `value`, which JSON does not have, is sent as. Raises `TypeError` if it can't be sent."""
+        """Convert a value that is not JSON. Raises `TypeError` if it can't be sent."""
         return messages.to_json(value)
 
 
 class CurrentRequest:
-    """The request that is being handled, read-only: see `current_request`."""
+    """The current request, read-only: see `current_request`."""
 
     __slots__ = (
         *("_caller", "_cancelled", "_deadline", "_encoder", "_is_app_request", "_message", "_more", "_runs_to_end"),
@@ -75,9 +75,9 @@ class CurrentRequest:
         self._message = message
         self._encoder = encoder
         self._is_app_request = message.get("meta") != messages.HEALTH
-        # Whether it is not cancelled when its caller goes.
+        # Whether it is not cancelled when its caller disconnects.
         self._runs_to_end = False
-        # The channel's: the handler does not see it.
+        # Reserved for the channel: hidden from the handler.
         self._more = message.pop("more", False) is True
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
@@ -86,23 +86,23 @@ class CurrentRequest:
 
     @property
     def peer(self) -> PeerCredentials:
-        """The process that asks."""
+        """The process of the caller."""
         return self._caller.peer
 
     @property
     def method(self) -> str | None:
-        """The method's name, or None for a message of another form."""
+        """The name of the method, or None if the message has no "method"."""
         method = self._message.get("method")
         return method if isinstance(method, str) else None
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has gone, or the daemon has stopped waiting for the reply."""
+        """Whether the caller has disconnected, or the daemon no longer waits for the reply."""
         return self._cancelled
 
     @property
     def deadline(self) -> float:
-        """The monotonic time in seconds at which the caller stops waiting; infinity if it has not said."""
+        """The monotonic time in seconds at which the caller stops waiting; infinity if unknown."""
         return self._deadline
 
     def __repr__(self) -> str:
@@ -115,20 +115,21 @@ _current: contextvars.ContextVar[CurrentRequest | None] = contextvars.ContextVar
 def current_request() -> CurrentRequest:
     """Return the request that this task or thread is handling.
 
-    It has `peer`, the process that asks, with `pid` and `uid`; `method`; `deadline`, the monotonic time in seconds at which the
-    caller stops waiting; and `cancelled`, whether nobody waits any more. Raises `LookupError` outside of a handler.
+    It has `peer`, the caller's process, with `pid` and `uid`; `method`; `deadline`, the monotonic time in seconds at which the
+    caller stops waiting; and `cancelled`, whether nobody waits any more. Raises `LookupError` outside a handler.
     """
     request = _current.get()
     if request is None:
-        raise LookupError("no request is being handled here: call current_request() in a handler, or in a task that it started")
+        raise LookupError("there is no current request: call current_request() in a handler, or in a task that it created")
     return request
 
 
 async def report(value: Any) -> None:
-    """Send `value`, which must be JSON, to the caller of the current request as progress; wait while it does not read.
+    """Send `value`, any JSON, to the caller of the current request as progress; wait if the caller reads too slowly.
 
-    In an app's `start` it goes to those who wait for that: see `ensure_daemon`; 4000 bytes of JSON at most. Does nothing if
-    nobody has asked for progress. Raises `ProtocolError`, and `MessageTooLarge` in `start`.
+    In an app's `start` the value goes to the processes that wait for the start (`on_progress` of `ensure_daemon`), and may have
+    4000 bytes of JSON. Does nothing if the caller did not ask for progress. Raises `ProtocolError`, and in `start`
+    `MessageTooLarge`.
     """
     request = _current.get()
     if request is None:
@@ -139,7 +140,7 @@ async def report(value: Any) -> None:
 
 @contextlib.contextmanager
 def outliving_caller() -> Iterator[None]:
-    """Have the current request, if there is one, go on though its caller goes. A daemon that stops still cancels it."""
+    """Do not cancel the current request, if any, when its caller disconnects. A stopping daemon still cancels it."""
     request = _current.get()
     if request is None:
         yield
@@ -152,40 +153,40 @@ def outliving_caller() -> Iterator[None]:
 
 
 class Hooks(NamedTuple):
-    """What requests need of others: the app's health, and a call before each reply."""
+    """The app's `health`, and a callback before each reply."""
 
     health: Callable[[], Awaitable[Message]] | None
     before_reply: Callable[[], None] | None
 
 
 class Requests:
-    """The handler and its requests in flight, in the event loop's thread."""
+    """The handler and its requests in flight. Belongs to the event loop's thread."""
 
     def __init__(self, handler: Handler, hooks: Hooks, max_message: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = RateLimitedLogger(logger)
-        # Without what belongs to the caller of the server's start.
+        # Each request runs in a copy of the context in which the server was started.
         self._context = contextvars.copy_context()
         self._handler = handler
         self._dispatcher = handler if isinstance(handler, Dispatcher) else Dispatcher()
         self._encoder = messages.Encoder(self._dispatcher.encode_result)
         self._hooks = hooks
         self._max_message = max_message
-        # Whether this is a forked child's copy: a handler that forked has returned in both.
+        # Whether this is a forked child's copy: a handler that forks returns in both processes.
         self._is_inherited = False
         close_in_child(self)
-        # The application's requests in flight.
+        # Requests to the app in flight.
         self.tasks: dict[asyncio.Task[None], CurrentRequest] = {}
-        # Called when none is left.
+        # Called when `tasks` becomes empty.
         self.when_idle: Callable[[], None] | None = None
         self.counters = Counters()
 
     def close_inherited(self) -> None:
-        """Have a forked child's copy serve nobody."""
+        """Mark a forked child's copy."""
         self._is_inherited = True
 
     def start(self, caller: Caller, message: Message) -> asyncio.Task[None]:
-        """Handle `message` in a task of its own, which always ends with a final reply."""
+        """Handle `message` in a new task, which always ends with a final reply."""
         request = CurrentRequest(caller, message, self._encoder)
         context = self._context.copy()
         if request._is_app_request:
@@ -194,22 +195,22 @@ class Requests:
             if self._dispatcher.uninterrupted:
                 request._runs_to_end = request.method in self._dispatcher.uninterrupted
         task = self._create_task(self._run(request), context)
-        # An eager one has perhaps ended already.
+        # An eager task may be done already.
         if not task.done():
             request._task = task
             self.tasks[task] = request
-            # A task that is cancelled before its first step runs nothing of `_run`.
+            # Not in `_run`: it never runs if the task is cancelled before its first step.
             task.add_done_callback(self._on_done)
         return task
 
     def _create_task(self, run: Coroutine[Any, Any, None], context: contextvars.Context) -> asyncio.Task[None]:
         if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
-            # Many handlers wait for nothing: one iteration of the loop less.
+            # Saves an iteration of the loop for handlers that do not wait.
             return asyncio.Task(run, loop=self._loop, context=context, eager_start=True)
         return self._loop.create_task(run, context=context)
 
     def cancel(self, task: asyncio.Task[None]) -> None:
-        """Cancel a request whose caller has gone, once: a second cancel would break clean-up that awaits."""
+        """Cancel a request whose caller has disconnected, once: a second cancel would interrupt its cleanup."""
         request = self.tasks.get(task)
         if request is not None and request._is_app_request and not request._cancelled:
             request._cancelled = True
@@ -217,7 +218,7 @@ class Requests:
                 task.cancel()
 
     def cancel_all(self) -> None:
-        """Cancel all requests: those whose callers have gone for the second time."""
+        """Cancel all requests, also those that `cancel` has cancelled."""
         for task, request in list(self.tasks.items()):
             request._cancelled = True
             task.cancel()
@@ -228,12 +229,12 @@ class Requests:
         except (asyncio.CancelledError, GeneratorExit):
             reply = _cancelled_reply(request)
         except BaseException as error:
-            # SystemExit and KeyboardInterrupt too: a task that ends with them ends the loop.
+            # Includes SystemExit and KeyboardInterrupt, which would stop the loop.
             if self._is_inherited:
                 end_child(error)
             reply = messages.error_reply(error)
             if not request._is_app_request:
-                # A monitor asks often: no traceback each time.
+                # Without a traceback: monitors ask often.
                 self._log.warning("health check failed: %(type)s: %(message)s", reply["error"], error=error)
             elif not isinstance(error, RemoteError):  # that is expected
                 self._log.exception("the handler failed", error)
@@ -244,14 +245,14 @@ class Requests:
         self._finish(request, reply)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
-        # An abandoned one is in nobody's way any more.
+        # It may have been abandoned.
         if (request := self.tasks.pop(task, None)) is not None:
             self._finish(request, _cancelled_reply(request))
 
     def _finish(self, request: CurrentRequest, reply: Message) -> None:
-        # A task that the handler has left behind can't report into the next request.
+        # Background tasks of the handler must not report progress any more.
         request._more = False
-        # Whose context refers to the request.
+        # Its context refers to the request.
         request._task = None
         if request._is_app_request:
             self.counters.end("error" in reply)
@@ -273,13 +274,13 @@ class Requests:
             answer = await answer
             if not hasattr(answer, "__anext__"):
                 return messages.check_reply(answer)
-        # An iterator that is no generator has nothing to close.
+        # An iterator that is not a generator may have no aclose().
         async with contextlib.aclosing(answer) if hasattr(answer, "aclose") else contextlib.nullcontext():
             if not request._more:
                 refusal = ExpectedMore(f"{request.method or 'this request'} is answered by a stream: call it with stream()")
                 return messages.error_reply(refusal) if is_coroutine else messages.not_executed(refusal)
             async for item in answer:
-                if request._cancelled and not request._runs_to_end:  # and it goes on: it is closed where it is
+                if request._cancelled and not request._runs_to_end:  # it ignored the cancellation
                     raise asyncio.CancelledError
                 frame = messages.encode(messages.item_reply(item), self._max_message, self._encoder)
                 await request._caller.send_item(frame)
@@ -292,23 +293,23 @@ class Requests:
     async def _ask_health(self) -> Message:
         answer: Any = None
         if self._hooks.health is not None and (answer := await self._hooks.health()) is None:
-            answer = {}  # there is a health, and it has found no fault
+            answer = {}  # healthy
         if not isinstance(answer, (dict, type(None))):
             raise TypeError(f"health returned {type(answer).__name__}: return a dict, or raise an error")
         return {"health": answer}
 
     def _encode(self, reply: Message) -> bytes:
-        """Return the frame of `reply`, or of the error that it can't be one."""
+        """Return the frame of `reply`, or of an error reply if it can't be encoded."""
         try:
             return messages.encode(reply, self._max_message, self._encoder)
-        except BaseException as error:  # of the reply's own methods too, where it is no plain dict
+        except BaseException as error:  # a dict subclass may raise anything
             sorry = messages.error_reply(error)
             self._log.error("the reply can't be sent: %(type)s: %(message)s", sorry["error"], error=error)
             failed = reply.get("error") if isinstance(reply, dict) else None
             if isinstance(failed, dict) and failed.pop("data", None) is not None:
-                # The error matters more than what goes with it.
+                # Send the error without its data.
                 return self._encode(reply)
-            # Without a limit: the error is short, and there has to be a reply.
+            # Without a limit: the error is short, and the request needs a reply.
             return messages.encode(sorry)
 
 

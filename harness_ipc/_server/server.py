@@ -1,4 +1,4 @@
-"""The daemon's server: it has the name, admits clients, and drains. It owns no process."""
+"""The server of a daemon, in an event loop: serves clients, closes and drains."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
-# Seconds for a client to prove itself: an honest one takes a millisecond.
+# Seconds for the handshake, which usually takes a millisecond.
 HANDSHAKE_TIMEOUT = 5.0
-# Seconds that requests in flight get to finish when the server closes.
+# Seconds for requests in flight to finish when the server closes.
 GRACE_PERIOD = 5.0
-# Whether threads have the connections, as where no loop can watch them.
+# Whether threads do the I/O, for connections that an event loop can't watch.
 USE_PUMP = sys.platform == "win32"
-# Seconds for cancelled handlers to end.
+# Seconds for cancelled handlers to stop.
 CANCEL_PERIOD = 1.0
 
 
@@ -71,12 +71,13 @@ async def start_daemon_server(
         await server.serve_forever()
     ```
 
-    `handler` is a `Service`, or an async function from a message to a reply, both JSON objects, or an async generator of items.
-    `max_message` is the limit of a message in bytes, `handshake_timeout` and `grace_period` are seconds. The handler of a
-    request whose client goes away is cancelled, unless `cancel_on_disconnect` is False. `health` answers the reserved
-    request of that name; `on_shutdown` is called in the loop for the request ``shutdown`` and is `close` if not given;
-    `after_request` is called when a handler has ended, before its reply is sent. `registration` is what `acquire_name`
-    returned, if the caller has the name and releases it; otherwise it is acquired here, and released at the server's end.
+    `handler` is a `Service`, an async function that takes a message and returns a reply, both JSON objects, or an async
+    generator function that yields the items of a stream. `max_message` is the limit of a message in bytes. `handshake_timeout`
+    and `grace_period` are in seconds. If a client disconnects, the handler of its request is cancelled unless
+    `cancel_on_disconnect` is False. `health` answers the built-in request ``health``. `on_shutdown` is called in the loop for
+    the built-in request ``shutdown``; the default is `close`. `after_request` is called when a handler has ended, before the
+    reply is sent. `registration` is the result of `acquire_name` if the caller holds the name and releases it; by default the
+    server acquires the name, and releases it when it is closed.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid time.
     """
@@ -100,7 +101,7 @@ async def start_daemon_server(
 
 
 def acquire_name(name: str, *, namespace: Namespace | None = None, **optional: Any) -> Registration:
-    """Claim the daemon's `name` for this process, with a new address. `optional` are further fields of the record.
+    """Acquire the daemon's `name` for this process, with a new address. `optional` are further fields of the record.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`.
     """
@@ -112,7 +113,7 @@ def acquire_name(name: str, *, namespace: Namespace | None = None, **optional: A
 
 
 class Options(NamedTuple):
-    """The keys of this generation; for the others see `start_daemon_server`."""
+    """Arguments of `start_daemon_server`, and the keys of this generation."""
 
     keys: Keys
     max_connections: int
@@ -123,7 +124,7 @@ class Options(NamedTuple):
 
 
 class DaemonServer:
-    """A serving daemon; made by `start_daemon_server`. Its methods belong to the loop's thread, as of asyncio's `Server`."""
+    """The server, returned by `start_daemon_server`. Like asyncio's `Server`, it is not thread-safe."""
 
     requests: Requests
 
@@ -146,7 +147,7 @@ class DaemonServer:
         self.greeter = Greeter(self)
         self._acceptor = ThreadAcceptor(self) if USE_PUMP else LoopAcceptor(self)
         self.is_draining = False
-        self._closed: asyncio.Future[None] = self.loop.create_future()  # done when nothing of it is left
+        self._closed: asyncio.Future[None] = self.loop.create_future()  # done when all resources are released
 
     @property
     def record(self) -> records.Record:
@@ -160,15 +161,15 @@ class DaemonServer:
 
     @property
     def connections(self) -> int:
-        """How many clients are connected and have proved themselves."""
+        """The number of authenticated clients."""
         return self.admission.connections
 
     def beat(self) -> None:
-        """Record that the loop is responsive. Called every few seconds, it lets a ping tell since when the loop is blocked."""
+        """Record that the loop is responsive. If called every few seconds, a ping can report how long the loop is blocked."""
         self.greeter.beat_at = time.monotonic()
 
     def is_reachable(self) -> bool:
-        """Whether the record and the socket, by which clients find this server, are still there and still its own."""
+        """Whether clients can find this server: its record and socket still exist, and are its own."""
         return self._registration.look()
 
     def is_serving(self) -> bool:
@@ -178,7 +179,7 @@ class DaemonServer:
     def close(self) -> None:
         """Withdraw the record, stop accepting, and say goodbye to each client without a request in flight.
 
-        All in one callback: what a client sends from now on does not run, and it is told so. `wait_closed` waits for the rest.
+        Later requests do not run, and their clients are told so. Use `wait_closed` to wait for requests in flight.
         """
         if self.is_draining:
             return
@@ -191,22 +192,22 @@ class DaemonServer:
         try:
             self.loop.call_later(self.options.grace_period, self._cancel_requests)
             self.loop.call_soon(self.check_closed)
-        except RuntimeError:  # a loop that was closed before runs no request, and nobody waits
+        except RuntimeError:  # the loop is closed
             self.greeter.stop()
             if self._release:
                 self._registration.release()
 
     async def wait_closed(self) -> None:
-        """Wait until the server has closed: requests in flight are done, or cancelled after the grace period.
+        """Wait until the server is closed: requests in flight have finished, or were cancelled after the grace period.
 
-        No thread, no descriptor and no socket file of the server is left then.
+        Its threads, descriptors and socket file are gone then.
         """
         await asyncio.shield(self._closed)
         self._acceptor.join()
         self.greeter.join()
 
     async def serve_forever(self) -> None:
-        """Serve until the server is closed by somebody, or this is cancelled, which closes it."""
+        """Serve until `close` is called, or until this is cancelled, which closes the server."""
         try:
             await self.wait_closed()
         except asyncio.CancelledError:
@@ -243,18 +244,18 @@ class DaemonServer:
         return session
 
     def handshake_timeout(self, session: Session) -> float:
-        """Return the seconds that a client has to prove itself. One that uses the spare descriptor keeps others waiting."""
+        """Return the seconds for a client's handshake: fewer if it uses the spare descriptor, since others wait for that."""
         return MIN_HANDSHAKE_TIME if session.full else self.options.handshake_timeout
 
     def remove(self, session: Session, close: Callable[[], None]) -> None:
-        """Close a connection by `close` and forget it, from any thread."""
+        """Close a connection by calling `close`, and unregister it; from any thread."""
         self.admission.remove(session, close)
         if self.is_draining:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.check_closed)
 
     def start_request(self, session: Session, message: Message) -> asyncio.Task[None]:
-        """Start a request that is the app's, or `health`."""
+        """Start a request to the app, or `health`."""
         if self.greeter.beat_at is not None:
             self.beat()
         return self.requests.start(session, message)
@@ -272,7 +273,7 @@ class DaemonServer:
         self.greeter.for_each(do)
 
     def check_closed(self) -> None:
-        """See whether a drain is done, in the loop's thread."""
+        """Check whether the drain is done. Call it in the loop's thread."""
         if not self.is_draining or self._closed.done():
             return
         if self.admission.all() or self.requests.tasks or not self._acceptor.has_ended:

@@ -1,4 +1,4 @@
-"""One connection in the event loop: what its protocol decides meets what its transport does. It knows no socket and no pipe."""
+"""One connection of the server: connects its protocol, its transport and the requests."""
 
 from __future__ import annotations
 
@@ -21,62 +21,62 @@ if TYPE_CHECKING:
     from .server import DaemonServer
 
     class Host(Protocol):
-        """An event loop and what it does with requests: the server, or its greeter."""
+        """An event loop that handles requests: the server, or its greeter."""
 
         loop: asyncio.AbstractEventLoop
         deadlines: Deadlines
 
         def start_request(self, session: Session, message: Message) -> asyncio.Task[None] | None:
-            """Start a request that is the app's, or `health`."""
+            """Start a request to the app, or `health`."""
 
         def start_ping(self, session: Session) -> None:
             """Answer a ping."""
 
     class Transport(Protocol):
-        """What carries the bytes: a loop's socket, or a pump. Its methods belong to the loop's thread."""
+        """Sends and receives bytes: a socket in a loop, or a pump. Not thread-safe, except `abort`."""
 
         peer: PeerCredentials
         unsent: int
 
         def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-            """Belong to `loop`, in whose thread this is called."""
+            """Deliver events in `loop`. Call it in the thread of `loop`."""
 
         def detach(self) -> None:
-            """Belong to no loop, until `attach`."""
+            """Deliver no events until `attach`."""
 
         def write(self, chunks: list[bytes]) -> bool:
-            """Write in order. Return whether the system has taken all; otherwise `Session.on_drained` is called when it has."""
+            """Write in order. Return whether the system has accepted all; otherwise `Session.on_drained` is called later."""
 
         def pause_reading(self) -> None:
-            """Deliver no more data until `resume_reading`."""
+            """Stop delivering data until `resume_reading`."""
 
         def resume_reading(self) -> None:
             """Deliver data again."""
 
         def abort(self) -> None:
-            """End the connection, from any thread: it is closed then as if the client had gone."""
+            """End the connection, from any thread, as if the client had disconnected."""
 
         def close(self) -> None:
-            """Close at once. Closing twice is no error."""
+            """Close at once. Idempotent."""
 
         def close_inherited(self) -> None:
             """Close a forked child's copy."""
 
 
-# Bytes that may be unsent before a handler that sends items waits.
+# Unsent bytes at which a handler that sends items has to wait.
 _MAX_UNSENT = 64 * 1024
-# Seconds for the rest of a frame that has begun: as long as a client waits for a call by default.
+# Seconds to receive the rest of a frame: the default timeout of a client's call.
 FRAME_TIMEOUT = 60.0
-# Items that a handler may send before everybody else has a turn of the loop: their reader may be as fast as they are made.
+# Items that a handler may send before it yields to the loop: with a fast reader it would never wait.
 _MAX_BURST = 16
 _IN_FLIGHT = (ACTIVE, CANCELLING, REPLYING)
 
 
 class Session:
-    """A connection of the daemon's, from its acceptance to its end. `full` is the limit that keeps its client out, or None.
+    """A connection, from accept to close. `full` is the limit because of which its client is rejected, or None.
 
-    `host` has it, and only the thread of `host`'s loop touches it; None while it is handed over. `transport` is its connection,
-    unless it is handed over or closed. `due` is when it is closed if it does not go on: see `Deadlines`.
+    Only the thread of `host`'s loop may use it; `host` is None while it is handed over. `transport` is its connection, unless
+    it is handed over or closed. `due` is its deadline: see `Deadlines`.
     """
 
     host: Host | None = None
@@ -91,22 +91,22 @@ class Session:
         self.accepted_at = time.monotonic()
         self.full = full
         self._task: asyncio.Task[None] | None = None
-        # Set when what is unsent has been taken, if handlers that send items wait for it.
+        # Set when everything is written, if a handler that sends items waits for that.
         self._drained: asyncio.Event | None = None
         self._items = 0
 
     def begin(self, host: Host) -> None:
-        """Begin with the handshake, in the thread of `host`."""
+        """Start the handshake, in the thread of `host`."""
         host.deadlines.set(self, self._server.handshake_timeout(self))
         self._adopt(host, None)
 
     def move(self, host: Host, message: Message) -> None:
-        """Hand over to another host, once, at a message boundary: with `message`, and with what the protocol has read ahead."""
+        """Hand over to another host, once, at a message boundary: with `message`, and data that the protocol has read ahead."""
         self.transport = self.host = None
         self.connection.detach()
         try:
             host.loop.call_soon_threadsafe(self._adopt, host, message)
-        except RuntimeError:  # it has been closed
+        except RuntimeError:  # its loop is closed
             self.transport = self.connection
             raise
 
@@ -121,10 +121,10 @@ class Session:
         except Exception as error:
             self.close(error)
 
-    # What the transport tells.
+    # Called by the transport.
 
     def on_data(self, data: bytes) -> None:
-        """Process what has arrived."""
+        """Process received data."""
         try:
             self.protocol.receive_data(data)
             if self.protocol.state not in _IN_FLIGHT:
@@ -135,7 +135,7 @@ class Session:
             self.close(error)
 
     def on_drained(self) -> None:
-        """Go on: the system has taken all that was to be sent."""
+        """Continue: the system has accepted all data."""
         try:
             if self._drained is not None:
                 self._release_waiters()
@@ -153,18 +153,18 @@ class Session:
         self._drained = None
 
     def on_lost(self, error: Exception | None = None) -> None:
-        """The client has gone, or can't be read any more. What it has sent and what does not run yet is dropped."""
+        """Close: the client has disconnected, or can't be read any more. Requests that have not started are dropped."""
         if isinstance(error, MessageTooLarge) and self.protocol.state == IDLE:
             self.protocol.fail(error)
         self.close(error)
 
-    # What the requests say.
+    # Called by requests.
 
     async def send_item(self, frame: bytes) -> None:
-        """Send a reply that is not the final one, and wait while 64 KiB are unsent. Every 16th lets other tasks run."""
+        """Send a reply that is not the final one, and wait while 64 KiB or more are unsent. Every 16th lets other tasks run."""
         self._items += 1
         if self._items % _MAX_BURST == 0:
-            # Nothing else may ever wait: a handler that waits for nothing would not see that its client has gone.
+            # A handler that never waits would not notice that its client has disconnected.
             await asyncio.sleep(0)
         if self.protocol.state != ACTIVE or self.transport is None:
             return
@@ -174,7 +174,7 @@ class Session:
             await self._drained.wait()
 
     def send_reply(self, frame: bytes) -> None:
-        """Send the final reply. One that comes after the client has gone is dropped."""
+        """Send the final reply. It is dropped if the client has disconnected."""
         self._task = None
         if self.protocol.state not in (ACTIVE, CANCELLING):
             return
@@ -185,10 +185,10 @@ class Session:
         except Exception as error:
             self.close(error)
 
-    # What the server decides.
+    # Called by the server.
 
     def leave(self) -> None:
-        """End the connection without a request in flight by a goodbye; otherwise its reply comes first."""
+        """End the connection with a goodbye, after the reply to the request in flight, if there is one."""
         if self.transport is not None and self.protocol.state not in (*_IN_FLIGHT, CLOSED):
             self._say_goodbye()
 
@@ -197,46 +197,46 @@ class Session:
             self.protocol.leave()
             if self.protocol.state == CLOSED or self._flush():
                 self.close()
-        except Exception as error:  # the others are still to be told
+        except Exception as error:  # the other clients still have to be told
             self.close(error)
 
     def cancel(self) -> None:
-        """Take note that the request in flight is cancelled. It is still answered."""
+        """Record that the request in flight is cancelled. It is still answered."""
         if self._task is not None and self.protocol.state == ACTIVE:
             self.protocol.cancel()
 
     def abandon(self) -> None:
-        """Close, whatever is in flight: with an error in place of a reply that has not come."""
+        """Close; a request in flight is answered with an error."""
         if self.transport is not None and self.protocol.state in (ACTIVE, CANCELLING):
             self.send_reply(messages.encode(messages.stopping_reply()))
         self.close()
 
     def close(self, error: Exception | None = None) -> None:
-        """End the connection, cancel its request if its end does that, and have the server log why."""
+        """Close the connection, cancel its request if a disconnect does that, and log the reason."""
         transport, self.transport = self.transport, None
         if transport is None:
             return
         try:
-            # Before the client sees the end.
+            # Before the client sees EOF.
             self._server.admission.log_end(self, error)
-        finally:  # whatever the app's log handlers do
+        finally:  # log handlers of the app may raise
             self._end(transport, error)
 
     def _end(self, transport: Transport, error: Exception | None) -> None:
         if error is not None:
-            # Why, if the protocol says so, and the client still listens.
+            # The protocol may have queued the reason for the client.
             with contextlib.suppress(Exception):
                 transport.write(self.protocol.data_to_send())
         self.protocol.close()
         self._server.remove(self, transport.close)
-        # They refer to each other: no garbage collection is needed.
+        # Break the reference cycle.
         del self.connection
         if self._drained is not None:
             self._release_waiters()
         if self._task is not None and self._server.options.cancel_on_disconnect:
             self._server.requests.cancel(self._task)
 
-    # From one request to the next.
+    # Processing of events.
 
     def _advance(self) -> None:
         event = self.protocol.next_event()
@@ -246,7 +246,7 @@ class Session:
                 self.due = inf
             event = self.protocol.next_event()
         if event is None:
-            # Our verdict too, unless it can travel with the reply to a request that came with the proof.
+            # Includes the verdict, unless it can be sent with the reply to a request that came with the proof.
             self._flush()
             if self.host is not None and self.protocol.buffered and self.protocol.state == IDLE:
                 self.host.deadlines.set(self, FRAME_TIMEOUT)
@@ -270,7 +270,7 @@ class Session:
             self.leave()
         elif self.transport is not None and self.host is not None and self.protocol.buffered:
             self.transport.resume_reading()
-            # Not at once: as many requests as came together would recurse, and keep the loop from the other clients.
+            # Later: pipelined requests would recurse, and starve the other clients.
             self.host.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:

@@ -1,6 +1,6 @@
-"""Connections between processes of one user, with deadlines. It knows neither keys nor what a frame says.
+"""Connections between processes of one user, with deadlines: AF_UNIX in `dial.py`, AF_PIPE in `windows.py`.
 
-One platform switch: AF_UNIX in `dial.py`, AF_PIPE in `windows.py`. What a daemon needs is not imported here.
+The daemon's side is not imported here: see `listen.py` and `windows_listen.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all connections share: peer credentials, the arithmetic of a deadline, and the error of a connection that broke."""
+"""Peer credentials, deadlines, and the error for a broken connection."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from typing import NamedTuple
 
     class PeerCredentials(NamedTuple):
-        """The process id and user id of a peer when it connected; None where the kernel does not tell."""
+        """The process id and user id of a peer at the time it connected; None if the kernel does not provide them."""
 
         pid: int | None
         uid: int | None
 
 else:
-    # typing costs a client 2 ms to import.
+    # Importing typing would take 2 ms.
     PeerCredentials = namedtuple("PeerCredentials", "pid uid")
 
-# The threads of this process whose event loop serves an address: a blocking call from there would wait for itself.
+# By address, the thread whose event loop serves it: a blocking call to it from there would deadlock.
 serving_threads: dict[str, int] = {}
 
-# Seconds; poll(2) and Windows' waits take milliseconds in 31 bits. Longer timeouts are treated as infinite.
+# Seconds. poll(2) and the waits of Windows take milliseconds in 31 bits; longer timeouts are treated as infinite.
 _LONGEST_WAIT = 2_000_000.0
 
 
@@ -35,7 +35,7 @@ def deadline_after(timeout: float) -> float:
     Raises `ValueError` unless it is a number of seconds >= 0.
     """
     if not timeout >= 0:
-        raise ValueError(f"a timeout is a number of seconds from 0 to infinity, not {timeout!r}")
+        raise ValueError(f"a timeout must be a number of seconds from 0 to infinity, not {timeout!r}")
     return time.monotonic() + timeout if timeout < _LONGEST_WAIT else inf
 
 
@@ -48,5 +48,5 @@ def remaining(deadline: float) -> float:
 
 
 def lost(error: OSError) -> ConnectionLost:
-    """Return the one error for the many ways in which a socket or a pipe breaks."""
+    """Return the error for a broken socket or pipe."""
     return ConnectionLost(f"the connection broke: {str(error) or type(error).__name__}")

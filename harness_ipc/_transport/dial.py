@@ -1,6 +1,6 @@
-"""A client's connection over AF_UNIX: the peer is checked by its uid, and every wait has a deadline.
+"""A client's connection over AF_UNIX: checks the uid of the peer, and waits with deadlines.
 
-It knows neither keys nor frames. An event loop drives the same connection by `connect_now`, `send_now` and `receive_now`.
+An event loop uses the non-blocking `connect_now`, `send_now` and `receive_now`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ..errors import (
 from .base import PeerCredentials, lost, remaining
 
 try:
-    # `socket` imports `selectors` and makes enums of its constants: 2 ms of the 30 that a client's process takes.
+    # `socket` imports `selectors` and creates enums: 2 ms of the 30 that a client's process takes.
     import _socket as socket
 except ImportError:
     import socket  # type: ignore[no-redef]
 
-# Bytes of a read. Below malloc's threshold for memory of its own (mallopt(3), 128 KiB), which the system would give and take
-# back for each piece: 16 MiB took three times as long.
+# Bytes of a read. Below the mmap threshold of malloc (mallopt(3), 128 KiB): with a mapping for each read, 16 MiB took three
+# times as long.
 MAX_READ = 64 * 1024
-# A program that restored SIGPIPE's default must not be killed by a daemon's end: a flag of each send, or on macOS an option of
-# the socket (SO_NOSIGPIPE in its sys/socket.h, which Python does not name).
+# The end of a daemon must not kill a program that has restored the default of SIGPIPE. macOS has a socket option instead
+# (SO_NOSIGPIPE in sys/socket.h; Python has no constant).
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _SO_NOSIGPIPE = 0x1022
 _UNKNOWN = PeerCredentials(None, None)
@@ -43,11 +43,11 @@ _UNKNOWN = PeerCredentials(None, None)
 if sys.platform != "win32":
 
     class Connection:
-        """A connected socket for one caller. Other threads may only `abort` it.
+        """A connected socket. Not thread-safe, except `abort`.
 
         `deadline` is the monotonic time at which a blocked send or receive raises `DaemonTimeout`; infinity by default. `peer`
-        is the process at the other end, by the kernel. `all_sent` tells of the last send whether the system has taken its last
-        byte: before that, the peer can't have received all of it. A forked child closes its copy.
+        is the process at the other end, according to the kernel. `all_sent` is whether the system has accepted the last byte of
+        the last send; if not, the peer can't have received all of it. A forked child closes its copy.
         """
 
         __slots__ = ("__weakref__", "_may_have_more", "_readable", "_socket", "_unsent", "all_sent", "deadline", "peer")
@@ -58,27 +58,27 @@ if sys.platform != "win32":
             self.deadline = inf
             self.all_sent = False
             self._unsent: list[bytes | memoryview] = []
-            # The last read was a full one.
+            # Whether the last read filled its buffer.
             self._may_have_more = False
             prepare(sock)
             self._readable = _poll(sock, select.POLLIN)
             close_in_child(self)
 
         def __del__(self) -> None:
-            # A client that is kept until its process ends is no leak to be warned of.
+            # Without a ResourceWarning: a client may be kept until its process ends.
             self._socket.close()
 
         def close(self) -> None:
-            """End the connection: for the peer too, where a forked child has a copy of it. Closing twice is no error."""
+            """Shut the connection down, even if a forked child has a copy, and close it. Idempotent."""
             self.abort()
             self._socket.close()
 
         def close_inherited(self) -> None:
-            """Close a forked child's copy."""
+            """Close a forked child's copy of the socket."""
             self._socket.close()
 
         def abort(self) -> None:
-            """Make a blocked send or receive end at once; from any thread."""
+            """Interrupt a blocked send or receive, from any thread."""
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -87,7 +87,7 @@ if sys.platform != "win32":
             return self._socket.fileno()
 
         def is_readable(self) -> bool:
-            """Whether a receive would not block: something has arrived, or the peer has gone."""
+            """Whether a receive would not block: there is data, or the peer has closed."""
             return bool(self._readable.poll(0))
 
         def send(self, chunks: list[bytes]) -> None:
@@ -99,7 +99,7 @@ if sys.platform != "win32":
                 self._wait(writable)
 
         def send_now(self, chunks: list[bytes]) -> bool:
-            """Send what is left, and `chunks`, as far as that goes without waiting. Return whether all is sent.
+            """Send unsent data and `chunks` as far as possible without waiting. Return whether all is sent.
 
             Raises `ConnectionLost`.
             """
@@ -121,7 +121,7 @@ if sys.platform != "win32":
             return True
 
         def receive(self, limit: int) -> bytes:
-            """Return what has arrived, once there is something. Raises `ConnectionLost` or `DaemonTimeout`."""
+            """Wait for data and return it. Raises `ConnectionLost` or `DaemonTimeout`."""
             while True:
                 if not self._may_have_more:
                     self._wait(self._readable)
@@ -129,7 +129,7 @@ if sys.platform != "win32":
                     return data
 
         def receive_now(self, limit: int) -> bytes | None:
-            """Return what has arrived, or None. Raises `ConnectionLost`. It allocates no more if `limit` is larger."""
+            """Return available data, or None. Raises `ConnectionLost`. A read is at most `MAX_READ` bytes for any `limit`."""
             try:
                 data = self._socket.recv(MAX_READ)
             except BlockingIOError:
@@ -143,12 +143,12 @@ if sys.platform != "win32":
             return data
 
         def _wait(self, poll: select.poll | _Select) -> None:
-            # Rounded up: a poll that ends before the deadline would only be repeated.
+            # Rounded up: otherwise poll may return before the deadline, and would be repeated.
             while not poll.poll(None if self.deadline == inf else ceil(remaining(self.deadline) * 1000)):
                 pass
 
     def prepare(sock: socket.socket) -> None:
-        """Let nothing on `sock` block, nor signal that its peer has gone."""
+        """Make `sock` non-blocking, and disable SIGPIPE for it."""
         sock.setblocking(False)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
@@ -161,7 +161,7 @@ if sys.platform != "win32":
         return poll
 
     class _Select:
-        """`select.poll` for one socket and one event where eventlet has removed that."""
+        """A replacement for `select.poll`, which eventlet removes, for one socket and one event."""
 
         def __init__(self, sock: socket.socket, event: int) -> None:
             self._sets = ([sock], []) if event == select.POLLIN else ([], [sock])
@@ -174,33 +174,33 @@ if sys.platform != "win32":
     def connect(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
-        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
+        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if the peer
         is another user's, and `ResourceExhausted` if this process has no free descriptor or memory.
         """
         remaining(deadline)
         connection = connect_now(address)
-        # A signal may have ended the wait.
+        # Retry after a signal.
         while connection is None:
             connection = _connect(address, deadline)
         return connection
 
     def connect_now(address: str) -> Connection | None:
-        """Connect as `connect` does, without waiting. Return None if the daemon has no room for a connection now."""
+        """Connect without waiting. Return None if the daemon's accept queue is full. Raises what `connect` does."""
         try:
             return _connect(address, None)
         except DaemonTimeout:
             return None
 
     def _connect(address: str, deadline: float | None) -> Connection | None:
-        """Connect before `deadline`, or without one at once. Return None if a signal has ended the wait."""
+        """Connect before `deadline`, or with None without waiting. Return None after a signal, or if the queue is full."""
         sock = _new_socket()
-        # At once: a child that is forked while it connects closes its copy.
+        # Before connecting: a child forked meanwhile closes its copy.
         connection = Connection(sock)
         try:
             if deadline is not None:
                 sock.setblocking(True)
                 if deadline != inf:
-                    # Only a blocking connect waits for room in the accept queue, and only this bounds it (unix(7), socket(7)).
+                    # Only a blocking connect waits for room in the accept queue; SO_SNDTIMEO limits it (unix(7), socket(7)).
                     seconds = max(remaining(deadline), 0.001)
                     time = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, time)
@@ -224,12 +224,12 @@ if sys.platform != "win32":
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise ResourceExhausted(
-                    f"no socket can be made: {error.strerror}; close files or connections that are not used, or raise the limit"
+                    f"can't create a socket: {error.strerror}; close unused files or connections, or raise the limit"
                 ) from error
-            raise ConnectionLost(f"no socket can be made: {error.strerror}") from error
+            raise ConnectionLost(f"can't create a socket: {error.strerror}") from error
 
     def _has_peer(sock: socket.socket) -> bool:
-        """Whether a blocking connect is done: Python, which thinks of TCP, takes an interrupted one for one that goes on."""
+        """Whether a blocking connect is done. After a signal Python assumes, as for TCP, that it continues: wrong here."""
         try:
             sock.getpeername()
         except OSError as error:
@@ -239,7 +239,7 @@ if sys.platform != "win32":
         return True
 
     def _connect_error(error: OSError, address: str) -> HarnessIPCError:
-        """Return the error for a connect, or a look at the peer, that failed with `error`."""
+        """Return the error for a connect, or a check of the peer, that failed with `error`."""
         if isinstance(error, BlockingIOError):
             return DaemonTimeout("the daemon accepts no connections: it is stopped or overloaded")
         if isinstance(error, (FileNotFoundError, ConnectionRefusedError, NotADirectoryError)):
@@ -253,14 +253,14 @@ if sys.platform != "win32":
         return kind(f"the socket {address} can't be connected: {error.strerror}")
 
     def check_peer(sock: socket.socket) -> PeerCredentials:
-        """Return the process at the other end of `sock`. Raises `OSError`, and `AuthenticationFailed` for another user's."""
+        """Return the credentials of the peer of `sock`. Raises `OSError`, and `AuthenticationFailed` for another user."""
         peer = peer_credentials(sock)
         if peer.uid is not None and peer.uid != os.geteuid():
             raise AuthenticationFailed(f"the peer, pid {peer.pid}, belongs to uid {peer.uid}, not to {os.geteuid()}")
         return peer
 
     def peer_credentials(sock: socket.socket) -> PeerCredentials:
-        """Return the process at the other end of `sock`, by the kernel. Raises `OSError`."""
+        """Return the credentials of the peer of `sock`, according to the kernel. Raises `OSError`."""
         if sys.platform == "linux":
             # struct ucred, unix(7).
             pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

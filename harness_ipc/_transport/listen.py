@@ -1,6 +1,6 @@
-"""The daemon's side of a transport: a listener that only this user can reach, and its connections; here those of AF_UNIX.
+"""The daemon's side of AF_UNIX: a listener that only this user can reach, and its connections.
 
-Nothing here blocks but `Listener.accept` and `Port.wait`.
+Only `Listener.wait`, `Listener.accept_port` and `Port.wait` block.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..errors import AuthenticationFailed, ConnectionLost, StartFailed
 
 __all__ = ["FAMILY", "Accepted", "Listener", "Port", "lacking_descriptors", "new_address"]
 
-# sun_path less its final NUL: unix(7) has 108 bytes, macOS' sys/un.h 104.
+# Bytes of sun_path without the final NUL: 108 in unix(7), 104 in sys/un.h of macOS.
 MAX_ADDRESS = 103 if sys.platform == "darwin" else 107
-# listen(2): more clients than this that connect within one scheduling delay would block or be refused.
+# The accept queue (listen(2)): when it is full, further clients block or are refused.
 _BACKLOG = 128
 
 if sys.platform == "win32":
@@ -31,26 +31,26 @@ if sys.platform == "win32":
 
     from .windows_listen import FAMILY, Listener, Port, lacking_descriptors, new_address
 
-    # No loop can watch a pipe.
+    # An event loop can't watch a pipe.
     Accepted = Any
 
 else:
-    # The one private seam of multiprocessing.connection: the Listener's socket. The Connection that its own accept() returns
-    # can't give its descriptor away.
+    # Private to multiprocessing.connection: the Listener's socket. Its accept() returns a Connection that can't detach its
+    # descriptor.
     from multiprocessing import connection as _stock
 
     from .base import PeerCredentials
     from .dial import MAX_READ, NO_SIGNAL, check_peer, prepare
 
     FAMILY = "AF_UNIX"
-    # A socket that never blocks, and the process at its other end, by the kernel.
+    # A non-blocking socket, and the credentials of its peer.
     Accepted = tuple[socket.socket, PeerCredentials]
 
     if "_socket" not in _stock.SocketListener.__init__.__code__.co_names:  # type: ignore[attr-defined]
         raise ImportError("multiprocessing.connection.Listener of this Python keeps its socket elsewhere")
 
     class Port:
-        """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
+        """A connection of a pump's thread, which can wait for a read, a write and a wake-up at once."""
 
         def __init__(self, sock: socket.socket, peer: PeerCredentials) -> None:
             self._socket = sock
@@ -63,11 +63,11 @@ else:
 
         @property
         def is_writing(self) -> bool:
-            """Whether the last chunk has not been taken yet."""
+            """Whether the last chunk is not yet written."""
             return self._writing is not None
 
         def begin_write(self, chunk: bytes) -> None:
-            """Begin to write a chunk; the last one has been taken."""
+            """Start writing a chunk. The previous one must be written."""
             self._writing = memoryview(chunk)
             self._write()
 
@@ -77,13 +77,13 @@ else:
                     self._writing = self._writing[self._socket.send(self._writing, NO_SIGNAL) :] or None
 
         def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
-            """Wait for data, if `reading`, for the chunk to be taken, or to be woken; until `deadline` at most.
+            """Wait for data, if `reading`, for the chunk to be written, or for `wake`, until `deadline`.
 
-            Return the data, b"" at the end, or None. `limit` is for messages, which a pipe has. Raises `OSError`.
+            Return data, b"" at EOF, or None. `limit` applies to messages of a pipe. Raises `OSError`.
             """
             poll = select.poll()
             poll.register(self._woken, select.POLLIN)
-            if reading or self.is_writing:  # not without: poll always tells the end, so it would spin
+            if reading or self.is_writing:  # otherwise not: poll always reports EOF, and would spin
                 events = (select.POLLIN if reading else 0) | (select.POLLOUT if self.is_writing else 0)
                 poll.register(self._socket, events)
             left = None if deadline == inf else max(0, ceil((deadline - time.monotonic()) * 1000))
@@ -99,23 +99,23 @@ else:
             return None
 
         def wake(self) -> None:
-            """End a wait, from any thread; the next one if there is none now."""
-            with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+            """End the current wait, or else the next one, from any thread."""
+            with contextlib.suppress(OSError):  # full: already awake; closed: already ended
                 self._wake.send(b"\0")
 
         def abort(self) -> None:
-            """End the connection; the pump sees that and closes it."""
+            """End the connection; the pump notices and closes it."""
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
         def close(self) -> None:
-            """Close it all. Closing twice is no error."""
+            """Close the connection. Idempotent."""
             self._socket.close()
             self._wake.close()
             self._woken.close()
 
     class Listener:
-        """A bound and listening socket that only this user can reach; several threads may accept at once."""
+        """A listening socket that only this user can reach. Several threads may accept at once."""
 
         def __init__(self, address: str) -> None:
             """Bind `address`. Raises `StartFailed`."""
@@ -138,11 +138,11 @@ else:
             close_in_child(self)
 
         def accept(self) -> Accepted:
-            """Accept without waiting. Raises `BlockingIOError` if nobody is there, `OSError`, and `AuthenticationFailed`."""
+            """Accept without waiting. Raises `BlockingIOError` if there is no client, `OSError`, and `AuthenticationFailed`."""
             return _checked(self._socket.accept()[0])
 
         def accept_port(self) -> Port:
-            """Wait for a connection. Raises `OSError`, also when it is woken, and `AuthenticationFailed` for another user's."""
+            """Wait for a connection. Raises `OSError`, also after `wake`, and `AuthenticationFailed` for another user."""
             while True:
                 self.wait()
                 try:
@@ -158,13 +158,13 @@ else:
             poll.poll()
 
         def keep_spare(self) -> None:
-            """Open the descriptor that `accept_spare` uses up, unless it is open, or none is free."""
+            """Open the spare descriptor for `accept_spare`, if it is not open and one is free."""
             if self._spare is None and not self._closed:
                 with contextlib.suppress(OSError):
                     self._spare = os.open(os.devnull, os.O_RDONLY)
 
         def accept_spare(self) -> Accepted:
-            """Accept as `accept` does when no descriptor is free, with the spare one. Call `keep_spare` afterwards."""
+            """Accept with the spare descriptor when none is free. Call `keep_spare` afterwards. Raises what `accept` does."""
             self._close_spare()
             return self.accept()
 
@@ -174,7 +174,7 @@ else:
                 os.close(spare)
 
         def close_inherited(self) -> None:
-            """Close a forked child's copies. The path stays: it is the parent's."""
+            """Close a forked child's copies. The path stays: it belongs to the parent."""
             self._close_spare()
             self._socket.close()
 
@@ -183,9 +183,9 @@ else:
             return self._socket.fileno()
 
         def wake(self) -> None:
-            """Make all blocked accepts raise `OSError`; on macOS (ENOTCONN from shutdown) one for each call."""
+            """Make all blocked accepts raise `OSError`; on macOS (ENOTCONN from shutdown) one per call."""
             self._woken = True
-            # First the shutdown: the path may have been removed by hand.
+            # Shutdown first: connecting fails if the path was removed.
             try:
                 self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -201,7 +201,7 @@ else:
                 self._listener.close()
 
     def lacking_descriptors() -> str | None:
-        """Return which limit keeps this process from opening one more file, or None if it can."""
+        """Return the limit that keeps this process from opening one more file, or None if it can."""
         import resource
 
         try:
@@ -214,9 +214,9 @@ else:
         return None
 
     def new_address(directory: str, generation: str) -> str:
-        """Return the address of a new generation, and make the directory for it if `directory` is too deep.
+        """Return the address of a new generation. If `directory` is too deep, create a short one for it.
 
-        Raises `StartFailed` if the path is above the limit of the operating system in every directory.
+        Raises `StartFailed` if the path exceeds the limit of the operating system there too.
         """
         name = f"{generation[:16]}.sock"
         address = os.path.join(directory, name)

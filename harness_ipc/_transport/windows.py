@@ -10,9 +10,9 @@ from .._protocol.framing import check_size
 from ..errors import EXHAUSTED, AuthenticationFailed, ConnectionLost, DaemonNotRunning, HarnessIPCError, ResourceExhausted
 from .base import PeerCredentials, lost, remaining
 
-# The first read takes a short message in whole; the rest of a longer one is read once its length is known.
+# Bytes of the first read, enough for a short message. The rest of a longer one is read when its length is known.
 FIRST_READ = 4096
-# One wait is at most this long: nothing interrupts WaitNamedPipe, and milliseconds have 32 bits.
+# Seconds of one wait: WaitNamedPipe can't be interrupted, and takes milliseconds in 32 bits.
 _MAX_WAIT = 1.0
 # winerror.h and winbase.h; _winapi lacks them.
 ERROR_IO_INCOMPLETE = 996
@@ -24,9 +24,9 @@ if sys.platform == "win32":
     import _winapi
 
     class Connection:
-        """An open pipe for one caller, as `dial.Connection`: each chunk is a message. Other threads may only `abort` it.
+        """An open pipe, used like `dial.Connection`; each chunk is a message. Not thread-safe, except `abort`.
 
-        `all_sent` is also true once the last write has begun: one that is cancelled may have arrived.
+        `all_sent` is true as soon as the last write has started: a cancelled write may have arrived.
         """
 
         __slots__ = ("_aborted", "_handle", "_pending", "all_sent", "deadline", "peer")
@@ -43,7 +43,7 @@ if sys.platform == "win32":
             self.close()
 
         def close(self) -> None:
-            """Close the pipe. Closing twice is no error."""
+            """Close the pipe. Idempotent."""
             handle, self._handle = self._handle, None
             if handle is not None:
                 _winapi.CloseHandle(handle)
@@ -55,14 +55,14 @@ if sys.platform == "win32":
             return self._handle
 
         def abort(self) -> None:
-            """Make a blocked send or receive end at once; from any thread."""
+            """Interrupt a blocked send or receive, from any thread."""
             self._aborted = True
             if (pending := self._pending) is not None:
                 with contextlib.suppress(OSError):
                     pending.cancel()
 
         def is_readable(self) -> bool:
-            """Whether a receive would not block: a message has arrived, or the peer has gone."""
+            """Whether a receive would not block: there is a message, or the peer has closed."""
             if self._aborted:
                 return True
             try:
@@ -84,14 +84,14 @@ if sys.platform == "win32":
                 raise lost(error) from error
 
         def send_now(self, chunks: list[bytes]) -> bool:
-            """Send `chunks`, and return True: a pipe can't send without waiting."""
+            """Send `chunks` and return True. A pipe can't send without waiting."""
             self.send(chunks)
             return True
 
         def receive(self, limit: int) -> bytes:
             """Return the next message, of up to `limit` bytes.
 
-            Raises `ConnectionLost`, `DaemonTimeout` or `MessageTooLarge`; the connection can only be closed then.
+            Raises `ConnectionLost`, `DaemonTimeout` or `MessageTooLarge`: close the connection then.
             """
             try:
                 data, has_more = self._read(min(limit, FIRST_READ))
@@ -112,21 +112,21 @@ if sys.platform == "win32":
             return overlapped.getbuffer() or b"", error == _winapi.ERROR_MORE_DATA
 
         def _finish(self, overlapped: _winapi.Overlapped) -> int:
-            """Wait for `overlapped` until the deadline and return its error, if it is none that raises."""
+            """Wait for `overlapped` until the deadline, and return its error code if it does not raise."""
             self._pending = overlapped
             try:
-                # After self._pending was set: an abort() before that has cancelled nothing.
+                # After self._pending is set: an earlier abort() could not cancel it.
                 if self._aborted:
                     overlapped.cancel()
                 while (error := overlapped.GetOverlappedResult(False)[1]) == ERROR_IO_INCOMPLETE:
                     milliseconds = (
                         _winapi.INFINITE if self.deadline == inf else ceil(min(remaining(self.deadline), _MAX_WAIT) * 1000)
                     )
-                    # EINTR: a signal's handler has returned.
+                    # EINTR: a signal handler has run.
                     with contextlib.suppress(InterruptedError):
                         _winapi.WaitForMultipleObjects([overlapped.event], False, milliseconds)
             except BaseException:
-                # The system writes to the buffer until it has given up the operation.
+                # The system may write to the buffer until the operation is cancelled.
                 with contextlib.suppress(OSError):
                     overlapped.cancel()
                     overlapped.GetOverlappedResult(True)
@@ -134,13 +134,13 @@ if sys.platform == "win32":
             finally:
                 self._pending = None
             if error == _winapi.ERROR_OPERATION_ABORTED:
-                raise ConnectionLost("the connection was ended in the middle of a message")
+                raise ConnectionLost("the connection was closed in the middle of a message")
             return int(error)
 
     def connect(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
-        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if it
+        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if the pipe
         is another user's, and `ResourceExhausted` if this process has no free handle or memory.
         """
         while True:
@@ -158,16 +158,16 @@ if sys.platform == "win32":
                     raise ResourceExhausted(f"the pipe {address} can't be opened: {error.strerror}") from error
                 if error.winerror != _winapi.ERROR_PIPE_BUSY:
                     raise ConnectionLost(f"the pipe {address} can't be connected: {error.strerror}") from error
-            # All instances are taken. What goes wrong here shows in the next try.
+            # All instances are in use. An error of this wait recurs in the next attempt.
             with contextlib.suppress(OSError):
                 _winapi.WaitNamedPipe(address, ceil(min(left, _MAX_WAIT) * 1000))
 
     def size_of_rest(handle: int, size: int, limit: int) -> int:
-        """Return how many bytes are left of a message of which `size` were read. Raises `MessageTooLarge` and `OSError`."""
-        # They are there in whole, unless the peer has cancelled its write: a read would wait for the next message.
+        """Return the unread bytes of a message of which `size` were read. Raises `MessageTooLarge` and `OSError`."""
+        # All of it has arrived, unless the peer has cancelled its write: a read would wait for the next message then.
         left: int = _winapi.PeekNamedPipe(handle)[1]
         if not left:
-            raise BrokenPipeError("the peer gave a message up in the middle")
+            raise BrokenPipeError("the peer cancelled a message in the middle")
         check_size(size + left, limit)
         return left
 
@@ -179,7 +179,7 @@ if sys.platform == "win32":
             0,
             _winapi.NULL,
             _winapi.OPEN_EXISTING,
-            # The maker of a pipe of this name may learn who we are, but not act as us.
+            # The server of the pipe may identify this process, but not impersonate it.
             _winapi.FILE_FLAG_OVERLAPPED | _SECURITY_SQOS_PRESENT | _SECURITY_IDENTIFICATION,
             _winapi.NULL,
         )

@@ -1,6 +1,6 @@
-"""The daemon's side of AF_PIPE: a named pipe that only its owner can open, and the connections that it accepts.
+"""The daemon's side of AF_PIPE: a named pipe that only this user can open, and its connections.
 
-Nothing here blocks but `Listener.accept_port` and `Port.wait`.
+Only `Listener.accept_port` and `Port.wait` block.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import StartFailed
 from .base import PeerCredentials
 
-# What a pipe holds for a peer that does not read yet; it takes a frame up to this length without waiting.
+# Bytes that a pipe buffers: a frame of up to this length is written without waiting.
 _BUFFER = 64 * 1024
-# One wait is at most this long: milliseconds have 32 bits.
+# Seconds of one wait, which takes milliseconds in 32 bits.
 _MAX_WAIT = 1000.0
 # winbase.h; _winapi lacks it.
 _PIPE_REJECT_REMOTE_CLIENTS = 8
@@ -33,16 +33,16 @@ if sys.platform == "win32":
     _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
     _kernel32.CreateEventW.restype = ctypes.c_void_p
 
-    # The one private seam of multiprocessing.connection: how its listener makes and keeps the instances of the pipe.
+    # Private to multiprocessing.connection: how its listener creates and queues the instances of the pipe.
     if not {"_new_handle", "_handle_queue"} <= {*_stock.PipeListener.__init__.__code__.co_names}:  # type: ignore[attr-defined]
         raise ImportError("multiprocessing.connection.Listener of this Python keeps its pipes elsewhere")
 
     class Port:
-        """The three things that a pump's thread waits for: a pending read, a pending write, and a wake-up."""
+        """A connection of a pump's thread, which can wait for a read, a write and a wake-up at once."""
 
         def __init__(self, handle: int) -> None:
             self._handle = handle
-            # The user is not told; the pipe's access list is what keeps users apart.
+            # The uid is unknown: the pipe's access control list keeps other users out.
             pid = ctypes.c_ulong()
             known = _kernel32.GetNamedPipeClientProcessId(ctypes.c_void_p(handle), ctypes.byref(pid))
             self.peer = PeerCredentials(pid.value if known else None, None)
@@ -50,17 +50,17 @@ if sys.platform == "win32":
             self._writing: _winapi.Overlapped | None = None
             self._event: int = _kernel32.CreateEventW(None, False, False, None)
             self._closed = False
-            # Nobody may wake an event that has been closed: its handle may be another's.
+            # A closed event must not be set: its handle may have been reused.
             self._lock = threading.Lock()
             self._aborted = False
 
         @property
         def is_writing(self) -> bool:
-            """Whether the last chunk has not been taken yet."""
+            """Whether the last chunk is not yet written."""
             return self._writing is not None
 
         def begin_write(self, chunk: bytes) -> None:
-            """Begin to write a chunk, which is a message; the last one has been taken. Raises `OSError`."""
+            """Start writing a chunk, which is a message. The previous one must be written. Raises `OSError`."""
             self._writing, _ = _winapi.WriteFile(self._handle, chunk, overlapped=True)
             self._finish_write()
 
@@ -69,9 +69,9 @@ if sys.platform == "win32":
                 self._writing = None
 
         def wait(self, deadline: float, *, reading: bool, limit: int) -> bytes | None:
-            """Wait for data, if `reading`, for the chunk to be taken, or to be woken; until `deadline` at most.
+            """Wait for data, if `reading`, for the chunk to be written, or for `wake`, until `deadline`.
 
-            Return one message, b"" at the end, or None. Raises `MessageTooLarge` above `limit` bytes, and `OSError`.
+            Return one message, b"" at EOF, or None. Raises `MessageTooLarge` above `limit` bytes, and `OSError`.
             """
             try:
                 if reading and self._reading is None:
@@ -98,29 +98,29 @@ if sys.platform == "win32":
                 rest, _ = _winapi.ReadFile(self._handle, size_of_rest(self._handle, len(data), limit), overlapped=True)
                 rest.GetOverlappedResult(True)
                 data += bytes(rest.getbuffer() or b"")
-            # An empty message is no end: it is no request either, and is told so.
+            # An empty message is not EOF. Return invalid JSON instead, to be answered with an error.
             return data or b" "
 
         def wake(self) -> None:
-            """End a wait, from any thread; the next one if there is none now."""
+            """End the current wait, or else the next one, from any thread."""
             with self._lock:
                 if not self._closed:
                     _kernel32.SetEvent(ctypes.c_void_p(self._event))
 
         def abort(self) -> None:
-            """End the connection; the pump sees that and closes it."""
+            """End the connection; the pump notices and closes it."""
             self._aborted = True
             self.wake()
 
         def close(self) -> None:
-            """Close it all. What was written can still be read by the client. Closing twice is no error."""
+            """Close the connection. The client can still read what was written. Idempotent."""
             with self._lock:
                 closed, self._closed = self._closed, True
             if closed:
                 return
             for operation in (self._reading, self._writing):
                 if operation is not None:
-                    # The system writes to the buffer until it has given up the operation.
+                    # The system may write to the buffer until the operation is cancelled.
                     with contextlib.suppress(OSError):
                         operation.cancel()
                         operation.GetOverlappedResult(True)
@@ -128,7 +128,7 @@ if sys.platform == "win32":
             _winapi.CloseHandle(self._event)
 
     class _PipeListener(_stock.PipeListener):  # type: ignore[name-defined,misc]
-        """The same, closed to other users, who could read from a pipe by default, and to other machines."""
+        """A pipe listener closed to other users, who may read from a pipe by default, and to other machines."""
 
         def __init__(self, address: str) -> None:
             import struct
@@ -140,15 +140,15 @@ if sys.platform == "win32":
             layout = struct.Struct("IPi0P")
             self._attributes = ctypes.create_string_buffer(layout.pack(layout.size, ctypes.addressof(descriptor), 0))
             self._security = ctypes.addressof(self._attributes)
-            # The attributes point to it.
+            # Keeps the memory alive that the attributes point to.
             self._descriptor = descriptor
             self._order = threading.Lock()
             super().__init__(address)
 
         def accept(self) -> int:
-            """Return the handle of the next connection; several threads may call this at once."""
-            # Instances wait in a queue until a thread waits on them, and a client gets the oldest free one: it must be one that
-            # a thread waits on. So they have to stand in the queue in the order in which they were made.
+            """Return the handle of the next connection. Thread-safe."""
+            # A client gets the oldest free instance, which must be one that a thread waits on. So threads have to take
+            # instances in the order in which they were created.
             with self._order:
                 self._handle_queue.append(self._new_handle())
                 handle: int = self._handle_queue.pop(0)
@@ -157,7 +157,7 @@ if sys.platform == "win32":
                 _winapi.WaitForMultipleObjects([overlapped.event], False, _winapi.INFINITE)
                 overlapped.GetOverlappedResult(True)
             except OSError as error:
-                # A client has connected, written and gone already: what it wrote can be read.
+                # The client has already written and disconnected: its data can still be read.
                 if error.winerror != _winapi.ERROR_NO_DATA:
                     _winapi.CloseHandle(handle)
                     raise
@@ -177,7 +177,7 @@ if sys.platform == "win32":
                 self._security,
             )
             if first:
-                # All instances have the descriptor of the first.
+                # Only the first: all instances share its security descriptor.
                 from .._windows_security import check_pipe_security
 
                 try:
@@ -188,15 +188,15 @@ if sys.platform == "win32":
             return handle
 
     class Listener:
-        """A named pipe that only this user can open; several threads may accept at once, each with an instance of its own."""
+        """A named pipe that only this user can open. Several threads may accept at once, each on its own instance."""
 
         def __init__(self, address: str) -> None:
-            """Make the pipe `address`. Raises `StartFailed`, also if the system lets others open it."""
+            """Create the pipe `address`. Raises `StartFailed`, also if others could open it."""
             self.address = address
             try:
                 self._listener = _PipeListener(address)
             except OSError as error:
-                raise StartFailed(f"the pipe {address} can't be made: {error.strerror}") from error
+                raise StartFailed(f"the pipe {address} can't be created: {error.strerror}") from error
 
         def accept_port(self) -> Port:
             """Wait for a connection. Raises `OSError`."""
@@ -209,11 +209,11 @@ if sys.platform == "win32":
         accept_spare = accept
 
         def fileno(self) -> int:
-            """Return -1: no event loop can watch it."""
+            """Return -1: an event loop can't watch a pipe."""
             return -1
 
         def keep_spare(self) -> None:
-            """Do nothing: handles have no limit that could be reached."""
+            """Do nothing: handles are practically unlimited."""
 
         def wake(self) -> None:
             """Make one blocked accept return."""
@@ -226,9 +226,9 @@ if sys.platform == "win32":
                 self._listener.close()
 
     def lacking_descriptors() -> str | None:
-        """Return None: handles have no limit that could be reached."""
+        """Return None: handles are practically unlimited."""
         return None
 
     def new_address(directory: str, generation: str) -> str:
-        """Return the address of a new generation. Pipes have a namespace of their own: `directory` plays no part."""
+        """Return the address of a new generation. `directory` is ignored: pipes are not in the file system."""
         return rf"\\.\pipe\harness-ipc-{generation}"

@@ -20,7 +20,6 @@ import pytest
 from harness_ipc import (
     StartFailed,
     _status,
-    cli,
     daemon_alive,
     daemon_status,
     identify,
@@ -32,6 +31,7 @@ from harness_ipc import (
     runtime_path,
     stop_daemon,
 )
+from harness_ipc._cli.arguments import parse_arguments
 from tests.support.marks import needs_posix, needs_root
 from tests.support.processes import PATIENCE, lives, wait_until
 
@@ -148,7 +148,7 @@ def test_starting_twice_is_one_daemon_in_the_directory_of_the_first(here: Path) 
     pid = _start("twice")
     again = _run("start", "service:Healthy", "--name", "twice")
     assert (again.returncode, again.stdout) == (0, f"twice: pid {pid} is running\n")
-    assert "is not the one that was asked for: its command line is" in again.stderr
+    assert "was started differently: its command line is" in again.stderr
     reply = request("twice", {"params": {"x": 21}})
     assert (reply["result"], reply["pid"]) == (42, pid)
     # Where it was started, which it does not hold.
@@ -300,7 +300,7 @@ def test_a_daemon_that_does_not_answer_is_unresponsive() -> None:
         # It lives: it is neither started again nor ended.
         started = _run("start", "service:handle", "--name", "frozen", "--timeout", "10")
         assert (started.returncode, started.stdout) == (0, f"frozen: pid {pid} is running\n")
-        assert started.stderr.splitlines()[-1].startswith(f"harness-ipc: pid {pid} lives but does not answer")
+        assert started.stderr.splitlines()[-1].startswith(f"harness-ipc: pid {pid} is alive but does not answer")
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: daemon_status("frozen").state == "running")
@@ -335,8 +335,10 @@ def test_a_record_of_a_later_version_is_incompatible() -> None:
 
 
 def test_the_defaults_in_the_help_are_the_managers_own() -> None:
-    assert (cli._START_TIMEOUT, cli._STOP_TIMEOUT) == (manager.START_TIMEOUT, manager.STOP_TIMEOUT)
-    assert cli._STATUS_TIMEOUT == _status.STATUS_TIMEOUT
+    assert parse_arguments(["start", "module:app"]).timeout == manager.START_TIMEOUT
+    assert parse_arguments(["restart"]).timeout == manager.START_TIMEOUT
+    assert parse_arguments(["stop"]).timeout == manager.STOP_TIMEOUT
+    assert parse_arguments(["status"]).timeout == _status.STATUS_TIMEOUT
 
 
 # list

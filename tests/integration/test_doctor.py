@@ -124,7 +124,7 @@ def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monk
     assert topics == [*expected, "round trip", "daemons", "leftovers"]
     assert f"OK       harness_ipc: {__version__}, " in seen.stdout
     run = private_directories / "run"
-    assert f"runtime directory: {run} (HARNESS_IPC_RUNTIME_DIR is set), will be made at the first start" in seen.stdout
+    assert f"runtime directory: {run} (HARNESS_IPC_RUNTIME_DIR is set), will be created at the first start" in seen.stdout
     assert everything(private_directories) == [(str(temporary), temporary.stat().st_mtime_ns, temporary.stat().st_mode)]
 
 
@@ -200,7 +200,7 @@ def test_a_daemon_that_starts_is_well_and_leaves_its_record_if_it_dies() -> None
         assert troubles() == []
         kill(daemon)
         (stale,) = troubles()
-        assert stale.text.startswith("stale: the daemon 'svc' is still starting, or was killed while it did")
+        assert stale.text.startswith("stale: the daemon 'svc' is still starting, or was killed meanwhile")
         assert (stale.level, stale.topic, stale.remedy) == ("warning", "daemon svc", "harness-ipc stop --name svc")
         apply(stale.remedy)
         assert troubles() == []
@@ -264,7 +264,7 @@ def draft(run: Path, content: dict[str, Any] | str, name: str = "svc") -> Path:
 @pytest.mark.parametrize("content", ["", "[]", {}, {"pid": "1", "create_time": []}, {"pid": 1, "create_time": 1.0}], ids=str)
 def test_a_draft_of_a_dead_daemon(run: Path, content: dict[str, Any] | str) -> None:
     path = draft(run, content)
-    text = f"{path}: what a daemon wrote that died before it was ready, or while it drained"
+    text = f"{path}: left by a daemon that died while starting or draining"
     assert troubles() == [Finding("warning", "leftovers", text, "harness-ipc stop --name svc")]
     apply("harness-ipc stop --name svc")
     assert troubles() == []
@@ -315,7 +315,7 @@ def test_a_socket_without_a_record(private_directories: Path, monkeypatch: pytes
     os.rename(run / "kept", address)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("warning", "leftovers")
-    assert trouble.text == f"{address}: a socket that no record names, and where nobody listens"
+    assert trouble.text == f"{address}: a socket without a record, where nobody listens"
     assert os.path.exists(address)
     apply(trouble.remedy)
     assert troubles() == []
@@ -443,7 +443,7 @@ def test_a_file_in_the_way(private_directories: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "file" / "run"))
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "runtime directory")
-    assert f"but {private_directories / 'file'} is no directory" in trouble.text
+    assert f"but {private_directories / 'file'} is not a directory" in trouble.text
 
 
 @needs_posix
@@ -469,7 +469,7 @@ def test_a_runtime_directory_that_is_too_long(private_directories: Path, monkeyp
     short = private_directories / f"harness-ipc-{os.geteuid()}"
     finding = found("socket path")
     assert finding.level == "ok"
-    assert f"instead, {short} (the short directory for sockets), will be made" in finding.text
+    assert f"instead, {short} (the short directory for sockets), will be created" in finding.text
     assert troubles() == []
     assert os.listdir(private_directories) == []
     short.mkdir(mode=0o700)

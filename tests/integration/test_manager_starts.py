@@ -391,7 +391,7 @@ def test_a_deadline_that_has_passed_names_what_was_waited_for(base: Path) -> Non
         ensure_daemon("test", command(), timeout=0)
     assert started(base) == []
     pid = ensure().pid
-    with pytest.raises(DaemonTimeout, match=text.format(f"pid {pid} has its name by now")):
+    with pytest.raises(DaemonTimeout, match=text.format(f"pid {pid} now has its name")):
         ensure_daemon("test", command(), timeout=0)
     assert_one_daemon()
 
@@ -435,7 +435,7 @@ def test_the_log_has_the_reason_of_a_failed_start_once(by: str, base: Path) -> N
 
 
 @needs_posix
-@pytest.mark.parametrize(("name", "words"), [("SIGKILL", "SIGKILL"), ("SIGTERM", "told to stop")])
+@pytest.mark.parametrize(("name", "words"), [("SIGKILL", "SIGKILL"), ("SIGTERM", "stopped while starting")])
 def test_a_start_that_a_signal_ends_names_the_signal(name: str, words: str) -> None:
     number = int(signal.Signals[name])
     then = f"async def end(self): os.kill(os.getpid(), {number}); await asyncio.sleep(60)\nApp.start = end"

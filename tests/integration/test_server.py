@@ -404,7 +404,7 @@ def test_a_handler_knows_its_peer_and_nobody_else_does() -> None:
             script = "import os, harness_ipc; print(os.getpid(), harness_ipc.request('test', {})['result'][0])"
             pids = (await asyncio.to_thread(run_python, "-c", script)).stdout.split()
             assert pids[0] == pids[1] != str(os.getpid())
-            with pytest.raises(LookupError, match="no request"):
+            with pytest.raises(LookupError, match="no current request"):
                 current_request()
 
     run(main)

@@ -203,7 +203,7 @@ def test_a_daemon_without_a_version_has_to_be_given_one(tmp_path: Path) -> None:
 
 
 def test_a_client_that_may_restart_needs_a_start() -> None:
-    with pytest.raises(ValueError, match="needs a start"):
+    with pytest.raises(ValueError, match="needs `start`"):
         connect_daemon("test", version="1", on_mismatch="restart")
 
 

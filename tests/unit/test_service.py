@@ -285,7 +285,7 @@ def test_the_names_that_a_service_uses_itself_are_no_methods(name: str) -> None:
     async def function(self: Any) -> None: ...
 
     kind = type("Taken", (Service,), {name: method(function)})
-    with pytest.raises(TypeError, match=rf"Taken\.{name}: a service uses this name itself"):
+    with pytest.raises(TypeError, match=rf"Taken\.{name}: the name is reserved by Service"):
         kind()
 
 
