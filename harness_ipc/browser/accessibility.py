@@ -113,9 +113,15 @@ class Accessibility(Part):
         raise node_gone(name, reference=name)
 
     async def frame(self, message: Message) -> Message:
-        """Return what `Frames.find` does for ``frame``, an iframe's id or a part of its URL."""
-        connection, session, target = await self.app.sessions.page_of(message)
-        return {**await self._frames.find(connection, target, session, str(message.get("frame"))), "session_id": session}
+        """Return what `Frames.find` does for ``frame``: an iframe's id or a part of its URL."""
+        sessions, wanted = self.app.sessions, str(message.get("frame"))
+        connection, session = await sessions.requested(message)
+
+        def check_page() -> None:
+            sessions.check_page(session, "Page.getFrameTree")
+
+        found = await self._frames.find(connection, sessions.target_of(session), session, wanted, check_page)
+        return {**found, "session_id": session}
 
     # Reading.
 

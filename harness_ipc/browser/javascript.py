@@ -10,12 +10,14 @@ from harness_ipc import escape_control
 from . import TIMEOUT
 from .arguments import check_seconds, check_text
 from .errors import BrowserError, BrowserTimeout, CDPError, JavaScriptError
+from .own_imports import without_program_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from .nodes import Target
     from .tab import Tab
 
     Call = Callable[..., dict[str, Any]]
@@ -35,15 +37,21 @@ _BODY = "(async () => {"
 _CHECK = "[async () => {"
 
 
-def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: float = TIMEOUT) -> Any:
-    """Evaluate JavaScript in the page, or in the iframe `target_id` (see `iframe_target`), and return its value.
+def js(
+    tab: Tab, expression: str, target_id: str | None = None, *, frame: Target | None = None, timeout: float = TIMEOUT
+) -> Any:
+    """Evaluate JavaScript in the page, or in an iframe, and return its value.
 
     ```python
     js("document.title")
     js("await fetch('/api').then(reply => reply.json())")
     js("const rows = document.querySelectorAll('tr'); rows.length")
     js("const a = 6; return a * 7")
+    js("location.href", frame="#payment")
     ```
+
+    `frame` is a part of the iframe's URL, or what means its element, as in `click`; `target_id` the id that `iframe_target`
+    gives, or that of another target, such as a tab.
 
     The value is that of the last expression, or what a top-level ``return`` gives. ``const``, ``let`` and ``class`` are the
     call's own; ``var`` and functions stay in the page, but not those of code with a top-level ``return``, a function's body,
@@ -52,13 +60,27 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
     A promise is waited for. undefined and null are None; NaN and the infinities floats; a BigInt an int; whatever else has to
     be what JSON can carry (inside an object or an array, NaN is None). Code that computes for longer than `timeout` is ended.
 
-    Raises `JavaScriptError` for what the code throws, `BrowserTimeout`, and `CDPError` for a value that can't be carried.
+    Raises `JavaScriptError` for what the code throws, `BrowserTimeout`, `CDPError` for a value that can't be carried, and
+    `ElementNotFound` for an iframe that is not there.
     """
     check_text("js", "expression", expression)
     check_seconds("timeout", timeout)
-    if target_id is None:
+    if target_id is not None:
+        check_text("js", "target_id", target_id)
+        if frame is not None:
+            raise TypeError("js() takes a target_id or a frame, not both")
+        where = tab.request({"meta": "frame", "frame": target_id}, timeout=timeout)
+    elif frame is not None:
+        with without_program_directory():
+            from . import nodes
+
+        where = nodes.frame_of(tab, frame, timeout=timeout)
+    else:
         return _evaluate(tab, expression, None, timeout)
-    check_text("js", "target_id", target_id)
+    if where["frame_id"]:
+        # Of the tab's own session the successor is asked, once it has ended.
+        session = None if where["node_session"] == where["session_id"] else where["node_session"]
+        return _evaluate(tab, expression, session, timeout, where["context"])
     number = tab.cdp("Target.attachToTarget", targetId=target_id, flatten=True, timeout=timeout)["sessionId"]
     try:
         return _evaluate(tab, expression, number, timeout)
@@ -66,11 +88,14 @@ def js(tab: Tab, expression: str, target_id: str | None = None, *, timeout: floa
         tab.try_cdp("Target.detachFromTarget", sessionId=number, timeout=timeout)
 
 
-def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float) -> Any:
+def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float, context: str | None = None) -> Any:
+    """Run the code in a session, in the execution context `context` of it or else in its own document."""
     # Code that Chrome ends after an `await` it leaves unanswered: `_timed_out` ends that.
     limit = timeout if "await" in expression else timeout + _ENDING
 
     def call(method: str, **params: Any) -> dict[str, Any]:
+        if context is not None and method == "Runtime.evaluate":
+            params["uniqueContextId"] = context
         message = {"method": method, "params": params, "session_id": session}
         result: dict[str, Any] = tab.request(message, timeout=limit)["result"]
         return result

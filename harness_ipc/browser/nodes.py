@@ -8,7 +8,7 @@ import os
 
 from harness_ipc import escape_control
 
-from . import scripts
+from . import TIMEOUT, scripts
 from .errors import (
     SERVER_ERROR,
     BrowserTimeout,
@@ -136,19 +136,41 @@ def frame_of(tab: Tab, frame: Target, *, timeout: float) -> dict[str, Any]:
 
     `frame` is an id that `iframe_target` gave, a part of the iframe's URL, or what means its element. Raises `ElementNotFound`.
     """
-    if isinstance(frame, str) and as_reference(frame) is None:
+    if (reply := _find_frame(tab, frame, timeout)) is None:
+        raise ElementNotFound(f"no iframe has {frame!r} in its URL, and none is found by it as a selector: {_SEE}")
+    return reply
+
+
+def iframe_target(tab: Tab, frame: Target, *, timeout: float = TIMEOUT) -> str | None:
+    """Return the id of the iframe that has `frame` in its URL, or that is meant by it as by `click`, or None.
+
+    ```python
+    js("document.title", iframe_target("example.org/embed"))
+    js("document.title", iframe_target("#payment"))
+    ```
+
+    `js` takes it, and the functions for elements as `frame`, in whatever process the iframe is; the methods of CDP take it as
+    a frameId, and as a targetId where the iframe is of another site. Of several URLs, the first counts. Raises
+    `ElementNotFound` for what is no iframe, a selector of several, and a reference that is gone.
+    """
+    return None if (reply := _find_frame(tab, frame, timeout)) is None else str(reply["frame_id"])
+
+
+def _find_frame(tab: Tab, frame: Target, timeout: float) -> dict[str, Any] | None:
+    by_url = isinstance(frame, str) and as_reference(frame) is None
+    if by_url:
         reply = tab.request({"meta": "frame", "frame": frame}, timeout=timeout)
-        if reply.get("frame_id"):
+        if reply["frame_id"]:
             return reply
     try:
         with resolve(tab, frame, timeout=timeout) as node:
             frame_id = node.cdp("DOM.describeNode")["node"].get("frameId")
     except (ElementNotFound, InvalidArgument) as error:
-        if not isinstance(frame, str) or error.data.get("count"):
+        if not by_url or error.data.get("count"):
             raise
-        raise ElementNotFound(f"no iframe has {frame!r} in its URL, and none is found by it as a selector: {_SEE}") from None
+        return None
     reply = tab.request({"meta": "frame", "frame": frame_id or ""}, timeout=timeout)
-    if not reply.get("frame_id"):
+    if not reply["frame_id"]:
         raise ElementNotFound(f"{frame!r} is no iframe")
     return reply
 

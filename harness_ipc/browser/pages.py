@@ -201,26 +201,6 @@ def ensure_real_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str] | N
     return tabs[0]
 
 
-def iframe_target(tab: Tab, url_part: str, *, timeout: float = TIMEOUT) -> str | None:
-    """Return the targetId of the page's first iframe of another site that has `url_part` in its url, for `js`, or None.
-
-    An iframe of the page's own site is no target: reach it from the page, as in
-    ``document.querySelector("iframe").contentDocument``.
-    """
-    check_text("iframe_target", "url_part", url_part)
-    page = tab.request({"meta": "session"}, timeout=timeout)["target_id"]
-    infos = {info["targetId"]: info for info in tab.cdp("Target.getTargets", timeout=timeout)["targetInfos"]}
-    for target, info in infos.items():
-        if info["type"] == "iframe" and url_part in info.get("url", ""):
-            root = target
-            while parent := infos.get(root, {}).get("parentId"):
-                root = parent
-            # Itself, where an older browser names no parent.
-            if root in (page, target):
-                return str(target)
-    return None
-
-
 def _target_id(helper: str, target: str | dict[str, str]) -> str:
     found: Any = target
     if isinstance(target, dict):

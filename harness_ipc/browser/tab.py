@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from harness_ipc import Client
 
-    from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, screenshot, snapshot
+    from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, nodes, screenshot, snapshot
 
 # Seconds that the daemon gets beyond a timeout, which it keeps itself and knows more about.
 _GRACE = 2.0
@@ -142,7 +142,7 @@ class _DeferredModule:
 
 
 if not TYPE_CHECKING:
-    cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, screenshot, snapshot = map(
+    cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, nodes, screenshot, snapshot = map(
         _DeferredModule,
         (
             "cookies",
@@ -154,6 +154,7 @@ if not TYPE_CHECKING:
             "http",
             "keyboard",
             "mouse",
+            "nodes",
             "screenshot",
             "snapshot",
         ),
@@ -318,7 +319,7 @@ class Tab:
     new_tab = pages.new_tab
     close_tab = pages.close_tab
     ensure_real_tab = pages.ensure_real_tab
-    iframe_target = pages.iframe_target
+    iframe_target = nodes.iframe_target
 
     drain_events = event_stream.drain_events
     events = event_stream.events

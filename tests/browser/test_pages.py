@@ -18,6 +18,7 @@ from harness_ipc.browser.helpers import (
     BrowserTimeout,
     CDPError,
     DialogOpen,
+    ElementNotFound,
     JavaScriptError,
     TabClosed,
     capture_screenshot,
@@ -27,6 +28,7 @@ from harness_ipc.browser.helpers import (
     current_tab,
     drain_events,
     ensure_real_tab,
+    find,
     goto_url,
     handle_dialog,
     iframe_target,
@@ -176,26 +178,59 @@ def test_a_dialog_that_there_is_not(page: str) -> None:
 # Frames.
 
 
-def test_an_iframe_of_the_same_site_is_reached_from_the_page(page: str, site: Site) -> None:
+@pytest.mark.parametrize("name", ["near", "far"])
+def test_javascript_in_an_iframe(page: str, site: Site, name: str) -> None:
     visit(f"{site.url}/frames")
-    assert js("document.getElementById('near').contentDocument.getElementById('here').textContent") == "inside"
-    assert iframe_target("inner?near") is None
-
-
-def test_an_iframe_of_another_site_is_a_target(page: str, site: Site) -> None:
-    visit(f"{site.url}/frames")
-    frame = iframe_target("inner?far")
-    assert frame is not None
-    here = "[location.href, document.getElementById('here').textContent]"
-    assert js(here, frame) == [f"{site.other_url}/inner?far", "inside"]
+    here = "[location.search, document.getElementById('here').textContent]"
+    frame = iframe_target(f"inner?{name}")
+    assert js(here, frame) == [f"?{name}", "inside"]
+    assert frame == iframe_target(f"#{name}") == iframe_target(find(role="iframe")[name == "far"])
+    assert js(here, frame=f"#{name}") == js(here, frame=f"inner?{name}") == js(here, frame=frame) == [f"?{name}", "inside"]
+    assert js("const n = await 6; return [n * 7, location.search]", frame) == [42, f"?{name}"]
     with pytest.raises(JavaScriptError, match="Error: in the frame"):
         js("throw new Error('in the frame')", target_id=frame)
     with pytest.raises(BrowserTimeout):
         js("for (;;);", target_id=frame, timeout=1)
-    with pytest.raises(CDPError, match="No target with given id"):
-        js("1", target_id="nowhere")
     assert js("6 * 7", target_id=frame) == 42
     assert js("location.href") == f"{site.url}/frames"
+
+
+def test_javascript_in_an_iframe_that_is_not_there(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    assert iframe_target("nowhere") is None
+    for which in ("title", "iframe"):
+        with pytest.raises(ElementNotFound, match=r"is no iframe|matches 2 elements"):
+            iframe_target(which)
+    with pytest.raises(ElementNotFound, match="no iframe has 'nowhere' in its URL"):
+        js("1", frame="nowhere")
+    with pytest.raises(CDPError, match="No target with given id"):
+        js("1", target_id="nowhere")
+    with pytest.raises(TypeError, match="not both"):
+        js("1", "nowhere", frame="nowhere")
+
+
+def test_javascript_in_an_iframe_within_an_iframe(page: str, site: Site) -> None:
+    site.pages["/outer"] = "<iframe src=/inner?deep></iframe>"
+    site.pages["/outside"] = f"<!doctype html><iframe src={site.other_url}/outer></iframe><iframe srcdoc='<p>in'></iframe>"
+    visit(f"{site.url}/outside")
+    assert js("location.href", iframe_target("inner?deep")) == f"{site.other_url}/inner?deep"
+    assert js("document.body.textContent", iframe_target("about:srcdoc")) == "in"
+
+
+def test_an_iframe_that_navigates_keeps_its_id(page: str, site: Site) -> None:
+    visit(f"{site.url}/frames")
+    frame = iframe_target("inner?near")
+    for place in (f"{site.url}/inner?there", f"{site.other_url}/inner?there", f"{site.url}/inner?back"):
+        js(f"await new Promise(loaded => {{ near.onload = loaded; near.src = '{place}' }})")
+        assert js("location.href", frame) == place
+
+
+def test_javascript_in_another_tab_while_a_dialog_holds_this_one(page: str, site: Site) -> None:
+    visit(f"{site.url}/inner")
+    new_tab(f"{site.url}/dialog")
+    js("setTimeout(() => alert('Look'))")
+    wait_until(lambda: "dialog" in page_info())
+    assert js("document.title", page) == "Inner"
 
 
 def test_an_iframe_that_opens_a_dialog(page: str, site: Site) -> None:
