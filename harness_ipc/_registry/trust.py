@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _MAX_LINKS = 40
 _SHARED_IN = ("/", "/home", "/private", "/private/var", "/run", "/Users", "/var", "/var/cache", "/var/lib", "/var/spool")
 _SHARED_TREES = ("/bin/", "/boot/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
+# What a word of a shell command may have besides letters and digits: `str.translate` removes it.
+_UNQUOTED = dict.fromkeys(map(ord, "@%+=:,./-_"))
 
 _homes: dict[int, str | None] = {}
 
@@ -205,6 +207,7 @@ def elsewhere() -> str:
 
 
 def _quote(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
+    """Return what `shlex.quote` does: that may be another module by now, of a directory that is first on sys.path."""
+    if path.isascii() and path.translate(_UNQUOTED).isalnum():
+        return path
+    return "'" + path.replace("'", "'\"'\"'") + "'"

@@ -10,8 +10,8 @@ parts (`part` is what they have in common): `sessions`, `logins`, `gone`, `tabs`
 `references` to it. `discovery` finds the browser (`requested` says which one a command asks for, `addresses` what a URL is,
 `local` whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`, on a `display`;
 `reasons` why it ended), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong, `cli` is the
-command `harness-browser`, `own_imports` keeps the program's directory out of our imports, and `doctor` says what is wrong. It
-uses the public API alone.
+command `harness-browser` (`command_line` its arguments), `own_imports` keeps the program's directory out of our imports, and
+`doctor` says what is wrong. It uses the public API alone.
 """
 
 from __future__ import annotations
