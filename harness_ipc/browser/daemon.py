@@ -243,7 +243,7 @@ class BrowserApp:
         if not isinstance(wanted, dict) or not all(isinstance(value, str) for value in wanted.values()):
             raise bad_request("what is asked for is an object of variables and their values")
         assert self._source is not None
-        own = None if self._source.own is None else self._source.own.settings()
+        own = None if self._source.own is None else self._source.own.settings
         return find_mismatch(wanted, own, self._source.named, self.connection.endpoint)
 
     async def _connection_status(self, message: Message) -> Message:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import psutil
@@ -140,8 +141,10 @@ class ManagedBrowser:
             return self._child.pid
         return self._profile.browser()
 
+    @cached_property
     def settings(self) -> dict[str, str]:
-        """Return what of a command's environment (`requested.asked`) this browser is."""
+        """What of a command's environment (`requested.asked`) this browser is."""
+        # Cached: each command asks, and to search PATH takes longer than the rest of its request.
         settings = asked({name: value for name, value in os.environ.items() if name not in (WEBSOCKET, URL)})
         return settings | {BINARY: find_binary() or os.environ.get(BINARY, ""), PROFILE: self.profile}
 
