@@ -9,12 +9,11 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from . import CALL_TIMEOUT, LONGEST
 from .dom import Dom
-from .errors import BrowserTimeout, CDPError, ElementNotFound, node_gone
-from .frames import Frames, frames_in
+from .errors import CDPError, ElementNotFound, node_gone
+from .frames import frames_in
 from .matching import find
-from .part import Part
+from .part import Part, bounded
 from .references import Place, References
 from .tree import Document, render
 
@@ -34,39 +33,19 @@ class Accessibility(Part):
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
-        # By the tab's target.
+        # By the tab's target. They are of targets and documents, which outlast a connection.
         self._references: dict[str, References] = {}
-        self._frames = Frames()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
         """The requests that read pages."""
-        verbs = {"snapshot": self.snapshot, "find": self.find, "resolve_reference": self.resolve, "frame": self.frame}
-        return {verb: self._bounded(function) for verb, function in verbs.items()}
+        verbs = {"snapshot": self.snapshot, "find": self.find, "resolve_reference": self.resolve}
+        return {verb: bounded(function) for verb, function in verbs.items()}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
         """Forget what has ended."""
-        self._frames.on_event(method, params, session)
         if method == "Target.targetDestroyed":
             self._references.pop(params["targetId"], None)
-
-    def on_lost(self) -> None:
-        """Forget the sessions with iframes. References are of targets and documents, which may still be there."""
-        self._frames = Frames()
-
-    @staticmethod
-    def _bounded(verb: Verb) -> Verb:
-        async def bounded(message: Message) -> Message:
-            timeout = min(message.get("timeout") or CALL_TIMEOUT, LONGEST)
-            try:
-                async with asyncio.timeout(timeout):
-                    return await verb(message)
-            except TimeoutError as error:
-                if isinstance(error, BrowserTimeout):
-                    raise
-                raise BrowserTimeout(f"the page has not been read within {timeout:g} s: allow a longer timeout") from None
-
-        return bounded
 
     async def snapshot(self, message: Message) -> Message:
         """Return the page as ``text``; ``interactive``: only what can be acted on."""
@@ -99,7 +78,7 @@ class Accessibility(Part):
                 raise node_gone(name, reference=name)
             raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for the references that there are")
         with contextlib.suppress(CDPError):
-            inside = session if place.target == target else await self._frames.session_of(connection, place.target)
+            inside = session if place.target == target else await self.app.frames.session_of(place.target)
             resolved, tree = await asyncio.gather(
                 connection.call(
                     "DOM.resolveNode", {"backendNodeId": place.node, "objectGroup": str(message.get("group"))}, session=inside
@@ -109,19 +88,8 @@ class Accessibility(Part):
             )
             if _loaders(tree["frameTree"]).get(place.frame) == place.loader:
                 reply: Message = {"objectId": resolved["object"]["objectId"], "node_session": inside, "session_id": session}
-                return reply | {"owners": await self._frames.owners(connection, place.target, target, session)}
+                return reply | {"owners": await self.app.frames.owners(place.target, target, session)}
         raise node_gone(name, reference=name)
-
-    async def frame(self, message: Message) -> Message:
-        """Return what `Frames.find` does for ``frame``: an iframe's id or a part of its URL."""
-        sessions, wanted = self.app.sessions, str(message.get("frame"))
-        connection, session = await sessions.requested(message)
-
-        def check_page() -> None:
-            sessions.check_page(session, "Page.getFrameTree")
-
-        found = await self._frames.find(connection, sessions.target_of(session), session, wanted, check_page)
-        return {**found, "session_id": session}
 
     # Reading.
 
@@ -165,7 +133,7 @@ class Accessibility(Part):
                     nodes = (await call("Accessibility.getFullAXTree", frameId=frame))["nodes"]
                     document.frames[owner] = await read(frame, nodes, depth)
                 elif frame:
-                    inside = await self._frames.session_of(connection, frame)
+                    inside = await self.app.frames.session_of(frame)
                     document.frames[owner] = await self._read(connection, inside, frame, there, depth)
 
         return await read(tree["frameTree"]["frame"]["id"], main["nodes"], depth)

@@ -23,6 +23,7 @@ from .connection import SESSION_NOT_FOUND, Connection
 from .download_events import DownloadEvents
 from .errors import BrowserError, BrowserLost, BrowserMismatch, BrowserNotFound, CDPError
 from .events import Events, shorten
+from .frames import Frames
 from .gone import GoneBrowser
 from .logins import Logins
 from .navigation import Navigation
@@ -32,6 +33,8 @@ from .sessions import Sessions
 from .tabs import Tabs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .launcher import ManagedBrowser
     from .part import Message, Method, Stream, Verb
 
@@ -41,6 +44,19 @@ IDLE_TIMEOUT = "HARNESS_BROWSER_IDLE_TIMEOUT"
 
 # Seconds that the browser has to say that it is well: a status waits two.
 _HEALTH_TIMEOUT = 1.5
+
+
+class _Table:
+    """What the parts answer, by name."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.verbs: dict[str, Verb] = {}
+        self.streams: dict[str, Stream] = {}
+        self.methods: dict[str, Method] = {}
+        for part in parts:
+            self.verbs |= part.verbs
+            self.streams |= part.streams
+            self.methods |= part.methods
 
 
 class BrowserApp:
@@ -56,27 +72,21 @@ class BrowserApp:
         self.sessions = Sessions(self)
         self.logins = Logins(self)
         self.tabs = Tabs(self)
+        self.frames = Frames(self)
         # In the order in which they are told of events.
         self._parts: list[Part] = [
             self.events,
             self.sessions,
             self.logins,
             self.tabs,
+            self.frames,
             Accessibility(self),
             Navigation(self),
             GoneBrowser(self),
             DownloadEvents(self),
         ]
-        self._verbs: dict[str, Verb] = {
-            "check_browser": self._check_browser,
-            "connection_status": self._connection_status,
-        }
-        self._streams: dict[str, Stream] = {}
-        self._methods: dict[str, Method] = {}
-        for part in self._parts:
-            self._verbs.update(part.verbs)
-            self._streams.update(part.streams)
-            self._methods.update(part.methods)
+        self._table = _Table(self._parts)
+        self._table.verbs |= {"check_browser": self._check_browser, "connection_status": self._connection_status}
 
     async def start(self) -> None:
         """Find or start the browser and attach to a page. Raises `BrowserNotFound`."""
@@ -113,12 +123,13 @@ class BrowserApp:
         verb = message.get("meta")
         if verb is None:
             method = message.get("method")
-            if isinstance(method, str) and method in self._streams:
-                return self._streams[method](message.get("params") or {})
+            if isinstance(method, str) and method in self._table.streams:
+                return self._table.streams[method](message.get("params") or {})
             return await self._forward(message)
-        if not isinstance(verb, str) or verb not in self._verbs:
-            raise bad_request(f"there is no meta request {verb!a}: use {', '.join(self._verbs)}, health, ping or shutdown")
-        return await self._verbs[verb](message)
+        verbs = self._table.verbs
+        if not isinstance(verb, str) or verb not in verbs:
+            raise bad_request(f"there is no meta request {verb!a}: use {', '.join(verbs)}, health, ping or shutdown")
+        return await verbs[verb](message)
 
     async def _forward(self, message: Message) -> Message:
         method = message.get("method")
@@ -147,8 +158,8 @@ class BrowserApp:
         return {"result": result, "session_id": session}
 
     async def _call_browser(self, method: str, params: Message, timeout: float) -> Message:
-        if method in self._methods:
-            return await self._methods[method](params, timeout)
+        if method in self._table.methods:
+            return await self._table.methods[method](params, timeout)
         if method == "Target.setDiscoverTargets" or (method == "Target.setAutoAttach" and params.get("waitForDebuggerOnStart")):
             raise bad_request(
                 f"{method} would change all tabs, those of others, too: pass the session_id of a page, or of "

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .part import Changing
+from .part import Changing, Part, bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
-    from .connection import Connection
+    from .daemon import BrowserApp
+    from .part import Message, Verb
 
-    Message = dict[str, Any]
 
-
-class Frames(Changing):
+class Frames(Part, Changing):
     """Sessions with iframes that are targets of their own, and where code runs in each iframe: it changes with that."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, app: BrowserApp) -> None:
+        Part.__init__(self, app)
+        Changing.__init__(self)
         # By target.
         self._sessions: dict[str, str] = {}
         # The uniqueId of the page's own execution context, by session and frame.
         self._contexts: dict[tuple[str, str], str] = {}
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """The request for where code runs."""
+        return {"frame": bounded(self._find)}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
         """Note the contexts that there are, and forget what has ended."""
@@ -45,60 +50,73 @@ class Frames(Changing):
             return
         self.notify()
 
-    async def session_of(self, connection: Connection, frame: str) -> str:
+    def on_lost(self) -> None:
+        """Forget all: sessions and contexts are of a connection."""
+        self._sessions.clear()
+        self._contexts.clear()
+
+    @property
+    def sessions(self) -> Mapping[str, str]:
+        """The sessions that there are, by target."""
+        return self._sessions
+
+    async def session_of(self, frame: str) -> str:
         """Return our session with an iframe that is a target of its own."""
         if (session := self._sessions.get(frame)) is None:
+            connection = self.app.connection
             attached = await connection.call("Target.attachToTarget", {"targetId": frame, "flatten": True})
             session = self._sessions[frame] = str(attached["sessionId"])
-            await connection.call("Runtime.enable", session=session)
+            await asyncio.gather(*(connection.call(f"{domain}.enable", session=session) for domain in ("Page", "Runtime")))
         return session
 
-    async def owners(self, connection: Connection, target: str, page: str, session: str) -> list[Message]:
+    async def owners(self, target: str, page: str, session: str) -> list[Message]:
         """Return the elements of the iframes from `target` up to the tab's `page`: ``{"session_id", "backendNodeId"}`` each."""
         owners = []
         while target != page:
-            info = (await connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
+            info = (await self.app.connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
             parent = info.get("parentId") or page
-            inside = await self._session_in(connection, parent, page, session)
-            owner = await connection.call("DOM.getFrameOwner", {"frameId": target}, session=inside)
+            inside = await self._session_in(parent, page, session)
+            owner = await self.app.connection.call("DOM.getFrameOwner", {"frameId": target}, session=inside)
             owners.append({"session_id": inside, "backendNodeId": owner["backendNodeId"]})
             target = parent
         return owners
 
-    async def find(
-        self, connection: Connection, page: str, session: str, wanted: str, check_page: Callable[[], None]
-    ) -> Message:
-        """Return the first iframe of the tab that has the id `wanted`, or else that has it in its URL.
+    async def targets_in(self, page: str) -> list[str]:
+        """Return the iframes of a tab that are targets of their own."""
+        infos = {info["targetId"]: info for info in await self.app.sessions.targets()}
+        return [target for target in infos if _is_iframe_in(page, target, infos)]
+
+    async def _find(self, message: Message) -> Message:
+        """Return the first iframe of the tab that has the id ``frame``, or else that has it in its URL.
 
         ``frame_id`` is None if there is none; ``node_session`` and ``context`` (None for the session's own document) are where
-        code runs in it, ``owners`` as above. `check_page` raises if the page can't be read, which the id of a target needs not.
+        code runs in it, ``owners`` as above.
         """
+        _, session = await self.app.sessions.requested(message)
+        page, wanted = self.app.sessions.target_of(session), str(message.get("frame"))
         while True:
             changed = self.changed
-            infos = {info["targetId"]: info for info in (await connection.call("Target.getTargets"))["targetInfos"]}
-            targets = [target for target in infos if _is_iframe_in(page, target, infos)]
-            if wanted in infos:
-                matches = [(wanted, wanted)] if wanted in targets else []
-            else:
-                check_page()
-                matches = await self._search([page, *targets], page, session, connection, wanted)
-            if not matches:
-                return {"frame_id": None}
-            frame, target = matches[0]
-            inside = await self._session_in(connection, target, page, session)
+            if (found := await self._search(page, session, wanted)) is None:
+                return {"frame_id": None, "session_id": session}
+            frame, target = found
+            inside = await self._session_in(target, page, session)
             context = None if frame == target else self._contexts.get((inside, frame))
             if context is not None or frame == target:
-                owners = await self.owners(connection, target, page, session)
-                return {"frame_id": frame, "node_session": inside, "context": context, "owners": owners}
+                owners = await self.owners(target, page, session)
+                place = {"node_session": inside, "context": context, "owners": owners}
+                return {"frame_id": frame, "session_id": session, **place}
             # Its document makes room for the next one.
             await changed.wait()
 
-    async def _search(
-        self, targets: list[str], page: str, session: str, connection: Connection, wanted: str
-    ) -> list[tuple[str, str]]:
-        """Return the iframes that fit, by their id first, each with the target that it is in."""
-        sessions = [await self._session_in(connection, target, page, session) for target in targets]
-        trees = await asyncio.gather(*(connection.call("Page.getFrameTree", session=one) for one in sessions))
+    async def _search(self, page: str, session: str, wanted: str) -> tuple[str, str] | None:
+        """Return the iframe and the target that it is in."""
+        infos = {info["targetId"]: info for info in await self.app.sessions.targets()}
+        if wanted in infos:
+            return (wanted, wanted) if _is_iframe_in(page, wanted, infos) else None
+        self.app.sessions.check_page(session, "Page.getFrameTree")
+        targets = [page, *(target for target in infos if _is_iframe_in(page, target, infos))]
+        sessions = [await self._session_in(target, page, session) for target in targets]
+        trees = await asyncio.gather(*(self.app.connection.call("Page.getFrameTree", session=one) for one in sessions))
         found = [
             (frame, target)
             for target, tree in zip(targets, trees, strict=True)
@@ -107,10 +125,10 @@ class Frames(Changing):
         ]
         matches = [one for one in found if one[0]["id"] == wanted]
         matches += [one for one in found if wanted and wanted in one[0]["url"] + one[0].get("urlFragment", "")]
-        return [(frame["id"], target) for frame, target in matches]
+        return next(((frame["id"], target) for frame, target in matches), None)
 
-    async def _session_in(self, connection: Connection, target: str, page: str, session: str) -> str:
-        return session if target == page else await self.session_of(connection, target)
+    async def _session_in(self, target: str, page: str, session: str) -> str:
+        return session if target == page else await self.session_of(target)
 
     def _forget(self, session: str | None) -> None:
         self._contexts = {place: context for place, context in self._contexts.items() if place[0] != session}

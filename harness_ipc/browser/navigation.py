@@ -1,9 +1,12 @@
-"""Follows the navigations of the main frame of each session, and waits for what a page comes to: one request each.
+"""Follows the navigations of each session's frames, and waits for what a page comes to: one request each.
 
 Code in a page begins a navigation some time after Chrome has answered the click, the key or the script that ran it. An
 evaluation that is sent after that answer is ordered behind it: its reply comes after `Page.frameRequestedNavigation`. While a
 navigation is under way, Chrome holds evaluations back for the document in which it ends, also where that is the old one (a
 download, a 204, a navigation that was stopped). Measured on Chromium 156.
+
+The first document of an iframe is waited for with the page, whose load event comes after it; one that is added later (an
+advertisement) is not. The page's session also tells which navigation it asks for in an iframe that is a target of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from harness_ipc import escape_control
@@ -30,12 +34,24 @@ if TYPE_CHECKING:
 
 # A page that refreshes itself after less than that, in seconds, is a redirect: Chrome keeps it out of the history, too.
 _REDIRECT_DELAY = 1.0
+_FIRST = "initialFrameNavigation"
 # Seconds until a page is asked again that had no document to ask, unless an event comes first.
 _RETRY = 0.1
+# Seconds after which an iframe that does not answer computes, or navigates, which is known then.
+_COMPUTES = 1.0
+
+
+class _State(Enum):
+    """How far the navigation of an iframe is. It is forgotten at its end."""
+
+    SCHEDULED = auto()
+    # As `_Page.requested`.
+    REQUESTED = auto()
+    LOADING = auto()
 
 
 class _Page(Changing):
-    """What the events of one session say of the navigations of its main frame. It changes with each of them."""
+    """What the events of one session say of the navigations of its frames. It changes with each of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +62,8 @@ class _Page(Changing):
         self.requested = False
         # One is about to be asked for.
         self.scheduled = False
+        # Navigations of frames from one document to another; that of the main frame, too.
+        self.frames: dict[str, _State] = {}
         self.requests = Requests()
 
     def on_event(self, event: str, params: Message) -> None:
@@ -62,6 +80,27 @@ class _Page(Changing):
         if event in ("frameClearedScheduledNavigation", "frameNavigated"):
             self.scheduled = False
         self.notify()
+
+    def on_frame_event(self, event: str, params: Message, frame: str) -> None:
+        """Take note of an event of the domain Page that is of any frame."""
+        before = self.frames.get(frame)
+        after = before
+        if event == "frameRequestedNavigation":
+            after = _State.REQUESTED if params.get("disposition") == "currentTab" and params.get("reason") != _FIRST else None
+        elif event == "frameScheduledNavigation":
+            after = before or (_State.SCHEDULED if params.get("delay", 0) < _REDIRECT_DELAY else None)
+        elif event == "frameClearedScheduledNavigation":
+            after = None if before is _State.SCHEDULED else before
+        elif event == "frameStartedNavigating" or (event == "frameNavigated" and before is not None):
+            after = before and (None if "sameDocument" in params.get("navigationType", "") else _State.LOADING)
+        elif event == "frameStoppedLoading" or (event == "frameDetached" and params.get("reason") != "swap"):
+            after = None
+        if after is not None:
+            self.frames[frame] = after
+        else:
+            self.frames.pop(frame, None)
+        if after is not before or event == "frameDetached":
+            self.notify()
 
 
 class Navigation(Part):
@@ -83,13 +122,19 @@ class Navigation(Part):
         return {**{verb: self._repeated(wait) for verb, wait in waits.items()}, "last_navigation": self._last_navigation}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Note how main frames navigate, which have the ids of their targets, and what is requested."""
+        """Note how frames navigate, and what is requested. A main frame has the id of its target."""
         if method == "Target.detachedFromTarget":
             if (page := self._pages.pop(params["sessionId"], None)) is not None:
                 self._wake(page)
         elif method == "Target.targetCrashed":
+            for page in self._pages.values():
+                page.frames.pop(params["targetId"], None)
             for crashed in self.app.sessions.of_target(params["targetId"]):
                 self._wake(self._page(crashed))
+        elif method == "Target.targetCreated":
+            for page in self._pages.values():
+                if params["targetInfo"]["targetId"] in page.frames:
+                    page.notify()
         elif session is not None:
             domain, _, event = method.partition(".")
             page = self._page(session)
@@ -106,8 +151,13 @@ class Navigation(Part):
             page.requests.leave_document(frame)
         if event == "javascriptDialogOpening":
             self._wake(page)
-        elif frame == main_frame:
-            page.on_event(event, params)
+        else:
+            page.on_frame_event(event, params, frame)
+            if frame == main_frame:
+                page.on_event(event, params)
+                if event == "frameNavigated":
+                    # The ends of its iframes may not be told.
+                    page.frames.clear()
 
     @staticmethod
     def _wake(page: _Page) -> None:
@@ -149,7 +199,48 @@ class Navigation(Part):
         return repeated
 
     async def _is_loaded(self, message: Message, connection: Connection, session: str) -> bool:
-        return bool(await self._ask(message, connection, session, scripts.LOADED))
+        loaded = await self._ask(message, connection, session, scripts.LOADED)
+        return bool(loaded) and await self._are_frames_loaded(message, connection, session)
+
+    async def _are_frames_loaded(self, message: Message, connection: Connection, session: str) -> bool:
+        """Return whether no iframe of the tab goes from one document to another; wait for one that does."""
+        frames, tab = self.app.frames, self.app.sessions.target_of(session)
+        targets = await frames.targets_in(tab) if frames.sessions else []
+        inside = [frames.sessions[one] for one in targets if one in frames.sessions]
+        await asyncio.gather(*(self._run_queue(connection, one) for one in inside))
+        pages = [self._page(one) for one in (session, *inside)]
+        requested = {frame for page in pages for frame, state in page.frames.items() if state is _State.REQUESTED}
+        if not any(page.frames.keys() - {tab} for page in pages):
+            return True
+        await self._catch_up(connection, session, timeout_of(message))
+        changes = [page.changed for page in pages]
+        targets = await frames.targets_in(tab)
+        for page, changed in zip(pages, changes, strict=True):
+            for frame in page.frames.keys() - {tab}:
+                if frame in targets:
+                    return await self._is_target_loaded(message, connection, frame, pages)
+                if page.frames[frame] is not _State.REQUESTED:
+                    await changed.wait()
+                elif frame in requested:
+                    # The browser has refused it.
+                    del page.frames[frame]
+                return False
+        return True
+
+    @staticmethod
+    async def _run_queue(connection: Connection, session: str) -> None:
+        """Wait until an iframe has run what it was about to, unless it computes."""
+        asked = {"expression": scripts.ADDRESS, "awaitPromise": True}
+        with contextlib.suppress(CDPError, TimeoutError):
+            await connection.call("Runtime.evaluate", asked, session=session, timeout=_COMPUTES)
+
+    async def _is_target_loaded(self, message: Message, connection: Connection, frame: str, pages: list[_Page]) -> bool:
+        """Wait until an iframe that is a target of its own has loaded, or ended; return False, for there may be more."""
+        with contextlib.suppress(CDPError):
+            if await self._ask(message, connection, await self.app.frames.session_of(frame), scripts.LOADED):
+                for page in pages:
+                    page.frames.pop(frame, None)
+        return False
 
     async def _has_element(self, message: Message, connection: Connection, session: str) -> bool:
         selector, visible = message.get("selector"), message.get("visible", False)

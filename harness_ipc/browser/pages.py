@@ -79,8 +79,9 @@ def _check_overtaken(tab: Tab, url: str, loader: str | None, timeout: float) -> 
 def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
     """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds.
 
-    A navigation that a click, a key or a script has begun just before, or that begins meanwhile, is waited for. Raises at once
-    where nothing will load: `DialogOpen`, `CDPError` for a page that has crashed, `TabClosed`, `BrowserLost`.
+    A navigation that a click, a key or a script has begun just before, or that begins meanwhile, is waited for, also one of an
+    iframe; one that an iframe of another site begins itself only if `click` or another function has been used in that iframe.
+    Raises at once where nothing will load: `DialogOpen`, `CDPError` for a page that has crashed, `TabClosed`, `BrowserLost`.
     """
     check_seconds("wait_for_load(): timeout", timeout)
     return _wait(tab, {"meta": "wait_for_load"}, timeout)

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from . import CALL_TIMEOUT, LONGEST
-from .errors import CDPError
+from .errors import BrowserTimeout, CDPError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -99,6 +99,22 @@ def timeout_of(message: Message) -> float:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
         raise bad_request("a timeout is a number of seconds from 0 on")
     return min(timeout, LONGEST)
+
+
+def bounded(verb: Verb) -> Verb:
+    """Return the request that reads a page for its ``timeout`` at most. It raises `BrowserTimeout` then."""
+
+    async def read(message: Message) -> Message:
+        timeout = timeout_of(message)
+        try:
+            async with asyncio.timeout(timeout):
+                return await verb(message)
+        except TimeoutError as error:
+            if isinstance(error, BrowserTimeout):
+                raise
+            raise BrowserTimeout(f"the page has not been read within {timeout:g} s: allow a longer timeout") from None
+
+    return read
 
 
 def named_session(message: Message) -> str | None:

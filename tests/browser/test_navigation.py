@@ -17,9 +17,11 @@ from harness_ipc.browser.helpers import (
     InvalidArgument,
     NavigationOvertaken,
     TabClosed,
+    click,
     click_at_xy,
     goto_url,
     handle_dialog,
+    iframe_target,
     js,
     page_info,
     press_key,
@@ -321,3 +323,76 @@ def test_a_page_that_crashes_ends_the_wait(page: str, slow: Site) -> None:
             waiting.result()
     goto_url(f"{slow.url}/form")
     assert serves()
+
+
+# Iframes.
+
+
+def visit_iframes(site: Site) -> None:
+    """Two iframes, of the page's own site and of the other, with what leads to other documents in them."""
+    site.pages["/linked"] = "<!doctype html><a id=on href=/slow-on>On</a>"
+    site.pages["/links"] = (
+        f"<!doctype html><iframe id=near name=near src=/linked?near></iframe>"
+        f"<iframe id=far name=far src={site.other_url}/linked?far></iframe>"
+        "<form target=near action=/slow-form><button id=send>Send</button></form>"
+        + "".join(
+            f"<a id={start}-{end} target={start} href={origin}/slow-{end}>Go</a>"
+            for start in ("near", "far")
+            for end, origin in (("near", site.url), ("far", site.other_url))
+        )
+    )
+    visit(f"{site.url}/links")
+
+
+@pytest.mark.parametrize("name", ["near", "far"])
+@pytest.mark.parametrize(
+    ("begin", "path"),
+    [
+        (lambda name: click(f"#{name}-near"), "/slow-near"),
+        (lambda name: click(f"#{name}-far"), "/slow-far"),
+        (lambda name: js(f"document.getElementById('{name}').src = '/slow'"), "/slow"),
+        (lambda name: click("#on", frame=f"#{name}"), "/slow-on"),
+        (lambda name: js("setTimeout(() => location.href = '/slow-on')", frame=f"#{name}"), "/slow-on"),
+    ],
+    ids=["link to near", "link to far", "src", "link inside", "script inside"],
+)
+def test_a_navigation_of_an_iframe_is_waited_for(
+    page: str, slow: Site, name: str, begin: Callable[[str], Any], path: str
+) -> None:
+    visit_iframes(slow)
+    frame = iframe_target(f"#{name}")
+    begin(name)
+    with in_thread(wait_for_load, PATIENCE) as waiting:
+        wait_until(lambda: path in slow.paths)
+        assert not waiting.done()
+        slow.release.set()
+        assert waiting.result() is True
+    assert js("[document.title, document.readyState]", frame) == ["Late", "complete"]
+
+
+def test_a_form_for_an_iframe_is_waited_for(page: str, slow: Site) -> None:
+    visit_iframes(slow)
+    click("#send")
+    assert wait_for_load(timeout=0.2) is False
+    slow.release.set()
+    assert wait_for_load(PATIENCE) is True
+    assert js("document.title", frame="#near") == "Late"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: js("document.querySelector('#near').src += '#there'"),
+        lambda: js("document.querySelector('#near').src = '/empty'"),
+        lambda: js("document.querySelector('#near').src = '/endless'"),
+        lambda: js("document.querySelector('#far').src = '/empty'"),
+        lambda: js("const near = document.querySelector('#near'); near.src = '/slow'; near.remove()"),
+        lambda: js("const far = document.querySelector('#far'); far.src = '/slow'; far.remove()"),
+        lambda: js("document.body.append(Object.assign(document.createElement('iframe'), {src: '/slow'}))"),
+    ],
+    ids=["same document", "no content", "download", "no content far", "removed", "removed far", "an iframe that is new"],
+)
+def test_what_takes_an_iframe_nowhere_is_not_waited_for(page: str, slow: Site, act: Callable[[], Any]) -> None:
+    visit_iframes(slow)
+    act()
+    assert wait_for_load(PATIENCE) is True
