@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness_ipc
 
-from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, CALL_TIMEOUT, LONGEST, MAX_MESSAGE, daemon_name, discovery
+from . import APP_VERSION, BROWSER, BROWSER_DOMAINS, MAX_MESSAGE, daemon_name, discovery
 from .accessibility import Accessibility
 from .addresses import address_of, without_secret
 from .connection import SESSION_NOT_FOUND, Connection
@@ -27,7 +27,7 @@ from .frames import Frames
 from .gone import GoneBrowser
 from .logins import Logins
 from .navigation import Navigation
-from .part import Part, bad_request, named_session
+from .part import Part, bad_request, named_session, timeout_of
 from .requested import asked, find_mismatch, reload_command
 from .sessions import Sessions
 from .tabs import Tabs
@@ -134,12 +134,9 @@ class BrowserApp:
     async def _forward(self, message: Message) -> Message:
         method = message.get("method")
         params = message.get("params") or {}
-        timeout = message.get("timeout")
-        timeout = CALL_TIMEOUT if timeout is None else timeout
-        well = isinstance(method, str) and isinstance(params, dict)
-        if not well or isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= LONGEST:
+        timeout = timeout_of(message)
+        if not isinstance(method, str) or not isinstance(params, dict):
             raise bad_request('a request is {"method": text, "params": object, "session_id": text, "timeout": seconds}')
-        assert isinstance(method, str)
         connection = await self.connected()
         named = named_session(message)
         if named == BROWSER or (named is None and method.startswith(BROWSER_DOMAINS)):

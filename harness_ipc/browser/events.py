@@ -13,9 +13,9 @@ import json
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from . import LONGEST, MAX_TEXT
+from . import MAX_TEXT
 from .errors import BrowserError, BrowserLost, BrowserTimeout, TabClosed
-from .part import Part, bad_request, named_session
+from .part import Part, bad_request, named_session, timeout_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
@@ -176,11 +176,10 @@ class Events(Part):
         First of all ``{"session_id"}``: from then on, no event is missed. ``{"dropped": number}`` is in the place of the oldest
         that were dropped since they were not read.
         """
-        methods, timeout = params.get("methods") or [], params.get("timeout")
+        methods = params.get("methods") or []
+        timeout = None if params.get("timeout") is None else timeout_of(params)
         if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
             raise bad_request("the methods of events are a list of texts")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
-            raise bad_request("the timeout of events is a number of seconds, or null")
         _, session = await self.app.sessions.requested(params)
         listener = _Listener(frozenset(methods))
         self._listeners.setdefault(session, set()).add(listener)
@@ -188,7 +187,7 @@ class Events(Part):
             yield {"session_id": session}
             while True:
                 try:
-                    async with asyncio.timeout(None if timeout is None else min(timeout, LONGEST)):
+                    async with asyncio.timeout(timeout):
                         item = await listener.next()
                 except TimeoutError:
                     raise BrowserTimeout(f"no event within {timeout:g} s") from None

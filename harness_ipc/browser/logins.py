@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from . import CALL_TIMEOUT, LONGEST
 from .errors import BrowserTimeout, CDPError, LoginFailed
-from .part import Changing, Part, bad_request
+from .part import Changing, Part, bad_request, timeout_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,7 +147,7 @@ class Logins(Part):
         tab.credentials[origin] = user, password
         if asked is None or not asked["document"] or asked["origin"] != origin:
             return {"session_id": session}
-        timeout = min(message.get("timeout") or CALL_TIMEOUT, LONGEST)
+        timeout = timeout_of(message)
         try:
             async with asyncio.timeout(timeout):
                 changed = tab.changed
