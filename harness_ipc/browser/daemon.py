@@ -212,10 +212,9 @@ class BrowserApp:
                 await self.sessions.attach_a_page()
         except BrowserError as error:
             for part in self._parts:
-                part.on_unreachable()
+                part.on_unreachable(error)
             raise BrowserLost(
-                f"the browser is gone, and can't be had again: {error}; start it again, or run harness-browser --reload to use "
-                "another"
+                f"the browser is gone, and can't be had again: {error}; the next command looks for one anew"
             ) from None
 
     def _on_event(self, method: str, params: Message, session: str | None, frame: str | bytes) -> None:

@@ -8,11 +8,14 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
+from .addresses import is_local
+from .connection import ConnectionFailed
 from .part import Part
 
 if TYPE_CHECKING:
     from .connection import Connection
     from .daemon import BrowserApp
+    from .errors import BrowserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +35,20 @@ class GoneBrowser(Part):
 
     def on_connected(self, connection: Connection) -> None:
         """Look after a browser once the connection to it is lost."""
-        connection.when_lost(self.on_unreachable)
+        connection.when_lost(self._watch)
 
     def on_drain(self) -> None:
         """Leave the daemon to its end."""
         self._ending = True
 
-    def on_unreachable(self) -> None:
-        """End the daemon once nothing listens where the browser was."""
+    def on_unreachable(self, error: BrowserError) -> None:
+        """End the daemon if another program of this machine has the browser's port, or once nothing listens there."""
+        endpoint = self.app.connection.endpoint
+        if isinstance(error, ConnectionFailed) and not error.must_allow and endpoint is not None and is_local(endpoint):
+            self._end()
+        self._watch()
+
+    def _watch(self) -> None:
         if not self._ending and self.app.own_browser is None and (self._look is None or self._look.done()):
             self._look = asyncio.create_task(self._end_if_gone())
 
@@ -48,11 +57,14 @@ class GoneBrowser(Part):
         for seconds in _LOOKS:
             await asyncio.sleep(seconds)
             if not self._ending and self.app.address is not None and await _refuses(*self.app.address):
-                logger.warning("the browser is gone: this daemon ends, and the next command starts another")
-                self._ending = True
-                # What is in flight is answered, and told that the browser is lost.
-                signal.raise_signal(signal.SIGTERM)
-                return
+                self._end()
+
+    def _end(self) -> None:
+        if not self._ending and self.app.own_browser is None:
+            self._ending = True
+            logger.warning("the browser is gone: this daemon ends, and the next command starts another")
+            # What is in flight is answered, and told that the browser is lost.
+            signal.raise_signal(signal.SIGTERM)
 
 
 async def _refuses(host: str, port: int) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .connection import Connection
     from .daemon import BrowserApp
+    from .errors import BrowserError
 
     T = TypeVar("T")
     Message = dict[str, Any]
@@ -76,8 +77,8 @@ class Part:
     def on_connected(self, connection: Connection) -> None:
         """Make use of a connection that was made, the first or a later one."""
 
-    def on_unreachable(self) -> None:
-        """Take note that the browser could not be connected again."""
+    def on_unreachable(self, error: BrowserError) -> None:
+        """Take note that the browser could not be connected again, and why."""
 
     def on_drain(self) -> None:
         """End the streams: the daemon stops."""

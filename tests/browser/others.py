@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import socketserver
 import subprocess
@@ -101,11 +102,12 @@ def kill_browser(process: psutil.Process) -> None:
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
+    allow_reuse_address = os.name == "posix"
 
 
 @contextlib.contextmanager
-def _serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
-    with _Server(("127.0.0.1", 0), handler) as server:
+def _serving(handler: type[socketserver.BaseRequestHandler], port: int = 0) -> Iterator[int]:
+    with _Server(("127.0.0.1", port), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
@@ -116,8 +118,10 @@ def _serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def answering(answer: bytes | None, *, version: bytes | None = None, heard: list[bytes] | None = None) -> Iterator[int]:
-    """Yield a port at which everything is answered with these bytes, or nothing ever if it is None.
+def answering(
+    answer: bytes | None, *, version: bytes | None = None, heard: list[bytes] | None = None, port: int = 0
+) -> Iterator[int]:
+    """Yield a port, of its own if it is 0, at which all is answered with these bytes, or nothing ever if `answer` is None.
 
     `version` is what ``/json/version`` is answered with, if that is something else. What comes is `heard`.
     """
@@ -136,8 +140,8 @@ def answering(answer: bytes | None, *, version: bytes | None = None, heard: list
                 while reply is None and self.request.recv(65536):
                     pass
 
-    with _serving(Handler) as port:
-        yield port
+    with _serving(Handler, port) as served:
+        yield served
 
 
 def http(status: str, body: str = "") -> bytes:

@@ -33,7 +33,7 @@ from harness_ipc.browser.errors import BrowserLost, TabClosed
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import kill, processes_of, suspended
-from tests.browser.others import OtherBrowser, kill_browser, other_browser, relaying
+from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser, relaying
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
 from tests.support.marks import needs_chromium, needs_posix
@@ -809,6 +809,28 @@ def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowse
     with pytest.raises(StartFailed, match="BU_CDP_WS") as failed:
         helpers.page_info()
     assert theirs.path.rpartition("/")[2] not in str(failed.value) + the_log("browser")
+
+
+@needs_posix
+def test_a_browser_whose_port_another_program_has_is_lost_once(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.connect()
+    pid = daemon_status("browser", timeout=PATIENCE).pid
+    assert pid is not None
+    with contextlib.ExitStack() as stack:
+        with suspended(pid):
+            kill_browser(theirs.process)
+            stack.enter_context(answering(http("404 Not Found"), port=theirs.port))
+        with pytest.raises(BrowserLost, match="answered 404"):
+            helpers.page_info()
+        wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
+        with pytest.raises(StartFailed, match="answered 404"):
+            helpers.page_info()
+        # Without the variable, it is another browser's turn.
+        monkeypatch.delenv("BU_CDP_WS")
+        monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
+        with pytest.raises(TabClosed):
+            helpers.page_info()
+        assert helpers.page_info()["url"] == "about:blank"
 
 
 def test_the_browser_of_others_that_comes_back_is_used_again(
