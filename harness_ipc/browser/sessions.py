@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from . import INTERNAL
+from .choosing import alone
 from .errors import SERVER_ERROR, BrowserLost, CDPError, DialogOpen, TabClosed
 from .part import Part, bad_request, named_session
 
@@ -130,16 +131,28 @@ class Sessions(Part):
 
     async def attach_a_page(self) -> str:
         """Make a session of a real page the default: of an empty one, or of a new one, if there is no other that is free."""
-        pages = [info for info in await self.targets() if info["type"] == "page" and self._is_free(info)]
-        real = [info for info in pages if not info["url"].startswith(INTERNAL)]
-        blank = [info for info in pages if info["url"] == _BLANK]
-        if chosen := [*real, *blank][:1]:
-            target = chosen[0]["targetId"]
-        else:
-            target = (await self.app.connection.call("Target.createTarget", {"url": _BLANK}))["targetId"]
-        self.default = await self.attach(target)
+        async with self._choosing():
+            pages = [info for info in await self.targets() if info["type"] == "page" and self._is_free(info)]
+            real = [info for info in pages if not info["url"].startswith(INTERNAL)]
+            blank = [info for info in pages if info["url"] == _BLANK]
+            if chosen := [*real, *blank][:1]:
+                target = chosen[0]["targetId"]
+            else:
+                target = (await self.app.connection.call("Target.createTarget", {"url": _BLANK}))["targetId"]
+            self.default = await self.attach(target)
         logger.info("attached to tab %s", target)
         return self.default
+
+    async def open_tab(self, params: Message) -> str:
+        """Open a tab, attach to it, and return its target. `params` are those of `Target.createTarget`."""
+        async with self.app.reconnect_lock, self._choosing():
+            target = str((await self.app.connection.call("Target.createTarget", params))["targetId"])
+            await self.attach(target)
+        return target
+
+    def _choosing(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Return what keeps other daemons from taking a page that is not attached to yet, in a browser that they share."""
+        return alone() if self.app.own_browser is None else contextlib.nullcontext()
 
     def _is_free(self, page: Message) -> bool:
         """Return whether a page is nobody's: no client's, and no other program's, such as another daemon on this browser."""

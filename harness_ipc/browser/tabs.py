@@ -214,7 +214,7 @@ class Tabs(Part):
             result = await self._create_context({"disposeOnDetach": True}, CALL_TIMEOUT)
             params["browserContextId"] = result["browserContextId"]
             self._contexts[result["browserContextId"]] = set()
-        target: str = (await self.app.connection.call("Target.createTarget", params))["targetId"]
+        target = await self.app.sessions.open_tab(params)
         if wanted.get("own"):
             occupant.own.add(target)
             if occupant not in self._occupants.values():

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from harness_ipc import StartFailed, daemon_status, ensure_daemon, runtime_dir, stop_daemon
+from harness_ipc import StartFailed, connect_daemon, daemon_status, ensure_daemon, runtime_dir, stop_daemon
 from harness_ipc.browser import discovery, helpers
 from harness_ipc.browser.display import find_broken
 from harness_ipc.browser.errors import BrowserNotFound
@@ -821,3 +821,38 @@ def test_a_browser_of_a_dead_daemon_that_hangs_is_ended(fresh: Path, monkeypatch
         wait_until(lambda: pid not in [process.pid for process in processes_of(fresh)])
     assert status()["pid"] != pid
     assert_own_browser_serves(monkeypatch)
+
+
+# Between the look at the pages and the choice of one, wait a while for the other daemon to look, too.
+LOOK_TOGETHER = """
+import asyncio, os, time
+from pathlib import Path
+from harness_ipc.browser.sessions import Sessions
+targets = Sessions.targets
+async def targets_together(self):
+    found = await targets(self)
+    place = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"])
+    (place / f"{os.getpid()}.looks").touch()
+    deadline = time.monotonic() + 1.0
+    while len(list(place.glob("*.looks"))) < 2 and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return found
+Sessions.targets = targets_together
+"""
+
+
+def test_two_daemons_that_start_at_once_on_one_browser_have_pages_of_their_own(
+    theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BU_CDP_URL", theirs.url)
+    (there,) = theirs.tabs()
+    with in_thread(start, LOOK_TOGETHER, "one") as first, in_thread(start, LOOK_TOGETHER, "two") as second:
+        first.result(PATIENCE)
+        second.result(PATIENCE)
+    taken = set()
+    for name in ("one", "two"):
+        with connect_daemon(name, request_timeout=PATIENCE) as daemon:
+            taken.add(daemon.request({"meta": "session"})["target_id"])
+    assert taken == theirs.tabs().keys()
+    assert there in taken
+    assert len(taken) == 2
