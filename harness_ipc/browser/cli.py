@@ -195,11 +195,12 @@ def _escape_other_tracebacks(program: _Program) -> None:
 
 
 def _connect(options: Options) -> None:
-    """Be sure that the daemon runs, and say so if that takes long, or waits for somebody; be in the tab that is asked for."""
-    hint = f"starting {daemon_name()} and its browser"
-    timer = threading.Timer(_SILENCE, _print_error, [hint])
+    """Be sure that the daemon runs, and say so if that waits for somebody; be in the tab that is asked for."""
+    timer = threading.Timer(_SILENCE, _print_error, [f"starting {daemon_name()} and its browser"])
     timer.daemon = True
-    timer.start()
+    # A program that reads our errors does not take it for a hang.
+    if sys.stderr is not None and sys.stderr.isatty():
+        timer.start()
     try:
         helpers.connect(on_progress=lambda text: _print_error(str(text)))
         begin = {"new": options.new_tab, "tab": options.tab, "name": options.tab_name, "keep": options.keep_tab}

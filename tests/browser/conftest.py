@@ -93,11 +93,9 @@ COMMAND = [sys.executable, "-W", "error", "-m", "harness_ipc.browser.cli"]
 
 
 def harness_browser(*arguments: str, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, in UTF-8. That a start takes long, which a busy machine makes it say, is left out."""
+    """Run the command to its end, in UTF-8."""
     command = [*COMMAND, *arguments]
-    run = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", timeout=PATIENCE, **options)
-    run.stderr = "".join(line for line in run.stderr.splitlines(True) if not line.startswith("harness-browser: starting "))
-    return run
+    return subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", timeout=PATIENCE, **options)
 
 
 def kill(pid: int) -> None:

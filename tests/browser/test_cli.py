@@ -142,22 +142,38 @@ def test_eight_commands_at_once_start_one_daemon_and_one_browser(fresh: Path) ->
 
 
 @needs_posix
-def test_a_start_that_takes_long_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_waits_for_the_user_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes connections, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = f"ws://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("BU_CDP_WS", f"{place}/secret")
         with running("-c", "1") as (process, _, stderr):
             waits = f"the browser of BU_CDP_WS, {place} waits for you: click Allow in its window if it asks"
-            hints = ["starting browser and its browser", waits]
-            assert sorted(stderr.readline() for _ in hints) == [f"harness-browser: {hint}\n" for hint in hints]
+            assert stderr.readline() == f"harness-browser: {waits}\n"
             silent.close()
             said, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (6, "")
     assert error.startswith("harness-browser: the daemon 'browser' did not start: BU_CDP_WS: ws://127.0.0.1:")
+    assert error.count("\n") == 1
     assert "secret" not in error
     monkeypatch.delenv("BU_CDP_WS")
     assert serves()
+
+
+@needs_posix
+def test_a_start_that_takes_long_says_so_on_a_terminal(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    with socket.create_server(("127.0.0.1", 0)) as silent, open(master, "rb", buffering=0) as terminal:
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{silent.getsockname()[1]}")
+        with subprocess.Popen([*COMMAND, "-c", "1"], stdin=subprocess.DEVNULL, stderr=slave) as process:
+            os.close(slave)
+            shown = b""
+            while b"harness-browser: starting browser and its browser\r\n" not in shown:
+                shown += terminal.read(1000)
+            silent.close()
+            assert process.wait(PATIENCE) == 6
 
 
 # What is run.
