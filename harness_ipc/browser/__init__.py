@@ -1,4 +1,4 @@
-"""The browser harness: a daemon that holds one browser, and helpers that any process drives it with.
+"""The browser harness: a daemon that holds one browser, and helpers with which any process controls it.
 
     from harness_ipc.browser.helpers import *
 
@@ -23,44 +23,44 @@ from harness_ipc import IncompatibleDaemon, StartFailed, __version__
 
 NAME = "BU_NAME"
 TAB_NAME = "BU_TAB_NAME"
-# Whose daemon it is, in its record: not every daemon of a name is one of ours.
+# Recorded by the daemon: a daemon of the same name may belong to another program.
 APP_VERSION = f"harness-browser {__version__}"
 
-# Seconds for a request: a page may take its time.
+# The default timeout of a helper, in seconds.
 TIMEOUT = 30.0
-# Seconds for a call that brings no timeout of its own: as long as a request of a `harness_ipc.Client`.
+# The default timeout of a CDP call in seconds, as of a request of a `harness_ipc.Client`.
 CALL_TIMEOUT = 60.0
-# Bytes. Chrome does not send more in one message (kSendBufferSizeForDevTools in its devtools_http_handler.cc).
+# Bytes. Chrome sends at most this in one message (kSendBufferSizeForDevTools in devtools_http_handler.cc).
 MAX_MESSAGE = 256 * 1024 * 1024
-# Characters of a page's text that the daemon keeps, in an event or a dialog. Chrome itself limits a dialog's message to 10,240.
+# Characters that the daemon keeps of a text in an event or a dialog. Chrome limits a dialog's message to 10,240.
 MAX_TEXT = 16 * 1024
-# Seconds that a request may ask for at most: thirty years. Infinity is not JSON, and its integers pass what a clock counts to.
+# The longest timeout in seconds, thirty years: infinity is not JSON, and a larger integer may overflow.
 LONGEST = 1e9
 # As a session_id: the browser itself.
 BROWSER = "browser"
-# Domains of CDP that only the browser itself has: it is meant where no session is named.
+# CDP domains of the browser itself: without a session, their methods go to the browser.
 BROWSER_DOMAINS = ("Target.", "SystemInfo.", "Tethering.")
-# What belongs to the browser or to a tool, and is no page that anybody came for.
+# URL schemes of pages of the browser or of tools.
 INTERNAL = ("chrome:", "chrome-untrusted:", "chrome-extension:", "devtools:", "edge:", "brave:", "about:")
 
 
 def daemon_name() -> str:
-    """Return the name of this process's browser daemon: what the variable `BU_NAME` says, else ``browser``."""
+    """Return the name of this process's browser daemon: the variable `BU_NAME`, by default ``browser``."""
     return os.environ.get(NAME) or "browser"
 
 
 def is_ours(app_version: str | None) -> bool:
-    """Return whether a daemon with this `app_version` is a browser's, of whatever version."""
+    """Return whether a daemon with this `app_version` is a browser daemon, of any version."""
     return (app_version or "").startswith("harness-browser ")
 
 
 def not_ours(name: str) -> IncompatibleDaemon:
     """Return the error for a daemon of another program."""
-    return IncompatibleDaemon(f"the daemon {name!r} that runs is another program's: choose another --name, or {NAME}")
+    return IncompatibleDaemon(f"the running daemon {name!r} belongs to another program: choose another --name, or {NAME}")
 
 
 def check_extra() -> None:
-    """Raise `StartFailed` if what the extra ``browser`` installs is not there."""
+    """Raise `StartFailed` if the extra ``browser`` is not installed."""
     from importlib.util import find_spec
 
     if find_spec("websockets") is None:

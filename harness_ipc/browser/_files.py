@@ -1,4 +1,4 @@
-"""Files that a program asks for by a path of its own, perhaps in a directory that others can write to."""
+"""Writing files at paths chosen by the user, possibly in a directory that others can write to."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import os
 import stat
 import sys
 
-# Devices of Windows, whatever the suffix.
+# Device names of Windows, with any suffix.
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{device}{number}" for device in ("COM", "LPT") for number in range(1, 10))}
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a new file and rename it to `path`: at any time, `path` is what it was before, or complete.
+    """Write `data` to a file at `path` atomically, by renaming a new file.
 
-    A symbolic link at `path` is replaced, not followed. The mode is that of the file that is replaced, if it is a regular file
-    of this user, else 0600, as it is until all is written. On Windows, the directory's access list decides. Raises `OSError`,
-    which names `path`; then nothing else is left behind.
+    A symbolic link at `path` is replaced, not followed. The mode is that of a regular file of this user that is replaced, else
+    0600. On Windows, access is that of the directory. Raises `OSError`, which names `path`; nothing is left behind then.
     """
     draft = _new_name(path)
     try:
@@ -26,7 +25,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
         with open(draft, "xb", opener=_open_private) as file:
             file.write(data)
             file.flush()
-            # Only if it differs: a file system without modes may refuse to change them.
+            # Only if it differs: a file system without modes may refuse a change.
             if sys.platform != "win32" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
                 os.fchmod(file.fileno(), mode)
         os.replace(draft, path)
@@ -40,7 +39,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _new_name(path: str | os.PathLike[str]) -> str:
-    """Return a name beside `path` that nobody can guess."""
+    """Return an unguessable path in the directory of `path`."""
     return os.path.join(os.path.dirname(path), f".harness-browser-{os.urandom(16).hex()}.tmp")
 
 
@@ -49,7 +48,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _final_mode(path: str | os.PathLike[str]) -> int:
-    """Return the permission bits that a file at `path` gets; on Windows, they mean nothing."""
+    """Return the permission bits for a file at `path`; on Windows they have no meaning."""
     if sys.platform == "win32":
         return 0
     with contextlib.suppress(FileNotFoundError):
@@ -60,7 +59,7 @@ def _final_mode(path: str | os.PathLike[str]) -> int:
 
 
 def move_file(source: str, folder: str, name: str) -> str:
-    """Move a file to `folder`, under `name` or the next name that is free there, and return its path. Its mode becomes 0600.
+    """Move a file to `folder` as `name`, numbered if that exists, and return its path. Its mode becomes 0600.
 
     Raises `OSError`.
     """
@@ -89,11 +88,11 @@ def move_file(source: str, folder: str, name: str) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Return `name` without what leads out of a folder, hides a file, or can't be in a name on one of the systems."""
+    """Return `name` without path separators, leading dots, and all that is invalid on one of the systems."""
     kept = "".join("_" if character in '<>:"/\\|?*' or not character.isprintable() else character for character in name)
     stem, suffix = os.path.splitext(kept.strip(". ") or "download")
     if stem.partition(".")[0].rstrip().upper() in _RESERVED:
         stem = f"_{stem}"
-    # Bytes: most file systems take 255, and a number may be added.
+    # Bytes: most file systems allow 255, and a number may be added.
     end = suffix.encode()[:50]
     return (stem.encode()[: 200 - len(end)] + end).decode(errors="ignore")

@@ -1,6 +1,6 @@
-"""What is on a page, read in the daemon: its documents with those of all iframes, and references to their nodes.
+"""Reads pages in the daemon: the documents of a page and all its iframes, and references to their nodes.
 
-The tree of a page is a megabyte or more for what is a few kilobytes as text: so the text is made here, not in the client.
+The tree of a page may have megabytes, its text a few kilobytes: so the daemon formats it, not the client.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .daemon import BrowserApp
     from .part import Message, Verb
 
-# Iframes within iframes: a page that frames itself is not followed for ever.
+# The limit of nested iframes: a page may embed itself.
 _MAX_DEPTH = 10
 
 
 class Accessibility(Part):
-    """The requests that read pages, and the references that were given to their nodes."""
+    """The requests that read pages, and the references to their nodes."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
@@ -43,12 +43,12 @@ class Accessibility(Part):
         return {verb: bounded(function) for verb, function in verbs.items()}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Forget what has ended."""
+        """Forget closed tabs and ended contexts."""
         if method == "Target.targetDestroyed":
             self._references.pop(params["targetId"], None)
 
     async def snapshot(self, message: Message) -> Message:
-        """Return the page as ``text``; ``interactive``: only what can be acted on."""
+        """Return the page as ``text``; with ``interactive``, only elements that can be acted on."""
         connection, session, target = await self.app.sessions.page_of(message)
         document, references = await self._read_page(connection, session, target)
 
@@ -58,17 +58,17 @@ class Accessibility(Part):
         return {"text": render(document, reference, interactive=bool(message.get("interactive"))), "session_id": session}
 
     async def find(self, message: Message) -> Message:
-        """Return the ``references`` of the nodes that fit the ``criteria``, as `matching.find` takes them."""
+        """Return the ``references`` of the nodes that match the ``criteria`` of `matching.find`."""
         connection, session, target = await self.app.sessions.page_of(message)
         document, references = await self._read_page(connection, session, target)
         found = find(document, message.get("criteria") or {}, exact=bool(message.get("exact")))
         return {"references": [references.of(Place(*inside.place, node)) for inside, node in found], "session_id": session}
 
     async def resolve(self, message: Message) -> Message:
-        """Return the node of ``reference`` as an ``objectId`` of the session ``node_session``.
+        """Return the node of ``reference`` as an ``objectId`` in the session ``node_session``.
 
-        ``owners`` are the nodes of the iframes around it that are targets of their own, the inmost first: `session_id`, and
-        `backendNodeId`. Raises `ElementNotFound`.
+        ``owners`` are the nodes of its out-of-process iframes, innermost first: `session_id` and `backendNodeId`. Raises
+        `ElementNotFound`.
         """
         connection, session, target = await self.app.sessions.page_of(message)
         name = str(message.get("reference"))
@@ -76,14 +76,14 @@ class Accessibility(Part):
         if references is None or (place := references.place(name)) is None:
             if references is not None and references.was_given(name):
                 raise node_gone(name, reference=name)
-            raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for the references that there are")
+            raise ElementNotFound(f"there is no {name} in this tab: call snapshot() for valid references")
         with contextlib.suppress(CDPError):
             inside = session if place.target == target else await self.app.frames.session_of(place.target)
             resolved, tree = await asyncio.gather(
                 connection.call(
                     "DOM.resolveNode", {"backendNodeId": place.node, "objectGroup": str(message.get("group"))}, session=inside
                 ),
-                # Asked last: a node of another document may have the same number.
+                # Last: a node of a later document may have the same number.
                 connection.call("Page.getFrameTree", session=inside),
             )
             if _loaders(tree["frameTree"]).get(place.frame) == place.loader:
@@ -103,7 +103,7 @@ class Accessibility(Part):
     async def _read(
         self, connection: Connection, session: str, target: str, there: set[tuple[str, str, str]], depth: int
     ) -> Document:
-        """Return the document of a target, with those in its iframes. The places of all documents are put into `there`."""
+        """Return the document of a target, including its iframes. Adds the keys of all documents to `there`."""
 
         async def call(method: str, **params: Any) -> Message:
             return await connection.call(method, params, session=session)
@@ -126,7 +126,7 @@ class Accessibility(Part):
             return document
 
         async def read_frame(document: Document, owner: int, depth: int) -> None:
-            # One that goes meanwhile is left out.
+            # An iframe that is removed meanwhile is omitted.
             with contextlib.suppress(CDPError):
                 frame = (await call("DOM.describeNode", backendNodeId=owner))["node"].get("frameId", "")
                 if frame in loaders:
@@ -140,5 +140,5 @@ class Accessibility(Part):
 
 
 def _loaders(tree: Message) -> dict[str, str]:
-    """Return the loader of each frame in a frame tree: it changes with the document."""
+    """Return the loader id of each frame in a frame tree, which changes with the document."""
     return {frame["id"]: frame["loaderId"] for frame in frames_in(tree)}

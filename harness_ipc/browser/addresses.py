@@ -1,4 +1,4 @@
-"""Addresses of browsers: what of one may be shown, whether it is on this machine, and its proxy. It connects to nothing."""
+"""Addresses of browsers: which part may be shown, whether it is local, and its proxy. No I/O."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import urllib.request
 from importlib.util import find_spec
 from urllib.parse import urlsplit, urlunsplit
 
-# Characters of a server's own reason that are quoted.
+# The limit of a quoted reason in characters.
 _MAX_QUOTE = 200
-# A part of an address that is shorter is no secret.
+# Shorter parts of an address are not secret.
 _MIN_SECRET = 4
 
 
 class UnusableProxy(ValueError):
-    """The environment names a proxy that can't be used. The text names it, and says why and what to do."""
+    """The environment names an unusable proxy. The text says which, why, and what to do."""
 
 
 def is_local(url: str) -> bool:
-    """Return whether `url` is on this machine's loopback interface, as it is written."""
+    """Return whether the host of `url` is a literal loopback address or localhost."""
     host = address_of(url)[0]
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -27,7 +27,7 @@ def is_local(url: str) -> bool:
 
 
 def address_of(url: str) -> tuple[str, int]:
-    """Return host and port of `url`, or ``("", 0)`` if it has none."""
+    """Return the host and port of `url`, or ``("", 0)`` if it is invalid."""
     try:
         parts = urlsplit(url)
         return parts.hostname or "", parts.port or (443 if parts.scheme in ("https", "wss") else 80)
@@ -36,7 +36,7 @@ def address_of(url: str) -> tuple[str, int]:
 
 
 def make_url(scheme: str, host: str, port: int, path: str = "") -> str:
-    """Return a URL of these parts; `path` begins with a slash, if it is not empty."""
+    """Return a URL; `path` is empty or begins with a slash."""
     return f"{scheme}://{_bracketed(host)}:{port}{path}"
 
 
@@ -49,7 +49,7 @@ def with_host(url: str, host: str) -> str:
 
 
 def without_secret(url: str) -> str:
-    """Return scheme, host and port of `url`: the rest may be what gives access to the browser."""
+    """Return the scheme, host and port of `url`: the rest may be a secret that gives access to the browser."""
     try:
         parts = urlsplit(url)
         if not parts.hostname:
@@ -61,7 +61,7 @@ def without_secret(url: str) -> str:
 
 
 def quote_reason(body: bytes | bytearray, url: str) -> str:
-    """Return ``": "`` and the reason that the server of `url` gives in a plain text; empty if there is none to be shown."""
+    """Return ``": "`` and the reason in a plain-text response of the server of `url`, or an empty string."""
     text = " ".join(body.decode("utf-8", "replace").split())
     parts = urlsplit(url)
     secrets = {*parts.path.split("/"), *parts.query.split("&"), parts.query.partition("=")[2], parts.username, parts.password}
@@ -73,12 +73,12 @@ def quote_reason(body: bytes | bytearray, url: str) -> str:
 
 
 def find_proxy(url: str) -> str | None:
-    """Return the proxy that the environment, or the system, names for `url`: None for this machine. Raises `UnusableProxy`."""
+    """Return the proxy in the environment or the system's settings for `url`; None for loopback. Raises `UnusableProxy`."""
     host, port = address_of(url)
     scheme = urlsplit(url).scheme
     if is_local(url) or urllib.request.proxy_bypass(f"{host}:{port}"):
         return None
-    # For a WebSocket as `websockets` has them (RFC 6455, 4.1).
+    # For a WebSocket in the order of `websockets` (RFC 6455, 4.1).
     kinds = {"ws": ("ws", "socks", "https", "http", "all"), "wss": ("wss", "socks", "https", "all")}
     proxies = urllib.request.getproxies()
     kind = next((kind for kind in kinds.get(scheme, (scheme, "socks", "all")) if proxies.get(kind)), None)
@@ -86,7 +86,7 @@ def find_proxy(url: str) -> str | None:
         return None
     proxy = proxies[kind]
     if kind == "socks" and proxy.startswith("http://"):
-        # As some systems spell it.
+        # Some systems put http:// before another scheme.
         proxy = proxy.removeprefix("http://")
     if "://" not in proxy:
         proxy = f"{'socks5h' if kind == 'socks' else 'http'}://{proxy}"
@@ -102,13 +102,13 @@ def _find_problem(proxy: str, scheme: str) -> str | None:
         if not parts.hostname or parts.port == 0:
             return "it has no host, or no port"
         if (parts.username is None) is not (parts.password is None) or parts.path not in ("", "/") or parts.query:
-            return "a proxy has a host, a port, and perhaps a user with a password"
+            return "a proxy may have only a host, a port, a user and a password"
     except ValueError:
-        return "its port is no number"
+        return "its port is not a number"
     if parts.scheme in ("http", "https"):
         return None
     if parts.scheme not in ("socks4", "socks4a", "socks5", "socks5h"):
-        return f"its scheme {parts.scheme} is none of http, https, socks4 and socks5"
+        return f"its scheme {parts.scheme} is not http, https, socks4 or socks5"
     if scheme not in ("ws", "wss"):
         return "only a WebSocket goes through a SOCKS proxy: set BU_CDP_WS"
     return None if find_spec("python_socks") else "SOCKS needs the package python-socks"

@@ -1,4 +1,4 @@
-"""Arguments of the helpers: what can't be used is refused in one line that names the helper, the argument and what to pass."""
+"""Validation of the helpers' arguments. An error names the helper, the argument and what to pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_kind(helper: str, name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raise `TypeError` unless `value` is of one of the `kinds`, which the text `expected` describes. A bool is no number."""
+    """Raise `TypeError` unless `value` is of one of the `kinds`, described by `expected`. A bool is not a number."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise TypeError(f"{helper}(): {name} must be {expected}, not {type(value).__name__}: {shown(value)}")
 
@@ -29,7 +29,7 @@ def check_number(helper: str, name: str, value: Any, expected: str = "a number")
 
 
 def check_url(helper: str, url: Any) -> None:
-    """Raise `TypeError` unless `url` is a str, `ValueError` if it has no scheme: Chrome takes a host with a port for one."""
+    """Raise `TypeError` unless `url` is a str, and `ValueError` without a scheme, for which Chrome takes a host with a port."""
     check_text(helper, "url", url)
     scheme, colon, rest = url.strip().partition(":")
     port = rest.split("/")[0].isdecimal() and (scheme == "localhost" or "." in scheme)
@@ -42,7 +42,7 @@ def check_url(helper: str, url: Any) -> None:
         if url.startswith("//")
         else "http:// or https://"
     )
-    raise ValueError(f"{helper}(): {shown(url)} is no complete address: add {add}")
+    raise ValueError(f"{helper}(): {shown(url)} is not a complete URL: add {add}")
 
 
 def check_seconds(name: str, value: Any) -> None:
@@ -54,16 +54,16 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return `value` as a message shows it: escaped, and cut if it is long."""
+    """Return `value` for a message: escaped and truncated."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_path(helper: str, path: Any) -> None:
-    """Raise `TypeError` unless `path` is None or a path, `FileNotFoundError` if the folder that it is in does not exist."""
+    """Raise `TypeError` unless `path` is None or a path, and `FileNotFoundError` if its folder does not exist."""
     if path is None:
         return
     check_kind(helper, "path", path, (str, os.PathLike), "the path of a file")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, f"{helper}(): there is no folder {folder}: make it first", os.fspath(path))
+        raise FileNotFoundError(errno.ENOENT, f"{helper}(): there is no folder {folder}: create it first", os.fspath(path))

@@ -1,7 +1,7 @@
-"""The command `harness-browser`: run a program with the helpers at hand, look what is wrong, end the daemon.
+"""The command `harness-browser`: runs programs with the helpers, diagnoses problems, stops the daemon.
 
-Exit status: 0 well; 1 the program raised, or doctor found a failure; 2 usage; 4 timed out; 5 refused; 6 the daemon or its
-browser could not be had; else what the program exits with. What only some uses need, they import themselves.
+Exit status: 0 success; 1 the program raised, or doctor found a failure; 2 usage; 4 timed out; 5 refused; 6 the daemon or its
+browser could not be started or found; else the exit status of the program. Heavy imports are local.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _EXIT_STATUS: list[tuple[type[Exception], int]] = [
     (BlockingIOError, 5),
     (HarnessIPCError, 6),
 ]
-# Seconds of silence that a person takes for work, not for a hang.
+# Seconds before a start is reported.
 _SILENCE = 2.0
-# The directory of harness_ipc, whose frames are no news to the user.
+# The directory of harness_ipc, whose frames are removed from tracebacks.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = command_line.parse(sys.argv[1:] if arguments is None else list(arguments))
     for stream in (sys.stdout, sys.stderr):
-        # Whatever the console's own encoding: pages have all characters, and lone surrogates too.
+        # For any encoding of the console: pages may contain any character, and lone surrogates.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if options.name is not None:
@@ -63,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except HarnessIPCError as error:
         _print_error(" ".join(str(error).split()))
-        # An error of ours says all.
+        # Our own errors need no traceback.
         told = errors.is_ours(getattr(error, "type", ""))
         for line in [] if told else getattr(error, "log_tail", "").splitlines():
             print("    " + escape_control(line, allow="\t"), file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
-        # Whoever read our output has seen enough, and nothing may be flushed at exit (Python's docs on SIGPIPE).
+        # The reader has closed the pipe: the flush at exit must not fail (Python's documentation, "Note on SIGPIPE").
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -96,12 +96,12 @@ class _Program:
             linecache.cache[self.name] = (len(self.source), None, lines, self.name)
 
     def print_traceback(self, error: BaseException, *, by_hook: bool = False, title: str = "") -> None:
-        """Print what the interpreter would, without control characters: errors quote pages."""
+        """Print a traceback like the interpreter, but escape control characters: errors quote pages."""
         text = io.StringIO(title)
         text.seek(0, os.SEEK_END)
         with own_imports.without_program_directory():
             if by_hook and self.directory and sys.version_info < (3, 13):
-                # Before 3.12, only this hook suggests names, and from 3.13 it may use colors; it quotes files only.
+                # Before 3.12 only this hook suggests names; since 3.13 it may use colors. It quotes source lines only of files.
                 with contextlib.redirect_stderr(text):
                     sys.__excepthook__(type(error), error, error.__traceback__)
             else:
@@ -134,7 +134,7 @@ def _read(options: Options) -> _Program | None:
 
 
 def _run(options: Options) -> int:
-    """Run the user's program in the place of `__main__`, as Python itself would."""
+    """Run the user's program as `__main__`, as Python would."""
     if (program := _read(options)) is None:
         return 2
     _connect(options)
@@ -164,7 +164,7 @@ def _run(options: Options) -> int:
             raise
         _leave_out_our_frames(error)
         if sys.stdout is not None:
-            # As the interpreter's own hook does. A reader that has gone is not the program's error.
+            # As the interpreter does at exit. A closed pipe is not an error of the program.
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
         if sys.excepthook is sys.__excepthook__:
@@ -176,7 +176,7 @@ def _run(options: Options) -> int:
 
 
 def _escape_other_tracebacks(program: _Program) -> None:
-    """Have the tracebacks of other threads, and of errors that can't be raised, printed without control characters, too."""
+    """Escape control characters in tracebacks of other threads, and of errors that can't be raised, too."""
 
     def print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
         if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
@@ -212,7 +212,7 @@ def _connect(options: Options) -> None:
 
 
 def _reader_has_gone() -> bool:
-    """Return whether it is our own standard output that broke."""
+    """Return whether the reader of our standard output has closed the pipe."""
     try:
         sys.stdout.flush()
         if sys.platform == "win32":
@@ -227,7 +227,7 @@ def _reader_has_gone() -> bool:
 
 
 def _leave_out_our_frames(error: BaseException) -> None:
-    """Have a traceback show the user's program alone, and so those of what caused it."""
+    """Remove our frames from the traceback of `error`, and of its causes."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -261,9 +261,9 @@ def _reload() -> int:
     if status.alive and not is_ours(status.app_version):
         raise not_ours(name)
     stopped = stop_daemon(name)
-    # A daemon that was killed leaves its browser to the next one.
+    # A killed daemon leaves its browser running.
     left = ManagedBrowser(name).end()
-    print(f"{name}: {'stopped' if stopped else 'was not running'}{', the browser that it had left is ended' if left else ''}")
+    print(f"{name}: {'stopped' if stopped else 'was not running'}{'; ended the browser that it had left' if left else ''}")
     return 0
 
 
@@ -273,7 +273,7 @@ def _print_error(text: str) -> None:
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        # `python -m` puts the current directory first, and what is imported later must not come from there. Not our own
-        # directory either, as for a script: it has modules with the names of others.
+        # `python -m` puts the current directory first, and a script its own directory: later imports must not find modules in
+        # either.
         sys.path[0] = os.path.dirname(_PACKAGE[:-1])
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""One connection to a browser's DevTools: calls and events over a transport. It knows neither tabs nor where a browser is.
+"""A CDP connection to a browser: calls and events.
 
 A `Transport` carries messages: `WebSocketTransport` here, and `PipeTransport` in `pipe` for a managed browser.
 """
@@ -27,49 +27,49 @@ if TYPE_CHECKING:
 
     from .errors import BrowserError
 
-    # Method, parameters, session, and the message that they were parsed from.
+    # Method, parameters, session, and the original JSON.
     OnEvent = Callable[[str, dict[str, Any], str | None, str | bytes], None]
 
-# Bytes of one message, with the NUL of a pipe or the 14 bytes of a WebSocket's header. After a longer one the browser reads
-# nothing more (tried on Chromium 156; it is kReceiveBufferSizeForDevTools in its devtools_pipe_handler.cc).
+# Bytes of one message, including the NUL of a pipe or the 14 bytes of a WebSocket's header. After a longer one the browser
+# stops reading (tested with Chromium 156; kReceiveBufferSizeForDevTools in devtools_pipe_handler.cc).
 MAX_SENT = 100 * 1024 * 1024
 _WEBSOCKET_HEADER = 14
-# Seconds for the connection. A browser whose user has to click Allow keeps it waiting.
+# Seconds to connect, including a click on Allow by the browser's user.
 OPEN_TIMEOUT = 30.0
-# Seconds between keepalive pings to a browser elsewhere. This machine says at once when one is gone, and one that is suspended
-# must not be taken for that.
+# Seconds between keepalive pings to a remote browser. A local one that ends is noticed at once, and one that is suspended must
+# not time out.
 _KEEPALIVE = 30.0
-# JSON-RPC code of "Session with given id not found." (content/browser/devtools): the call reached no page.
+# JSON-RPC code of "Session with given id not found." (content/browser/devtools): the call did not run.
 SESSION_NOT_FOUND = -32001
-# Chrome's word for a Host header that is a name, against DNS rebinding (devtools_http_handler.cc).
+# Chrome's error for a host name in the Host header, against DNS rebinding (devtools_http_handler.cc).
 _NAME_REFUSED = "Host header is specified"
-# At lower levels it would have addresses with their secrets, and what is typed and read, in the log.
+# At lower levels it would log addresses with secrets, and all data.
 _websocket_logger = logging.getLogger(f"{__name__}.websocket")
 _websocket_logger.setLevel(logging.WARNING)
 
 
 class ConnectionFailed(BrowserNotFound):
-    """A browser's endpoint could not be used. `status` is the HTTP status it answered with, or None."""
+    """Connecting to a browser failed. `status` is the HTTP status of its response, or None."""
 
     def __init__(self, message: str, *, status: int | None = None, waiting: bool = False) -> None:
         super().__init__(message)
         self.status = status
-        # It took the connection and has not answered.
+        # Whether it has accepted the connection but not answered.
         self.waiting = waiting
 
     @property
     def must_allow(self) -> bool:
-        """Whether the browser's user may have to click Allow: it does not answer, or with 403."""
+        """Whether the browser's user may have to click Allow: there is no answer, or status 403."""
         return self.waiting or self.status == 403
 
     @property
     def refuses_name(self) -> bool:
-        """Whether it is a Chrome that answers only to its address, not to a host name."""
+        """Whether it is a Chrome that accepts only an IP address, not a host name."""
         return self.status == 500 and _NAME_REFUSED in str(self)
 
 
 class ProxyFailed(ConnectionFailed):
-    """A browser elsewhere can't be reached by its proxy. The text says what to do."""
+    """A remote browser can't be reached through its proxy. The text says what to do."""
 
 
 class TransportClosed(Exception):
@@ -83,23 +83,23 @@ class Transport(Protocol):
         """Send one message, waiting while the browser reads slowly. Raises `TransportClosed`, or `CDPError` for a large one."""
 
     async def receive(self) -> str | bytes:
-        """Return the next message. Raises `TransportClosed`, and `ValueError` for what is no message."""
+        """Return the next message. Raises `TransportClosed`, and `ValueError` for an invalid message."""
 
     async def close(self) -> None:
-        """Close it; `receive` then raises `TransportClosed`. Idempotent."""
+        """Close the transport; `receive` then raises `TransportClosed`. Idempotent."""
 
 
 class WebSocketTransport:
-    """Messages by a WebSocket."""
+    """Messages over a WebSocket."""
 
     def __init__(self, websocket: ClientConnection) -> None:
         self._websocket = websocket
 
     @classmethod
     async def open(cls, url: str, sock: socket.socket | None = None) -> WebSocketTransport:
-        """Connect to the ``ws://`` or ``wss://`` address `url`, over the connected `sock` if there is one, closed by us.
+        """Connect to the ``ws://`` or ``wss://`` address `url`, over the connected `sock` if given, which is closed at the end.
 
-        No redirect is followed. Raises `ConnectionFailed`.
+        Redirects are not followed. Raises `ConnectionFailed`.
         """
         place = without_secret(url)
         local = sock is not None or is_local(url)
@@ -111,7 +111,7 @@ class WebSocketTransport:
                 url,
                 open_timeout=OPEN_TIMEOUT,
                 max_size=MAX_MESSAGE,
-                # Deflate costs more than the loopback does.
+                # On the loopback interface, compressing takes longer than sending.
                 compression=None if local else "deflate",
                 ping_interval=None if local else _KEEPALIVE,
                 proxy=proxy,
@@ -130,12 +130,12 @@ class WebSocketTransport:
         except (OSError, EOFError, ProxyError) as error:
             raise ConnectionFailed(f"{place} can't be reached{_through(proxy)} ({reason_of(error)})") from None
         except InvalidHandshake as error:
-            raise ConnectionFailed(f"{place} is no DevTools server ({reason_of(error)})") from None
+            raise ConnectionFailed(f"{place} is not a DevTools server ({reason_of(error)})") from None
         except (InvalidURI, ValueError):
             if sock is not None:
                 sock.close()
-            # Not its text: that has the address in it.
-            raise ConnectionFailed(f"{place} is no address of DevTools: it begins with ws:// or wss://") from None
+            # Without the error's text, which contains the address.
+            raise ConnectionFailed(f"{place} is not a DevTools address: it must begin with ws:// or wss://") from None
         return cls(websocket)
 
     async def send(self, text: str) -> None:
@@ -159,14 +159,14 @@ class WebSocketTransport:
 
 
 class Connection:
-    """Calls and events. Calls run at once; each event goes to `on_event` in the order of its arrival."""
+    """Calls, which may run concurrently, and events, passed to `on_event` in order."""
 
     def __init__(self, transport: Transport, on_event: OnEvent | None, *, adopted: bool = False) -> None:
-        """Read from `transport`: `adopted` from an earlier connection, it may begin and end within a message.
+        """Start reading from `transport`. An `adopted` one was used by an earlier daemon, and may start within a message.
 
         Without `on_event`, events are dropped until `enter_root_session`.
         """
-        # The address of its WebSocket, if it has one.
+        # The address of its WebSocket, or None for a pipe.
         self.endpoint: str | None = None
         self._transport = transport
         self._on_event = on_event
@@ -174,25 +174,25 @@ class Connection:
         self._at_start = True
         self._root: str | None = None
         self._calls: dict[int, _Call] = {}
-        # An adopted browser may still answer calls of the daemon that was killed: their ids are not ours. Chrome takes int32.
+        # Random: an adopted browser may still answer calls of the killed daemon. Chrome requires int32.
         self._last_id = secrets.randbelow(2**30)
         self._lost: BrowserLost | None = None
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
     async def open(cls, url: str, on_event: OnEvent, sock: socket.socket | None = None) -> Connection:
-        """Connect by a WebSocket, as `WebSocketTransport.open` does."""
+        """Connect by WebSocket: see `WebSocketTransport.open`."""
         connection = cls(await WebSocketTransport.open(url, sock), on_event)
         connection.endpoint = url
         return connection
 
     @property
     def lost(self) -> BrowserLost | None:
-        """Why the connection is at its end, or None while it is there."""
+        """Why the connection was lost, or None."""
         return self._lost
 
     def when_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the loop once the connection is at its end."""
+        """Call `callback` in the loop when the connection is lost."""
         self._reader.add_done_callback(lambda _: callback())
 
     async def call(
@@ -204,11 +204,11 @@ class Connection:
         timeout: float = CALL_TIMEOUT,
         outlasting: bool = False,
     ) -> dict[str, Any]:
-        """Have the browser run `method` and return its result; `timeout` in seconds.
+        """Call `method` and return its result; `timeout` in seconds.
 
-        An `outlasting` one runs outside the root session: what it sets stays when that ends.
+        With `outlasting`, the call runs outside the root session: its effects persist when that ends.
 
-        Raises `CDPError` for the browser's own, `BrowserTimeout`, `BrowserLost`, and what `fail_calls` was given.
+        Raises `CDPError` for an error of the browser, `BrowserTimeout`, `BrowserLost`, and the error passed to `fail_calls`.
         """
         if self._lost is not None:
             raise BrowserLost(str(self._lost))
@@ -220,7 +220,7 @@ class Connection:
         call = self._calls[number] = _Call(method, session)
         try:
             async with asyncio.timeout(timeout):
-                with contextlib.suppress(TransportClosed):  # the reader notices too, and fails what was in flight
+                with contextlib.suppress(TransportClosed):  # the reader notices too, and fails all calls in flight
                     await self._transport.send(json.dumps(message))
                 return await call.reply
         except TimeoutError:
@@ -231,19 +231,19 @@ class Connection:
             del self._calls[number]
 
     def fail_calls(self, session: str, error: BrowserError, *, but: Container[str]) -> None:
-        """End the calls of `session` that are in flight with `error`, except those of the methods `but`."""
+        """Fail the calls of `session` in flight with `error`, except those of the methods `but`."""
         for call in self._calls.values():
             if call.session == session and call.method not in but and not call.reply.done():
                 call.reply.set_exception(error)
 
     async def enter_root_session(self, stale: str | None, on_event: OnEvent) -> str:
-        """Run all further calls in a new session with the browser, and return its id; end `stale`, which an earlier daemon had.
+        """Create a root session for all further calls, and return its id. End the root session `stale` of an earlier daemon.
 
-        A pipe lasts as long as the browser, whichever daemon uses it. Whatever a daemon attached to, enabled or intercepted
-        ends with its root session, as it ends with a WebSocket. Events before that are of others, and dropped.
+        A pipe outlives the daemons that use it. Attachments, enabled domains and interceptions of a daemon end with its root
+        session, as they end with a WebSocket. Events of other root sessions are dropped.
         """
         if self._adopted:
-            # An end for the message that the daemon may have been writing when it was killed.
+            # Terminate the message that the earlier daemon may have been writing when it was killed.
             with contextlib.suppress(TransportClosed):
                 await self._transport.send("")
         if stale is not None:
@@ -259,7 +259,7 @@ class Connection:
         await asyncio.wait({self._reader})
 
     async def _read(self) -> None:
-        reason = "the connection was given up"
+        reason = "it was closed by the daemon"
         try:
             while True:
                 if (received := await self._next_message()) is not None:
@@ -267,7 +267,7 @@ class Connection:
         except TransportClosed as error:
             reason = str(error)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"it sent what is no message: {reason_of(error)}"
+            reason = f"it sent an invalid message: {reason_of(error)}"
             await self._transport.close()
         finally:
             self._lost = BrowserLost(f"the connection to the browser was lost ({reason}): what was in flight may have run")
@@ -276,13 +276,13 @@ class Connection:
                     call.reply.set_exception(BrowserLost(str(self._lost)))
 
     async def _next_message(self) -> tuple[dict[str, Any], str | bytes] | None:
-        """Return the next message, and its JSON as it came."""
+        """Return the next message and its original JSON."""
         at_start, self._at_start = self._at_start, False
         try:
             frame = await self._transport.receive()
             message = json.loads(frame)
         except (ValueError, RecursionError):
-            # The rest of a message that the earlier connection has not read to its end. A part of a JSON object is none.
+            # Skip the rest of a message that the earlier daemon read partially: it is not a JSON object.
             if self._adopted and at_start:
                 return None
             raise
@@ -295,7 +295,7 @@ class Connection:
         if session == self._root:
             session = None
         if "id" not in message:
-            # Without a method: the answer to something that was no message, such as half of one.
+            # Without a method, it is the reply to an invalid message, such as a partial one.
             if "method" in message:
                 self._receive_event(message["method"], message.get("params") or {}, session, frame)
             return
@@ -313,14 +313,14 @@ class Connection:
 
     def _receive_event(self, method: Any, params: Any, session: Any, frame: str | bytes) -> None:
         if not isinstance(method, str) or not isinstance(params, dict) or not isinstance(session, str | None):
-            raise TypeError("an event of another shape")
+            raise TypeError("an invalid event")
         if self._on_event is not None:
             self._on_event(method, params, session, frame)
 
 
 class _ConnectWithoutRedirect(connect):
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """Return the error instead of the address that it redirects to: that is not the server that was chosen."""
+        """Return the error instead of following the redirect to another server."""
         return exc
 
 
@@ -334,10 +334,10 @@ class _Call:
 
 
 def check_size(size: int) -> None:
-    """Raise `CDPError` for a message of so many bytes that the browser does not take."""
+    """Raise `CDPError` for a message of `size` bytes that is too large for the browser."""
     if size > MAX_SENT:
         # JSON-RPC's "Invalid Request": nothing was sent.
-        raise CDPError(f"a message of {size} bytes is too large: the browser takes {MAX_SENT}", code=-32600)
+        raise CDPError(f"a message of {size} bytes is too large: the browser accepts {MAX_SENT}", code=-32600)
 
 
 def _through(proxy: str | None) -> str:
@@ -349,6 +349,6 @@ def _closed(error: ConnectionClosed) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason of an error in one line: the system's, its text, or its class."""
+    """Return the reason of an error in one line: its strerror, text or class name."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Cookies of the page and of the whole browser: read, kept by a program, and set again."""
+"""Reading and setting cookies, of the page or of the whole browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Cookie = dict[str, Any]
 
-# What CDP's Network.CookieParam has.
+# The fields of Network.CookieParam.
 _FIELDS = (
     "name",
     "value",
@@ -30,19 +30,20 @@ _FIELDS = (
     "sourcePort",
     "partitionKey",
 )
-# What only a cookie that was read has.
+# The read-only fields of Network.Cookie.
 _READ_ONLY = ("size", "session", "partitionKeyOpaque", "sameParty")
 
 
 def cookies(tab: Tab, *urls: str, everywhere: bool = False, timeout: float = TIMEOUT) -> list[Cookie]:
-    """Return the cookies that the page would send, those for `urls`, or with `everywhere` all of the tab's browser context.
+    """Return the cookies for the page, for `urls`, or with `everywhere` all cookies of the tab's browser context.
 
     ```python
     saved = cookies(everywhere=True)
     set_cookies(saved)
     ```
 
-    Each has name, value, domain, path, expires (seconds since 1970, -1 for the session), httpOnly, secure and sameSite.
+    Each is a dict with name, value, domain, path, expires (seconds since 1970, -1 for the session), httpOnly, secure and
+    sameSite.
     """
     for url in urls:
         check_url("cookies", url)
@@ -56,9 +57,9 @@ def cookies(tab: Tab, *urls: str, everywhere: bool = False, timeout: float = TIM
 
 
 def set_cookies(tab: Tab, cookies: Iterable[Cookie], *, timeout: float = TIMEOUT) -> None:
-    """Set cookies: what `cookies` returns, or dicts with name, value and optionally domain or url, path, expires, and so on.
+    """Set cookies: the result of `cookies`, or dicts with name, value and optionally domain or url, path, expires, and so on.
 
-    One without domain and url is for the page. Raises `CDPError` for what the browser does not take; then none is set.
+    Without domain and url, a cookie is for the page. Raises `CDPError` if the browser refuses one; none is set then.
     """
     if isinstance(cookies, dict | str) or not hasattr(cookies, "__iter__"):
         raise TypeError(f"set_cookies(): cookies must be a list of dicts, not {type(cookies).__name__}")
@@ -73,8 +74,8 @@ def _checked(cookie: Any) -> Cookie:
     check_kind("set_cookies", "cookie", cookie, dict, "a dict with name and value")
     unknown = [key for key in cookie if key not in _FIELDS and key not in _READ_ONLY]
     if unknown:
-        raise ValueError(f"set_cookies(): a cookie has no {shown(unknown[0])}, but {', '.join(_FIELDS)}")
+        raise ValueError(f"set_cookies(): a cookie has no {shown(unknown[0])}: use {', '.join(_FIELDS)}")
     for key in ("name", "value"):
         check_text("set_cookies", key, cookie.get(key))
-    # -1 is that of a cookie for the session, which would have expired long ago.
+    # -1 means a session cookie. Network.setCookies would take it for a time in the past.
     return {key: value for key, value in cookie.items() if key in _FIELDS and (key, value) != ("expires", -1)}

@@ -1,8 +1,8 @@
-"""The daemon that holds one browser: it routes requests and the browser's events to its parts. `python -m` runs it.
+"""The daemon that holds one browser. It routes requests and events to its parts. Run it with `python -m`.
 
-A request is ``{"method", "params", "session_id", "timeout"}`` for CDP, ``{"meta": verb}``, or one for a stream: see `Part`. All
-but the method may be left out. The reply names the session that was used, so that a caller can stay with it whatever others
-switch to.
+A request is ``{"method", "params", "session_id", "timeout"}`` for CDP, where all but the method are optional;
+``{"meta": verb}``; or the request of a stream: see `Part`. The reply contains the session that was used, so that a caller can
+stay in its tab when others switch.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from .launcher import ManagedBrowser
     from .part import Message, Method, Stream, Verb
 
-logger = logging.getLogger("harness_ipc.browser.daemon")  # also where it is run by its name
+logger = logging.getLogger("harness_ipc.browser.daemon")  # not __main__
 
 IDLE_TIMEOUT = "HARNESS_BROWSER_IDLE_TIMEOUT"
 
-# Seconds that the browser has to say that it is well: a status waits two.
+# Seconds for the browser to answer a health check, whose client waits two.
 _HEALTH_TIMEOUT = 1.5
 
 
@@ -61,20 +61,20 @@ class _Table:
 
 
 class BrowserApp:
-    """The application of a `harness_ipc` daemon that holds the browser of the daemon `name`."""
+    """The app of the browser daemon `name`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._source: discovery.Source | None = None
         self._connection: Connection | None = None
-        # One at a time makes connections and attaches to tabs: those that waited find it done.
+        # Held to connect and to attach to tabs: tasks that waited for it find that done.
         self.reconnect_lock = asyncio.Lock()
         self.events = Events(self)
         self.sessions = Sessions(self)
         self.logins = Logins(self)
         self.tabs = Tabs(self)
         self.frames = Frames(self)
-        # In the order in which they are told of events.
+        # In the order in which they receive events.
         self._parts: list[Part] = [
             self.events,
             self.sessions,
@@ -101,19 +101,19 @@ class BrowserApp:
             raise BrowserNotFound(f"{self._source.how} has no page to attach to: {error}") from None
 
     async def stop(self) -> None:
-        """Let go of the browser; an own one ends."""
+        """Close the connection. A managed browser ends."""
         if self._connection is not None:
             if self.own_browser is not None:
                 await self.own_browser.close(self._connection)
             await self._connection.close()
 
     def drain(self) -> None:
-        """End the streams: the daemon stops."""
+        """End all streams, since the daemon stops."""
         for part in self._parts:
             part.on_drain()
 
     async def health(self) -> Message:
-        """Ask the browser. Raises `BrowserLost` or `BrowserTimeout` if it does not answer."""
+        """Check the browser. Raises `BrowserLost` or `BrowserTimeout` if it does not answer."""
         begun = time.perf_counter()
         version = await self.connection.call("Browser.getVersion", timeout=_HEALTH_TIMEOUT)
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
@@ -137,7 +137,7 @@ class BrowserApp:
         params = message.get("params") or {}
         timeout = timeout_of(message)
         if not isinstance(method, str) or not isinstance(params, dict):
-            raise bad_request('a request is {"method": text, "params": object, "session_id": text, "timeout": seconds}')
+            raise bad_request('a request must be {"method": text, "params": object, "session_id": text, "timeout": seconds}')
         connection = await self.connected()
         named = named_session(message)
         if named == BROWSER or (named is None and method.startswith(BROWSER_DOMAINS)):
@@ -149,7 +149,7 @@ class BrowserApp:
         except CDPError as error:
             if error.code != SESSION_NOT_FOUND:
                 raise
-            # It reached no page, so it may be repeated, once.
+            # The call did not run: retry once.
             self.sessions.forget(session)
             session = await self.sessions.session_for(named and session)
             result = await (await self.connected()).call(method, params, session=session, timeout=timeout)
@@ -160,7 +160,7 @@ class BrowserApp:
             return await self._table.methods[method](params, timeout)
         if method == "Target.setDiscoverTargets" or (method == "Target.setAutoAttach" and params.get("waitForDebuggerOnStart")):
             raise bad_request(
-                f"{method} would change all tabs, those of others, too: pass the session_id of a page, or of "
+                f"{method} would change all tabs, also those of others: pass the session_id of a page, or of "
                 'cdp("Target.attachToBrowserTarget")'
             )
         return await self.connection.call(method, params, timeout=timeout)
@@ -173,23 +173,23 @@ class BrowserApp:
 
     @property
     def address(self) -> tuple[str, int] | None:
-        """Host and port of a browser that is not the daemon's own, if they are known."""
+        """Host and port of a browser that is not managed, or None if unknown."""
         endpoint = self.connection.endpoint
         return None if endpoint is None else address_of(endpoint)
 
     @property
     def own_browser(self) -> ManagedBrowser | None:
-        """The browser, if it is one that belongs to the daemon."""
+        """The managed browser, or None."""
         return None if self._source is None else self._source.own
 
     @property
     def connection(self) -> Connection:
-        """The connection, which each call finds out about if it is lost."""
-        assert self._connection is not None, "nobody asks before `start` is done"
+        """The connection. If it is lost, each call raises."""
+        assert self._connection is not None, "used before `start`"
         return self._connection
 
     async def connected(self) -> Connection:
-        """Return the connection, made again if it was lost. Raises `BrowserLost` if it can't be."""
+        """Return the connection; reconnect if it was lost. Raises `BrowserLost` if that fails."""
         if self.connection.lost is not None:
             async with self.reconnect_lock:
                 if self.connection.lost is not None:
@@ -200,7 +200,7 @@ class BrowserApp:
         assert self._source is not None
         for part in self._parts:
             part.on_lost()
-        # No page of the new connection is the default's successor, unless the tab is still there.
+        # No page of the new connection succeeds the default session, unless its tab still exists.
         tab = self.sessions.target_of(self.sessions.default)
         logger.warning("the connection to the browser was lost: connecting again to %s", self._source.how)
         try:
@@ -208,7 +208,7 @@ class BrowserApp:
             for part in self._parts:
                 part.on_connected(self.connection)
             await self.sessions.watch_tabs()
-            # Sessions are of a connection: those of a tab that is still there are attached again when somebody names them.
+            # Sessions end with their connection. Those of a tab that still exists are attached again when a request names them.
             if tab not in {info["targetId"] for info in await self.sessions.targets()}:
                 await self.sessions.attach_a_page()
         except BrowserError as error:
@@ -219,20 +219,20 @@ class BrowserApp:
             ) from None
 
     def _on_event(self, method: str, params: Message, session: str | None, frame: str | bytes) -> None:
-        """Tell the parts of an event, in the order in which the browser sends them."""
+        """Pass an event to the parts, in the order of the browser."""
         if session is not None and session not in self.sessions:
-            # Of a session that has ended. Each is announced by its parent before it has events.
+            # A session that has ended: each one is announced by its parent before it has events.
             return
         if self.logins.owns(session):
             self.logins.on_event(method, params, session)
             return
-        # First: it cuts long texts, of a dialog as well.
+        # First: it truncates long texts, also for the other parts.
         self.events.add(session, method, params, frame)
         for part in self._parts:
             part.on_event(method, params, session)
 
     async def _check_browser(self, message: Message) -> Message:
-        """Raise `BrowserMismatch` or `BrowserLost` unless the browser is there, and is the one that the command asks for."""
+        """Raise `BrowserLost` if the browser is gone, and `BrowserMismatch` if the command asks for another one."""
         mismatch = self._mismatch(message)
         if mismatch is None:
             await self.connected()
@@ -249,13 +249,13 @@ class BrowserApp:
     def _mismatch(self, message: Message) -> tuple[str, str] | None:
         wanted = message.get("asked") or {}
         if not isinstance(wanted, dict) or not all(isinstance(value, str) for value in wanted.values()):
-            raise bad_request("what is asked for is an object of variables and their values")
+            raise bad_request("the requested settings must be an object of variables and values")
         assert self._source is not None
         own = None if self._source.own is None else self._source.own.settings
         return find_mismatch(wanted, own, self._source.named, self.connection.endpoint)
 
     async def _connection_status(self, message: Message) -> Message:
-        """Say how the browser is, without mending anything."""
+        """Return the state of the browser, without reconnecting."""
         named = None if self._source is None or self._source.named is None else without_secret(self._source.named[1])
         mismatch = self._mismatch(message)
         own = self.own_browser
@@ -277,9 +277,9 @@ class BrowserApp:
 
 
 def main() -> None:
-    """Be the daemon of the name in the first argument, or in `BU_NAME`. Raises what `harness_ipc.run_daemon` does."""
+    """Run the daemon named by the first argument, or by `BU_NAME`. Raises what `harness_ipc.run_daemon` does."""
     name = sys.argv[1] if len(sys.argv) > 1 else daemon_name()
-    # Paths are the starter's, whose directory a daemon leaves.
+    # Make paths absolute: they are relative to the starter's directory, which a daemon leaves.
     os.environ.update(asked(os.environ))
     idle = os.environ.get(IDLE_TIMEOUT)
     try:
@@ -299,5 +299,5 @@ if __name__ == "__main__":
     try:
         main()
     except harness_ipc.HarnessIPCError as error:
-        # Its text is in the log, which stderr may be, and the process that started us has it. A traceback would say no more.
+        # The log, which may be stderr, and the starter have the error. A traceback would add nothing.
         sys.exit(harness_ipc.escape_control(str(error)) if sys.stderr.isatty() else 1)

@@ -1,4 +1,4 @@
-"""What asks a page's user: dialogs (alert, confirm, prompt, beforeunload), which hold the page until then, and logins."""
+"""Dialogs (alert, confirm, prompt, beforeunload), which block the page until they are answered, and logins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def may_open_dialog() -> Iterator[None]:
-    """Take a dialog that opens within for a part of what was asked for, but not one that has kept it from being done."""
+    """Ignore `DialogOpen` in the block, unless the dialog kept the request from running."""
     try:
         yield
     except DialogOpen as error:
@@ -27,9 +27,9 @@ def may_open_dialog() -> Iterator[None]:
 
 
 def handle_dialog(tab: Tab, accept: bool = True, text: str | None = None, *, timeout: float = TIMEOUT) -> None:
-    """Answer the dialog that holds the page: accept or dismiss it. A prompt is answered with `text`, else with its default.
+    """Accept or dismiss the dialog that blocks the page. A prompt is answered with `text`, by default with its default text.
 
-    Raises `CDPError` if there is none, and `ValueError` if the default has more than 16,384 characters: give `text` then.
+    Raises `CDPError` if there is no dialog, and `ValueError` if the default has more than 16,384 characters: pass `text` then.
     """
     check_kind("handle_dialog", "accept", accept, bool, "True or False")
     if text is not None:
@@ -45,13 +45,13 @@ def handle_dialog(tab: Tab, accept: bool = True, text: str | None = None, *, tim
 
 
 def handle_login(tab: Tab, user: str, password: str, *, origin: str | None = None, timeout: float = TIMEOUT) -> None:
-    """Log in where a server or a proxy has asked this tab for it (401 and 407, told by `page_info`).
+    """Answer the login that a server or a proxy requires of this tab (status 401 or 407, shown by `page_info`).
 
-    The page that was refused is loaded again; `wait_for_load` waits for all of it. Where it was a `fetch` of the page, its next
-    one is answered. With `origin`, such as ``"https://example.org"``, the login is for when that asks. The daemon keeps it
-    until the tab is closed or the login refused; the browser itself sends it from then on.
+    The refused page is reloaded; use `wait_for_load` to wait for it. A refused `fetch` is not repeated: the login is used for
+    the next one. With `origin`, such as ``"https://example.org"``, the login is kept for when that server asks. The daemon
+    keeps it until the tab is closed or the login is refused; after its first use, the browser sends it by itself.
 
-    Raises `LoginFailed` if the page asks again, and `CDPError` if nothing has asked and there is no `origin`.
+    Raises `LoginFailed` if the page asks again, and `CDPError` without `origin` if nothing has asked.
     """
     message = {"meta": "handle_login", "user": user, "password": password, "origin": origin}
     tab.request(message, timeout=timeout)

@@ -1,7 +1,4 @@
-"""Where a browser is: the one that the environment names, one that runs with its DevTools open, or one of our own.
-
-`find` goes through them in that order.
-"""
+"""Finds a browser: the one named by the environment, else one that runs with its DevTools open, else a managed one."""
 
 from __future__ import annotations
 
@@ -37,19 +34,19 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Where a browser that was started with --remote-debugging-port usually listens.
+# The usual values of --remote-debugging-port.
 PORTS: tuple[int, ...] = (9222, 9223)
 
-# Of a machine without IPv6.
+# Errors on a machine without IPv6.
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
-# Seconds for a browser that was found to answer a small HTTP request: what takes longer is none.
+# Seconds for a browser to answer an HTTP request. A server that takes longer is not a browser.
 _ASK_TIMEOUT = 2.0
-# Seconds without an answer after which a person may be waited for.
+# Seconds after which the browser may be waiting for its user.
 _SILENCE = 1.0
-# Seconds to find out whether a name is this machine's.
+# Seconds to resolve a name, to check that it is local.
 _RESOLVE_TIMEOUT = 2.0
 
-# The directories of the browsers' profiles, below the place that each system has for them.
+# The profile directories of browsers, relative to the system's directory for them.
 if sys.platform == "win32":
     _PLACE = "~/AppData/Local"
     _PROFILES = [
@@ -96,24 +93,24 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A browser that may be there. `how` says for people where it was found."""
+    """A browser that may exist. `how` describes where it was found."""
 
     how: str
-    # Raises `BrowserNotFound`. Called again to re-make a lost connection.
+    # Raises `BrowserNotFound`. Called again to reconnect.
     connect: Callable[[OnEvent], Awaitable[Connection]]
-    # Finds out whether `connect` will, with nothing that asks the browser's user. Raises `ConnectionFailed`.
+    # Checks whether `connect` would succeed, without prompting the browser's user. Raises `ConnectionFailed`.
     look: Callable[[], Coroutine[Any, Any, object]] | None = None
-    # The file that says where it listens.
+    # The file with its port.
     file: str | None = None
-    # The variable that demands it, and the address there: what keeps it from being used is an error, not the next one's turn.
+    # The variable that requires this browser, and its address: if it can't be used, that is an error.
     named: tuple[str, str] | None = None
     own: ManagedBrowser | None = None
 
 
 async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
-    """Return a browser for the daemon `name` and the connection to it, the first of `sources` that is there.
+    """Return a browser for the daemon `name`, the first of `sources` that can be connected, and the connection.
 
-    Raises `BrowserNotFound`, its text in one line.
+    Raises `BrowserNotFound`, with a text of one line.
     """
     seen = ""
     for source in sources(name):
@@ -132,11 +129,11 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
         else:
             logger.info("connected to %s", source.how)
             return source, connection
-    raise AssertionError("an own browser is the last one, and raises")
+    raise AssertionError("the last source is a managed browser, which raises")
 
 
 def sources(name: str) -> Iterator[Source]:
-    """Yield what may be the browser of the daemon `name`, in order. Looks only at files; connects to nothing."""
+    """Yield possible browsers for the daemon `name`, in order. Reads files, but connects to nothing."""
     for variable in (WEBSOCKET, URL):
         if url := os.environ.get(variable):
             how = f"{variable}, {without_secret(url)}"
@@ -156,19 +153,19 @@ def sources(name: str) -> Iterator[Source]:
     yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
 
-# Browsers of others.
+# Browsers that are not managed.
 
 
 class NobodyThere(ConnectionFailed):
-    """Nobody listens there."""
+    """Nothing listens there."""
 
 
 class OwnerUnknown(ConnectionFailed):
-    """Whom a port belongs to can't be told: a browser of ours may be there."""
+    """The owner of a port is unknown: it may be this user's browser."""
 
 
 class _NamedBrowser:
-    """The browser at the address `url` that the user has given in the environment's `variable`."""
+    """The browser at the address `url` in the environment variable `variable`."""
 
     def __init__(self, variable: str, url: str) -> None:
         self._variable = variable
@@ -181,7 +178,7 @@ class _NamedBrowser:
         await self._use(self._look)
 
     async def _use(self, use: Callable[[str], Awaitable[_T]]) -> _T:
-        """Call `use` with the address, or with its host resolved if the browser wants that. Raises `ConnectionFailed`."""
+        """Call `use` with the address, or with its host resolved if the browser requires that. Raises `ConnectionFailed`."""
         try:
             try:
                 return await use(self._url)
@@ -197,7 +194,7 @@ class _NamedBrowser:
                 advice = "click Allow in the browser's window if it asks, then try again"
             else:
                 variable = self._variable
-                advice = f"start that browser with --remote-debugging-port, mend {variable}, or unset it to use another browser"
+                advice = f"start that browser with --remote-debugging-port, fix {variable}, or unset it to use another browser"
             text = f"{self._variable}: {error}; {advice}"
             raise ConnectionFailed(text, status=error.status, waiting=error.waiting) from None
 
@@ -212,15 +209,15 @@ class _NamedBrowser:
         except UnusableProxy as error:
             raise ProxyFailed(f"{without_secret(url)} can't be reached: {error}") from None
         except ValueError:
-            text = f"{without_secret(url)} is no address of DevTools: it begins with ws:// or wss://"
+            text = f"{without_secret(url)} is not a DevTools address: it must begin with ws:// or wss://"
             raise ConnectionFailed(text) from None
-        # A handshake could open a window that asks the browser's user.
+        # A handshake could prompt the browser's user.
         if (sock := await self._dial(url, anywhere=proxy is None)) is not None:
             sock.close()
 
     async def _open(self, url: str, on_event: OnEvent) -> Connection:
         websocket = await ask_websocket_url(url, await self._dial(url)) if self._variable == URL else url
-        # A browser elsewhere may name its own loopback interface, which is not this machine's.
+        # A remote browser may return an address of its own loopback interface.
         if is_local(websocket) and not (is_local(url) and address_of(url)[1] == address_of(websocket)[1]):
             sock: socket.socket | None = await _dial_ours(*address_of(websocket))
         else:
@@ -229,7 +226,7 @@ class _NamedBrowser:
         return await _tell_silence(how, Connection.open(websocket, on_event, sock))
 
     async def _dial(self, url: str, *, anywhere: bool = False) -> socket.socket | None:
-        """Connect to the address if it is on this machine, or `anywhere`, and log whose it is; others may have a proxy."""
+        """Connect to the address if it is local, or `anywhere`, and log a foreign owner. Return None otherwise."""
         host, port = address_of(url)
         if not host or not port or not (anywhere or is_local(url) or await _is_here(host, port)):
             return None
@@ -243,7 +240,7 @@ class _NamedBrowser:
 
 
 class _FoundBrowser:
-    """A browser that may listen at `port` of this machine; by the word of a `profile`, which has the path, if there is one."""
+    """A browser that may listen at a local `port`; found in the `profile`, which has the path too, or None."""
 
     def __init__(self, how: str, port: int, profile: str | None = None) -> None:
         self.how = how
@@ -254,7 +251,7 @@ class _FoundBrowser:
         if self._profile is None:
             host, path = await self.look()
             return await self._open(host, self._port, path or "/devtools/browser", on_event)
-        # Another one may have been started meanwhile.
+        # The browser may have been restarted meanwhile.
         active = read_active_port(self._profile)
         if active is None:
             raise ConnectionFailed(f"{self._profile} has no {ACTIVE_PORT} any more: start the browser")
@@ -271,13 +268,13 @@ class _FoundBrowser:
             ) from None
 
     async def look(self) -> tuple[str, str | None]:
-        """Return the host, and the path that it names: None if it has no HTTP, as a Chrome that asks its user has none."""
+        """Return the host and the WebSocket's path, which is None without HTTP, as for a Chrome that prompts its user."""
         problem: ConnectionFailed | None = None
         for host in local.LOOPBACKS:
             try:
                 return host, await self._ask(host)
             except ConnectionFailed as error:
-                # What is wrong with one that is there counts; else the first.
+                # Prefer the problem of an address where something listens.
                 if problem is None or (isinstance(problem, NobodyThere) and not isinstance(error, NobodyThere)):
                     problem = error
         assert problem is not None
@@ -286,7 +283,7 @@ class _FoundBrowser:
     async def _ask(self, host: str) -> str | None:
         base = make_url("http", host, self._port)
         try:
-            # Its host and port are what the server says: only who owns this port is known.
+            # Use only its path: the owner is checked only for this port.
             answer = await ask_websocket_url(base, await _dial_ours(host, self._port), timeout=_ASK_TIMEOUT)
             parts = urlsplit(answer)
             path = urlunsplit(("", "", parts.path, parts.query, ""))
@@ -297,10 +294,10 @@ class _FoundBrowser:
                 raise
             if error.status == 404 and await asyncio.to_thread(local.is_browser, self._port) is not False:
                 return None
-            # No browser: there is nothing to be allowed.
+            # Without the status: this is not a browser, so its user need not allow anything.
             raise ConnectionFailed(str(error)) from None
         if not path.startswith("/"):
-            raise ConnectionFailed(f"{base} is no DevTools server (its webSocketDebuggerUrl has no path)")
+            raise ConnectionFailed(f"{base} is not a DevTools server (its webSocketDebuggerUrl has no path)")
         return path
 
     async def _open(self, host: str, port: int, path: str, on_event: OnEvent) -> Connection:
@@ -308,18 +305,18 @@ class _FoundBrowser:
         url = make_url("ws", host, port, path)
         connection = await _tell_silence(self.how, Connection.open(url, on_event, sock))
         try:
-            # Others have WebSockets too.
+            # Other servers have WebSockets too.
             await connection.call("Browser.getVersion", timeout=TIMEOUT)
         except BaseException as error:
             await connection.close()
             if not isinstance(error, BrowserError):
                 raise
-            raise ConnectionFailed(f"{without_secret(url)} opens a WebSocket, but is no browser ({error})") from None
+            raise ConnectionFailed(f"{without_secret(url)} opens a WebSocket, but is not a browser ({error})") from None
         return connection
 
 
 async def _tell_silence(how: str, opening: Coroutine[Any, Any, Connection]) -> Connection:
-    """Wait for a connection, and have those who wait for the start know that the browser may be asking its user."""
+    """Wait for a connection. Report if it takes long, since the browser may be prompting its user."""
     task = asyncio.ensure_future(opening)
     try:
         if not (await asyncio.wait({task}, timeout=_SILENCE))[0]:
@@ -338,7 +335,7 @@ async def _is_here(host: str, port: int) -> bool:
 
 
 async def _dial_ours(host: str, port: int) -> socket.socket:
-    """Connect to a port of this machine that belongs to this user or to root. Raises `ConnectionFailed`."""
+    """Connect to a local port that belongs to this user or to root. Raises `ConnectionFailed`."""
     try:
         return await asyncio.to_thread(local.connect_to_ours, host, port)
     except local.NotOurs as error:

@@ -1,4 +1,4 @@
-"""The display that a browser's window would be on: whether what `DISPLAY` and `WAYLAND_DISPLAY` name can be reached."""
+"""Checks whether the displays in `DISPLAY` and `WAYLAND_DISPLAY` can be reached."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 X11 = "DISPLAY"
 WAYLAND = "WAYLAND_DISPLAY"
 
-# Seconds for a display elsewhere (ssh -X has it on a port of this machine) to take a connection.
+# Seconds to connect to a remote display (with ssh -X, a local port).
 _TIMEOUT = 2.0
 # TCP port of display 0 (X(7)).
 _X11_PORT = 6000
-# HOST:NUMBER.SCREEN, where a protocol may stand before the host.
+# [PROTOCOL/]HOST:NUMBER[.SCREEN]
 _X11_NAME = re.compile(r"(?:(?:inet6?|tcp|unix|local)/)?(.*):(\d{1,5})(?:\.\d+)?\Z")
 
 
 def find_broken(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return those of both variables that name a display that can't be reached, and why: one of a session that has ended."""
+    """Return the variables whose display can't be reached (perhaps of an ended session), each with the reason."""
     if sys.platform in ("win32", "darwin"):
         return {}
     found = {}
@@ -39,14 +39,14 @@ def find_broken(environment: Mapping[str, str]) -> dict[str, str]:
 def _connect_x11(environment: Mapping[str, str]) -> None:
     match = _X11_NAME.match(environment[X11])
     if match is None:
-        raise ValueError("it is no name of a display")
+        raise ValueError("it is not a display name")
     host, number = match[1], int(match[2])
     if host.startswith("/"):
         _connect_unix(host)
     elif host in ("", "unix") or host.endswith("/unix"):
         path = f"/tmp/.X11-unix/X{number}"  # noqa: S108 - its place
         try:
-            # Linux' abstract one, which outlives a cleaned /tmp.
+            # The abstract socket of Linux, which survives a cleaned /tmp.
             _connect_unix(f"\0{path}")
         except OSError:
             _connect_unix(path)

@@ -1,4 +1,4 @@
-"""How the browser and its daemon are, and the command that mends what is wrong. It looks, and changes nothing."""
+"""Diagnosis of the browser and its daemon, with commands that fix problems. Changes nothing."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 # Seconds for the daemon to answer.
 _TIMEOUT = 5.0
-# Characters of a page's title, address or dialog that are told.
+# The limit of a page's title, address or dialog in characters.
 _LONG = 200
-# Round trips of which the median is told.
+# The number of round trips; the median is reported.
 _ROUND_TRIPS = 21
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. `remedy` is a command that mends it, or None where none does."""
+    """The result of a check. `remedy` is a shell command that fixes the problem, or None."""
 
     level: Literal["ok", "warning", "failure"]
     topic: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def run(*, as_json: bool = False) -> int:
-    """Print the findings, one a line, or as one JSON object, and return the exit status: 1 if there is a failure, else 0."""
+    """Print the findings, one per line or as one JSON object. Return the exit status: 1 if there is a failure, else 0."""
     findings = list(examine(daemon_name()))
     ok = all(finding.level != "failure" for finding in findings)
     if as_json:
@@ -60,7 +60,7 @@ def run(*, as_json: bool = False) -> int:
 
 
 def examine(name: str) -> Iterator[Finding]:
-    """Yield what there is to say of the browser's daemon `name`. Raises what `harness_ipc.daemon_status` does."""
+    """Yield findings on the browser daemon `name`. Raises what `harness_ipc.daemon_status` does."""
     yield Finding("ok", "python", f"{platform.python_implementation()} {platform.python_version()}, {sys.executable}")
     yield Finding("ok", "harness_ipc", f"{harness_ipc.__version__}, {os.path.dirname(harness_ipc.__file__)}")
     try:
@@ -80,7 +80,7 @@ def examine(name: str) -> Iterator[Finding]:
 
 
 def _own_browser() -> Iterator[Finding]:
-    """Say what would be started."""
+    """Report the browser that would be started."""
     from . import program
     from .display import find_broken
 
@@ -88,7 +88,7 @@ def _own_browser() -> Iterator[Finding]:
     binary = program.find_binary()
     if binary is None:
         demanded = os.environ.get(BINARY)
-        text = f"{BINARY}={demanded} is no program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        text = f"{BINARY}={demanded} is not a program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
     unreachable = find_broken(os.environ)
@@ -104,13 +104,13 @@ def _own_browser() -> Iterator[Finding]:
 
 
 def _without_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
-    how = "was killed" if status.state == "stale" else "does not run"
+    how = "was killed" if status.state == "stale" else "is not running"
     yield Finding("ok", f"daemon {name}", f"it {how}: the next command starts it; its log is {status.log_path}")
     yield from _next_browser(name)
 
 
 def _next_browser(name: str) -> Iterator[Finding]:
-    """Say what browser a new daemon would have."""
+    """Report the browser that a new daemon would use."""
     from . import discovery
     from .connection import ConnectionFailed
 
@@ -121,7 +121,7 @@ def _next_browser(name: str) -> Iterator[Finding]:
             return
         assert source.look is not None
         try:
-            # Nothing that could open a window which asks its user.
+            # Without prompting the browser's user.
             asyncio.run(source.look())
         except ConnectionFailed as error:
             if source.named is not None:
@@ -143,7 +143,7 @@ def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Fi
 
     remedy = None
     try:
-        # Raises for what can't be read, or is refused.
+        # Raises if a setting is invalid.
         program.further_arguments()
         problem = own.taken()
         pid = None if problem is not None else own.pid()
@@ -166,7 +166,7 @@ def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Fi
 
 
 def _named_browser(text: str, url: str) -> Finding:
-    """Say `text` of the browser at the address `url` that the environment has, with its owner if that is another user."""
+    """Report `text` on the browser at the address `url` in the environment, and its owner if that is another user."""
     from . import local
     from .addresses import address_of
 
@@ -204,10 +204,10 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
             told = client.request({"meta": "connection_status", "asked": asked(os.environ)})
             yield from _browser(name, told)
             if told["connected"]:
-                # Not otherwise: a request has the daemon start another browser.
+                # Otherwise a request would make the daemon start a browser.
                 yield _round_trip(client)
     except (HarnessIPCError, LookupError, TypeError) as error:
-        text = f"the daemon does not say how it is: {type(error).__name__}: {error}"
+        text = f"the daemon does not report its state: {type(error).__name__}: {error}"
         yield Finding("failure", "browser", text, reload_command(name))
 
 
@@ -215,7 +215,7 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
     found = status["found"] + (f", pid {status['pid']}" if status["pid"] else "")
     if not status["connected"]:
         yield Finding(
-            "failure", "browser", f"{found}: {status['problem']}; the next command tries to have it again", reload_command(name)
+            "failure", "browser", f"{found}: {status['problem']}; the next command tries to reconnect", reload_command(name)
         )
         return
     text = f"{status['browser']}, {found}; it answers the daemon in {status['round_trip_ms']:.1f} ms"
@@ -238,7 +238,7 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _start(text: str) -> str:
-    """Return as much of a page's text as a line has room for."""
+    """Return the beginning of a page's text."""
     return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 

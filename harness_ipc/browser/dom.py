@@ -1,4 +1,4 @@
-"""A document's nodes as `DOMSnapshot.captureSnapshot` gives them. Pure: it asks no browser."""
+"""The nodes of a document, as returned by `DOMSnapshot.captureSnapshot`. No I/O."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# What is clicked anyway, or says nothing by its listener: React and others listen at the root for all that is below.
+# Elements whose listeners do not show that they are clickable: React and others listen at the root for all descendants.
 _NOT_CLICKABLE = {"HTML", "BODY", "LABEL"}
 _ACTS_ITSELF = {"A", "BUTTON", "INPUT", "LABEL", "OPTION", "SELECT", "SUMMARY", "TEXTAREA"}
 _NO_TEXT = {"HEAD", "NOSCRIPT", "SCRIPT", "STYLE", "TEMPLATE"}
@@ -16,7 +16,7 @@ _ELEMENT, _TEXT = 1, 3
 
 
 class Dom:
-    """The nodes by their place in the document: `parents` (-1 for none), `tags`, `numbers` (the backendNodeIds)."""
+    """The nodes of a document by index: `parents` (-1 for none), `tags`, `numbers` (backendNodeIds)."""
 
     def __init__(self, captured: dict[str, Any], strings: list[str]) -> None:
         self._nodes = captured["nodes"]
@@ -32,17 +32,17 @@ class Dom:
         return dict(zip(words[::2], words[1::2], strict=False))
 
     def is_element(self, node: int) -> bool:
-        """Return whether it is an element, not a text or a document."""
+        """Return whether a node is an element."""
         return bool(self._nodes["nodeType"][node] == _ELEMENT)
 
     @cached_property
     def rendered(self) -> set[int]:
-        """The nodes that have a box."""
+        """The nodes that have a layout box."""
         return set(self._layout["nodeIndex"])
 
     @cached_property
     def texts(self) -> list[str]:
-        """The text of each node with all that is below it."""
+        """The text content of each node."""
         texts = [""] * len(self.parents)
         values, kinds = self._nodes["nodeValue"], self._nodes["nodeType"]
         for node in reversed(range(len(texts))):
@@ -54,14 +54,14 @@ class Dom:
         return texts
 
     def clickable(self) -> Iterator[int]:
-        """Yield the backendNodeIds of the elements that show a hand, and of those that listen for clicks themselves."""
+        """Yield the backendNodeIds of elements with a pointer cursor, and of those with a click listener."""
         listening = set(self._nodes["isClickable"]["index"])
         pointing = {
             node
             for node, styles in zip(self._layout["nodeIndex"], self._layout["styles"], strict=False)
             if styles and self._strings[styles[0]] == "pointer" and self.is_element(node)
         }
-        # Within what acts by itself, such as a button's icon.
+        # Nodes inside a clickable element, such as a button's icon.
         within: set[int] = set()
         for node, parent in enumerate(self.parents):
             if parent in within or self.tags[node] in _ACTS_ITSELF:

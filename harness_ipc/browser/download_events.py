@@ -1,4 +1,4 @@
-"""Downloads of the tabs, as the daemon sees them: allowed while somebody waits for one, and told to whom it belongs."""
+"""Downloads, in the daemon: allowed while a client waits for one, and reported to the client of their tab."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 class DownloadEvents(Part):
-    """A stream of the downloads of a tab. While there is one, an own browser saves them in its profile, each as its guid."""
+    """A stream of the downloads of a tab. While it is open, a managed browser saves them in its profile, named by guid."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
-        # By tab: who waits, the first in turn.
+        # By tab: the waiting clients, in order.
         self._waiting: dict[str, list[asyncio.Queue[Message]]] = {}
-        # By browser context: how many wait.
+        # By browser context: the number of waiting clients.
         self._contexts: dict[str, int] = {}
         # By guid: tab, name, url.
         self._running: dict[str, Message] = {}
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """Of each download of the tab: when it begins, and how it ends."""
+        """The start and the end of each download of a tab."""
         return {"downloads": self._stream}
 
     async def _stream(self, params: Message) -> AsyncIterator[Message]:
@@ -65,11 +65,11 @@ class DownloadEvents(Part):
 
     @property
     def _folder(self) -> str | None:
-        """Where an own browser saves downloads that somebody waits for."""
+        """Where a managed browser saves downloads that a client waits for."""
         return None if self.app.own_browser is None else os.path.join(self.app.own_browser.profile, "Harness downloads")
 
     async def _allow(self, context: str) -> None:
-        # Another's browser goes on as its user has set it.
+        # A browser that is not managed keeps the settings of its user.
         params: Message = {"behavior": "default"}
         if (folder := self._folder) is not None:
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -81,7 +81,7 @@ class DownloadEvents(Part):
             await self._set(context, {"behavior": "default", "eventsEnabled": False})
             return
         await self._set(context, {**download_behavior(), "eventsEnabled": False})
-        # Not in a thread: nobody may begin meanwhile.
+        # Not in a thread: no download may start meanwhile.
         if not self._contexts:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -91,7 +91,7 @@ class DownloadEvents(Part):
         await self.app.connection.call("Browser.setDownloadBehavior", params, outlasting=True)
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Note a download that begins, and tell the one who waits for it how it goes on."""
+        """Record a download that starts, and report its end to the waiting client."""
         if method == "Page.downloadWillBegin" and self._contexts:
             target = self.app.sessions.target_of(session)
             download = {"name": params.get("suggestedFilename", ""), "url": params.get("url", ""), "guid": params.get("guid")}

@@ -1,4 +1,4 @@
-"""Downloads that a tab begins, saved in a folder under their names."""
+"""Saving downloads of a tab in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Download:
-    """A download that the block of a ``with`` begins. Behind the block: `path`, and as the server had them `name` and `url`."""
+    """A download started in a ``with`` block. After the block: `path`, and the `name` and `url` given by the server."""
 
     def __init__(self, tab: Tab, folder: str, timeout: float) -> None:
         self._tab = tab
@@ -30,7 +30,7 @@ class Download:
 
     @property
     def path(self) -> str:
-        """Where the file is."""
+        """The path of the file."""
         return str(self._get("path"))
 
     @property
@@ -40,12 +40,12 @@ class Download:
 
     @property
     def url(self) -> str:
-        """Where it came from."""
+        """The URL of the download."""
         return str(self._get("url"))
 
     def _get(self, key: str) -> Any:
         if "path" not in self._found:
-            raise RuntimeError("wait_for_download() is for a with statement, in whose block the download begins")
+            raise RuntimeError("use wait_for_download() in a with statement, and start the download in its block")
         return self._found[key]
 
     def __enter__(self) -> Self:
@@ -73,7 +73,7 @@ class Download:
         except TimeoutError:
             what = "no download has begun" if begun is None else f"the download of {shown(begun)} has not ended"
             raise BrowserTimeout(f"{what} within {self._timeout:g} s") from None
-        raise BrowserError("the daemon ended while the download was waited for: see harness-browser --doctor")
+        raise BrowserError("the daemon ended during the download: see harness-browser --doctor")
 
     def _save(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -86,7 +86,7 @@ class Download:
 
 
 def wait_for_download(tab: Tab, folder: str | os.PathLike[str] | None = None, *, timeout: float = TIMEOUT) -> Download:
-    """Save the download that a block begins in `folder`, under its own name, and wait until it is complete.
+    """Save the download that is started in the block in `folder`, and wait until it is complete.
 
     ```python
     with wait_for_download("reports") as download:
@@ -94,9 +94,9 @@ def wait_for_download(tab: Tab, folder: str | os.PathLike[str] | None = None, *,
     print(download.path)
     ```
 
-    What can't be in a file's name is replaced in it, and a file that is there already is kept: the new one becomes
-    ``name (1).ext``. It is private (0600). Without `folder`, it is that of ``HARNESS_CHROME_DOWNLOADS``. `timeout` is in
-    seconds, for the beginning and for the end. Raises `BrowserTimeout`, and `BrowserError` for a download that was canceled.
+    The file gets the name given by the server, with invalid characters replaced, and numbered if it exists: ``name (1).ext``.
+    Its mode is 0600. The default `folder` is ``HARNESS_CHROME_DOWNLOADS``. `timeout` in seconds applies to the start and to the
+    end of the download. Raises `BrowserTimeout`, and `BrowserError` for a canceled download.
     """
     if folder is None:
         folder = os.environ.get(DOWNLOADS)
@@ -106,5 +106,5 @@ def wait_for_download(tab: Tab, folder: str | os.PathLike[str] | None = None, *,
     check_seconds("wait_for_download(): timeout", timeout)
     path = os.path.abspath(folder)
     if not os.path.isdir(path):
-        raise FileNotFoundError(2, "wait_for_download(): there is no such folder: make it first", path)
+        raise FileNotFoundError(2, "wait_for_download(): there is no such folder: create it first", path)
     return Download(tab, path, timeout)

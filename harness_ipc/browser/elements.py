@@ -1,9 +1,9 @@
-"""Acting on elements: each function takes a selector, a reference of `snapshot` or `find`, or a node as CDP gives it.
+"""Acting on elements. A target is a selector, a reference from `snapshot` or `find`, or a CDP node.
 
-A selector is CSS, or XPath where it begins with ``//`` or ``xpath=``. It has to mean one element, or one that is visible; open
-shadow roots are searched where the page itself has none. `frame` is the iframe that a selector is for: an id that
-`iframe_target` gave, a part of the iframe's URL, or what means its element. Before anything is done, `ElementNotFound`,
-`ElementNotReady` (covered, disabled, hidden) or `InvalidArgument` is raised.
+A selector is CSS, or XPath if it begins with ``//`` or ``xpath=``. It must match exactly one element, or exactly one that is
+visible. If the document has no match, its open shadow roots are searched. `frame` is the iframe of a selector: an id from
+`iframe_target`, a part of the iframe's URL, or a target. `ElementNotFound`, `ElementNotReady` (covered, disabled, hidden) and
+`InvalidArgument` are raised before anything is done.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .nodes import Node, Target
     from .tab import Tab
 
-# Seconds for an element to stand still.
+# Seconds for an element to stop moving.
 _PATIENCE = 2.0
-# Looks at the place of an element in an iframe, until it has not changed.
+# The number of checks until the position of an element in an iframe is stable.
 _LOOKS = 20
 
 
@@ -39,7 +39,7 @@ def click(
     frame: Target | None = None,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Click an element: scroll it into view, wait until it stands still, and make sure that nothing covers it.
+    """Click an element: scroll it into view, wait until it stops moving, and check that nothing covers it.
 
     ```python
     click("e5")
@@ -47,8 +47,8 @@ def click(
     click("button", frame="#payment")
     ```
 
-    `button` is left, middle or right; two `clicks` are a double click. Where an input is hidden behind its label, the label
-    is clicked. Raises `ElementNotReady` that names what covers the element; `click_at_xy` asks nothing.
+    `button` is left, middle or right; two `clicks` are a double click. If an input is hidden, its label is clicked. If another
+    element covers it, raises `ElementNotReady` with that; `click_at_xy` clicks without a check.
     """
     with resolve(tab, target, frame, timeout=timeout) as node:
         x, y = _place(node, acting=True)
@@ -64,7 +64,7 @@ def hover(tab: Tab, target: Target, *, frame: Target | None = None, timeout: flo
 
 
 def scroll_into_view(tab: Tab, target: Target, *, frame: Target | None = None, timeout: float = TIMEOUT) -> None:
-    """Scroll the page, and what scrolls in it, so that the element is in view."""
+    """Scroll the element into view, in the page and in scrollable elements."""
     with resolve(tab, target, frame, timeout=timeout) as node:
         _scroll(node)
 
@@ -72,14 +72,14 @@ def scroll_into_view(tab: Tab, target: Target, *, frame: Target | None = None, t
 def fill_input(
     tab: Tab, target: Target, text: str, clear_first: bool = True, *, frame: Target | None = None, timeout: float = TIMEOUT
 ) -> None:
-    """Put `text` into a field in the place of what is there, or behind it without `clear_first`, and fire input and change.
+    """Replace the content of a field with `text`, or append it if `clear_first` is False, and fire input and change events.
 
-    A framework such as React notices. The field is an input, a textarea, something contenteditable, or a label of one; a date
-    is "2025-12-31", as the input's value has it. Raises `ElementNotReady` if it is disabled or read-only, and `InvalidArgument`
-    if it does not take the text: it is too long for its maxlength, or no date.
+    Frameworks such as React notice. The field is an input, a textarea, a contenteditable element, or the label of one. A date
+    has the form of the input's value, "2025-12-31". Raises `ElementNotReady` if the field is disabled or read-only, and
+    `InvalidArgument` if it does not accept the text, for example because of its maxlength.
     """
     if not isinstance(text, str):
-        raise TypeError(f"fill_input() takes the text as str, not {type(text).__name__}")
+        raise TypeError(f"fill_input(): text must be a str, not {type(text).__name__}")
     with resolve(tab, target, frame, timeout=timeout) as node, may_open_dialog():
         node.call(scripts.FILL, text, clear_first)
 
@@ -91,15 +91,15 @@ def select_option(
     frame: Target | None = None,
     timeout: float = TIMEOUT,
 ) -> list[str]:
-    """Select the option of a select that has this value, this label or, if it is an int, this index; fire input and change.
+    """Select an option by its value, label or index (an int), and fire input and change events.
 
     ```python
     select_option("#size", "Large")
     select_option("e7", "de", "fr")
     ```
 
-    Several `choices`, or a list, are for a select with ``multiple``; they take the place of what is selected. Return the labels
-    of the selected options. Raises `InvalidArgument` that names the options if there is no such one.
+    Several `choices`, or a list, are for a select with ``multiple``, and replace its selection. Returns the labels of the
+    selected options. Raises `InvalidArgument`, which lists the options, if there is no match.
     """
     wanted = [one for choice in choices for one in (choice if isinstance(choice, list | tuple) else [choice])]
     if not choices or not all(isinstance(one, str | int) for one in wanted):
@@ -117,9 +117,10 @@ def upload_file(
     frame: Target | None = None,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Choose files for a file input, for its label, or for what has one inside. Paths are relative to this process's directory.
+    """Choose files for a file input. The target is the input, its label, or an element that contains it.
 
-    The input may be hidden. Its input and change events are fired. Raises `FileNotFoundError` for a file that is not there.
+    The input may be hidden. Its input and change events are fired. Paths are relative to the current directory of this process.
+    Raises `FileNotFoundError` for a missing file.
     """
     files = [os.path.abspath(os.fspath(one)) for path in paths for one in (path if isinstance(path, list | tuple) else [path])]
     if not files:
@@ -150,8 +151,8 @@ def _scroll(node: Node) -> None:
 
 
 def _place(node: Node, *, acting: bool) -> tuple[float, float]:
-    """Return where the element is in the viewport of the page, once it is in view, stands still and is not covered."""
-    # A label may stand for what is not visible: the script tells.
+    """Return the position of the element in the page's viewport, once it is in view, not moving and not covered."""
+    # An invisible element may have a visible label: leave that to the script.
     with contextlib.suppress(ElementNotReady):
         _scroll(node)
     patience = min(_PATIENCE, node.timeout) * 1000
@@ -172,11 +173,11 @@ def _place(node: Node, *, acting: bool) -> tuple[float, float]:
 
 
 def _in_page(node: Node, at: dict[str, Any]) -> tuple[float, float]:
-    """Return the place in the page of one in an iframe."""
+    """Return the position in the page of an element in an iframe."""
     tab, timeout = node.tab, node.timeout
     left, top, width, height = at["page"]
     root = node.function(scripts.ROOT, by_value=False)["objectId"]
-    # Relative to the viewport of the session's own root, whatever iframes of its process are between.
+    # Relative to the viewport of the session's root frame, even if the element is in nested iframes of the same process.
     quad = tab.cdp("DOM.getBoxModel", node.session, objectId=root, timeout=timeout)["model"]["border"]
     x = quad[0] + (at["x"] - left) * ((quad[2] - quad[0]) / width if width else 1)
     y = quad[1] + (at["y"] - top) * ((quad[5] - quad[1]) / height if height else 1)

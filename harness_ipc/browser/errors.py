@@ -1,25 +1,25 @@
-"""What can go wrong with a browser: each leaf is also the builtin that a caller would already catch.
+"""The exceptions of the browser harness. Most also derive from a fitting built-in exception.
 
 RemoteError (of harness_ipc)
 └── BrowserError
     ├── BrowserNotFound   ConnectionRefusedError  no browser could be found, reached or started
     ├── BrowserMismatch   ValueError              the daemon holds another browser than the command asks for: nothing ran
-    ├── BrowserLost       ConnectionError         the browser went away: what was in flight may have run
-    ├── BrowserTimeout    TimeoutError            the browser has not answered in time: it may still run
-    ├── TabClosed         LookupError             the tab of a session is gone: nothing ran
+    ├── BrowserLost       ConnectionError         the connection to the browser was lost: calls in flight may have run
+    ├── BrowserTimeout    TimeoutError            the browser has not answered in time: the call may still run
+    ├── TabClosed         LookupError             the tab is closed: nothing ran
     ├── TabInUse          BlockingIOError         another process is in the tab of that name: nothing ran
-    ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) holds the page
-    ├── EventsDropped                             events of a stream were not read in time: it goes on
-    ├── LoginFailed       PermissionError         a server has refused the user and the password
-    ├── ElementNotFound       LookupError         no element, or more than one, or one that is gone: nothing ran
-    ├── ElementNotReady                           the element can't be acted on (covered, disabled, not visible): nothing ran
-    ├── InvalidArgument       ValueError          the page can't take it (a selector, a text, an option): nothing ran
-    ├── HTTPError         ConnectionError         http_get: an answer that is an error, or none
-    ├── NavigationOvertaken                       another navigation has taken the place of the one that was asked for
+    ├── DialogOpen                                a dialog (alert, confirm, prompt, beforeunload) blocks the page
+    ├── EventsDropped                             events of a stream were not read in time; the stream continues
+    ├── LoginFailed       PermissionError         a server refused the user and the password
+    ├── ElementNotFound   LookupError             no element matches, or more than one, or it was removed: nothing ran
+    ├── ElementNotReady                           the element is covered, disabled or not visible: nothing ran
+    ├── InvalidArgument   ValueError              invalid in this page (a selector, a text, an option): nothing ran
+    ├── HTTPError         ConnectionError         http_get: an error status, or no response
+    ├── NavigationOvertaken                       another navigation replaced the requested one
     ├── CDPError                                  the browser answered with an error
-    └── JavaScriptError                           the page's own code threw
+    └── JavaScriptError                           code in the page threw an exception
 
-The daemon raises one, and the helper takes it out of the reply again (`from_reply`): the same class, text and data.
+The daemon raises them, and the helpers raise the same class, text and data again (`from_reply`).
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# JSON-RPC's code of what has no other: Chrome's for a document that has gone, ours for a page that crashed or was closed.
+# The general error code of JSON-RPC: Chrome uses it for a replaced document, the daemon for a crashed or closed page.
 SERVER_ERROR = -32000
 
 
 class BrowserError(RemoteError):
-    """The root of what this part raises. `data` is a dict of what its class documents."""
+    """The base class of these errors. `data` is a dict whose keys depend on the class."""
 
     def __init__(self, message: str, **data: Any) -> None:
         super().__init__(message, data=data)
 
     def __str__(self) -> str:
-        # The class says the type.
+        # Without the type, which the class shows.
         return self.message
 
 
 class BrowserNotFound(BrowserError, ConnectionRefusedError):
-    """No browser could be found, reached or started. The text says which, and what to do."""
+    """No browser could be found, reached or started. The text says why, and what to do."""
 
 
 class BrowserMismatch(BrowserError, ValueError):
-    """The daemon holds another browser than the variables of this command ask for. The text names both, and what to do."""
+    """The daemon holds another browser than this command's environment asks for. The text names both, and what to do."""
 
 
 class BrowserLost(BrowserError, ConnectionError):
-    """The browser went away. What was in flight may have run: nothing is repeated."""
+    """The connection to the browser was lost. Calls in flight may have run, and are not repeated."""
 
 
 class BrowserTimeout(BrowserError, TimeoutError):
-    """The browser has not answered in time. What it was asked to do may still run."""
+    """The browser has not answered in time. The call may still run."""
 
 
 class TabClosed(BrowserError, LookupError):
-    """The tab of the request's session is gone. The request did not run."""
+    """The tab of the request's session is closed. The request did not run."""
 
 
 class TabInUse(BrowserError, BlockingIOError):
@@ -70,7 +70,7 @@ class TabInUse(BrowserError, BlockingIOError):
 
 
 class DialogOpen(BrowserError):
-    """A dialog holds the page: `dialog` is what CDP says of it. ``ran`` is False if the request certainly did not run."""
+    """A dialog blocks the page: see `dialog`. ``data["ran"]`` is False if the request certainly did not run."""
 
     @property
     def dialog(self) -> dict[str, Any]:
@@ -79,31 +79,31 @@ class DialogOpen(BrowserError):
 
 
 class EventsDropped(BrowserError):
-    """Events of a stream were not read in time. ``data["count"]`` is how many; the stream goes on."""
+    """Events of a stream were not read in time. ``data["count"]`` is their number. The stream continues."""
 
 
 class LoginFailed(BrowserError, PermissionError):
-    """A server has refused the user and the password. ``data["login"]`` is what it asks for: origin, realm, scheme, source."""
+    """A server refused the user and the password. ``data["login"]`` has the origin, realm, scheme and source."""
 
 
 class ElementNotFound(BrowserError, LookupError):
-    """No element is meant, or more than one, or one that is gone. ``data["count"]`` is how many a selector matches."""
+    """No element matches, or more than one, or it was removed. ``data["count"]`` is the number of matches of a selector."""
 
 
 class ElementNotReady(BrowserError):
-    """The element can't be acted on: something covers it, it is disabled, read-only or not visible. The text says which."""
+    """The element is covered, disabled, read-only or not visible. The text says which."""
 
 
 class InvalidArgument(BrowserError, ValueError):
-    """The page can't take it: a selector that Chrome can't parse, a text that is too long, an option that is not there."""
+    """An argument is invalid in this page: a malformed selector, a text that is too long, a missing option."""
 
 
 class HTTPError(BrowserError, ConnectionError):
-    """What `http_get` was answered is an error, or the server can't be read."""
+    """`http_get` got an error status, or no response."""
 
     @property
     def status(self) -> int | None:
-        """The status of the answer, from 400 on, or None without one."""
+        """The status of the response, 400 or above, or None without a response."""
         status: int | None = self.data.get("status")
         return status
 
@@ -124,33 +124,33 @@ class CDPError(BrowserError):
 
 
 class NavigationOvertaken(BrowserError):
-    """Another navigation of the tab, to ``data["url"]``, has taken the place of the one that was asked for."""
+    """Another navigation of the tab, to ``data["url"]``, replaced the requested one."""
 
 
 class JavaScriptError(BrowserError):
-    """The page's own code threw. The text is the exception's, with its stack where it has one."""
+    """Code in the page threw an exception. The text has its message, and its stack if there is one."""
 
 
 _CLASSES = {kind.__name__: kind for kind in BrowserError.__subclasses__()}
 
 
 def is_ours(kind: str) -> bool:
-    """Return whether this is the name of an error of this part."""
+    """Return whether `kind` is the name of an error of this module."""
     return kind in _CLASSES
 
 
 def node_gone(name: str, **data: Any) -> ElementNotFound:
-    """Return the error for a node that its document no longer has; `name` is the caller's word for it."""
+    """Return the error for a node that was removed from its document; `name` describes it."""
     return ElementNotFound(f"the node of {name} is gone from the page: call snapshot() again", **data)
 
 
 def from_remote(error: RemoteError) -> RemoteError:
-    """Return the exception for one that the channel has raised: an error of a stream."""
+    """Return the exception for an error of a stream, which the channel raises as a `RemoteError`."""
     return from_reply({"type": error.type, "message": error.message, "data": error.data})
 
 
 def from_reply(error: Any) -> RemoteError:
-    """Return the exception for the ``"error"`` of a reply. One of a type that is not ours is a `RemoteError`."""
+    """Return the exception for the ``"error"`` of a reply: a `RemoteError` if its type is not one of this module."""
     if not isinstance(error, dict):
         return RemoteError(str(error))
     kind, data = _CLASSES.get(str(error.get("type"))), error.get("data")

@@ -1,4 +1,4 @@
-"""The events of a tab, as CDP has them: those that were kept, and those that come."""
+"""The CDP events of a tab: buffered ones, and a stream of new ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
     """Return the events of this process's tab since the last call: method, params, session_id.
 
-    At most the last 500 are kept, and at most 16 MiB of JSON. Texts of a page above 16,384 characters are cut, with the number
-    of those left out behind them; the params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``. The daemon
-    keeps an event until it was received: one that raises loses none.
+    At most the last 500 are kept, and at most 16 MiB of JSON. Texts above 16,384 characters are truncated, and end with the
+    number of omitted characters. The params of an event that is still above 16 MiB are ``{"left_out_bytes": N}``. The daemon
+    keeps an event until it is received: if this raises, no event is lost.
     """
     check_seconds("timeout", timeout)
     events: list[dict[str, Any]] = []
@@ -34,7 +34,7 @@ def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
         except (ConnectionLost, DaemonNotRunning, TabClosed):
             if not events:
                 raise
-            # What was kept is gone, but for these.
+            # The other events are lost with their session.
             return events
         if not reply["events"]:
             return events
@@ -43,18 +43,19 @@ def drain_events(tab: Tab, *, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
 
 
 def events(tab: Tab, *methods: str, timeout: float | None = None) -> EventStream:
-    """Return an iterator over the events of the tab as they come, from now on: method, params, session_id.
+    """Return an iterator over the events of the tab from now on: method, params, session_id.
 
     ```python
     for event in events("Network.responseReceived"):
         print(event["params"]["response"]["url"])
     ```
 
-    Only those of `methods`, if there are any. Those of other domains than Page, Runtime and Network come once they are enabled,
-    as by ``cdp("DOM.enable")``. Leaving the loop, or `close`, ends it. `drain_events` returns them nevertheless.
+    With `methods`, only events of these. Domains other than Page, Runtime and Network have to be enabled first, as by
+    ``cdp("DOM.enable")``. Leaving the loop, or `close`, ends the stream. `drain_events` returns the events too.
 
-    Raises `BrowserTimeout` if none comes for `timeout` seconds, `TabClosed` or `BrowserLost` where no more will, and
-    `EventsDropped` in the place of events that were not read in time (16 MiB or 10,000 wait): it goes on after that.
+    Raises `BrowserTimeout` if there is no event for `timeout` seconds, and `TabClosed` or `BrowserLost` at the end. If the
+    reader is too slow (16 MiB or 10,000 events wait), the oldest events are dropped; `EventsDropped` is raised in their place,
+    after which the iteration can continue.
     """
     return EventStream(tab, methods, timeout)
 
@@ -64,9 +65,9 @@ class EventStream:
 
     def __init__(self, tab: Tab, methods: tuple[str, ...], timeout: float | None) -> None:
         message = {"meta": "events", "methods": list(methods), "timeout": timeout}
-        # The daemon keeps the time.
+        # The daemon enforces the timeout.
         self._items = tab.stream(message, timeout=inf if timeout is None else timeout + TIMEOUT)
-        # Asked for with the first item, which says that no event is missed from now on.
+        # The first item says that the stream has started: no event is missed from now on.
         next(self._items)
 
     def __iter__(self) -> Self:
@@ -79,7 +80,7 @@ class EventStream:
         return item
 
     def close(self) -> None:
-        """Stop listening. Closing twice is no error."""
+        """End the stream. Idempotent."""
         self._items.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,6 @@
-"""Events of the browser, kept in bounded memory until a client drains them, and streamed to those that listen.
+"""Events of the browser, buffered in bounded memory until a client drains them, and streamed to listeners.
 
-An event is kept as the JSON text that the browser sent, so its size is the memory that it takes: parsed, it may take ten times
-as much.
+An event is kept as JSON, so that its size in memory is known: parsed, it may take ten times as much.
 """
 
 from __future__ import annotations
@@ -24,29 +23,28 @@ if TYPE_CHECKING:
     from .daemon import BrowserApp
     from .part import Message, Stream, Verb
 
-    # Number in the order of arrival, session, and the JSON of method and params.
+    # Sequence number, session, and the JSON of method and params.
     Kept = tuple[int, str | None, bytes]
 
-# Events that are kept for each session, and that one drain returns.
+# The limit of events for each session, and of one drain.
 MAX_EVENTS = 500
-# Bytes that the events of one session may take, and those of one drain: even if escaping makes them six times as long, the
-# reply fits into a message.
+# The same limit in bytes. A reply fits into a message even if escaping makes the events six times as long.
 MAX_QUEUE_BYTES = 16 * 1024 * 1024
-# Bytes of the events that one reply has to a client that confirms what it has received.
+# Bytes of events in one reply, for a client that confirms what it has received.
 _PIECE_BYTES = 4 * 1024 * 1024
-# Events that wait for the reader of a stream.
+# The limit of events that wait for the reader of a stream.
 _MAX_WAITING = 10_000
-# Bytes that the events of all sessions may take: four loud tabs.
+# Bytes of the events of all sessions: as many as four sessions may have.
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
 
-# The domains that the daemon enables for each session, so pages fill them unasked.
+# Domains that the daemon enables for each session: long texts in their events are truncated.
 _UNASKED = ("Inspector.", "Network.", "Page.", "Runtime.", "Target.")
-# Their events that a client has asked for, whose texts are data.
+# Events of these domains that a client has requested: their texts are data, and are not truncated.
 _ASKED = {"Network.dataReceived", "Page.screencastFrame", "Runtime.bindingCalled"}
 
 
 class EventStore:
-    """The events of all sessions. Those that belong to no session are the browser's own: their queue is that of None."""
+    """The events of all sessions. The queue None has the events of the browser itself."""
 
     def __init__(self) -> None:
         self._queues: dict[str | None, _Queue] = {}
@@ -54,14 +52,14 @@ class EventStore:
 
     @property
     def size(self) -> int:
-        """Bytes of the events that are kept."""
+        """The size of all events in bytes."""
         return sum(queue.size for queue in self._queues.values())
 
     def add(self, queue: str | None, method: str, params: Message, session: str | None, frame: str | bytes) -> bytes:
-        """Keep an event, which was received as the JSON object `frame`, in the queue of a session, or in that of None.
+        """Add an event, received as the JSON object `frame`, to a queue: of a session, or None.
 
-        Return the JSON that is kept. Long texts in `params` are cut, there too.
-        The oldest events of a queue are dropped above 500 or 16 MiB. Above 64 MiB in all, the largest queue loses its oldest.
+        Return the JSON that is kept. Long texts are truncated, also in `params`. Above 500 events or 16 MiB, the oldest of the
+        queue are dropped; above 64 MiB in total, the oldest of the largest queue.
         """
         data = frame if isinstance(frame, bytes) else frame.encode()
         if len(data) > MAX_TEXT and method.startswith(_UNASKED) and method not in _ASKED and shorten(params):
@@ -80,13 +78,13 @@ class EventStore:
         self._queues.pop(session, None)
 
     def drain(self, session: str) -> list[Message]:
-        """Return the events of a session, and forget them."""
+        """Remove and return the events of a session."""
         return _drain([self._queues[session]] if session in self._queues else [])
 
     def read(self, session: str, *, delivered: int, until: int | None) -> Message:
-        """Forget a session's events up to the number `delivered`, and return the next 4 MiB of the others, up to `until`.
+        """Remove a session's events up to the number `delivered`, and return up to 4 MiB of the next ones, up to `until`.
 
-        The reply has ``events``, the number of the last as ``delivered``, and ``until``: the last that there was, for the next.
+        The reply has ``events``, the number of the last one as ``delivered``, and ``until``, to be passed to the next call.
         """
         queue = self._queues.get(session) or _Queue()
         while queue.events and queue.events[0][0] <= delivered:
@@ -104,9 +102,9 @@ class EventStore:
         return {"events": events, "delivered": piece[-1][0] if piece else delivered, "until": until}
 
     def drain_all(self) -> list[Message]:
-        """Return the last 500 events of all sessions in the order of their arrival, and forget them and what is older.
+        """Remove and return the last 500 events of all sessions, in order; remove older ones too.
 
-        Above 16 MiB only the first of them are returned: the others are kept for the next drain.
+        Above 16 MiB, only the first of them are returned: the rest is kept for the next call.
         """
         return _drain(self._queues.values())
 
@@ -121,16 +119,16 @@ class Events(Part):
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The requests about events."""
+        """The requests for events."""
         return {"drain_events": self._drain}
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """The events of a session as they come."""
+        """The stream of a session's events."""
         return {"events": self._listen}
 
     def add(self, session: str | None, method: str, params: Message, frame: str | bytes) -> None:
-        """Keep an event, and pass it on to those that listen. See `EventStore.add`."""
+        """Store an event, and pass it to listeners. See `EventStore.add`."""
         data = self._store.add(session, method, params, session, frame)
         for listener in self._listeners.get(session or "", ()):
             listener.add(method, data)
@@ -142,11 +140,11 @@ class Events(Part):
             listener.end(TabClosed("the tab that the events are of was closed"))
 
     def on_connected(self, connection: Connection) -> None:
-        """End the streams with the connection."""
+        """End the streams when the connection is lost."""
         connection.when_lost(lambda: self._end_streams("the connection to the browser was lost: listen again"))
 
     def on_drain(self) -> None:
-        """End the streams: the daemon stops."""
+        """End the streams, since the daemon stops."""
         self._end_streams("the daemon stops: listen again")
 
     def _end_streams(self, reason: str) -> None:
@@ -155,9 +153,10 @@ class Events(Part):
                 listener.end(BrowserLost(reason))
 
     async def _drain(self, message: Message) -> Message:
-        """Return events: of the session that is named, or the last ones of all sessions and the browser.
+        """Return the events of a session, or without one the last events of all sessions and the browser.
 
-        They are forgotten at once, or with ``delivered`` once the next request says so: see `EventStore.read`.
+        They are removed at once; or if the request has ``delivered``, when the next request confirms them: see
+        `EventStore.read`.
         """
         named = named_session(message)
         if named is None:
@@ -167,19 +166,19 @@ class Events(Part):
         if delivered is None:
             return {"events": self._store.drain(session)}
         if not isinstance(delivered, int) or not isinstance(until, int | None):
-            raise bad_request("drain_events has the numbers delivered and until of the reply before, or delivered 0")
+            raise bad_request("drain_events needs delivered and until from the previous reply, or delivered 0")
         return self._store.read(session, delivered=delivered, until=until) | {"session_id": session}
 
     async def _listen(self, params: Message) -> AsyncIterator[Message]:
-        """Yield the events of a session, those of ``methods`` alone if it is not empty, for ``timeout`` seconds without one.
+        """Yield the events of a session; if ``methods`` is not empty, only of these; ``timeout`` in seconds for each, or null.
 
-        First of all ``{"session_id"}``: from then on, no event is missed. ``{"dropped": number}`` is in the place of the oldest
-        that were dropped since they were not read.
+        The first item is ``{"session_id"}``: from then on, no event is missed. ``{"dropped": number}`` replaces events that
+        were dropped because they were not read.
         """
         methods = params.get("methods") or []
         timeout = None if params.get("timeout") is None else timeout_of(params)
         if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
-            raise bad_request("the methods of events are a list of texts")
+            raise bad_request("the methods of events must be a list of texts")
         _, session = await self.app.sessions.requested(params)
         listener = _Listener(frozenset(methods))
         self._listeners.setdefault(session, set()).add(listener)
@@ -199,7 +198,7 @@ class Events(Part):
 
 
 class _Listener:
-    """The events that wait for the reader of one stream, oldest first."""
+    """The queue of events for the reader of one stream."""
 
     def __init__(self, methods: frozenset[str]) -> None:
         self._methods = methods
@@ -210,7 +209,7 @@ class _Listener:
         self._arrived = asyncio.Event()
 
     def add(self, method: str, data: bytes) -> None:
-        """Have the reader get an event if it is one of those that it wants."""
+        """Add an event, if the reader wants its method."""
         if self._methods and method not in self._methods:
             return
         self._waiting.append(data)
@@ -221,12 +220,12 @@ class _Listener:
         self._arrived.set()
 
     def end(self, error: BrowserError) -> None:
-        """Raise `error` after what waits."""
+        """End the stream with `error`, after the events in the queue."""
         self._ended = self._ended or error
         self._arrived.set()
 
     async def next(self) -> bytes | int:
-        """Return the next event, or the number of those that were dropped before it."""
+        """Return the next event, or the number of events dropped before it."""
         while not self._waiting:
             if self._ended is not None:
                 raise self._ended
@@ -283,9 +282,9 @@ def _dump(method: str, params: Message) -> bytes:
 
 
 def shorten(value: Message) -> bool:
-    """Cut all texts in the JSON object `value`, in place, to 16,384 characters, followed by the number of characters left out.
+    """Truncate all texts in the JSON object `value` in place to 16,384 characters, and append the number of omitted ones.
 
-    Return whether there was one to cut.
+    Return whether a text was truncated.
     """
     cut = False
     pending: list[Any] = [value]

@@ -1,4 +1,4 @@
-"""Finding elements by what a user knows of them."""
+"""Finding elements by role, name, text, label, placeholder or test id."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def find(
     exact: bool = False,
     timeout: float = TIMEOUT,
 ) -> list[str]:
-    """Return the references of the elements that fit all that is given, in their order on the page, iframes included.
+    """Return references of the elements that match all criteria, in document order, including iframes.
 
     ```python
     find(role="button", name="Save")
     fill_input(find(label="Password")[0], secret)
     ```
 
-    `role` and `name` are the accessible ones, as `snapshot` shows them; `text` is for the smallest elements that have it in
-    them, `label` for what a label, aria-label or aria-labelledby names, `test_id` for the attribute data-testid. Texts fit if
-    they have what is given in them, whatever its case, and with `exact` if they are the same; test_id is always exact.
+    `role` and `name` are the accessible role and name, as shown by `snapshot`. `text` matches the smallest elements that
+    contain it, `label` elements with that label, aria-label or aria-labelledby, and `test_id` the attribute data-testid. A text
+    matches if it contains the criterion, ignoring case, or with `exact` if it is equal; test_id is always exact.
     """
     given = {"role": role, "name": name, "text": text, "label": label, "placeholder": placeholder, "test_id": test_id}
     criteria = {kind: wanted for kind, wanted in given.items() if wanted is not None}
     if not criteria:
-        raise TypeError("find() takes a role, a name, a text, a label, a placeholder or a test_id, or several of them")
+        raise TypeError("find() needs a role, name, text, label, placeholder or test_id, or several of them")
     for kind, wanted in criteria.items():
         check_text("find", kind, wanted)
     reply = tab.request({"meta": "find", "criteria": criteria, "exact": exact}, timeout=timeout)

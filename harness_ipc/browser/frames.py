@@ -1,4 +1,4 @@
-"""The iframes of a tab, as the daemon knows them: those of the page's own process, and those that are targets of their own."""
+"""The iframes of a tab, in the daemon: in the process of the page, or out-of-process iframes, which are CDP targets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Frames(Part, Changing):
-    """Sessions with iframes that are targets of their own, and where code runs in each iframe: it changes with that."""
+    """Sessions of out-of-process iframes, and the execution context of each iframe. Notifies of each change."""
 
     def __init__(self, app: BrowserApp) -> None:
         Part.__init__(self, app)
         Changing.__init__(self)
         # By target.
         self._sessions: dict[str, str] = {}
-        # The uniqueId of the page's own execution context, by session and frame.
+        # The uniqueId of the default execution context, by session and frame.
         self._contexts: dict[tuple[str, str], str] = {}
 
     @property
@@ -31,7 +31,7 @@ class Frames(Part, Changing):
         return {"frame": bounded(self._find)}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Note the contexts that there are, and forget what has ended."""
+        """Record new execution contexts, and forget ended ones."""
         if method == "Runtime.executionContextCreated":
             context = params["context"]
             data = context.get("auxData") or {}
@@ -61,7 +61,7 @@ class Frames(Part, Changing):
         return self._sessions
 
     async def session_of(self, frame: str) -> str:
-        """Return our session with an iframe that is a target of its own."""
+        """Return the daemon's session of an out-of-process iframe; attach if necessary."""
         if (session := self._sessions.get(frame)) is None:
             connection = self.app.connection
             attached = await connection.call("Target.attachToTarget", {"targetId": frame, "flatten": True})
@@ -70,7 +70,7 @@ class Frames(Part, Changing):
         return session
 
     async def owners(self, target: str, page: str, session: str) -> list[Message]:
-        """Return the elements of the iframes from `target` up to the tab's `page`: ``{"session_id", "backendNodeId"}`` each."""
+        """Return the iframe elements from `target` up to the tab's `page`: ``{"session_id", "backendNodeId"}`` each."""
         owners = []
         while target != page:
             info = (await self.app.connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
@@ -105,7 +105,7 @@ class Frames(Part, Changing):
                 owners = await self.owners(target, page, session)
                 place = {"node_session": inside, "context": context, "owners": owners}
                 return {"frame_id": frame, "session_id": session, **place}
-            # Its document makes room for the next one.
+            # Its document is being replaced.
             await changed.wait()
 
     async def _search(self, page: str, session: str, wanted: str) -> tuple[str, str] | None:

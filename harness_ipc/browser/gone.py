@@ -1,4 +1,4 @@
-"""Ends the daemon when a browser that is not its own is gone for good: the next command starts one that looks for another."""
+"""Ends the daemon when a browser that is not managed has ended: the next command then starts a daemon with another one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 # Seconds for the browser's port to take a connection.
 _DIAL_TIMEOUT = 2.0
-# Seconds between the looks: a browser that ends closes its connections before its port.
+# Seconds before each check: a browser that ends closes its connections before its port.
 _LOOKS = (0.0, 0.1, 0.4, 1.5, 5.0)
 
 
 class GoneBrowser(Part):
-    """What becomes of a connection that was lost. An own browser is started again by the next request instead."""
+    """Checks the browser when its connection is lost. A managed browser is restarted by the next request instead."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
@@ -34,11 +34,11 @@ class GoneBrowser(Part):
         self._ending = False
 
     def on_connected(self, connection: Connection) -> None:
-        """Look after a browser once the connection to it is lost."""
+        """Check the browser when this connection is lost."""
         connection.when_lost(self._watch)
 
     def on_drain(self) -> None:
-        """Leave the daemon to its end."""
+        """Stop checking, since the daemon stops."""
         self._ending = True
 
     def on_unreachable(self, error: BrowserError) -> None:
@@ -53,7 +53,7 @@ class GoneBrowser(Part):
             self._look = asyncio.create_task(self._end_if_gone())
 
     async def _end_if_gone(self) -> None:
-        # Only the connection may have been cut: the browser's user would have to allow another one, so none is made unasked.
+        # The browser may still run. Do not reconnect without a request: its user may have to allow that.
         for seconds in _LOOKS:
             await asyncio.sleep(seconds)
             if not self._ending and self.app.address is not None and await _refuses(*self.app.address):
@@ -63,12 +63,12 @@ class GoneBrowser(Part):
         if not self._ending and self.app.own_browser is None:
             self._ending = True
             logger.warning("the browser is gone: this daemon ends, and the next command starts another")
-            # What is in flight is answered, and told that the browser is lost.
+            # Requests in flight are answered with `BrowserLost`.
             signal.raise_signal(signal.SIGTERM)
 
 
 async def _refuses(host: str, port: int) -> bool:
-    """Return whether nothing listens there."""
+    """Return whether the port refuses connections."""
     try:
         async with asyncio.timeout(_DIAL_TIMEOUT):
             _, writer = await asyncio.open_connection(host, port)

@@ -1,8 +1,8 @@
-"""The helpers: what a process asks of the page. Each is one or a few requests to the daemon over one kept connection.
+"""The helpers: functions that act on the page. Each sends one or a few requests to the daemon over one connection.
 
-They are the methods of one `Tab`. The daemon is started by the first helper that needs it. A process stays in the tab that it
-used first, or that it has switched to since, whatever others do. Every `timeout` is in seconds, for each request of the helper;
-what runs out is `BrowserTimeout` or `DaemonTimeout`, both `TimeoutError`.
+They are the methods of a default `Tab`. The first one starts the daemon if necessary. A process stays in the tab that it used
+first, or has switched to, regardless of other processes. Every `timeout` is in seconds, for each request of the helper; when it
+expires, `BrowserTimeout` or `DaemonTimeout` is raised, both `TimeoutError`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ __all__ = [
 
 
 class _DefaultTab(Tab):
-    """The tab of the process, and for each thread that has opened or switched to one, its own from then on."""
+    """The tab of the process. A thread that opens or switches to a tab has its own from then on."""
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
@@ -112,7 +112,7 @@ class _DefaultTab(Tab):
 
     @property
     def begin(self) -> dict[str, Any]:
-        """The tab that the process asked for, or the one that is named by the variable `BU_TAB_NAME`."""
+        """The requested first tab, by default the one named by `BU_TAB_NAME`."""
         name = os.environ.get(TAB_NAME)
         return self._begin or ({"name": name} if name else {})
 
@@ -132,7 +132,7 @@ class _DefaultTab(Tab):
             self._of_process: Place | None = place
 
     def move(self, wanted: dict[str, Any], *, timeout: float = TIMEOUT) -> Place:
-        """Go to another tab: a thread that is not the main one has a tab of its own from then on."""
+        """Go to another tab. A thread other than the main one has its own tab from then on."""
         check_seconds("timeout", timeout)
         if threading.current_thread() is not threading.main_thread() and not hasattr(self._of_thread, "place"):
             self.browser.connect()
@@ -145,7 +145,7 @@ default_tab = _DefaultTab()
 
 
 class _Helper:
-    """A method of the default tab as a function: `help` and `inspect.signature` show what it has without the tab."""
+    """A method of the default tab as a function. `help` and `inspect.signature` show it without the tab."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
@@ -163,7 +163,7 @@ class _Helper:
         return self.__wrapped__(*arguments, **keywords)
 
     def __get__(self, instance: object, owner: type | None = None) -> _Helper:
-        # Like a function, whose documentation is its own; unlike one, a class that has it does not bind it.
+        # A descriptor, so that `help` treats it as a function. A class does not bind it.
         return self
 
     def __repr__(self) -> str:
@@ -222,7 +222,7 @@ wait_for_url = _of_default_tab(Tab.wait_for_url)
 
 
 def connect(*, timeout: float = START_TIMEOUT, on_progress: Callable[[Any], object] | None = None) -> Client:
-    """Return this process's connection to the browser's daemon, which is started if it does not run.
+    """Return this process's connection to the browser daemon, which is started if necessary.
 
     Raises what `Browser.connect` does.
     """
@@ -230,11 +230,11 @@ def connect(*, timeout: float = START_TIMEOUT, on_progress: Callable[[Any], obje
 
 
 def disconnect() -> None:
-    """Leave the tabs, and close this process's connection, if there is one: the next helper opens another."""
+    """Leave the tabs and close this process's connection, if any. The next helper opens another."""
     default_tab.browser.close()
 
 
 def wait(seconds: float = 1.0) -> None:
-    """Let time pass. `wait_for_load` and its like, and a promise in `js`, wait for something."""
+    """Sleep. To wait for something, use `wait_for_load` and the like, or a promise in `js`."""
     check_seconds("wait(): seconds", seconds)
     time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Pages and data without the browser: one GET, with the browser's cookies or without."""
+"""HTTP GET without the browser, optionally with its cookies."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
 
     from .tab import Tab
 
-# Sent where the page's cookies are not: some servers refuse what does not look like a browser.
+# Sent without cookies: some servers refuse clients that are not browsers.
 _USER_AGENT = "Mozilla/5.0"
-# What is meant for one server, and not for the one that it redirects to.
+# Headers that must not be sent to another server after a redirect.
 _SECRET = ("Authorization", "Cookie", "Proxy-authorization")
-# Characters of the body of an error that are kept.
+# Characters of an error response's body to keep.
 _MAX_TEXT = 16 * 1024
 
 
 def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeout: float = 20.0, cookies: bool = False) -> str:
-    """Get `url` without the browser, and return the text of the body. `timeout` is for all of it, in seconds.
+    """Get `url` without the browser, and return the body as text. `timeout` is for everything, in seconds.
 
     ```python
     http_get("https://example.org/feed.xml")
     json.loads(http_get("https://example.org/api/me", cookies=True))
     ```
 
-    With `cookies`, those that the page's browser has for the address are sent, with its User-Agent; what the server sets is
-    not kept. Addresses of this machine are never asked through a proxy; for others the variables `http_proxy` and so on hold.
-    Redirects are followed; cookies and Authorization of one server are not sent to another.
+    With `cookies`, the browser's cookies for the address and its User-Agent are sent; cookies set by the server are ignored.
+    The variables `http_proxy` and so on apply, but never to loopback addresses. Redirects are followed; cookies and
+    Authorization are not sent to another server.
 
-    Raises `HTTPError`, with `status` for an answer from 400 on, without one if the server can't be read; and `BrowserTimeout`.
+    Raises `HTTPError`, with `status` for a response of 400 or above, and without one if there is no response; and
+    `BrowserTimeout`.
     """
     import http.client
 
@@ -61,7 +62,7 @@ def http_get(tab: Tab, url: str, headers: Mapping[str, str] | None = None, timeo
     except BrowserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # A redirect that urllib refuses still has its connection.
+        # A redirect refused by urllib still holds its connection.
         getattr(error, "close", int)()
         cause: object = getattr(error, "reason", error)
         if isinstance(cause, TimeoutError):
@@ -73,7 +74,7 @@ def _request(tab: Tab, url: str, headers: dict[str, str], cookies: bool, timeout
     from urllib.parse import quote, urlsplit
     from urllib.request import Request
 
-    # As a browser: what has no place in an address is escaped, and what is escaped stays.
+    # Like a browser: escape invalid characters, and keep existing escapes.
     host = urlsplit(url).netloc
     if not host.isascii():
         url = url.replace(host, host.encode("idna").decode(), 1)
@@ -121,7 +122,7 @@ def _opener(tab: Tab, cookies: bool, timeout: float) -> OpenerDirector:
 
 
 def is_this_machine(host: str) -> bool:
-    """Return whether a host, perhaps with a port, is an address of the loopback interface."""
+    """Return whether a host, perhaps with a port, is a loopback address."""
     import ipaddress
     from urllib.parse import urlsplit
 
@@ -153,7 +154,7 @@ def _decode(body: bytes, headers: Any) -> str:
         try:
             body = gzip.decompress(body)
         except (EOFError, zlib.error) as error:
-            raise OSError(f"its body is no gzip: {error}") from None
+            raise OSError(f"its body is not valid gzip: {error}") from None
     try:
         return body.decode(headers.get_content_charset() or "utf-8", errors="replace")
     except LookupError:

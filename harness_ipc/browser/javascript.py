@@ -1,4 +1,4 @@
-"""JavaScript in the page: a scope for each call, its values, and what it throws, as Python has them."""
+"""JavaScript in the page: each call has its own scope; values and exceptions are converted to Python."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     Call = Callable[..., dict[str, Any]]
 
-# JSON-RPC's code of what Chrome says of code that ran for longer than it was given.
+# JSON-RPC code of Chrome's error for code that exceeded its timeout.
 _INTERNAL_ERROR = -32603
-# Seconds for Chrome, which ends such code itself, to say so; and for a page that does not compute to answer.
+# Seconds for Chrome to report that it has terminated such code, and for an idle page to answer.
 _ENDING = 2.0
 _PROBE = 1.0
-# Seconds beyond its timeout for code that we end ourselves.
+# Seconds beyond the timeout, for code that the client terminates.
 _BACKSTOP = 10.0
-# What a script declares for all later ones, and a block only for itself.
+# Declarations that a script makes for later ones, and a block only for itself.
 _LEXICAL = ("let", "const", "class")
 _IF_EVAL = "if (/native code/.test(eval))"
 _BODY = "(async () => {"
-# Code that is valid in here has no brace that closes what it was put into.
+# Code that is valid inside these brackets does not close a surrounding block.
 _CHECK = "[async () => {"
 
 
@@ -50,18 +50,18 @@ def js(
     js("location.href", frame="#payment")
     ```
 
-    `frame` is a part of the iframe's URL, or what means its element, as in `click`; `target_id` the id that `iframe_target`
-    gives, or that of another target, such as a tab.
+    `frame` is a part of the iframe's URL, or a target as in `click`; `target_id` is an id from `iframe_target`, or that of
+    another target, such as a tab.
 
-    The value is that of the last expression, or what a top-level ``return`` gives. ``const``, ``let`` and ``class`` are the
-    call's own; ``var`` and functions stay in the page, but not those of code with a top-level ``return``, a function's body,
-    and not the functions of code that waits.
+    The value is that of the last expression, or of a top-level ``return``. ``const``, ``let`` and ``class`` are local to the
+    call. ``var`` and functions stay in the page, except in code with a top-level ``return``, which runs as the body of a
+    function, and except functions of code with ``await``.
 
-    A promise is waited for. undefined and null are None; NaN and the infinities floats; a BigInt an int; whatever else has to
-    be what JSON can carry (inside an object or an array, NaN is None). Code that computes for longer than `timeout` is ended.
+    A promise is awaited. undefined and null become None, NaN and infinities floats, and a BigInt an int. Other values must be
+    JSON (NaN inside an object or an array becomes None). Code that runs for longer than `timeout` is terminated.
 
-    Raises `JavaScriptError` for what the code throws, `BrowserTimeout`, `CDPError` for a value that can't be carried, and
-    `ElementNotFound` for an iframe that is not there.
+    Raises `JavaScriptError` if the code throws, `BrowserTimeout`, `CDPError` for a value that is not JSON, and
+    `ElementNotFound` if there is no such iframe.
     """
     check_text("js", "expression", expression)
     check_seconds("timeout", timeout)
@@ -89,8 +89,8 @@ def js(
 
 
 def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float, context: str | None = None) -> Any:
-    """Run the code in a session, in the execution context `context` of it or else in its own document."""
-    # Code that Chrome ends after an `await` it leaves unanswered: `_timed_out` ends that.
+    """Run the code in a session, in the execution context `context` or by default in the session's document."""
+    # Chrome does not answer if it terminates code after an `await`: see `_timed_out`.
     limit = timeout if "await" in expression else timeout + _ENDING
 
     def call(method: str, **params: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float, co
         result, prefix = _run(tab, call, expression, session, timeout)
     except CDPError as error:
         if error.code == _INTERNAL_ERROR:
-            raise BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended") from None
+            raise BrowserTimeout(f"the code ran for more than {timeout:g} s, and was terminated") from None
         raise
     except BrowserTimeout:
         raise _timed_out(tab, expression, session, timeout) from None
@@ -115,19 +115,19 @@ def _evaluate(tab: Tab, expression: str, session: str | None, timeout: float, co
 
 
 def _run(tab: Tab, call: Call, expression: str, session: str | None, timeout: float) -> tuple[dict[str, Any], str]:
-    """Return what the browser says of the code, and what was put before it."""
+    """Return the browser's result for the code, and the prefix that was added to it."""
     if _may_close_block(expression):
-        # A script with half a block at its ends is an error, though it completes ours.
+        # Refuse code with unbalanced braces, which would become valid in our block.
         checked = call("Runtime.compileScript", expression=f"{_CHECK}{expression}\n}}]", sourceURL="", persistScript=False)
         if "exceptionDetails" in checked:
             return checked, _CHECK
     waits = "await" in expression
-    # Milliseconds, at which Chrome ends the code, though its caller may have gone.
+    # Milliseconds after which Chrome terminates the code, even if its caller is gone.
     limit = min((timeout + _BACKSTOP * waits) * 1000, 2**31 - 1)
     options = {"awaitPromise": True, "userGesture": True, "timeout": limit}
     prefix, code = _in_block(expression)
     if waits:
-        # Only replMode takes it for what it is, whatever stands behind it, and then gives no value but a reference.
+        # Only replMode parses such code in any position; it returns a reference instead of the value.
         result = call("Runtime.evaluate", expression=code, replMode=True, **options)
         result = _dereference(tab, call, result, session)
     else:
@@ -139,30 +139,31 @@ def _run(tab: Tab, call: Call, expression: str, session: str | None, timeout: fl
 
 
 def _in_block(expression: str) -> tuple[str, str]:
-    """Return what is put before the code, and the code in a block, which has the value that the script would have."""
+    """Return a prefix, and the code in a block that has the same value as the script."""
     if not any(word in expression for word in _LEXICAL):
         return "", expression
     prefix, end = ("'use strict';{" if _is_strict(expression) else "{"), "\n}"
     if "function" in expression and "await" in expression:
-        # As below, but there is no `eval` for it: V8 takes no value from functions that can't become global.
+        # As below, but without `eval`: V8 ignores the value of functions that can't become global.
         if prefix == "{" and (names := _declared_functions(expression)):
             prefix, end = f"{{let {','.join(names)}; {{", "\n}}"
     elif "function" in expression:
-        # A function that a block declares is its value in V8, though it has none; with `eval`, which a page may have replaced,
-        # it is not. Runtime.evaluate allows `eval` whatever the page's policy is. That the code is valid, the block tells.
+        # In V8, a function declared last in a block is the value of the block, which it should not be. `eval` does not have
+        # that fault, but a page may have replaced it. Runtime.evaluate allows `eval` under any content security policy. The
+        # block still checks the syntax.
         prefix = f"{_IF_EVAL} (0, eval)({json.dumps(expression)}); else {{"
     return prefix, f"{prefix}{expression}{end}"
 
 
 def _declared_functions(code: str) -> list[str]:
-    """Return the names of what looks like a declaration of a function."""
+    """Return the names of possible function declarations."""
     import re
 
     return sorted(set(re.findall(r"(?:^|[;{}\n])\s*function\s+([\w$]+)\s*\(", code)))
 
 
 def _is_strict(code: str) -> bool:
-    """Return whether the code begins with the directive, which has no effect inside a block."""
+    """Return whether the code begins with "use strict", which has no effect inside a block."""
     code = code.lstrip()
     while code.startswith(("//", "/*")):
         code = code.partition("\n" if code.startswith("//") else "*/")[2].lstrip()
@@ -170,7 +171,7 @@ def _is_strict(code: str) -> bool:
 
 
 def _may_close_block(code: str) -> bool:
-    """Return whether a brace closes more than was opened; it may be part of a string."""
+    """Return whether there may be an unbalanced closing brace. Braces in strings count too."""
     depth = 0
     for part in code.split("}")[:-1]:
         depth += part.count("{") - 1
@@ -180,14 +181,14 @@ def _may_close_block(code: str) -> bool:
 
 
 def _dereference(tab: Tab, call: Call, result: dict[str, Any], session: str | None) -> dict[str, Any]:
-    """Return the result with the value itself, where it has a reference to an object."""
+    """Return the result with the value instead of a reference to it."""
     number = result["result"].get("objectId")
     if number is None or "exceptionDetails" in result:
         return result
     try:
         if result["result"].get("subtype") == "promise":
             return call("Runtime.awaitPromise", promiseObjectId=number, returnByValue=True)
-        # As an argument: as `this`, a symbol would be an object.
+        # As an argument: as `this`, a symbol would become an object.
         function, arguments = "value => value", [{"objectId": number}]
         return call(
             "Runtime.callFunctionOn", objectId=number, functionDeclaration=function, arguments=arguments, returnByValue=True
@@ -197,31 +198,31 @@ def _dereference(tab: Tab, call: Call, result: dict[str, Any], session: str | No
 
 
 def _is_body(result: dict[str, Any]) -> bool:
-    """Return whether the code is only valid in a function. Then nothing ran: an error of code that runs has a stack."""
+    """Return whether the code is only valid in a function. It did not run then: errors of running code have a stack."""
     details = result.get("exceptionDetails") or {}
     description = (details.get("exception") or {}).get("description")
     return "stackTrace" not in details and description == "SyntaxError: Illegal return statement"
 
 
 def _timed_out(tab: Tab, expression: str, session: str | None, timeout: float) -> BrowserTimeout:
-    """Return the error for code that has not ended. Where the page computes after an `await` of it, that is ended.
+    """Return the error for code that has not finished. If it is still computing after an `await`, terminate it.
 
-    Chrome's own limit ends with the first wait. Without one, the code may not even have begun: the page computes by itself.
+    Chrome's own timeout applies only until the first `await`. Code without one may not have started: the page is busy.
     """
     with contextlib.suppress(BrowserError):
         try:
             tab.cdp("Runtime.evaluate", session, expression="0", timeout=_PROBE)
         except BrowserTimeout:
             if "await" not in expression:
-                return BrowserTimeout(f"the page was busy for more than {timeout:g} s, and the code may not have begun")
+                return BrowserTimeout(f"the page was busy for more than {timeout:g} s, and the code may not have started")
             tab.cdp("Runtime.terminateExecution", session, timeout=timeout + _ENDING)
-            return BrowserTimeout(f"the code ran for more than {timeout:g} s, and was ended")
-    return BrowserTimeout(f"the code has not ended within {timeout:g} s: it waits for a promise that is not settled")
+            return BrowserTimeout(f"the code ran for more than {timeout:g} s, and was terminated")
+    return BrowserTimeout(f"the code has not finished within {timeout:g} s: it waits for a promise that is not settled")
 
 
 def _thrown(details: dict[str, Any], expression: str, prefix: str) -> JavaScriptError:
-    """Return the error for what the code threw, at the line and column (from 0) of the code as it was given."""
-    # Of a rejected promise, Chrome counts from 1 but in its stack.
+    """Return the error for an exception, with its line and column (from 0) in the code of the caller."""
+    # For a rejected promise, Chrome counts from 1, except in the stack.
     frame = next(iter(details.get("stackTrace", {}).get("callFrames", [])), None)
     place = frame or details
     line, column = place["lineNumber"], place["columnNumber"]
@@ -229,7 +230,7 @@ def _thrown(details: dict[str, Any], expression: str, prefix: str) -> JavaScript
     if line == 0 and not place.get("url") and not (frame and prefix.startswith(_IF_EVAL)):
         column -= len(prefix)
     if prefix and line > expression.count("\n"):
-        # The closing brace is ours.
+        # The closing brace is that of our block.
         text = text.replace("Unexpected token '}'", "Unexpected end of input")
         line, column = expression.count("\n"), len(expression.rpartition("\n")[2])
     return JavaScriptError(escape_control(text, allow="\n\t"), line=line, column=column)

@@ -1,4 +1,4 @@
-"""The keyboard: keys by their names, and text that is inserted."""
+"""The keyboard: keys by name, and insertion of text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Modifiers = int | str | Iterable[str]
 
-# The bits of CDP's `modifiers`.
+# The bits of `modifiers` in CDP.
 _ALT, _CONTROL, _META, _SHIFT = 1, 2, 4, 8
 _MODIFIERS = {
     **dict.fromkeys(("alt", "option"), _ALT),
@@ -28,7 +28,7 @@ _MODIFIERS = {
     "shift": _SHIFT,
     "controlormeta": _META if sys.platform == "darwin" else _CONTROL,
 }
-# Key to (windowsVirtualKeyCode, text that it types). The code of each is its name, but for those of two sides.
+# Key to (windowsVirtualKeyCode, text that it types). The code of a key is its name, except for keys with a left and a right.
 _KEYS = {
     "Enter": (13, "\r"),
     "Tab": (9, ""),
@@ -62,7 +62,7 @@ _NAMES = {
     "ctrl": "Control",
     "cmd": "Meta",
 }
-# On macOS the browser leaves these to the menu, which has to be told (Input.dispatchKeyEvent's `commands`).
+# On macOS these are commands of the menu, which CDP has to name (`commands` of Input.dispatchKeyEvent).
 _COMMANDS = {"a": "selectAll", "c": "copy", "v": "paste", "x": "cut", "z": "undo"}
 
 _DISPATCH = """function (event, init) {
@@ -72,7 +72,7 @@ _DISPATCH = """function (event, init) {
 
 
 def type_text(tab: Tab, text: str, *, timeout: float = TIMEOUT) -> None:
-    """Insert text where the focus is, as a paste does: no key events (see `press_key`)."""
+    """Insert text at the focus, like a paste, without key events (see `press_key`)."""
     check_text("type_text", "text", text)
     with may_open_dialog():
         tab.cdp("Input.insertText", text=text, timeout=timeout)
@@ -87,8 +87,9 @@ def press_key(tab: Tab, key: str, modifiers: Modifiers = 0, *, timeout: float = 
     press_key("Tab", ["shift"])
     ```
 
-    `modifiers` are names (alt, ctrl, meta or cmd, shift; ``ControlOrMeta`` is the one of this system's shortcuts), one or more,
-    or a sum of 1 for Alt, 2 for Ctrl, 4 for Meta and 8 for Shift. Raises `ValueError` for an unknown name.
+    `modifiers` are one or more names: alt, ctrl, meta or cmd, shift; or ``ControlOrMeta``, the modifier of this system's
+    shortcuts. They may also be a sum of 1 for Alt, 2 for Ctrl, 4 for Meta and 8 for Shift. Raises `ValueError` for an unknown
+    name.
     """
     check_text("press_key", "key", key)
     held, last = "", key
@@ -116,7 +117,7 @@ def dispatch_key(
     frame: Target | None = None,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Focus an element and send it a key event made by script, for pages that react to it rather than to a key of the keyboard.
+    """Focus an element and dispatch a synthetic key event to it, for pages that ignore real keys.
 
     `event` is keydown, keypress or keyup. The event is not trusted: it types nothing. Raises `ElementNotFound`.
     """
@@ -131,7 +132,7 @@ def dispatch_key(
 
 
 def _describe(key: str, modifiers: int) -> dict[str, Any]:
-    """Return key, code, modifiers and key codes of a key event, and the text that the key types."""
+    """Return the parameters of a key event: key, code, modifiers, key codes, and the text that the key types."""
     if (name := _NAMES.get(key.lower())) is not None:
         number, text = _KEYS[name]
         key, code = (" " if name == "Space" else name), (f"{name}Left" if name in _TWO_SIDES else name)
@@ -143,13 +144,13 @@ def _describe(key: str, modifiers: int) -> dict[str, Any]:
             number = ord(key.upper())
             code = f"Digit{key}" if key.isdigit() else f"Key{key.upper()}"
     else:
-        raise ValueError(f"there is no key {shown(key)}: give one character, or one of {', '.join(_KEYS)}")
+        raise ValueError(f"there is no key {shown(key)}: pass one character, or one of {', '.join(_KEYS)}")
     codes = {"windowsVirtualKeyCode": number, "nativeVirtualKeyCode": number}
     return {"key": key, "code": code, "modifiers": modifiers, "text": text, **codes}
 
 
 def _bits(modifiers: Modifiers) -> int:
-    """Return the sum that CDP has for the modifiers. Raises `TypeError` and `ValueError`."""
+    """Return the bits for the modifiers. Raises `TypeError` and `ValueError`."""
     if isinstance(modifiers, str):
         modifiers = modifiers.split("+")
     if isinstance(modifiers, int) and not isinstance(modifiers, bool):
@@ -162,6 +163,6 @@ def _bits(modifiers: Modifiers) -> int:
     bits = 0
     for name in modifiers:
         if not isinstance(name, str) or name.strip().lower() not in _MODIFIERS:
-            raise ValueError(f"press_key(): there is no modifier {shown(name)}: give alt, ctrl, meta or shift")
+            raise ValueError(f"press_key(): there is no modifier {shown(name)}: pass alt, ctrl, meta or shift")
         bits |= _MODIFIERS[name.strip().lower()]
     return bits

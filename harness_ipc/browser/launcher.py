@@ -1,6 +1,6 @@
-"""A managed browser: its start, its adoption by the next daemon, and its end.
+"""A managed browser: starting, adopting and ending it.
 
-It ends with its daemon. One that a killed daemon has left is found in the profile by the next one, and adopted.
+It ends with its daemon. If the daemon was killed, the next one finds the browser in the profile, and adopts it.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds for a new browser to answer: a cold disk takes a few.
+# Seconds for a new browser to answer: with a cold disk it takes a few.
 START_TIMEOUT = 30.0
-# Seconds for it to end after it was asked to, and after it was terminated; then it is killed.
+# Seconds for it to end after it was closed, and after it was terminated. Then it is killed.
 _CLOSE_PERIOD = 5.0
 _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Seconds for a browser that has closed its DevTools to end.
 _EXIT_PERIOD = 2.0
-# Seconds between two looks at what nothing announces: the end of a process that is no child of ours, a file of Chrome's.
+# Seconds between two polls: for the end of a process that is not our child, or for a file of Chrome.
 _POLL = 0.01
 
-# Chrome reads from descriptor 3 and writes to 4. They come as standard input and output, which subprocess can place. The
-# environment comes whole, since the interpreter may need more of it than a browser gets, whose names are the first argument.
+# Chrome reads from descriptor 3 and writes to 4, which subprocess passes as standard input and output. The interpreter gets the
+# whole environment, since it may need more than the browser, whose variables are named by the first argument.
 _EXEC_WITH_PIPE = """
 import os, sys
 os.dup2(0, 3)
@@ -73,12 +73,12 @@ except OSError as error:
     print(error.strerror, file=sys.stderr)
     sys.exit(127)
 """
-# A shell's status, too, for a program that can't be run.
+# The exit status of a shell if a program can't be run.
 _CANNOT_RUN = 127
 
 
 class ManagedBrowser:
-    """A browser that this daemon starts, in a private profile that belongs to the daemon's name."""
+    """A browser started by the daemon, in a private profile for the daemon's name."""
 
     def __init__(self, name: str) -> None:
         self._profile = Profile(name)
@@ -86,14 +86,14 @@ class ManagedBrowser:
 
     @property
     def profile(self) -> str:
-        """The path of its profile."""
+        """The path of the profile."""
         return self._profile.path
 
     async def connect(self, on_event: OnEvent) -> Connection:
-        """Adopt the browser that a killed daemon has left in the profile, or start one. Raises `BrowserNotFound`."""
+        """Adopt the browser that a killed daemon has left, or start one. Raises `BrowserNotFound`."""
         if (refusal := root_refusal()) is not None:
             raise BrowserNotFound(refusal)
-        # Raises before anything is started.
+        # Raises if a setting is invalid, before anything is started.
         download_behavior()
         further_arguments()
         self._profile.acquire()
@@ -105,12 +105,12 @@ class ManagedBrowser:
                 raise BrowserNotFound(f"a browser was started, but {error}; see {self._profile.stderr}") from None
             if isinstance(error, psutil.Error | OSError) and not isinstance(error, HarnessIPCError):
                 raise BrowserNotFound(
-                    f"a browser can't be had in {self.profile}: {error}; set {PROFILE} to a directory of yours"
+                    f"a browser can't be started in {self.profile}: {error}; set {PROFILE} to a directory of yours"
                 ) from None
             raise
 
     async def close(self, connection: Connection) -> None:
-        """Ask the browser to end, and see to it that it does."""
+        """End the browser: by CDP, then by signals."""
         patience = 0.0
         with contextlib.suppress(BrowserError):
             await connection.call("Browser.close", timeout=_CLOSE_PERIOD)
@@ -118,10 +118,10 @@ class ManagedBrowser:
         await asyncio.to_thread(self.end, patience)
 
     def end(self, patience: float = 0.0) -> bool:
-        """End the browser of the profile, if it has not ended by itself after `patience` seconds; return whether there was one.
+        """End the browser of the profile if it has not ended after `patience` seconds. Return whether there was one.
 
-        Only the process that the note identifies is signalled, and its children. The browser of another daemon that lives is
-        left alone. Raises `UnsafeDirectory` if others could have written the note.
+        Only the process identified in the note is signalled, and its descendants; never the browser of another running daemon.
+        Raises `UnsafeDirectory` if others could have written the note.
         """
         if not self._profile.is_locked:
             if not self._profile.has_note():
@@ -136,7 +136,7 @@ class ManagedBrowser:
             self._profile.release()
 
     def pid(self) -> int | None:
-        """Return the process id of the browser, if it runs. Raises `UnsafeDirectory`."""
+        """Return the process id of the browser, or None if it is not running. Raises `UnsafeDirectory`."""
         if self._child is not None and self._child.poll() is None:
             return self._child.pid
         return self._profile.browser()
@@ -149,18 +149,18 @@ class ManagedBrowser:
         return settings | {BINARY: find_binary() or os.environ.get(BINARY, ""), PROFILE: self.profile}
 
     def is_as_asked(self) -> bool:
-        """Return whether the browser of the profile was started with the settings of today. Raises `UnsafeDirectory`."""
+        """Return whether the browser of the profile was started with the current settings. Raises `UnsafeDirectory`."""
         return self._profile.note().settings in (None, settings_digest()) or find_binary() is None
 
     def taken(self) -> str | None:
-        """Return, for people, that another daemon has the profile, if one has. Raises `UnsafeDirectory`."""
+        """Return a text if another daemon uses the profile, else None. Raises `UnsafeDirectory`."""
         daemon = self._profile.daemon()
         return None if daemon in (None, os.getpid()) else self._profile.in_use(daemon)
 
     async def set_downloads(self, connection: Connection, context: str | None = None) -> None:
-        """Deny downloads, or have them saved where `HARNESS_CHROME_DOWNLOADS` says: in a browser context, or the default one.
+        """Deny downloads, or save them in `HARNESS_CHROME_DOWNLOADS`, in a browser context (by default the default one).
 
-        It stays so while no daemon is there. Raises `BrowserNotFound` if that is no directory.
+        The setting outlives the daemon. Raises `BrowserNotFound` if the directory can't be used.
         """
         params = download_behavior()
         if context is not None:
@@ -193,7 +193,7 @@ class ManagedBrowser:
     async def _start(self, on_event: OnEvent) -> Connection:
         binary = find_binary()
         if binary is None:
-            where = f"{BINARY}={os.environ[BINARY]} is no program" if os.environ.get(BINARY) else "none is installed"
+            where = f"{BINARY}={os.environ[BINARY]} is not a program" if os.environ.get(BINARY) else "none is installed"
             raise BrowserNotFound(
                 f"there is no browser: none runs with its DevTools open, and {where}; install Chrome or Chromium, or set "
                 f"{BINARY} to its program, or {WEBSOCKET} to one that runs elsewhere"
@@ -209,7 +209,7 @@ class ManagedBrowser:
             try:
                 return await self._start_once(binary, environment, window, on_event)
             except BrowserLost:
-                # One that takes connections may still refuse this user.
+                # The display accepts connections, but may still refuse this user.
                 if not window or not lacks_display(self._profile.read_stderr()):
                     raise
                 await _warn(f"the browser can't use its display{self._quoted_reason()}: it is headless")
@@ -222,7 +222,7 @@ class ManagedBrowser:
 
     async def _start_once(self, binary: str, environment: dict[str, str], window: bool, on_event: OnEvent) -> Connection:
         arguments = command_line(binary, self.profile, window=window)
-        # What is left of one that hangs, or that has died.
+        # A browser that hangs, or the rest of one that died.
         await asyncio.to_thread(self._end_process, 0.0)
         self._profile.remove_singleton()
         async with asyncio.timeout(START_TIMEOUT):
@@ -282,7 +282,7 @@ class ManagedBrowser:
     def _spawn(self, arguments: list[str], command: list[str], **options: Any) -> int:
         stderr = self._profile.create_stderr()
         if sys.platform != "win32":
-            # What the browser writes, downloads too, is for this user alone.
+            # Files of the browser, including downloads, are private to this user.
             options["umask"] = 0o077
         try:
             self._child = subprocess.Popen(command, stderr=stderr, **options, **spawn_kwargs())
@@ -290,7 +290,7 @@ class ManagedBrowser:
             raise BrowserNotFound(_cannot_run(arguments[0], error.strerror or str(error))) from None
         finally:
             os.close(stderr)
-        # Their values may be secrets.
+        # Without values, which may be secret.
         switches = " ".join(word.partition("=")[0] for word in arguments[1:] if word.startswith("-"))
         logger.info("started pid %d: %s %s", self._child.pid, arguments[0], switches)
         self._write_note(self._child.pid)
@@ -301,7 +301,7 @@ class ManagedBrowser:
         self._profile.write_note(note)
 
     async def _why_lost(self, binary: str) -> str:
-        """Return why the browser that was started is not there: it has ended, or has closed its DevTools."""
+        """Return why the started browser is lost: it has ended, or closed its DevTools."""
         assert self._child is not None, "a browser was started"
         try:
             status = await asyncio.to_thread(self._child.wait, _EXIT_PERIOD)
@@ -320,7 +320,7 @@ class ManagedBrowser:
         if pid is not None:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
-                # It signals no later process of this pid than the one that was there just now: asked again, it is the browser.
+                # psutil signals only this process, not a later one with its pid: check again that it is the browser.
                 if self.pid() == pid:
                     _end_family(process, patience)
             self._profile.remove_singleton(pid)
@@ -333,13 +333,13 @@ class ManagedBrowser:
 
 
 async def _warn(text: str) -> None:
-    """Tell the log, and those who wait for the start."""
+    """Log a warning, and report it to the clients that wait for the start."""
     logger.warning("%s", text)
     await report(text)
 
 
 def _end_family(process: psutil.Process, patience: float) -> None:
-    """End the process and its descendants, if they have not ended by themselves after `patience` seconds."""
+    """End the process and its descendants if they have not ended after `patience` seconds."""
     family = _with_descendants([process])
     steps = (None, patience), ("SIGTERM", _TERMINATE_PERIOD), ("SIGKILL", _KILL_PERIOD)
     for name, period in steps:
@@ -362,7 +362,7 @@ def _with_descendants(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def _signal(leader: psutil.Process, family: list[psutil.Process], name: str) -> None:
-    # The whole process group first: a child that is forked at this moment is in no list, but in the group.
+    # The process group first, which includes children forked at this moment.
     if sys.platform != "win32" and _is_alive(leader):
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(leader.pid) == leader.pid:
@@ -373,7 +373,7 @@ def _signal(leader: psutil.Process, family: list[psutil.Process], name: str) -> 
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    # A zombie has ended: it only waits for its parent to read its status.
+    # A zombie has ended; only its parent can reap it.
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

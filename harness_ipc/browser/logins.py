@@ -1,8 +1,8 @@
-"""HTTP logins (401, and a proxy's 407): the page gets the answer at once, and the tab remembers what was asked for.
+"""HTTP logins (401, or 407 from a proxy): the page gets the response at once, and the tab records the challenge.
 
-Chrome would wait for its login window, which nobody sees, and with it whatever in the page waits for that answer. It asks
-somebody else only where all requests of a tab are intercepted: each is continued at once, unseen. That is done in a session
-of its own, so that a client's `Fetch.enable` is not ours. Iframes of other sites are not asked (Chrome shows no window either).
+Otherwise Chrome would show a login window, and block the request until it is answered. Chrome reports a challenge only if all
+requests of the tab are intercepted: each one is continued at once. A separate session does that, independent of a client's
+`Fetch.enable`. Challenges of cross-site iframes are not reported (Chrome shows no window for them either).
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
 
 
 class _Tab(Changing):
-    """The logins of one tab. It changes with its document."""
+    """The logins of one tab. Notifies of a new document."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By the origin that asks: user and password.
+        # User and password, by origin.
         self.credentials: dict[str, tuple[str, str]] = {}
-        # Requests that were answered with them: who asks again has refused them.
+        # Requests answered with credentials: a second challenge means that they were refused.
         self.answered: set[str] = set()
-        # What was asked for last: origin, realm, scheme, source, and whether for the document.
+        # The last challenge: origin, realm, scheme, source, and whether it is for the document.
         self.asked: Message | None = None
-        # Where the document comes from that was asked for, until it has taken its place.
+        # The URL of the requested document, until it is committed.
         self.coming: str | None = None
-        # CDP's identity of the document.
+        # The loader id of the document.
         self.loader: str | None = None
 
 
 class Logins(Part):
-    """What servers and proxies have asked the tabs for, and what they are answered."""
+    """Challenges of servers and proxies, and the answers."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
         self._tabs: dict[str, _Tab] = {}
-        # The sessions that intercept, with their tabs.
+        # The tabs of the intercepting sessions.
         self._sessions: dict[str, str] = {}
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The requests about logins."""
+        """The requests for logins."""
         return {"pending_login": self._pending, "handle_login": self._handle}
 
     def owns(self, session: str | None) -> bool:
-        """Return whether a session is none of the clients'."""
+        """Return whether a session is an intercepting one, which clients must not see."""
         return session in self._sessions
 
     async def watch(self, target: str, timeout: float) -> None:
-        """Be asked for the logins of a page."""
+        """Intercept the challenges of a page."""
         if target in self._tabs:
             return
         self._tabs[target] = _Tab()
@@ -67,7 +67,7 @@ class Logins(Part):
         await connection.call("Fetch.enable", {"handleAuthRequests": True}, session=session, timeout=timeout)
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Continue a request, answer a question, and forget those of an earlier document."""
+        """Continue requests, answer challenges, and forget those of an earlier document."""
         if method == "Fetch.requestPaused" and session in self._sessions:
             self._call("Fetch.continueRequest", {"requestId": params["requestId"]}, session)
         elif method == "Fetch.authRequired" and session in self._sessions:
@@ -80,12 +80,12 @@ class Logins(Part):
             self._sessions.pop(params["sessionId"], None)
 
     def on_lost(self) -> None:
-        """Forget all: tabs are attached again when they are asked for."""
+        """Forget all tabs: they are attached again when a request needs them."""
         self._sessions.clear()
         self._tabs.clear()
 
     def _enter_document(self, frame: Message) -> None:
-        # The main frame has its page's id. Each session of a tab tells it.
+        # The main frame's id is that of the target. Each session of a tab reports it.
         tab = self._tabs.get(frame["id"])
         if tab is None or tab.loader == frame["loaderId"]:
             return
@@ -117,7 +117,7 @@ class Logins(Part):
 
     def _call(self, method: str, params: Message, session: str) -> None:
         async def call() -> None:
-            # The request, or its tab, may have ended.
+            # The request or its tab may be gone.
             with contextlib.suppress(CDPError, ConnectionError, TimeoutError):
                 await self.app.connection.call(method, params, session=session)
 
@@ -131,18 +131,18 @@ class Logins(Part):
         return {"login": tab.asked if tab is not None else None, "session_id": session}
 
     async def _handle(self, message: Message) -> Message:
-        """Log in with ``user`` and ``password``, at ``origin`` or where it was asked last, and load the document again."""
+        """Log in with ``user`` and ``password``, at ``origin`` or that of the last challenge, and reload the document."""
         user, password, origin = message.get("user"), message.get("password"), message.get("origin")
         if not isinstance(user, str) or not isinstance(password, str) or not isinstance(origin, str | None):
-            raise bad_request("handle_login wants a user, a password, and perhaps an origin, all of them texts")
+            raise bad_request("handle_login needs user and password, and optionally origin, all texts")
         connection, session = await self.app.sessions.requested(message)
         tab = self._tabs.get(self.app.sessions.target_of(session))
         if tab is None:
-            raise bad_request("this session is of no tab: log in from the page's")
+            raise bad_request("this session does not belong to a tab: use a session of the page")
         asked = tab.asked
         if origin is None:
             if asked is None:
-                raise bad_request("no login is asked for in this tab: give the origin=, such as 'https://example.org'")
+                raise bad_request("nothing in this tab requires a login: pass origin=, such as 'https://example.org'")
             origin = str(asked["origin"])
         tab.credentials[origin] = user, password
         if asked is None or not asked["document"] or asked["origin"] != origin:
@@ -153,11 +153,11 @@ class Logins(Part):
                 changed = tab.changed
                 await connection.call("Page.reload", session=session)
                 await changed.wait()
-                # Answered once the document has taken its place: until then the page can't be loaded again.
+                # Wait until the document is committed: before that, the page can't be reloaded.
                 with contextlib.suppress(CDPError):
                     await connection.call("Runtime.evaluate", {"expression": "0"}, session=session)
         except TimeoutError:
-            raise BrowserTimeout(f"the page has not been loaded again within {timeout:g} s: it may still be") from None
+            raise BrowserTimeout(f"the page was not reloaded within {timeout:g} s: it may still be loading") from None
         if tab.asked is not None and tab.asked["document"]:
-            raise LoginFailed(f"{origin} has refused the user and the password: pass others", login=tab.asked)
+            raise LoginFailed(f"{origin} refused the user and the password: pass others", login=tab.asked)
         return {"session_id": session}

@@ -1,4 +1,4 @@
-"""Finds nodes by what a user knows of them, as Playwright's locators do. Pure: it asks no browser."""
+"""Finds nodes by role, name, text, label, placeholder or test id, like Playwright's locators. No I/O."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from .dom import Dom
     from .tree import Document
 
-    # Whether a text of the page fits.
+    # Whether a text of the page matches.
     Fits = Callable[[str], bool]
 
 _LABELABLE = {"BUTTON", "INPUT", "METER", "OUTPUT", "PROGRESS", "SELECT", "TEXTAREA"}
 _BUTTONS = {"button", "reset", "submit"}
-# The name that ARIA has now, and the one that it had.
+# The current name of an ARIA role, and its earlier name.
 _SYNONYMS = {"img": "image", "none": "presentation"}
 
 
 def find(document: Document, criteria: dict[str, str], *, exact: bool = False) -> list[tuple[Document, int]]:
-    """Return the nodes of `document` and of its iframes that fit all `criteria`, in their order: document, backendNodeId.
+    """Return the nodes of `document` and its iframes that match all `criteria`, in document order: document, backendNodeId.
 
-    The criteria are role, name, text, label, placeholder and test_id. Texts fit if they have the one that is wanted in them,
-    whatever its case, or are the same if `exact`.
+    The criteria are role, name, text, label, placeholder and test_id. A text matches if it contains the criterion, ignoring
+    case, or with `exact` if it is equal.
     """
     found: list[tuple[Document, int]] = []
     pending = [document]
@@ -73,7 +73,7 @@ def _by_name(document: Document, dom: Dom, _wanted: str, fits: Fits) -> Iterator
 
 
 def _by_text(_document: Document, dom: Dom, _wanted: str, fits: Fits) -> Iterator[int]:
-    """Yield the smallest elements that are shown and have the text in them."""
+    """Yield the smallest rendered elements that contain the text."""
     around: set[int] = set()
     for node in reversed(range(len(dom.parents))):
         if not dom.is_element(node):
@@ -84,7 +84,7 @@ def _by_text(_document: Document, dom: Dom, _wanted: str, fits: Fits) -> Iterato
             text = attributes.get("value", "") if attributes.get("type", "").lower() in _BUTTONS else ""
         if node in around or (node in dom.rendered and fits(text)):
             parent = dom.parents[node]
-            # A shadow root is between a host and what is in it.
+            # Skip shadow roots.
             while parent >= 0 and not dom.is_element(parent):
                 parent = dom.parents[parent]
             around.add(parent)

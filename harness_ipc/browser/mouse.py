@@ -1,4 +1,4 @@
-"""The mouse: clicks and the wheel at a place of the viewport."""
+"""The mouse: clicks and the wheel at a point of the viewport."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BUTTONS = ("left", "middle", "right", "back", "forward")
 
 
 def click_at_xy(tab: Tab, x: float, y: float, button: str = "left", clicks: int = 1, *, timeout: float = TIMEOUT) -> None:
-    """Click at a place of the viewport, in CSS pixels. `button` is left, middle or right; two `clicks` are a double click."""
+    """Click at a point of the viewport, in CSS pixels. `button` is left, middle or right; two `clicks` are a double click."""
     _check_place("click_at_xy", x=x, y=y)
     if button not in _BUTTONS:
         raise ValueError(f"click_at_xy(): button must be {', '.join(_BUTTONS)}, not {shown(button)}")
@@ -25,7 +25,7 @@ def click_at_xy(tab: Tab, x: float, y: float, button: str = "left", clicks: int 
     try:
         move(tab, x, y, timeout)
     except DialogOpen as error:
-        # That was not the click.
+        # The dialog opened before the click.
         raise DialogOpen(str(error), dialog=error.dialog, ran=False) from None
     with may_open_dialog():
         for count in range(1, clicks + 1):
@@ -34,14 +34,14 @@ def click_at_xy(tab: Tab, x: float, y: float, button: str = "left", clicks: int 
 
 
 def scroll(tab: Tab, x: float, y: float, dy: float = -300, dx: float = 0, *, timeout: float = TIMEOUT) -> None:
-    """Turn the mouse wheel at a place of the viewport: `dy` CSS pixels down (below 0, up), `dx` to the right."""
+    """Turn the mouse wheel at a point of the viewport: `dy` CSS pixels down (negative: up), `dx` to the right."""
     _check_place("scroll", x=x, y=y, dy=dy, dx=dx)
     with may_open_dialog():
         _mouse(tab, "mouseWheel", x, y, timeout, deltaX=dx, deltaY=dy)
 
 
 def move(tab: Tab, x: float, y: float, timeout: float) -> None:
-    """Move the mouse to a place of the viewport."""
+    """Move the mouse to a point of the viewport."""
     _mouse(tab, "mouseMoved", x, y, timeout)
 
 

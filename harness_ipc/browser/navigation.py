@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from .daemon import BrowserApp
     from .part import Message, Verb
 
-# A page that refreshes itself after less than that, in seconds, is a redirect: Chrome keeps it out of the history, too.
+# A refresh with a shorter delay, in seconds, counts as a redirect, as in Chrome's history.
 _REDIRECT_DELAY = 1.0
 _FIRST = "initialFrameNavigation"
-# Seconds until a page is asked again that had no document to ask, unless an event comes first.
+# Seconds before a page without a document is asked again, unless there is an event first.
 _RETRY = 0.1
 # Seconds after which an iframe that does not answer computes, or navigates, which is known then.
 _COMPUTES = 1.0
@@ -55,19 +55,19 @@ class _Page(Changing):
 
     def __init__(self) -> None:
         super().__init__()
-        # Navigations to other documents that were started, with the loader and the address of the last.
+        # The number of navigations to other documents, and the loader and address of the last.
         self.started = 0
         self.loader = self.url = ""
-        # The renderer has asked for one that the browser has not started yet.
+        # The renderer has requested a navigation that the browser has not started yet.
         self.requested = False
-        # One is about to be asked for.
+        # A navigation is scheduled, but not yet requested.
         self.scheduled = False
         # Navigations of frames from one document to another; that of the main frame, too.
         self.frames: dict[str, _State] = {}
         self.requests = Requests()
 
     def on_event(self, event: str, params: Message) -> None:
-        """Take note of an event of the domain Page that is of the main frame."""
+        """Process a Page event of the main frame."""
         if event == "frameRequestedNavigation":
             self.requested = params.get("disposition") == "currentTab"
         elif event == "frameScheduledNavigation":
@@ -104,7 +104,7 @@ class _Page(Changing):
 
 
 class Navigation(Part):
-    """The navigations of the sessions, and the requests that wait for them."""
+    """The navigations of all sessions, and the requests that wait for them."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
@@ -112,7 +112,7 @@ class Navigation(Part):
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The requests about navigations."""
+        """The requests for navigations."""
         waits = {
             "wait_for_load": self._is_loaded,
             "wait_for_element": self._has_element,
@@ -161,12 +161,12 @@ class Navigation(Part):
 
     @staticmethod
     def _wake(page: _Page) -> None:
-        """Have all waits look again: the page can't answer."""
+        """Wake all waiting requests: the page can't answer."""
         page.notify()
         page.requests.notify()
 
     def on_connected(self, connection: Connection) -> None:
-        """Wake all with the end of the connection."""
+        """Wake all waiting requests when the connection is lost."""
 
         def wake() -> None:
             for page in self._pages.values():
@@ -175,14 +175,14 @@ class Navigation(Part):
         connection.when_lost(wake)
 
     def on_lost(self) -> None:
-        """Forget the sessions of the connection that was lost."""
+        """Forget the sessions of the lost connection."""
         self._pages.clear()
 
     def _page(self, session: str) -> _Page:
         return self._pages.setdefault(session, _Page())
 
     def _repeated(self, wait: Callable[[Message, Connection, str], Awaitable[bool]]) -> Verb:
-        """Return the request that is answered once `wait` is True: ``done`` is False after ``timeout`` seconds."""
+        """Return a verb that repeats `wait` until it is True. ``done`` in the reply is False after ``timeout`` seconds."""
 
         async def repeated(message: Message) -> Message:
             session = None
@@ -190,7 +190,7 @@ class Navigation(Part):
                 async with asyncio.timeout(timeout_of(message)):
                     done = False
                     while not done:
-                        # A session that ended meanwhile is attached again, or its tab is gone.
+                        # If the session has ended meanwhile, attach again, or raise `TabClosed`.
                         connection, session, _ = await self.app.sessions.page_of(message)
                         done = await wait(message, connection, session)
                     return {"done": True, "session_id": session}
@@ -245,7 +245,7 @@ class Navigation(Part):
     async def _has_element(self, message: Message, connection: Connection, session: str) -> bool:
         selector, visible = message.get("selector"), message.get("visible", False)
         if not isinstance(selector, str) or not isinstance(visible, bool):
-            raise bad_request("wait_for_element wants a selector, a text, and visible, true or false")
+            raise bad_request("wait_for_element needs selector, a text, and visible, true or false")
         milliseconds = min(timeout_of(message) * 1000, 2**31 - 1)
         expression = f"{scripts.ELEMENT}({json.dumps(selector)}, {json.dumps(visible)}, {milliseconds})"
         return bool(await self._ask(message, connection, session, expression))
@@ -253,7 +253,7 @@ class Navigation(Part):
     async def _has_url(self, message: Message, connection: Connection, session: str) -> bool:
         pattern = message.get("pattern")
         if not isinstance(pattern, str):
-            raise bad_request("wait_for_url wants a pattern, a text")
+            raise bad_request("wait_for_url needs a pattern, a text")
         changed = self._page(session).changed
         url = await self._ask(message, connection, session, scripts.ADDRESS)
         if url is not None and compile_url_pattern(pattern).search(url):
@@ -265,8 +265,8 @@ class Navigation(Part):
     async def _is_idle(self, message: Message, connection: Connection, session: str) -> bool:
         idle = message.get("idle")
         if isinstance(idle, bool) or not isinstance(idle, int | float) or not idle >= 0:
-            raise bad_request("wait_for_network_idle wants idle, a number of seconds from 0 on")
-        # Behind it, all is told that was begun just before.
+            raise bad_request("wait_for_network_idle needs idle, a number of seconds from 0 on")
+        # After its reply, all requests that were started before are known.
         if await self._ask(message, connection, session, scripts.ADDRESS) is None:
             return False
         requests = self._page(session).requests
@@ -281,7 +281,7 @@ class Navigation(Part):
         return False
 
     async def _ask(self, message: Message, connection: Connection, session: str, expression: str) -> Any:
-        """Return the ``value`` of a script, or None if its document makes, or made, room for another."""
+        """Return the ``value`` of a script, or None if its document is being replaced."""
         page, timeout = self._page(session), timeout_of(message)
         started, changed = page.started, page.changed
         asked = {"expression": expression, "awaitPromise": True, "returnByValue": True}
@@ -290,7 +290,7 @@ class Navigation(Part):
         except CDPError as error:
             if error.code != SERVER_ERROR or error.data.get("crashed"):
                 raise
-            # The document that was asked has made room for the next one.
+            # The document was replaced.
             if session in self.app.sessions:
                 await self._wait(changed)
             return None
@@ -298,7 +298,7 @@ class Navigation(Part):
         if "invalid" in value:
             raise InvalidArgument(escape_control(value["invalid"]))
         if page.requested:
-            # The browser starts it, or refuses it, before it answers.
+            # The browser starts or refuses the navigation before it answers.
             page.requested = False
             await self._catch_up(connection, session, timeout)
             return None
@@ -309,7 +309,7 @@ class Navigation(Part):
 
     @staticmethod
     async def _catch_up(connection: Connection, session: str, timeout: float) -> None:
-        """Return once the browser has told which navigations it has started: it does before it answers."""
+        """Wait until all started navigations are known: the browser reports them before it answers."""
         try:
             await connection.call("Page.getNavigationHistory", session=session, timeout=timeout)
         except CDPError as error:
@@ -324,7 +324,7 @@ class Navigation(Part):
                 await changed.wait()
 
     async def _last_navigation(self, message: Message) -> Message:
-        """Return ``loader_id`` and ``url`` of the navigation that was started last."""
+        """Return ``loader_id`` and ``url`` of the last navigation."""
         connection, session, _ = await self.app.sessions.page_of(message)
         await self._catch_up(connection, session, timeout_of(message))
         page = self._page(session)

@@ -1,4 +1,4 @@
-"""The requests of a page that are under way, as the browser's events tell them. Pure: it asks no browser."""
+"""The pending network requests of a page, from the browser's events. No I/O."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from .part import Changing
 if TYPE_CHECKING:
     from .part import Message
 
-# They stay open for as long as the page likes, or nothing in the page waits for them. (A WebSocket has events of its own.)
+# Requests that stay open, or that nothing in the page waits for. (WebSockets have other events.)
 _NOT_COUNTED = {"EventSource", "Ping", "WebSocket"}
 
 
 class Requests(Changing):
-    """The requests of one session that have no answer yet. They change with each that begins or ends."""
+    """The pending requests of one session. Notifies of each start and end."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By number: the frame and the loader that it is of.
+        # Frame and loader, by request id.
         self.pending: dict[str, tuple[str | None, str | None]] = {}
 
     def on_event(self, event: str, params: Message) -> None:
-        """Take note of an event of the domain Network."""
+        """Process a Network event."""
         if event == "requestWillBeSent":
             if params.get("type") not in _NOT_COUNTED:
                 self.pending[params["requestId"]] = params.get("frameId"), params.get("loaderId")
@@ -31,7 +31,7 @@ class Requests(Changing):
             self.notify()
 
     def leave_document(self, frame: str, loader: str | None = None) -> None:
-        """Forget the requests of a frame that is gone, or of its documents before `loader`: not all are told to have failed."""
+        """Forget the requests of a removed frame, or of documents before `loader`: not each end has an event."""
         for number, (of_frame, of_loader) in list(self.pending.items()):
             if of_frame == frame and (loader is None or of_loader != loader):
                 del self.pending[number]

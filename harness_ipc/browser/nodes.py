@@ -1,4 +1,4 @@
-"""Finds the element that a caller means: by a selector, a reference of a snapshot, or a node as CDP gives it."""
+"""Resolves a target to an element: a selector, a reference of a snapshot, or a CDP node."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ if TYPE_CHECKING:
     # A selector (CSS or XPath), a reference, or a dict with an objectId, a backendNodeId or a nodeId.
     Target = str | dict[str, Any]
 
-# Seconds to give up what the page keeps for a node.
+# Seconds to release the objects of a node.
 _RELEASE = 1.0
 _SEE = "see snapshot(), or find() for an element's text, label or role"
 
 
 class Node:
-    """An element of the page, until `release`: an object of a session, which is the tab's unless it is in an iframe's."""
+    """An element of the page, as a CDP object: of the tab's session, or of an out-of-process iframe's. A context manager."""
 
     def __init__(self, tab: Tab, name: str, timeout: float) -> None:
         self.tab = tab
-        # As the caller calls it.
+        # The target given by the caller.
         self.name = name
         self.timeout = timeout
         self.object_id = ""
-        # What the page keeps for this node, which no other has.
+        # The object group of this node.
         self.group = f"harness-{os.getpid()}-{id(self)}"
         self.session: str | None = None
-        # The elements of the iframes around it that have sessions of their own, the inmost first.
+        # The elements of its out-of-process iframes, innermost first.
         self.owners: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What was done may have begun a navigation, until whose end the page does not answer: it forgets by itself then.
+        # During a navigation the page does not answer; it releases the objects by itself then.
         with contextlib.suppress(BrowserTimeout):
             self.tab.try_cdp("Runtime.releaseObjectGroup", self.session, objectGroup=self.group, timeout=_RELEASE)
 
     def cdp(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method for the object, in its session. Raises `ElementNotFound` if its document has gone."""
+        """Call a CDP method for the object, in its session. Raises `ElementNotFound` if its document was replaced."""
         try:
             return self.tab.cdp(method, self.session, objectId=self.object_id, timeout=self.timeout, **params)
         except CDPError as error:
@@ -79,7 +79,7 @@ class Node:
         return result
 
     def call(self, script: str, *arguments: Any) -> dict[str, Any]:
-        """Run one of `scripts`, and return what it found. Raises what it has to say of the element."""
+        """Run one of `scripts`, and return its result. Raises the problem that it reports."""
         found: dict[str, Any] = self.function(script, *arguments)["value"]
         if found.get("gone"):
             raise self.gone()
@@ -90,7 +90,7 @@ class Node:
         return found
 
     def gone(self) -> ElementNotFound:
-        """Return the error for an element that its document no longer has."""
+        """Return the error for an element that was removed from its document."""
         return node_gone(self.name)
 
     def not_ready(self, problem: str) -> ElementNotReady:
@@ -99,14 +99,14 @@ class Node:
 
 
 def resolve(tab: Tab, target: Target, frame: Target | None = None, *, timeout: float) -> Node:
-    """Return the element that `target` means, in the iframe `frame` if it is a selector: it has to be exactly one.
+    """Return the element for `target`; a selector is evaluated in the iframe `frame`, if given.
 
-    Of several that a selector matches, the only visible one is meant. Raises `ElementNotFound`, `InvalidArgument`.
+    A selector must match exactly one element, or exactly one visible element. Raises `ElementNotFound` and `InvalidArgument`.
     """
     if isinstance(target, dict):
         return _given(tab, target, timeout)
     if not isinstance(target, str):
-        raise TypeError(f"a target is a selector, a reference such as 'e5' or a node of CDP as a dict, not {target!r}")
+        raise TypeError(f"a target must be a selector, a reference such as 'e5', or a CDP node as a dict, not {target!r}")
     if (name := as_reference(target)) is not None:
         node = Node(tab, name, timeout)
         _put(node, tab.request({"meta": "resolve_reference", "reference": name, "group": node.group}, timeout=timeout))
@@ -126,32 +126,31 @@ def resolve(tab: Tab, target: Target, frame: Target | None = None, *, timeout: f
 
 
 def as_reference(target: str) -> str | None:
-    """Return the reference that a target is, as ``e5``, ``@e5`` or ``ref=e5``, or None."""
+    """Return the reference in a target of the form ``e5``, ``@e5`` or ``ref=e5``, or None."""
     name = target.removeprefix("@").removeprefix("ref=")
     return name if name[:1] == "e" and name[1:].isdecimal() else None
 
 
 def frame_of(tab: Tab, frame: Target, *, timeout: float) -> dict[str, Any]:
-    """Return where code runs in an iframe: ``node_session``, ``context`` (in that session) and ``owners``, of the daemon.
+    """Return the execution context of an iframe: ``node_session``, ``context`` (in that session) and ``owners``.
 
-    `frame` is an id that `iframe_target` gave, a part of the iframe's URL, or what means its element. Raises `ElementNotFound`.
+    `frame` is an id from `iframe_target`, a part of the iframe's URL, or a target. Raises `ElementNotFound`.
     """
     if (reply := _find_frame(tab, frame, timeout)) is None:
-        raise ElementNotFound(f"no iframe has {frame!r} in its URL, and none is found by it as a selector: {_SEE}")
+        raise ElementNotFound(f"no iframe has {frame!r} in its URL, or matches it as a selector: {_SEE}")
     return reply
 
 
 def iframe_target(tab: Tab, frame: Target, *, timeout: float = TIMEOUT) -> str | None:
-    """Return the id of the iframe that has `frame` in its URL, or that is meant by it as by `click`, or None.
+    """Return the id of the first iframe with `frame` in its URL, or of the iframe that `frame` selects as in `click`, or None.
 
     ```python
     js("document.title", iframe_target("example.org/embed"))
     js("document.title", iframe_target("#payment"))
     ```
 
-    `js` takes it, and the functions for elements as `frame`, in whatever process the iframe is; the methods of CDP take it as
-    a frameId, and as a targetId where the iframe is of another site. Of several URLs, the first counts. Raises
-    `ElementNotFound` for what is no iframe, a selector of several, and a reference that is gone.
+    Pass it to `js`, or as `frame` to the functions for elements. In CDP it is a frameId, and for a cross-site iframe also a
+    targetId. Raises `ElementNotFound` if `frame` selects another element, several, or one that was removed.
     """
     return None if (reply := _find_frame(tab, frame, timeout)) is None else str(reply["frame_id"])
 
@@ -171,14 +170,14 @@ def _find_frame(tab: Tab, frame: Target, timeout: float) -> dict[str, Any] | Non
         return None
     reply = tab.request({"meta": "frame", "frame": frame_id or ""}, timeout=timeout)
     if not reply["frame_id"]:
-        raise ElementNotFound(f"{frame!r} is no iframe")
+        raise ElementNotFound(f"{frame!r} is not an iframe")
     return reply
 
 
 def _given(tab: Tab, target: dict[str, Any], timeout: float) -> Node:
     name = next((name for name in ("objectId", "backendNodeId", "backendDOMNodeId", "nodeId") if target.get(name)), None)
     if name is None:
-        raise TypeError(f"a node as a dict has an objectId, a backendNodeId or a nodeId, not {', '.join(target) or 'nothing'}")
+        raise TypeError(f"a dict needs an objectId, a backendNodeId or a nodeId, not {', '.join(target) or 'nothing'}")
     node = Node(tab, f"the node {target[name]!a}", timeout)
     node.session = target.get("session_id")
     node.object_id = str(target[name])
@@ -195,7 +194,7 @@ def _given(tab: Tab, target: dict[str, Any], timeout: float) -> Node:
 
 def _put(node: Node, reply: dict[str, Any]) -> None:
     node.object_id = reply.get("objectId", "")
-    # The tab's own session is left out, so that its successor is asked once it has ended.
+    # None for the tab's session, so that a session that replaces it is used.
     node.session = None if reply["node_session"] == reply["session_id"] else reply["node_session"]
     node.owners = reply["owners"]
 

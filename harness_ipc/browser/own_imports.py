@@ -1,7 +1,7 @@
-"""Imports of this package while a program runs whose directory is first on `sys.path`. It knows neither browser nor daemon.
+"""Keeps the imports of this package from the directory of the user's program, which is first on `sys.path`.
 
-`harness-browser` runs a program in its own process, and most runs need no more than a connection. What is imported later, to
-start a daemon or to print a traceback, must not come from the program's directory: that may be anybody's.
+`harness-browser` runs a program in its own process. Modules that are imported later, to start a daemon or to print a traceback,
+must not come from the program's directory, which is not trusted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# What `sys.path` is without the program's directory; None where no program has one.
+# `sys.path` without the program's directory; None if there is not a program.
 _path: list[str] | None = None
 
 
 def put_program_directory(directory: str) -> None:
-    """Make `directory` the first on `sys.path`, in the place of the command's own, for the program that runs next."""
+    """Replace the first entry of `sys.path`, that of the command, with `directory` of the program that runs next."""
     global _path
     _path = sys.path[1:]
     sys.path[0] = directory
@@ -30,7 +30,7 @@ def put_program_directory(directory: str) -> None:
 
 @contextlib.contextmanager
 def without_program_directory() -> Iterator[None]:
-    """Ignore the program's directory in the imports that this thread makes within the block; other threads' go on with it."""
+    """Ignore the program's directory in imports of this thread within the block. Imports of other threads still use it."""
     if _path is None:
         yield
         return
@@ -44,14 +44,14 @@ def without_program_directory() -> Iterator[None]:
 
 
 class _Finder:
-    """Finds top-level modules on `path` for one thread, and nothing for the others. It is the last one to be asked."""
+    """Finds top-level modules on `path` for one thread, and nothing for others. No later finder is used in that thread."""
 
     def __init__(self, path: list[str]) -> None:
         self._path = path
         self._thread = threading.get_ident()
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None, /) -> ModuleSpec | None:
-        """Return the module's spec. Raises `ModuleNotFoundError`, so that nobody looks in the program's directory."""
+        """Return the spec of a module. Raises `ModuleNotFoundError`, so that the program's directory is not searched."""
         if path is not None or threading.get_ident() != self._thread:
             return None
         spec = PathFinder.find_spec(name, self._path, target)

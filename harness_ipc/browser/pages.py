@@ -1,4 +1,4 @@
-"""The page and the tabs: where it is, going elsewhere, waiting for it."""
+"""The page and the tabs: information, navigation, waiting."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from .tab import Tab
 
-# Seconds for a page to load, as browser-harness has it.
+# Seconds for a page to load, as in browser-harness.
 LOAD_TIMEOUT = 15.0
-# Of HTTP: the server, or the proxy, asks for a login.
+# HTTP statuses with which a server or a proxy requires a login.
 _LOGIN_STATUS = (401, 407)
-# What Chrome says of a navigation that was given up: for another one, a download, an answer without content.
+# Chrome's error for an aborted navigation: replaced by another one, a download, or a response without content.
 _ABORTED = "net::ERR_ABORTED"
 
 _PAGE = (
@@ -27,11 +27,10 @@ _PAGE = (
 
 
 def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
-    """Return what the page is: url, title, viewport (w, h), scroll position (sx, sy) and page size (pw, ph), in CSS pixels.
+    """Return url, title, viewport (w, h), scroll position (sx, sy) and page size (pw, ph), in CSS pixels.
 
-    If a dialog holds the page, return ``{"dialog": {"type", "message", …}}`` instead: answer it with `handle_dialog`. If the
-    page is what a server or a proxy answered instead of a login, ``"login"`` is what is asked for (origin, realm, scheme,
-    source): answer it with `handle_login`.
+    If a dialog blocks the page, return ``{"dialog": {"type", "message", …}}`` instead: answer it with `handle_dialog`. If a
+    server or a proxy requires a login, ``"login"`` has its origin, realm, scheme and source: answer it with `handle_login`.
     """
     try:
         info = dict(tab.js(_PAGE, timeout=timeout))
@@ -45,24 +44,24 @@ def page_info(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, Any]:
 
 
 def goto_url(tab: Tab, url: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
-    """Navigate the tab, and return CDP's result once the new document is there; `wait_for_load` waits for the rest of it.
+    """Navigate the tab. Return CDP's result once the new document is committed: see `wait_for_load` for the rest.
 
-    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be had, `NavigationOvertaken` if another
-    navigation of the tab has taken its place, `ValueError` for what has no scheme.
+    Raises `CDPError` with the browser's reason (``net::ERR_…``) if the page can't be loaded, `NavigationOvertaken` if another
+    navigation of the tab replaced this one, and `ValueError` for a URL without a scheme.
     """
     check_url("goto_url", url)
     try:
         result = tab.cdp("Page.navigate", url=url, timeout=timeout)
     except BrowserTimeout:
-        # Chrome keeps all else of the page waiting until the navigation ends.
+        # Otherwise Chrome queues all other calls until the navigation ends.
         tab.try_cdp("Page.stopLoading", timeout=timeout)
         raise
-    # What is downloaded instead of shown is "aborted" as a page.
+    # A download is reported as aborted.
     if result.get("errorText") and not result.get("isDownload"):
         if result["errorText"] == _ABORTED:
             _check_overtaken(tab, url, result.get("loaderId"), timeout)
         raise CDPError(f"{url} can't be loaded: {result['errorText']}")
-    # Answered once the document has taken its place: until then the tab has no address.
+    # Wait until the document is committed: before that, the tab has no address.
     tab.try_cdp("Runtime.evaluate", expression="0", timeout=timeout)
     return result
 
@@ -77,7 +76,7 @@ def _check_overtaken(tab: Tab, url: str, loader: str | None, timeout: float) -> 
 
 
 def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
-    """Wait until the page has loaded, with its images and frames. Return False if it has not after `timeout` seconds.
+    """Wait until the page has loaded, with its images and frames. Return False after `timeout` seconds.
 
     A navigation that a click, a key or a script has begun just before, or that begins meanwhile, is waited for, also one of an
     iframe; one that an iframe of another site begins itself only if `click` or another function has been used in that iframe.
@@ -88,10 +87,10 @@ def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
 
 
 def wait_for_element(tab: Tab, selector: str, visible: bool = False, *, timeout: float = LOAD_TIMEOUT) -> bool:
-    """Wait until the page has an element, a `visible` one if that is set. Return False if it has not after `timeout` seconds.
+    """Wait until the page has an element that matches, and is `visible` if that is set. Return False after `timeout` seconds.
 
-    `selector` is what `click` takes, in the page itself or its open shadow roots, not its iframes. In a page that navigates,
-    the next document is searched. Raises what `wait_for_load` does, and `InvalidArgument` for a selector that is none.
+    `selector` is as for `click`; it is evaluated in the page and its open shadow roots, not in iframes. If the page navigates,
+    the new document is searched. Raises what `wait_for_load` does, and `InvalidArgument` for an invalid selector.
     """
     check_text("wait_for_element", "selector", selector)
     check_kind("wait_for_element", "visible", visible, bool, "True or False")
@@ -100,10 +99,9 @@ def wait_for_element(tab: Tab, selector: str, visible: bool = False, *, timeout:
 
 
 def wait_for_network_idle(tab: Tab, idle: float = 0.5, *, timeout: float = LOAD_TIMEOUT) -> bool:
-    """Wait until no request of the page has been under way for `idle` seconds. Return False if that takes too long.
+    """Wait until the page has had no pending request for `idle` seconds. Return False after `timeout` seconds.
 
-    WebSockets, EventSources and beacons are not counted, nor what iframes of other sites request. Raises what `wait_for_load`
-    does.
+    WebSockets, EventSources, beacons and requests of cross-site iframes do not count. Raises what `wait_for_load` does.
     """
     check_seconds("wait_for_network_idle(): idle", idle)
     check_seconds("wait_for_network_idle(): timeout", timeout)
@@ -111,10 +109,10 @@ def wait_for_network_idle(tab: Tab, idle: float = 0.5, *, timeout: float = LOAD_
 
 
 def wait_for_url(tab: Tab, pattern: str, *, timeout: float = LOAD_TIMEOUT) -> bool:
-    """Wait until the page's address fits, also by a script that changes it. Return False if it does not in `timeout` seconds.
+    """Wait until the page's URL matches, also if a script changes it. Return False after `timeout` seconds.
 
-    `pattern` is a part of the address, or with ``*`` a glob of the whole: ``*`` is any text without ``/``, ``**`` any text, as
-    in ``"**/orders/*"``. `wait_for_load` waits for the rest of the page. Raises what that does.
+    `pattern` is a part of the URL, or if it contains ``*`` a glob of the whole URL, as in ``"**/orders/*"``: ``*`` matches any
+    text without ``/``, and ``**`` any text. Raises what `wait_for_load` does.
     """
     check_text("wait_for_url", "pattern", pattern)
     check_seconds("wait_for_url(): timeout", timeout)
@@ -129,7 +127,7 @@ def _wait(tab: Tab, message: dict[str, Any], timeout: float) -> bool:
 
 
 def list_tabs(tab: Tab, include_chrome: bool = True, *, timeout: float = TIMEOUT) -> list[dict[str, str]]:
-    """Return the tabs, each with targetId, url and title; the browser's own pages only with `include_chrome`."""
+    """Return the tabs, each with targetId, url and title; internal pages of the browser only with `include_chrome`."""
     return [
         {"targetId": info["targetId"], "title": info.get("title", ""), "url": info.get("url", "")}
         for info in tab.cdp("Target.getTargets", timeout=timeout)["targetInfos"]
@@ -138,18 +136,18 @@ def list_tabs(tab: Tab, include_chrome: bool = True, *, timeout: float = TIMEOUT
 
 
 def current_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str]:
-    """Return targetId, url and title of the tab that this process is in."""
+    """Return targetId, url and title of the tab of this process."""
     reply = tab.request({"meta": "current_tab"}, timeout=timeout)
     return {key: reply[key] for key in ("targetId", "url", "title")}
 
 
 def switch_tab(tab: Tab, target: str | dict[str, str], *, activate: bool = True, timeout: float = TIMEOUT) -> str:
-    """Go on in another tab, and show it unless `activate` is False. Return its session.
+    """Switch to another tab, and show it unless `activate` is False. Return its session.
 
-    A process that starts later begins there, if nobody is in it then. One with a tab name moves the name instead, and a thread
-    that is not the main one has a tab of its own from then on.
+    A process that starts later begins in this tab, if no other process is in it. A process with a tab name moves the name
+    instead. A thread other than the main one has its own tab from then on.
 
-    `target` is a targetId, or what `list_tabs` and `current_tab` give. Raises `TabClosed` if there is no such tab.
+    `target` is a targetId, or a tab as returned by `list_tabs` and `current_tab`. Raises `TabClosed` if there is none.
     """
     wanted = {"target_id": _target_id("switch_tab", target), "activate": activate, "switch": True}
     return tab.move(wanted, timeout=timeout).session
@@ -163,21 +161,21 @@ def new_tab(
     background: bool = False,
     timeout: float = TIMEOUT,
 ) -> str:
-    """Open a tab, go on in it as with `switch_tab`, and return its targetId. It stays when the process ends.
+    """Open a tab, switch to it as with `switch_tab`, and return its targetId. It stays open when the process ends.
 
-    It is `isolated` if it has cookies and storage of its own, until it and the tabs that it opens are closed. In the
-    `background` the browser goes on to show the tab that it shows. Raises what `goto_url` does.
+    An `isolated` tab has its own cookies and storage, until it and the tabs that it opens are closed. A `background` tab is not
+    shown. Raises what `goto_url` does.
     """
     check_url("new_tab", url)
     target = tab.move({"new": True, "isolated": isolated, "background": background, "switch": True}, timeout=timeout).target
     if url != "about:blank":
-        # Not with its creation: then the empty document could be taken for the page.
+        # Not when the tab is created: the empty document could be taken for the page.
         tab.goto_url(url, timeout=timeout)
     return target
 
 
 def close_tab(tab: Tab, target: str | dict[str, str] | None = None, *, timeout: float = TIMEOUT) -> None:
-    """Close a tab: the one that this process is in, if none is given. It then begins anew with its next helper.
+    """Close a tab, by default that of this process, whose next helper then gets another one.
 
     Raises `CDPError` if there is no such tab.
     """
@@ -191,7 +189,7 @@ def close_tab(tab: Tab, target: str | dict[str, str] | None = None, *, timeout: 
 
 
 def ensure_real_tab(tab: Tab, *, timeout: float = TIMEOUT) -> dict[str, str] | None:
-    """Leave a page that is the browser's own for another, if there is one; return the tab, or None."""
+    """If the tab shows an internal page of the browser, switch to another tab. Return the tab, or None if there is none."""
     here = tab.current_tab(timeout=timeout)
     if not here["url"].startswith(INTERNAL):
         return here

@@ -1,4 +1,4 @@
-"""What the parts of the browser daemon have in common. A part does one job: see `BrowserApp`."""
+"""The base class of the parts of the browser daemon: see `BrowserApp`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
     Message = dict[str, Any]
-    # From a request to its reply.
+    # Takes a request, returns the reply.
     Verb = Callable[[Message], Awaitable[Message]]
-    # From a request's parameters to the items of its stream. It is closed when the client leaves.
+    # Takes the parameters of a request, yields the items of its stream. Closed when the client disconnects.
     Stream = Callable[[Message], AsyncIterator[Any]]
-    # From the parameters and the timeout in seconds of a CDP call to its result.
+    # Takes the parameters and the timeout in seconds of a CDP call, returns the result.
     Method = Callable[[Message, float], Awaitable[Message]]
 
 # JSON-RPC's "Invalid Request".
@@ -30,27 +30,27 @@ INVALID_REQUEST = -32600
 
 
 class Changing:
-    """Something that requests wait for a change of: they take `changed` before they look, and wait for it after."""
+    """A state whose changes can be awaited: get `changed` before checking the state, then wait for it."""
 
     def __init__(self) -> None:
         # Set, and replaced, with each change.
         self.changed = asyncio.Event()
 
     def notify(self) -> None:
-        """Wake those that wait for a change."""
+        """Wake all that wait for a change."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class Part:
-    """One job of the daemon's. All that it may do is optional."""
+    """One part of the daemon. All methods are optional."""
 
     def __init__(self, app: BrowserApp) -> None:
         self.app = app
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Do `work` in a task that nobody has to keep."""
+        """Run `work` in a background task."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -63,32 +63,32 @@ class Part:
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """The requests ``{"method": name, "params": object, "more": true}`` that it answers. No name has a dot: CDP's have."""
+        """The requests ``{"method": name, "params": object, "more": true}`` that it answers. Names have no dot."""
         return {}
 
     @property
     def methods(self) -> Mapping[str, Method]:
-        """The methods of CDP that it calls itself, for requests that name no session."""
+        """The CDP methods that it implements, for requests without a session."""
         return {}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Take note of an event of the browser: of a session that is known, or of the browser itself. May not raise."""
+        """Process an event of a known session, or of the browser itself. Must not raise."""
 
     def on_connected(self, connection: Connection) -> None:
-        """Make use of a connection that was made, the first or a later one."""
+        """Called with each new connection."""
 
     def on_unreachable(self, error: BrowserError) -> None:
         """Take note that the browser could not be connected again, and why."""
 
     def on_drain(self) -> None:
-        """End the streams: the daemon stops."""
+        """End all streams, since the daemon stops."""
 
     def on_lost(self) -> None:
-        """Forget what was of the connection that was lost."""
+        """Forget the state of a lost connection."""
 
 
 def bad_request(text: str) -> CDPError:
-    """Return the error for a request that the browser was not asked."""
+    """Return the error for an invalid request."""
     return CDPError(text, code=INVALID_REQUEST)
 
 
@@ -98,7 +98,7 @@ def timeout_of(message: Message) -> float:
     if timeout is None:
         return CALL_TIMEOUT
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
-        raise bad_request("a timeout is a number of seconds from 0 on")
+        raise bad_request("a timeout must be a number of seconds from 0 on")
     return min(timeout, LONGEST)
 
 
@@ -119,8 +119,8 @@ def bounded(verb: Verb) -> Verb:
 
 
 def named_session(message: Message) -> str | None:
-    """Return the session that a request names, or None. Raises `CDPError`."""
+    """Return the session of a request, or None. Raises `CDPError`."""
     session = message.get("session_id")
     if session is not None and not isinstance(session, str):
-        raise bad_request(f"a session_id is a text, not {type(session).__name__}")
+        raise bad_request(f"a session_id must be a text, not {type(session).__name__}")
     return session or None

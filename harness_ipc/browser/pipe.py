@@ -1,7 +1,7 @@
-"""DevTools by two FIFOs (`--remote-debugging-pipe`): NUL-terminated messages, no TCP port. It knows no browser and no method.
+"""CDP over two FIFOs (`--remote-debugging-pipe`): NUL-terminated messages, no TCP port. POSIX only.
 
-The browser holds both ends of both FIFOs, so neither breaks when a daemon is killed, and what was not yet read stays there for
-the next daemon. This side holds one end of each, so the end of the browser is the end of the file. POSIX only.
+The browser holds both ends of both FIFOs, so they survive a killed daemon, and unread data stays for the next daemon. This side
+holds one end of each, and sees EOF when the browser ends.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .connection import ConnectionFailed, TransportClosed, check_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Bytes of a pipe, if the system grants it: what an unprivileged user may ask for (pipe(7), /proc/sys/fs/pipe-max-size).
+# Bytes of a pipe's buffer: the most that an unprivileged user may set (pipe(7), /proc/sys/fs/pipe-max-size).
 _CAPACITY = 1024 * 1024
-# Bytes of one read. Chrome writes as much at a time (kWritePacketSize).
+# Bytes of one read, as Chrome writes them (kWritePacketSize).
 _CHUNK = 64 * 1024
 
 
 class FrameDecoder:
-    """Splits a stream into the messages that NUL terminates. JSON has no NUL in it."""
+    """Splits a stream into NUL-terminated messages."""
 
     def __init__(self, limit: int) -> None:
         self._partial = bytearray()
@@ -56,9 +56,9 @@ if sys.platform != "win32":
 
     @contextlib.contextmanager
     def create_fifos(to_browser: str, from_browser: str) -> Iterator[tuple[int, int]]:
-        """Create both FIFOs in a private directory, in the place of what is there, and yield the browser's descriptors of them.
+        """Create both FIFOs in a private directory, replacing existing files, and yield the descriptors for the browser.
 
-        Those are open in both directions, and closed at the end of the block. Raises `OSError`.
+        They are open in both directions, and closed at the end of the block. Raises `OSError`.
         """
         with contextlib.ExitStack() as stack:
             descriptors = []
@@ -66,11 +66,11 @@ if sys.platform != "win32":
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 os.mkfifo(path, 0o600)
-                # The umask may have taken away even the owner's rights.
+                # The umask may have cleared the owner's bits too.
                 os.chmod(path, 0o600)
                 descriptor = _open_fifo(path, os.O_RDWR)
                 stack.callback(os.close, descriptor)
-                # The browser's threads wait in read and write.
+                # The browser uses blocking reads and writes.
                 os.set_blocking(descriptor, True)
                 _enlarge(descriptor)
                 descriptors.append(descriptor)
@@ -79,7 +79,7 @@ if sys.platform != "win32":
     def open_pipe(to_browser: str, from_browser: str, pid: int) -> PipeTransport:
         """Open the FIFOs of the browser with this `pid`. Raises `ConnectionFailed`."""
         try:
-            # Without a reader, ENXIO: the browser has ended.
+            # ENXIO without a reader: the browser has ended.
             writer = _open_fifo(to_browser, os.O_WRONLY)
             try:
                 return PipeTransport(_open_fifo(from_browser, os.O_RDONLY), writer, pid)
@@ -99,12 +99,12 @@ if sys.platform != "win32":
 
     def _enlarge(descriptor: int) -> None:
         if sys.platform == "linux":
-            # EPERM beyond the user's share of all pipes.
+            # EPERM above the user's limit for all pipes.
             with contextlib.suppress(OSError):
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _CAPACITY)
 
     class PipeTransport:
-        """Messages by the descriptors `reader` and `writer`, which are not blocking. It is lost when the process `pid` ends."""
+        """Messages over the non-blocking descriptors `reader` and `writer`. Lost when the process `pid` ends."""
 
         def __init__(self, reader: int, writer: int, pid: int) -> None:
             self._loop = asyncio.get_running_loop()
@@ -115,7 +115,7 @@ if sys.platform != "win32":
             self._received: deque[bytearray] = deque()
             self._arrived = asyncio.Event()
             self._closed: str | None = None
-            # One message at a time; the rest of one stays here if its sender does not wait for it.
+            # One message at a time. If its sender is cancelled, the rest of it stays queued.
             self._sending = asyncio.Lock()
             self._unsent = memoryview(b"")
             self._sent = asyncio.Event()
@@ -123,7 +123,7 @@ if sys.platform != "win32":
             self._loop.add_reader(reader, self._read)
 
         async def send(self, text: str) -> None:
-            """Send one message, waiting while the browser reads slowly. Raises `CDPError` for one that it can't take."""
+            """Send one message; wait while the browser reads slowly. Raises `TransportClosed`, or `CDPError` if too large."""
             data = text.encode() + b"\0"
             check_size(len(data))
             async with self._sending:
@@ -149,7 +149,7 @@ if sys.platform != "win32":
             self._close("it was closed")
 
         def _read(self) -> bool:
-            """Read what is there, and return whether there may be more."""
+            """Read available data. Return whether there may be more."""
             try:
                 data = os.read(self._reader, _CHUNK)
                 if data:
@@ -166,7 +166,7 @@ if sys.platform != "win32":
             return False
 
         def _write(self) -> None:
-            # Once for each turn of the loop: a large message must not keep all others waiting.
+            # One write per iteration of the loop: a large message must not block it.
             try:
                 self._unsent = self._unsent[os.write(self._writer, self._unsent) :]
             except BlockingIOError:
@@ -181,9 +181,9 @@ if sys.platform != "win32":
                 self._sent.set()
 
         def _watch(self, pid: int) -> int | None:
-            """Notice the end of the process also where something else that it started still holds the pipe."""
+            """Watch for the end of the process: its children may keep the pipe open."""
             if sys.platform == "linux":
-                # A kernel before 5.3, a sandbox, or an interpreter that was built for such a kernel does not have it.
+                # pidfd_open may be missing (before Linux 5.3, or in Python built for it), or forbidden by a sandbox.
                 with contextlib.suppress(OSError, AttributeError):
                     process = os.pidfd_open(pid)
                     self._loop.add_reader(process, self._lose, "its process ended")
@@ -191,7 +191,7 @@ if sys.platform != "win32":
             return None
 
         def _lose(self, reason: str) -> None:
-            """Close it after what the browser has written before its end."""
+            """Process the data that the browser wrote before its end, then close."""
             while self._closed is None and self._read():
                 pass
             self._close(reason)

@@ -1,7 +1,4 @@
-"""A client's connection to the browser's daemon, and the places that it has in tabs. It knows no page.
-
-The daemon is started where none runs.
-"""
+"""A client's connection to the browser daemon, which it starts if necessary, and its places in tabs."""
 
 from __future__ import annotations
 
@@ -25,9 +22,9 @@ if TYPE_CHECKING:
 
     from harness_ipc import Client
 
-# Seconds for the daemon to start, with a browser that starts or asks its user.
+# Seconds for the daemon to start, including its browser, whose user may have to allow the connection.
 START_TIMEOUT = 60.0
-# Seconds for a tab of the process's own to close when it ends.
+# Seconds to close the process's own tabs when it ends.
 _LEAVE_TIMEOUT = 5.0
 
 
@@ -38,21 +35,21 @@ def start_daemon(
     on_unhealthy: Literal["accept", "restart"] = "accept",
     on_progress: Callable[[Any], object] | None = None,
 ) -> None:
-    """Be sure that the browser's daemon `name` runs. Arguments and errors are those of `harness_ipc.ensure_daemon`."""
+    """Start the browser daemon `name` unless it runs. Arguments and errors are those of `harness_ipc.ensure_daemon`."""
     with without_program_directory():
-        # Not needed by a process that finds the daemon.
+        # Imported only to start a daemon.
         from harness_ipc import ensure_daemon
 
         check_extra()
-        # -P: `python -m` would import from the current directory first.
+        # -P: otherwise modules in the current directory could shadow others.
         argv = [sys.executable, "-P", "-m", "harness_ipc.browser.daemon", name]
         ensure_daemon(name, argv, timeout=timeout, on_unhealthy=on_unhealthy, on_progress=on_progress)
 
 
 class Place:
-    """That a client is in a tab: a stream in flight, whose end tells the daemon that the client has left, however it ended.
+    """A client's presence in a tab: a stream in flight, whose end tells the daemon that the client has left.
 
-    `session` and `target` are the tab's; `own` is whether the daemon closes the tab then.
+    `session` and `target` are those of the tab; `own` is whether the daemon closes the tab at the end.
     """
 
     def __init__(self, client: Client, wanted: dict[str, Any], timeout: float) -> None:
@@ -60,7 +57,7 @@ class Place:
         self.process = os.getpid()
         self._stream = client.stream("enter_tab", wanted, timeout=timeout)
         try:
-            # It is not iterated any further: it ends with the place.
+            # The only item: the stream stays open until the place is left.
             reply = next(self._stream)
         except RemoteError as error:
             raise from_remote(error) from None
@@ -69,18 +66,18 @@ class Place:
         self.update(reply)
 
     def update(self, reply: dict[str, Any]) -> None:
-        """Be in the tab that the daemon has answered with."""
+        """Set the tab from a reply of the daemon."""
         self.session: str = reply["session_id"]
         self.target: str = reply["target_id"]
         self.own: bool = reply["own"]
 
     @property
     def is_known(self) -> bool:
-        """Whether the daemon is still the one that answered."""
+        """Whether the daemon is still the one that created this place."""
         return self.client.generation == self.generation
 
     def leave(self) -> None:
-        """Tell the daemon at once, and return when a tab of its own is closed."""
+        """Leave the tab, and return when the daemon has closed it, if it is its own."""
         if self.own and self.process == os.getpid():
             with contextlib.suppress(HarnessIPCError):
                 self.client.request({"meta": "leave_tab", "place": self.number}, timeout=_LEAVE_TIMEOUT)
@@ -92,18 +89,18 @@ class Place:
 
 
 class Connection:
-    """The client of a browser's daemon in one process: a forked child has another one."""
+    """The client of a browser daemon in one process: a forked child has another one."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        # Re-entrant: a signal handler may use the browser while it is held.
+        # Re-entrant: a signal handler may use the browser at any time.
         self.lock = threading.RLock()
         self.client: Client | None = None
-        # Those whose tabs are closed at the end of the process.
+        # Places whose tabs are closed at the end of the process.
         self._own: set[Place] = set()
 
     def connect(self, name: str, timeout: float, on_progress: Callable[[Any], object] | None = None) -> Client:
-        """Return the client of the daemon `name`, which is started if it does not run. See `Browser.connect`."""
+        """Return the client of the daemon `name`, which is started if necessary. See `Browser.connect`."""
         if self.client is None or self.client.name != name:
             with self.lock:
                 if self.client is None or self.client.name != name:
@@ -112,8 +109,8 @@ class Connection:
         return self.client
 
     def enter(self, wanted: dict[str, Any], timeout: float) -> Place:
-        """Return a place of the client's, which is connected, in the tab that is `wanted`."""
-        assert self.client is not None, "nobody enters a tab before there is a daemon"
+        """Return a new place in the tab that is `wanted`. `connect` first."""
+        assert self.client is not None, "used before `connect`"
         place = Place(self.client, wanted, timeout)
         if place.own:
             if not self._own:
@@ -122,8 +119,8 @@ class Connection:
         return place
 
     def ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Return the daemon's reply. A daemon that went before it got the message is started again."""
-        assert self.client is not None, "nobody asks before there is a daemon"
+        """Return the daemon's reply. If the daemon ended before it got the message, start it again."""
+        assert self.client is not None, "used before `connect`"
         try:
             return self.client.request(message, timeout=timeout)
         except (ConnectionLost, DaemonNotRunning) as error:
@@ -133,12 +130,12 @@ class Connection:
         return self.client.request(message, timeout=timeout)
 
     def leave(self, place: Place) -> None:
-        """Leave a tab: one that was opened for this process is closed."""
+        """Leave a tab; it is closed if it was opened for this process."""
         self._own.discard(place)
         place.leave()
 
     def close(self) -> None:
-        """Leave all tabs, and close the client, if there is one."""
+        """Leave all tabs and close the client, if any."""
         if self.pid != os.getpid():
             return
         for place in list(self._own):
@@ -154,7 +151,7 @@ def _connect(name: str, timeout: float, on_progress: Callable[[Any], object] | N
         try:
             return _find(name, timeout)
         except (DaemonNotRunning, ConnectionLost):
-            # Lost, if one is just dying: nothing was done yet.
+            # ConnectionLost, if the daemon is dying: nothing was done yet.
             start_daemon(name, timeout=timeout, on_progress=on_progress)
         except BrowserLost:
             start_daemon(name, timeout=timeout, on_unhealthy="restart", on_progress=on_progress)
@@ -162,7 +159,7 @@ def _connect(name: str, timeout: float, on_progress: Callable[[Any], object] | N
 
 
 def _find(name: str, timeout: float) -> Client:
-    """Return the client of a daemon whose browser is there, and is the one that the environment asks for."""
+    """Return the client of a running daemon whose browser is connected, and is the one that the environment asks for."""
     client = connect_daemon(name, max_message=MAX_MESSAGE)
     try:
         if not is_ours(client.app_version):

@@ -1,4 +1,4 @@
-"""PNG pictures as Chrome makes them: their size, and several below each other in one (https://www.w3.org/TR/png-3/)."""
+"""PNG files of Chrome: their size, and joining them vertically (https://www.w3.org/TR/png-3/)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _PIXEL = {2: 3, 6: 4}
 
 
 def size(picture: bytes) -> tuple[int, int]:
-    """Return width and height in pixels, which are in the header."""
+    """Return width and height in pixels."""
     width, height = struct.unpack_from(">II", picture, 16)
     return width, height
 
 
 def join(pictures: list[bytes]) -> bytes:
-    """Return one picture of all `pictures`, from top to bottom. Raises `ValueError` if they are of different kinds."""
+    """Join `pictures` from top to bottom. Raises `ValueError` if their widths or formats differ."""
     import zlib
 
     header = _header(pictures[0])
@@ -24,12 +24,12 @@ def join(pictures: list[bytes]) -> bytes:
     total = 0
     for picture in pictures:
         if _header(picture) != header:
-            raise ValueError("pictures of several widths or kinds of pixels can't be joined")
+            raise ValueError("pictures of different widths or pixel formats can't be joined")
         width, height = size(picture)
         pixel = _PIXEL[picture[25]]
         data = zlib.decompress(b"".join(_data(picture)))
         length = 1 + width * pixel
-        # Each row is filtered with the one above it: the first has another one now, or none.
+        # The filter of a row uses the row above it, which changes for the first row.
         rows += [_unfilter_first(data[:length], pixel), data[length:]]
         total += height
     whole = zlib.compress(b"".join(rows), 3)
@@ -40,7 +40,7 @@ def join(pictures: list[bytes]) -> bytes:
 
 
 def _header(picture: bytes) -> tuple[int, bytes]:
-    """Return the width, and what the header has behind the height."""
+    """Return the width, and the header after the height."""
     return size(picture)[0], picture[24:29]
 
 
@@ -55,9 +55,9 @@ def _data(picture: bytes) -> list[bytes]:
 
 
 def _unfilter_first(row: bytes, pixel: int) -> bytes:
-    """Return the first row of a picture, above which all is 0, without its filter."""
+    """Return the first row without its filter; the row above it counts as zeros."""
     kind, values = row[0], bytearray(row[1:])
-    # Sub, Average and Paeth: what they add has only the pixel to the left in it.
+    # Sub, Average and Paeth: in the first row they depend only on the pixel to the left.
     if kind in (1, 3, 4):
         for place in range(pixel, len(values)):
             left = values[place - pixel]

@@ -1,8 +1,8 @@
-"""The private profile directory of a managed browser: its lock, its note, its stale files. It starts and signals no process.
+"""The private profile directory of a managed browser: its lock, its note, and stale files.
 
-The holder of the lock may start a browser there and end it. The note says which process that browser is, and which daemon
-drives it. Another user can't write in the directory. It may have been open to others once: so nothing is opened through a link,
-and a new file takes the place of what was there.
+The holder of the lock may start and end a browser in it. The note identifies the browser's process and its daemon. Other users
+can't write to the directory, but it may have been open to them earlier: so no file is opened through a link, and new files
+replace existing ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness_ipc import StartFailed, UnsafeDirectory, check_private_dir, create_
 from .errors import BrowserNotFound
 from .requested import PROFILE
 
-# Chrome's own word on where its DevTools port is.
+# Chrome's file with its DevTools port.
 ACTIVE_PORT = "DevToolsActivePort"
 _NOTE = "harness-browser.json"
 _DRAFT = "harness-browser.tmp"
@@ -34,28 +34,28 @@ _LOCK = "harness-browser.lock"
 _STDERR = "harness-browser.stderr"
 _TO_BROWSER = "harness-browser.in"
 _FROM_BROWSER = "harness-browser.out"
-# Bytes of a note, of an ACTIVE_PORT: both take some hundred.
+# The limit of a note or an ACTIVE_PORT in bytes; they have a few hundred.
 _LIMIT = 64 * 1024
-# Bytes at the end of the browser's standard error that are read.
+# Bytes to read at the end of the browser's standard error.
 _TAIL = 64 * 1024
-# Seconds for the system to release the lock of a process that has ended: microseconds on an idle machine.
+# Seconds for the system to release the lock of a process that has ended, usually microseconds.
 _RELEASE_PERIOD = 1.0
-# Seconds between two tries.
+# Seconds between two attempts.
 _POLL = 0.01
 
-# O_NONBLOCK: a FIFO in a file's place must not block the open.
+# O_NONBLOCK: opening a FIFO must not block.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Identities (`harness_ipc.process_identity`) of the browser and of its daemon, and the daemon's root session in it."""
+    """The identities (`harness_ipc.process_identity`) of the browser and its daemon, and the daemon's root session."""
 
     browser: dict[str, Any] | None = None
     daemon: dict[str, Any] | None = None
     session: str | None = None
-    # What it was started with (`program.settings_digest`).
+    # `program.settings_digest` at its start.
     settings: str | None = None
 
 
@@ -70,28 +70,28 @@ def _default_directory() -> str:
 
 
 def explain(error: UnsafeDirectory) -> tuple[str, str | None]:
-    """Return what is wrong with a profile and what to do, and the command that fixes it, if there is one."""
+    """Return the problem of a profile and what to do, and a command that fixes it, or None."""
     if "HARNESS_IPC_" in error.remedy:
-        # It would move the runtime directory.
+        # The remedy would move the runtime directory, not the profile.
         return f"{str(error).removesuffix(f': run `{error.remedy}`')}: set {PROFILE} to another directory", None
     return f"{error}, or set {PROFILE} to another directory", error.remedy
 
 
 class Profile:
-    """The profile of the daemon `name`: `HARNESS_CHROME_PROFILE`, or a directory of the name's own."""
+    """The profile of the daemon `name`: `HARNESS_CHROME_PROFILE`, or a directory for that name."""
 
     def __init__(self, name: str) -> None:
         self.path = os.path.abspath(os.environ.get(PROFILE) or os.path.join(_default_directory(), name))
         self.stderr = os.path.join(self.path, _STDERR)
-        # FIFOs: what the browser reads, and what it writes.
+        # The FIFOs that the browser reads from and writes to.
         self.to_browser = os.path.join(self.path, _TO_BROWSER)
         self.from_browser = os.path.join(self.path, _FROM_BROWSER)
-        # A daemon looks from threads, too.
+        # The daemon also uses it in threads.
         self._lock = filelock.FileLock(os.path.join(self.path, _LOCK), mode=0o600, thread_local=False)
 
     @property
     def is_locked(self) -> bool:
-        """Whether we hold its lock."""
+        """Whether this process holds the lock."""
         return self._lock.is_locked
 
     def acquire(self) -> None:
@@ -103,7 +103,7 @@ class Profile:
         except UnsafeDirectory as error:
             raise BrowserNotFound(f"the browser's profile {explain(error)[0]}") from None
         except StartFailed as error:
-            # Its own text names the runtime directory's variables.
+            # The error's text names the variables of the runtime directory.
             cause = error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else "unknown"
             raise BrowserNotFound(
@@ -111,7 +111,7 @@ class Profile:
             ) from None
         try:
             self._unlink_planted_lock()
-            # A killed daemon's lock may be released a moment after its process has ended.
+            # The system may release a killed daemon's lock a moment after its end.
             patience = 0.0 if self.daemon() is not None else _RELEASE_PERIOD
             self._lock.acquire(timeout=patience, poll_interval=_POLL)
         except filelock.Timeout:
@@ -126,18 +126,18 @@ class Profile:
         self._lock.release()
 
     def in_use(self, daemon: int | None) -> str:
-        """Return, for people, that another daemon has the profile: the process `daemon`, if that is known."""
+        """Return the text that another daemon uses the profile: the process `daemon`, or None if unknown."""
         who = "another daemon" if daemon is None else f"the daemon of pid {daemon}"
         return f"the profile {self.path} is in use by {who}: stop that one, or set {PROFILE} to another directory"
 
     # The note.
 
     def has_note(self) -> bool:
-        """Return whether there is a note, whatever it says. Raises `UnsafeDirectory`."""
+        """Return whether there is a note. Raises `UnsafeDirectory`."""
         return check_private_dir(self.path) and os.path.lexists(os.path.join(self.path, _NOTE))
 
     def note(self) -> Note:
-        """Return the note, an empty one if there is none that we have written. Raises `UnsafeDirectory`."""
+        """Return the note, or an empty one if there is none, or it is invalid. Raises `UnsafeDirectory`."""
         if check_private_dir(self.path):
             with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
                 found = json.loads(_read_own_file(os.path.join(self.path, _NOTE)))
@@ -151,7 +151,7 @@ class Profile:
         return Note()
 
     def write_note(self, note: Note) -> None:
-        """Replace the note, in one step. Raises `OSError`."""
+        """Replace the note atomically. Raises `OSError`."""
         draft = os.path.join(self.path, _DRAFT)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
@@ -162,11 +162,11 @@ class Profile:
         os.replace(draft, os.path.join(self.path, _NOTE))
 
     def browser(self) -> int | None:
-        """Return the pid of the noted browser, if it still runs. Raises `UnsafeDirectory`."""
+        """Return the pid of the browser in the note, or None if it has ended. Raises `UnsafeDirectory`."""
         return _pid_if_alive(self.note().browser)
 
     def daemon(self) -> int | None:
-        """Return the pid of the noted daemon, if it still runs. Raises `UnsafeDirectory`."""
+        """Return the pid of the daemon in the note, or None if it has ended. Raises `UnsafeDirectory`."""
         return _pid_if_alive(self.note().daemon)
 
     # Files of the browser.
@@ -184,15 +184,15 @@ class Profile:
         return ""
 
     def forget(self) -> None:
-        """Remove what is there only while a browser runs: the note, its FIFOs, `DevToolsActivePort`."""
+        """Remove the files of a running browser: the note, the FIFOs, `DevToolsActivePort`."""
         for name in (_NOTE, _TO_BROWSER, _FROM_BROWSER, ACTIVE_PORT):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.path, name))
 
     def is_used_by_another(self) -> bool:
-        """Return whether a browser has the profile, by Chrome's own sign of it: a socket. Started anew, Chrome would go there.
+        """Return whether a browser uses the profile, shown by Chrome's singleton socket, to which a new Chrome would connect.
 
-        On Windows False: there is no such socket.
+        False on Windows, where there is no such socket.
         """
         if sys.platform != "win32":
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
@@ -203,10 +203,10 @@ class Profile:
         return False
 
     def remove_singleton(self, ended: int | None = None) -> None:
-        """Remove Chrome's own lock of the profile, if its holder is the one that has `ended`, or can't be there any more.
+        """Remove Chrome's lock of the profile, if its holder is the process `ended`, or can't exist any more.
 
-        Chrome leaves it when a signal ends it, and takes that of another host for a living one: of a container that was
-        killed, or of a machine that was renamed. (On Windows it is no file.)
+        Chrome does not remove it when it is ended by a signal, and respects the lock of another host name: of a killed
+        container, or a renamed machine. (On Windows it is not a file.)
         """
         try:
             host, _, pid = os.readlink(os.path.join(self.path, "SingletonLock")).rpartition("-")
@@ -219,14 +219,14 @@ class Profile:
                 os.unlink(os.path.join(self.path, name))
 
     def _unlink_planted_lock(self) -> None:
-        """Remove a lock that we have not made: filelock truncates the file behind it (a hard link's, too)."""
+        """Remove a lock file that is not ours: filelock would truncate the target of a link, also of a hard link."""
         with contextlib.suppress(FileNotFoundError):
             if not _is_own_file(os.lstat(self._lock.lock_file), forbidden=0):
                 os.unlink(self._lock.lock_file)
 
 
 def read_active_port(profile: str) -> tuple[int, str] | None:
-    """Return port and path from Chrome's file, or None if there is none or it is still being written."""
+    """Return port and path from Chrome's file, or None if it is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError):
         port, path, *_ = Path(profile, ACTIVE_PORT).read_text("ascii").splitlines()
         if path.startswith("/"):
@@ -239,14 +239,14 @@ def _pid_if_alive(identity: dict[str, Any] | None) -> int | None:
 
 
 def _is_own_file(info: os.stat_result, forbidden: int = 0o077) -> bool:
-    """Return whether it is a regular file of this user with one name, and without the `forbidden` bits of its mode."""
+    """Return whether it is a regular file of this user with one link and without the mode bits `forbidden`."""
     if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
         return False
     return sys.platform == "win32" or (info.st_uid == os.geteuid() and not info.st_mode & forbidden)
 
 
 def _read_own_file(path: str, tail: int = 0) -> bytes:
-    """Return a small file, or the last `tail` bytes. Raises `OSError`, and `ValueError` for one that we have not made."""
+    """Return the content of a small file, or its last `tail` bytes. Raises `OSError`, and `ValueError` for a foreign file."""
     descriptor = os.open(path, os.O_RDONLY | _NOFOLLOW)
     try:
         info = os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""The program of a managed browser: which one, with which arguments and environment, and for whom. It starts nothing."""
+"""The program, arguments and environment of a managed browser, and whether it may be started."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-# On Windows, Chrome takes inherited handles of pipes (--remote-debugging-io-pipes), which end with the daemon that holds them:
-# its browser could not be adopted. So there it has a port, whose number and path are in the profile.
+# On Windows, Chrome inherits pipe handles (--remote-debugging-io-pipes), which end with the daemon, so the browser could not be
+# adopted. It has a port there, whose number and path are in the profile.
 USES_PIPE = sys.platform != "win32"
 
 if sys.platform == "win32":
@@ -52,7 +52,7 @@ else:
     ]
 
 
-# For a browser that a program drives: nothing that asks, phones home by itself or locks a key ring.
+# For automation: no prompts, no background traffic, no key ring.
 _FLAGS = [
     "--no-first-run",
     "--no-default-browser-check",
@@ -62,8 +62,8 @@ _FLAGS = [
     "--password-store=basic",
     "--use-mock-keychain",
 ]
-# Switches that HARNESS_CHROME_ARGS must not have, and what to do instead.
-_OPENED = "any page or program could drive the browser; connect to one that you start yourself with BU_CDP_URL"
+# Switches that are refused in HARNESS_CHROME_ARGS, and what to do instead.
+_OPENED = "any page or program could control the browser; connect to one that you start yourself with BU_CDP_URL"
 _REFUSED = {
     "remote-allow-origins": _OPENED,
     "remote-debugging-address": _OPENED,
@@ -74,7 +74,7 @@ _REFUSED = {
     "remote-debugging-io-pipes": "the daemon sets the pipe itself",
     "user-data-dir": f"set {PROFILE} instead",
 }
-# CSS pixels of a window that nobody sees; Chrome's own default is 800,600. HARNESS_CHROME_ARGS may say otherwise.
+# The size of a headless window in CSS pixels; Chrome's default is 800,600. HARNESS_CHROME_ARGS may override it.
 _WINDOW = "1280,900"
 
 if sys.platform == "win32":
@@ -88,15 +88,15 @@ else:
         "HOME, LANG, LANGUAGE, LC_*, LOGNAME, PATH, SHELL, TMPDIR, TZ, USER, XDG_*, "
         # The display and the desktop.
         "DBUS_SESSION_BUS_ADDRESS, DESKTOP_SESSION, DISPLAY, FONTCONFIG_*, GTK_IM_MODULE, WAYLAND_DISPLAY, XAUTHORITY, "
-        # The last two: Chrome's sandbox where it is installed elsewhere, and what macOS sets for each process.
+        # The last two: the path of Chrome's sandbox, and a variable that macOS sets for each process.
         "XMODIFIERS, CHROME_DEVEL_SANDBOX, __CF_USER_TEXT_ENCODING, "
-        # Without them there is no network behind a proxy (Chrome's proxy_config_service_linux.cc reads both cases).
+        # Proxies, in both cases, as read by Chrome's proxy_config_service_linux.cc.
         "ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, NO_PROXY, all_proxy, auto_proxy, http_proxy, https_proxy, no_proxy"
     )
 
 
 def find_binary() -> str | None:
-    """Return the program: `HARNESS_CHROME` if that is set, else the first usual one that is installed."""
+    """Return the program: `HARNESS_CHROME`, by default the first known browser that is installed, or None."""
     demanded = os.environ.get(BINARY)
     return next(filter(None, map(shutil.which, [demanded] if demanded else _BINARIES)), None)
 
@@ -104,7 +104,7 @@ def find_binary() -> str | None:
 def command_line(binary: str, profile: str, *, window: bool) -> list[str]:
     """Return the command line of a managed browser, with a `window` or headless.
 
-    Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` can't be read, or has what would open the browser to others.
+    Raises `BrowserNotFound` if `HARNESS_CHROME_ARGS` is invalid, or would open the browser to others.
     """
     devtools = "--remote-debugging-pipe" if USES_PIPE else "--remote-debugging-port=0"
     arguments = [binary, devtools, f"--user-data-dir={profile}", *_FLAGS]
@@ -117,15 +117,15 @@ def command_line(binary: str, profile: str, *, window: bool) -> list[str]:
 
 
 def further_arguments() -> list[str]:
-    """Return the arguments in `HARNESS_CHROME_ARGS`. Raises `BrowserNotFound` for what can't be read, or is refused."""
+    """Return the arguments in `HARNESS_CHROME_ARGS`. Raises `BrowserNotFound` if they are invalid or refused."""
     try:
         found = shlex.split(os.environ.get(ARGUMENTS, ""))
     except ValueError as error:
         raise BrowserNotFound(
-            f"{ARGUMENTS}={os.environ[ARGUMENTS]!a} are no arguments: {error}; correct it, or unset it"
+            f"{ARGUMENTS}={os.environ[ARGUMENTS]!a} can't be parsed: {error}; correct it, or unset it"
         ) from None
     for word in found:
-        # Chrome takes one dash for two, and on Windows a slash.
+        # Chrome also accepts one dash, and on Windows a slash.
         switch = word.lstrip("-/" if sys.platform == "win32" else "-").partition("=")[0].lower()
         if (advice := _REFUSED.get(switch)) is not None and switch != word:
             raise BrowserNotFound(f"{ARGUMENTS} has {word.partition('=')[0]}, which is refused: {advice}")
@@ -133,7 +133,7 @@ def further_arguments() -> list[str]:
 
 
 def browser_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return those variables of `environment` that a browser gets: the usual ones, and what `HARNESS_CHROME_ENV` names."""
+    """Return the variables of `environment` to pass to a browser: the usual ones, and those named by `HARNESS_CHROME_ENV`."""
     names = [name.strip() for name in f"{_VARIABLES},{environment.get(ENVIRONMENT, '')}".split(",")]
     if os.name == "nt":
         names = [name.upper() for name in names]
@@ -142,7 +142,7 @@ def browser_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def settings_digest() -> str:
-    """Return what tells a browser that was started with these settings from one that was started with others."""
+    """Return a digest of the settings with which a browser is started now."""
     settings = [find_binary(), further_arguments(), sorted(os.environ.get(ENVIRONMENT, "").split(","))]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -150,7 +150,7 @@ def settings_digest() -> str:
 def download_behavior() -> dict[str, Any]:
     """Return the parameters of `Browser.setDownloadBehavior`: deny, or allow into the directory `HARNESS_CHROME_DOWNLOADS`.
 
-    That is created with mode 0700 if it is missing. Raises `BrowserNotFound` if it can't be.
+    The directory is created with mode 0700 if it is missing. Raises `BrowserNotFound` if it can't be used.
     """
     folder = os.environ.get(DOWNLOADS)
     if not folder:
@@ -166,7 +166,7 @@ def download_behavior() -> dict[str, Any]:
 
 
 def has_display(broken: Mapping[str, str] | None = None) -> bool:
-    """Return whether a window could be shown: on Linux, on a display that is not `broken`, as `find_broken` has it."""
+    """Return whether a window could be shown: on Linux, on a display that is not `broken` (see `find_broken`)."""
     if sys.platform in ("win32", "darwin"):
         return True
     named = {variable for variable in (X11, WAYLAND) if os.environ.get(variable)}
@@ -174,7 +174,7 @@ def has_display(broken: Mapping[str, str] | None = None) -> bool:
 
 
 def describe_broken_display(broken: Mapping[str, str]) -> str | None:
-    """Return, for people, what `find_broken` has found; None if that is nothing."""
+    """Return the result of `find_broken` as text; None if it is empty."""
     return " and ".join(f"{name}={os.environ[name]} can't be reached ({why})" for name, why in broken.items()) or None
 
 
@@ -184,7 +184,7 @@ def is_root() -> bool:
 
 
 def root_refusal() -> str | None:
-    """Return why no browser is started, if that is since this process is root and `HARNESS_CHROME_ROOT` is not 1."""
+    """Return why no browser is started as root, or None if this process is not root, or `HARNESS_CHROME_ROOT` is 1."""
     if not is_root() or os.environ.get(ROOT) == "1":
         return None
     return (

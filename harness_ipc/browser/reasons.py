@@ -1,4 +1,4 @@
-"""Why a browser has ended, by its standard error: Chromium writes many lines there, and the last one is seldom the reason."""
+"""Finds the reason why a browser has ended in its standard error, which has many other lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KNOWN = re.compile(
     r"No space left|Out of memory|Cannot allocate",
     re.IGNORECASE,
 )
-# What Chromium complains of wherever it runs in a container, a service or without a GPU.
+# Usual complaints of Chromium in a container, in a service or without a GPU.
 _NOISE = re.compile(
     r"dbus|d-bus|gcm|vaapi|vulkan|libva|angle|/gpu/|/gl/|viz|gtk|fontconfig|\bpci\b|deprecated|google_apis|voice_transcription|"
     r"registration_request|upower|bluetooth|cert_verify|sharedimage|crashpad",
@@ -26,13 +26,13 @@ _NOISE = re.compile(
 
 
 def find_reason(text: str) -> str:
-    """Return the line that says why the browser has ended, in ASCII and without control characters; empty if there is none."""
+    """Return the line with the reason in ASCII, without control characters; empty if there is none."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     entries = [(match[1], match[2], match[3]) if (match := _ENTRY.match(line)) else ("", "", line) for line in lines]
     known = [text for _, _, text in entries if _NO_DISPLAY.search(text) or _KNOWN.search(text)]
     fatal = [text for level, _, text in entries if level == "FATAL"]
     told = [text for level, source, text in entries if level in ("", "ERROR") and not _NOISE.search(f"{source} {text}")]
-    # The first known one is the cause of those that follow.
+    # The first known reason causes the later ones.
     chosen = [*known[:1], *fatal[-1:], *told[-1:], *[text for _, _, text in entries][-1:]]
     return ascii(chosen[0] if chosen else "")[1:-1][:300]
 

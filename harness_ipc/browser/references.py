@@ -1,15 +1,15 @@
-"""References (``e1``, ``e2``, ...) to the nodes of a tab. Pure: it asks no browser."""
+"""References (``e1``, ``e2``, ...) to the nodes of a tab. No I/O."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# References of a tab that are kept. A page that changes all the time has new nodes in each snapshot.
+# The limit of references per tab: a page that keeps changing has new nodes in each snapshot.
 MAX_KEPT = 50_000
 
 
 class Place(NamedTuple):
-    """Where a node is: a backendNodeId is unique in a renderer's process only, and that changes with the document."""
+    """The key of a node: a backendNodeId is unique only in a renderer process, which may change with the document."""
 
     target: str
     frame: str
@@ -18,11 +18,11 @@ class Place(NamedTuple):
 
 
 class References:
-    """A tab's references. A node keeps its own as long as its document is there; no other node ever gets it."""
+    """The references of a tab. A node keeps its reference as long as its document exists; references are never reused."""
 
     def __init__(self) -> None:
         self._last = 0
-        # The least recently shown first.
+        # The least recently used first.
         self._names: dict[Place, str] = {}
         self._places: dict[str, Place] = {}
 
@@ -38,15 +38,15 @@ class References:
         return name
 
     def place(self, name: str) -> Place | None:
-        """Return where the node of a reference is, or None if there is no such reference any more."""
+        """Return the place of a reference, or None if it does not exist any more."""
         return self._places.get(name)
 
     def was_given(self, name: str) -> bool:
-        """Return whether there was such a reference."""
+        """Return whether the reference existed at some time."""
         return name[:1] == "e" and name[1:].isdecimal() and 0 < int(name[1:]) <= self._last
 
     def keep(self, documents: set[tuple[str, str, str]]) -> None:
-        """Forget the nodes of other documents (target, frame, loader) than these, in the targets of these."""
+        """In the targets of `documents` (target, frame, loader), forget the nodes of all other documents."""
         targets = {document[0] for document in documents}
         for place in [place for place in self._names if place.target in targets and place[:3] not in documents]:
             self._forget(place)

@@ -1,8 +1,8 @@
-"""Which browser a command asks for, by its environment, and whether a daemon's browser is that one.
+"""Which browser a command's environment asks for, and whether the daemon's browser is that one.
 
-`BU_CDP_WS` or `BU_CDP_URL` asks for that browser. `HARNESS_CHROME_OWN`, `HARNESS_CHROME_PROFILE` and `HARNESS_CHROME_ARGS` ask
-for one of the daemon's own; `HARNESS_CHROME`, `HARNESS_CHROME_ENV` and `HARNESS_CHROME_DOWNLOADS` say how one is started.
-A command takes what the daemon has for all that it does not set. Clients import this module: heavy imports are local.
+`BU_CDP_WS` and `BU_CDP_URL` ask for the browser at that address. `HARNESS_CHROME_OWN`, `HARNESS_CHROME_PROFILE` and
+`HARNESS_CHROME_ARGS` ask for a managed one; `HARNESS_CHROME`, `HARNESS_CHROME_ENV` and `HARNESS_CHROME_DOWNLOADS` say how it is
+started. A variable that is not set matches any browser. Clients import this module: heavy imports are local.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ OWN = "HARNESS_CHROME_OWN"
 PROFILE = "HARNESS_CHROME_PROFILE"
 ARGUMENTS = "HARNESS_CHROME_ARGS"
 BINARY = "HARNESS_CHROME"
-# Names of further variables that an own browser gets, separated by commas. One may end with *.
+# Further variables to pass to a managed browser, separated by commas. A name may end with *.
 ENVIRONMENT = "HARNESS_CHROME_ENV"
 DOWNLOADS = "HARNESS_CHROME_DOWNLOADS"
-# It permits a start, and changes no browser.
+# Permits a start; not a setting of the browser.
 ROOT = "HARNESS_CHROME_ROOT"
 
 _WANT_OWN = (OWN, PROFILE, ARGUMENTS)
@@ -30,25 +30,25 @@ _OF_OWN = (BINARY, ENVIRONMENT, DOWNLOADS)
 
 
 def wants_own(environment: Mapping[str, str]) -> bool:
-    """Return whether only a browser of the daemon's own will do."""
+    """Return whether the environment requires a managed browser."""
     return any(environment.get(variable) for variable in _WANT_OWN)
 
 
 def asked(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the variables that count, with absolute paths: those of a browser that is named come first."""
+    """Return the variables that apply, with absolute paths. An address overrides the settings of a managed browser."""
     for variable in (WEBSOCKET, URL):
         if value := environment.get(variable):
             return {variable: value}
     found = {variable: environment[variable] for variable in (*_WANT_OWN, *_OF_OWN) if environment.get(variable)}
     for variable in (PROFILE, DOWNLOADS, BINARY):
-        # A program without a directory is one of PATH.
+        # A program without a directory is searched in PATH.
         if variable in found and (variable != BINARY or os.path.dirname(found[variable])):
             found[variable] = os.path.abspath(found[variable])
     return found
 
 
 def reload_command(name: str) -> str:
-    """Return the shell command that ends the daemon `name`, so that the next command starts it anew."""
+    """Return the shell command that ends the daemon `name`, so that the next command starts a new one."""
     return f"harness-browser --name={name} --reload"
 
 
@@ -58,10 +58,10 @@ def find_mismatch(
     named: tuple[str, str] | None = None,
     endpoint: str | None = None,
 ) -> tuple[str, str] | None:
-    """Return what of `wanted`, the variables that `asked` found, a daemon's browser is not, and what that is instead.
+    """Return the first setting in `wanted` (from `asked`) that the daemon's browser does not match, and its own value.
 
-    Both are for people; None if it is the one. `own` are the settings of an own browser, `BINARY` and `PROFILE` among them; of
-    another one, `named` is the variable with the address by which it was found, if any, and `endpoint` that of its WebSocket.
+    Both are text; None if all match. `own` are the settings of a managed browser, including `BINARY` and `PROFILE`. For another
+    browser, `named` is the variable and the address by which it was found, if any, and `endpoint` that of its WebSocket.
     """
     for variable, value in wanted.items():
         if variable in (WEBSOCKET, URL):
@@ -78,7 +78,7 @@ def find_mismatch(
 
 
 def show(variable: str, value: str) -> str:
-    """Return the variable with its value, without what may be secret in it."""
+    """Return the variable with its value, without secrets."""
     if variable in (WEBSOCKET, URL):
         from .addresses import without_secret
 
@@ -99,7 +99,7 @@ def _is_address(variable: str, value: str, named: tuple[str, str] | None, endpoi
     except ValueError:
         return False
     if variable == WEBSOCKET or parts.username or parts.query or parts.path.strip("/"):
-        # Different browsers may be behind one host and port.
+        # One host and port may serve several browsers.
         before = named[1] if named is not None and named[0] == variable else endpoint or ""
         return _without_server(value) == _without_server(before) and here == _server(before)
     return here == there

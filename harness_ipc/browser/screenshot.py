@@ -1,4 +1,4 @@
-"""What the page looks like: a picture of the viewport or of the whole page, and the page as a PDF."""
+"""Screenshots of the viewport or the whole page, and PDFs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     Path = str | os.PathLike[str]
 
-# Device pixels: the longest side that a GPU's surface has everywhere. Chrome repeats the picture beyond that.
+# Device pixels: the longest side of a surface that all GPUs support. Chrome repeats the picture beyond it.
 _LONGEST_SIDE = 16_384
 
 _VIEWPORT = "({x: scrollX, y: scrollY, width: innerWidth, height: innerHeight, ratio: devicePixelRatio})"
-# A capture beyond the viewport takes the scrollbars away, lays out the page for the place that they had, and in Chromium 156
-# does not put them back. So they are taken away before, where the page keeps its width. Scripts that lay it out are told by a
-# resize event of the capture, and by another one at the end.
+# A capture beyond the viewport removes the scrollbars, lays the page out wider, and in Chromium 156 does not restore them. So
+# they are hidden before, with the width of the page fixed. The capture causes a resize event; another one at the end restores
+# the layout of scripts.
 _HIDE_SCROLLBARS = """(() => {
   const root = document.documentElement, key = Symbol.for("harness-browser screenshot");
   const size = {width: root.scrollWidth, height: root.scrollHeight, ratio: devicePixelRatio};
@@ -45,19 +45,19 @@ _SHOW_SCROLLBARS = "window[Symbol.for('harness-browser screenshot')]?.()"
 
 
 class Picture(bytes):
-    """The bytes of a file for the eye, whose repr is short. `path` and `show()` are for looking at it."""
+    """The bytes of an image or a document, with a short repr. View it with `path` or `show()`."""
 
     _suffix = ""
     _path: str | None = None
 
     @property
     def bytes(self) -> bytes:
-        """The same as plain bytes."""
+        """The content as plain bytes."""
         return bytes(self)
 
     @property
     def path(self) -> str:
-        """A private file that has the bytes, made when it is first asked for, and not removed."""
+        """The path of a private file with the content, created on first access and not removed."""
         if self._path is None:
             import tempfile
 
@@ -68,7 +68,7 @@ class Picture(bytes):
         return self._path
 
     def show(self) -> None:
-        """Open it in what the system shows it with. Raises `OSError` if there is nothing."""
+        """Open it in the system's viewer. Raises `OSError` if there is none."""
         import webbrowser
         from urllib.request import pathname2url
 
@@ -109,12 +109,12 @@ def capture_screenshot(
 ) -> Any:
     """Take a PNG of the viewport, or of the `full` page. Return it as a `Screenshot`, or the `path` it was written to.
 
-    A display may have several pixels for each CSS pixel, in which clicks are measured: divide by ``devicePixelRatio``. With
-    `max_dim`, the longer side has at most so many pixels. A full screenshot leaves the page as it was.
+    Clicks use CSS pixels: divide coordinates in the picture by ``devicePixelRatio``. `max_dim` limits the longer side, in
+    pixels. A full screenshot does not change the page.
 
-    The file is private (0600), or keeps the mode of the file of yours that it replaces. It is written under a name that nobody
-    can guess, and renamed; a symbolic link is replaced, not followed. Raises `OSError` if the file can't be written; what was
-    there before is then still there.
+    The file is private (0600), or keeps the mode of your file that it replaces. It is written under an unguessable name and
+    renamed; a symbolic link is replaced, not followed. Raises `OSError` if the file can't be written; an existing file is
+    unchanged then.
     """
     check_path("capture_screenshot", path)
     check_kind("capture_screenshot", "full", full, bool, "True or False")
@@ -139,14 +139,14 @@ def print_pdf(
     timeout: float = TIMEOUT,
     **options: Any,
 ) -> Any:
-    """Print the page as a PDF. Return it as a `PDF`, bytes whose repr is short, or the `path` it was written to.
+    """Print the page as a PDF. Return it as a `PDF`, bytes with a short repr, or the `path` it was written to.
 
     ```python
     print_pdf("page.pdf", paperWidth=8.27, paperHeight=11.69, pageRanges="1-2")
     ```
 
-    `background` prints colours and pictures of the background too. `options` are further parameters of CDP's Page.printToPDF:
-    lengths are inches. Raises `OSError` as `capture_screenshot` does, and `CDPError` for an option that Chrome does not take.
+    `background` includes background colors and images. `options` are further parameters of Page.printToPDF in CDP; lengths are
+    in inches. Raises `OSError` like `capture_screenshot`, and `CDPError` for an invalid option.
     """
     check_path("print_pdf", path)
     params = {"landscape": landscape, "printBackground": background, **options}
@@ -169,14 +169,14 @@ def _capture_full(tab: Tab, max_dim: int | None, timeout: float) -> bytes:
     try:
         size = tab.js(_HIDE_SCROLLBARS, timeout=timeout)
         scale = _scale(size, max_dim)
-        # Whole pixels of the picture also where the ratio is 1.25 or 1.5.
+        # A multiple of 8 gives whole device pixels even for a ratio of 1.25 or 1.5.
         step = max(int(_LONGEST_SIDE / size["ratio"] / scale) // 8, 1) * 8
         pictures = []
         for top in range(0, max(size["height"], 1), step):
             clip = {"x": 0, "y": top, "width": size["width"], "height": min(step, size["height"] - top), "scale": scale}
             pictures.append(_capture(tab, timeout, captureBeyondViewport=True, clip=clip))
     finally:
-        # The page may have gone, or a dialog may hold it.
+        # The page may be gone, or blocked by a dialog.
         with contextlib.suppress(BrowserError):
             tab.js(_SHOW_SCROLLBARS, timeout=timeout)
     return pictures[0] if len(pictures) == 1 else png.join(pictures)

@@ -1,7 +1,7 @@
-"""The code that `elements` runs in pages: functions whose `this` is an element, and one that looks for it.
+"""JavaScript that runs in pages: functions whose `this` is an element, and functions that search for one.
 
-Each returns what JSON can carry: ``{"problem": text}`` is what keeps the element from being acted on, ``{"invalid": text}`` is
-what is wrong with an argument, and ``{"gone": true}`` says that the element is no longer in its document.
+They return JSON: ``{"problem": text}`` if the element can't be acted on, ``{"invalid": text}`` for an invalid argument, and
+``{"gone": true}`` if the element was removed from its document.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ const search = () => {
 };
 """
 
-# Answered behind what the page has queued with setTimeout(…, 0), unless the page has replaced that by a function of its own.
+# Resolved after tasks that the page has queued with setTimeout(…, 0), unless the page has replaced that function.
 _BEHIND_QUEUE = r"""
 const native = Function.prototype.toString.call(setTimeout).includes("[native code]");
 const behindQueue = () => new Promise(done => native ? setTimeout(done) : done());
 """
 
-# True once the document has loaded, behind its load handlers.
+# True once the document has loaded and its load handlers have run.
 LOADED = (
     "(async () => {"
     + _BEHIND_QUEUE
@@ -59,7 +59,7 @@ return {value: true};
 # The address of the document.
 ADDRESS = f"(async () => {{{_BEHIND_QUEUE} await behindQueue(); return {{value: location.href}}; }})()"
 
-# True once there is an element, and it is visible if it has to be; False after so many milliseconds. Or {"invalid"}.
+# True once there is an element, visible if required; False after the timeout in milliseconds. Or {"invalid"}.
 ELEMENT = (
     r"""(async (selector, visible, milliseconds) => {"""
     + _COMMON
@@ -78,14 +78,14 @@ return new Promise(done => {
   const look = () => found() && end(true);
   const observer = new MutationObserver(look);
   observer.observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
-  // For what is no mutation of the document: a style sheet, an animation, a shadow root.
+  // For changes that are not mutations of the document: style sheets, animations, shadow roots.
   const interval = setInterval(look, 100);
   const timer = setTimeout(end, milliseconds, false);
 });
 })"""
 )
 
-# The one element that a selector matches, or a text in JSON: {"count", "near": [texts], "frames": [texts]} or {"invalid"}.
+# The one element that a selector matches, or JSON text: {"count", "near": [texts], "frames": [texts]} or {"invalid"}.
 SELECT = (
     r"""(selector => {"""
     + _COMMON
@@ -127,7 +127,7 @@ return JSON.stringify({count: 0, near: near.slice(0, 5).map(describe), frames: f
 })"""
 )
 
-# Where to click an element, once it is in view and stands still: {"x", "y"} in its frame, and the place of the frame's root.
+# Where to click an element, once it is in view and not moving: {"x", "y"} in its frame, and the box of the frame's root.
 PLACE = (
     r"""async function(patience, acting) {"""
     + _COMMON
@@ -136,7 +136,7 @@ let element = this.nodeType === 1 ? this : this.parentElement;
 if (!element?.isConnected) return {gone: true};
 if (acting && isDisabled(element)) return {problem: "is disabled"};
 if (element.localName === "option") return {problem: "is an option: use select_option() with its select"};
-// A box that its label stands for.
+// A hidden input with a visible label.
 const label = [...element.labels ?? []].find(isVisible);
 if (!isVisible(element) && label) element = label;
 if (!isVisible(element)) return {problem: "is not visible"};
@@ -185,7 +185,7 @@ return {problem};
 }"""
 )
 
-# What covers a place of the page where an iframe should be, or null; asked when what scrolls has moved.
+# The element that covers an iframe at a point of the page, or null.
 COVER = (
     r"""(async (x, y) => {"""
     + _COMMON
@@ -229,7 +229,7 @@ if (element.maxLength >= 0 && value.length > element.maxLength)
   return {invalid: `takes at most ${element.maxLength} characters, not ${value.length}`};
 const view = element.ownerDocument.defaultView;
 const kindOf = element.localName === "input" ? view.HTMLInputElement : view.HTMLTextAreaElement;
-// A framework watches the element's own property.
+// Frameworks override the property on the element.
 const set = value => Object.getOwnPropertyDescriptor(kindOf.prototype, "value").set.call(element, value);
 set(value);
 const shapes = {date: "2025-12-31", time: "23:59", "datetime-local": "2025-12-31T23:59", month: "2025-12", week: "2025-W52",
@@ -274,7 +274,7 @@ return {selected: [...element.selectedOptions].map(option => clean(option.label)
 }"""
 )
 
-# The file input that is meant: itself, its label's, or the only one inside. Else a text.
+# The file input for an element: itself, the control of a label, or the only one inside. Else a text.
 FILE_INPUT = (
     r"""function(count, directories) {"""
     + _COMMON

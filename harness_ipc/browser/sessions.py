@@ -1,4 +1,4 @@
-"""Attachments to the browser's pages: which there are, what took the place of one that ended, and what holds a page."""
+"""Sessions attached to pages, replacements of ended ones, and dialogs and crashes that block a page."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Sessions that have ended, whose tabs are remembered: enough for the clients that may still name one.
+# Ended sessions whose tabs are remembered, for clients that still use them.
 _REMEMBERED = 1000
-# Seconds for each domain of a new session. A page that a dialog already holds does not answer.
+# Seconds to enable each domain of a new session. A page blocked by a dialog does not answer.
 _PREPARE_TIMEOUT = 3.0
 _BLANK = "about:blank"
-# Chrome leaves these unanswered while a dialog holds the page, and once it has crashed (tried on Chromium 156).
+# Chrome does not answer these while a dialog blocks the page, or after a crash (tested with Chromium 156).
 _NEEDS_PAGE = ("Accessibility.", "CSS.", "DOM.", "DOMSnapshot.", "Input.", "Runtime.")
 _NEEDS_PAGE_TOO = {"Page.captureScreenshot", "Page.getFrameTree", "Page.getLayoutMetrics", "Page.printToPDF"}
-# What a dialog or the tab's end does not keep from being answered: it is what was asked for.
+# Calls that do not fail when a dialog opens or the tab closes: they cause it.
 _ALLOWED_DURING_DIALOG = {"Page.handleJavaScriptDialog", "Page.close"}
 
 
@@ -44,32 +44,32 @@ class _Session:
 
 
 class Sessions(Part):
-    """The sessions of one connection, and those of earlier ones that have ended."""
+    """The sessions of the connection, and ended ones of earlier connections."""
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
-        # The session of requests that name none.
+        # The session of requests without one.
         self.default: str | None = None
         self._sessions: dict[str, _Session] = {}
-        # Of sessions that have ended: their tab, and the session that took their place.
+        # Of ended sessions: their tab, and the session that replaced them.
         self._ended: OrderedDict[str, str] = OrderedDict()
         self._successors: dict[str, str] = {}
-        # By tab, not by session: all sessions of a tab are held.
+        # By tab, since a dialog blocks all sessions of a tab.
         self._dialogs: dict[str, Message] = {}
         self._crashed: set[str] = set()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The requests about sessions."""
+        """The requests for sessions."""
         return {"session": self._get, "set_session": self._set_default, "pending_dialog": self._pending_dialog}
 
     def __contains__(self, session: object) -> bool:
         return session in self._sessions
 
     async def session_for(self, named: str | None) -> str:
-        """Return a session that is there: the one that was named, or the default; attached again if it has ended.
+        """Return a valid session: the one that is `named`, or the default. If it has ended, attach to its tab again.
 
-        Raises `TabClosed` if the tab of a named session is gone. Without a name, another page takes the default's place.
+        Raises `TabClosed` if the tab of a named session is closed. If the default's tab is closed, uses another page.
         """
         session = named or self.default
         if session in self._sessions:
@@ -98,39 +98,39 @@ class Sessions(Part):
             return await self.attach_a_page()
 
     async def requested(self, message: Message) -> tuple[Connection, str]:
-        """Return the connection, and the session that a request is for: the one that it names, or the default."""
+        """Return the connection, and the session of a request, or the default."""
         connection = await self.app.connected()
         return connection, await self.session_for(named_session(message))
 
     async def page_of(self, message: Message) -> tuple[Connection, str, str]:
-        """Return the connection, the session that the request is for, and its tab. Raises at once if the page can't answer."""
+        """Return the connection, the session of the request, and its tab. Raises at once if the page can't answer."""
         connection, session = await self.requested(message)
         self.check_page(session, "Accessibility.")
         return connection, session, self.target_of(session)
 
     def target_of(self, session: str | None) -> str:
-        """Return the target of a session, also of one that has ended, or an empty text."""
+        """Return the target of a session, also of an ended one, or an empty text."""
         if session is None:
             return ""
         state = self._sessions.get(session)
         return self._ended.get(session, "") if state is None else state.target
 
     def of_target(self, target: str) -> Iterator[str]:
-        """Return the sessions of a target, but for one that is none of the clients'."""
+        """Return the sessions of a target, without intercepting ones."""
         found = (session for session, state in self._sessions.items() if state.target == target)
         return (session for session in found if not self.app.logins.owns(session))
 
     async def targets(self) -> list[Message]:
-        """Ask the browser for what can be attached to."""
+        """Return the browser's targets."""
         infos = (await self.app.connection.call("Target.getTargets"))["targetInfos"]
         return [info for info in infos if isinstance(info, dict)]
 
     async def watch_tabs(self) -> None:
-        """Have the browser say which tabs there are, which end and which crash."""
+        """Enable events for new, closed and crashed tabs."""
         await self.app.connection.call("Target.setDiscoverTargets", {"discover": True})
 
     async def attach_a_page(self) -> str:
-        """Make a session of a real page the default: of an empty one, or of a new one, if there is no other that is free."""
+        """Set the default session to a free page: a real one, else an empty one, else a new one."""
         async with self._choosing():
             pages = [info for info in await self.targets() if info["type"] == "page" and self._is_free(info)]
             real = [info for info in pages if not info["url"].startswith(INTERNAL)]
@@ -155,7 +155,7 @@ class Sessions(Part):
         return alone() if self.app.own_browser is None else contextlib.nullcontext()
 
     def _is_free(self, page: Message) -> bool:
-        """Return whether a page is nobody's: no client's, and no other program's, such as another daemon on this browser."""
+        """Return whether no client and no other program, such as another daemon, uses a page."""
         target = page["targetId"]
         foreign = page.get("attached") and self.app.own_browser is None and not any(self.of_target(target))
         return not foreign and self.app.tabs.is_free(target)
@@ -178,7 +178,7 @@ class Sessions(Part):
         return session
 
     async def prepare(self, session: str) -> None:
-        """Have the page report its events, and behave as the one that its user looks at, though many are driven at once."""
+        """Enable events of the page, and make it behave as if it had the focus."""
         state = self._sessions.get(session)
         if state is None or state.prepared:
             return
@@ -196,7 +196,7 @@ class Sessions(Part):
                 logger.warning("session %s: %s: %s", session, method, result)
 
     def forget(self, session: str) -> None:
-        """Take note that a session has ended."""
+        """Record that a session has ended."""
         self.app.events.forget(session)
         if (state := self._sessions.pop(session, None)) is not None:
             self._ended[session] = state.target
@@ -206,14 +206,14 @@ class Sessions(Part):
             if not any(self.of_target(state.target)):
                 self._forget_dialog(state.target)
 
-    # What holds a page.
+    # Dialogs and crashes.
 
     def dialog_of(self, target: str) -> Message | None:
-        """Return what CDP says of the dialog that holds a target, or None."""
+        """Return the parameters of the dialog that blocks a target, or None."""
         return self._dialogs.get(target)
 
     def check_page(self, session: str, method: str) -> None:
-        """Raise at once what only a timeout would tell, if the browser leaves `method` unanswered."""
+        """Raise if the browser would not answer `method`, because of a dialog or a crash."""
         if method.startswith(_NEEDS_PAGE) or method in _NEEDS_PAGE_TOO:
             target = self.target_of(session)
             if (dialog := self._dialogs.get(target)) is not None:
@@ -222,7 +222,7 @@ class Sessions(Part):
                 raise _page_crashed()
 
     async def answer_dialog(self, target: str, *, accept: bool) -> None:
-        """Accept or cancel the dialog that holds a target, if there is one."""
+        """Accept or cancel the dialog that blocks a target, if any."""
         session = next(self.of_target(target), None)
         if target in self._dialogs and session is not None:
             with contextlib.suppress(CDPError):
@@ -235,7 +235,7 @@ class Sessions(Part):
     # Events.
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Take note of sessions that begin and end, and of what holds a page."""
+        """Track sessions, dialogs and crashes."""
         target = self.target_of(session)
         if method == "Target.attachedToTarget":
             self._sessions.setdefault(params["sessionId"], _Session(params["targetInfo"]["targetId"]))
@@ -251,7 +251,7 @@ class Sessions(Part):
         elif method == "Inspector.targetReloadedAfterCrash":
             self._crashed.discard(target)
         elif method == "Page.javascriptDialogOpening":
-            # The page's session tells it for its iframes, too: one of another site is a target, with the id of its frame.
+            # The page's session reports dialogs of iframes too. A cross-site iframe is a target with the id of its frame.
             for held in {target, params.get("frameId", "")}:
                 self._dialogs[held] = params
                 self._fail_calls_of(held, _dialog_open(params, ran=True))
@@ -259,7 +259,7 @@ class Sessions(Part):
             self._forget_dialog(target)
 
     def on_lost(self) -> None:
-        """Forget what was of the connection: sessions are of one, their tabs may still be there."""
+        """Forget the sessions, which end with their connection. Their tabs may still exist."""
         for session in list(self._sessions):
             self.forget(session)
         self._dialogs.clear()
@@ -279,14 +279,14 @@ class Sessions(Part):
         return {"session_id": session, "target_id": self.target_of(session)}
 
     async def _set_default(self, message: Message) -> Message:
-        """Make a session the default: the one that is named, or one of the tab `target_id`."""
+        """Set the default session: that of the request, or one of the tab `target_id`."""
         await self.app.connected()
         target = message.get("target_id")
         if isinstance(target, str) and not message.get("session_id"):
             session = await self.session_in(target)
         else:
             if (named := named_session(message)) is None:
-                raise bad_request("set_session wants a session_id or a target_id")
+                raise bad_request("set_session needs a session_id or a target_id")
             session = await self.session_for(named)
             await self.prepare(session)
         self.default = session
@@ -298,13 +298,13 @@ class Sessions(Part):
 
 
 def _page_crashed() -> CDPError:
-    return CDPError("the page has crashed: load it again with goto_url()", code=SERVER_ERROR, crashed=True)
+    return CDPError("the page has crashed: reload it with goto_url()", code=SERVER_ERROR, crashed=True)
 
 
 def _dialog_open(dialog: Message, *, ran: bool) -> DialogOpen:
     kind, text = dialog.get("type", "dialog"), " ".join(str(dialog.get("message", "")).split())
     return DialogOpen(
-        f"a dialog of the page holds it ({kind}: {text[:200]!r}): answer it with handle_dialog(), then go on",
+        f"a dialog blocks the page ({kind}: {text[:200]!r}): answer it with handle_dialog()",
         dialog=dialog,
         ran=ran,
     )

@@ -1,4 +1,4 @@
-"""The page as text: its accessibility tree, a line a node, with references to act on."""
+"""The page as text: its accessibility tree, one node per line, with references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def snapshot(tab: Tab, interactive: bool = False, *, timeout: float = TIMEOUT) -> str:
-    """Return the page as text: a line a node, with its role, name, states, reference and value, those of iframes included.
+    """Return the page as text, including iframes: one node per line, with its role, name, states, reference and value.
 
     ```
     - heading "Sign in" [level=1] [ref=e1]
@@ -18,8 +18,8 @@ def snapshot(tab: Tab, interactive: bool = False, *, timeout: float = TIMEOUT) -
     - button "Go" [disabled] [ref=e3]
     ```
 
-    Only what can be acted on if `interactive`. `click`, `fill_input` and others take the references: ``click("e3")``, in later
-    commands too. A node keeps its reference as long as it is there, and no other node of the tab gets it. Names are cut at 200
-    characters, and text at 1,000; control characters are escaped. An empty page is an empty text.
+    With `interactive`, only elements that can be acted on. `click`, `fill_input` and others accept references, also in later
+    commands: ``click("e3")``. A node keeps its reference as long as it exists, and references are not reused. Names are
+    truncated at 200 characters, and text at 1,000; control characters are escaped. An empty page is an empty string.
     """
     return str(tab.request({"meta": "snapshot", "interactive": bool(interactive)}, timeout=timeout)["text"])

@@ -1,7 +1,7 @@
-"""A tab as a client has it: requests to the daemon over one kept connection, for one tab of its browser.
+"""A tab: a client's requests to the daemon, over one connection, for one tab of the browser.
 
-It starts the daemon where none runs. What can be done in a page is in modules of its own, whose functions have the tab as their
-first parameter: `Tab` has them as methods, and imports what `page_info` does not need when it is first called.
+The daemon is started if necessary. Functions that act on a page are in other modules, and have the tab as their first
+parameter: `Tab` has them as methods. Modules that `page_info` does not need are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
     from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, nodes, screenshot, snapshot
 
-# Seconds that the daemon gets beyond a timeout, which it keeps itself and knows more about.
+# Seconds beyond a timeout, since the daemon enforces it and has a better error.
 _GRACE = 2.0
 
-# Requests that do nothing to a page that is not the one of before.
+# Requests that are safe in a tab other than the one expected.
 _GOES_ELSEWHERE = {"Page.navigate", "current_tab", "drain_events", "pending_dialog", "session"}
 
 
 class Browser:
-    """The browser of a daemon: `new_tab` and `tab` give its tabs. A forked child opens a connection and tabs of its own.
+    """The browser of a daemon: `new_tab` and `tab` return its tabs. A forked child opens its own connection and tabs.
 
     ```python
     with Browser() as browser, browser.new_tab("https://example.org") as tab:
         print(tab.page_info()["title"])
     ```
 
-    `name` is the daemon's, which is started when it is first needed: by default what the variable `BU_NAME` says when it is.
+    `name` is that of the daemon, which is started on first use; the default is the variable `BU_NAME` at that time.
     """
 
     def __init__(self, name: str | None = None) -> None:
@@ -49,25 +49,25 @@ class Browser:
 
     @property
     def connection(self) -> Connection:
-        """The connection of this process, which may not be made yet."""
+        """The connection of this process, which may not be open yet."""
         if self._connection.pid != os.getpid():
             self._connection = Connection()
         return self._connection
 
     def connect(self, *, timeout: float = START_TIMEOUT, on_progress: Callable[[Any], object] | None = None) -> Client:
-        """Return the client of the daemon, which is started if it does not run, or if its browser is gone.
+        """Return the client of the daemon, which is started if it does not run, or restarted if its browser is gone.
 
-        `on_progress` is called with a text if the start waits for somebody. Raises `StartFailed` (of harness_ipc) with the
-        reason, `IncompatibleDaemon` if the daemon is another program's, `BrowserMismatch` if it holds another browser than the
-        environment asks for, and what `ensure_daemon` does.
+        `on_progress` is called with a text if the start waits for the browser's user. Raises `StartFailed` (of harness_ipc)
+        with the reason, `IncompatibleDaemon` if the daemon belongs to another program, `BrowserMismatch` if it holds another
+        browser than the environment asks for, and what `ensure_daemon` does.
         """
         return self.connection.connect(self._name or daemon_name(), timeout, on_progress)
 
     def new_tab(self, url: str = "about:blank", *, isolated: bool = False, background: bool = False, keep: bool = False) -> Tab:
-        """Open a tab for this process, and return it: it is closed by its `close`, by ours, and when this process has ended.
+        """Open a tab for this process. It is closed by its `close`, by that of this object, and at the end of the process.
 
-        It is `isolated` if it has cookies and storage of its own; in the `background` the browser goes on to show the tab that
-        it shows; one that is to `keep` stays. Raises what `goto_url` does.
+        An `isolated` tab has its own cookies and storage; a `background` tab is not shown; with `keep`, it stays open. Raises
+        what `goto_url` does.
         """
         tab = Tab(self, {"new": True, "isolated": isolated, "background": background, "keep": keep, "alone": True})
         tab.enter()
@@ -76,7 +76,7 @@ class Browser:
         return tab
 
     def tab(self, name: str) -> Tab:
-        """Return the tab of that name, which is opened at its first use, and stays: see `--tab-name`.
+        """Return the tab of that name, which is opened on first use and stays open: see `--tab-name`.
 
         Raises `TabInUse` if another process is in it.
         """
@@ -85,14 +85,14 @@ class Browser:
         return tab
 
     def tabs(self) -> list[Tab]:
-        """Return all tabs of the browser. This process is in one from its first request to it on, with others if they are."""
+        """Return all tabs of the browser. This process enters one with its first request, and may share it with others."""
         tab = Tab(self)
         return [Tab(self, {"target_id": info["targetId"], "alone": True}) for info in tab.list_tabs()]
 
     def close(self) -> None:
         """Close the tabs that were opened for this process, and the connection. The next request opens another.
 
-        The daemon and its browser go on.
+        The daemon and its browser keep running.
         """
         self.connection.close()
 
@@ -104,7 +104,7 @@ class Browser:
 
 
 class Deferred:
-    """A function of a module of this package, which is imported when the function is first called or looked at."""
+    """A function of a module that is imported when the function is first called or inspected."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module = module
@@ -162,9 +162,9 @@ if not TYPE_CHECKING:
 
 
 class Tab:
-    """A tab of the browser, for any number of threads: the one that its first request is answered for, until it moves.
+    """A thread-safe tab of the browser. The first request chooses the tab; `switch_tab` and `new_tab` change it.
 
-    It moves by `switch_tab` and `new_tab`. `begin` says in which tab it begins: see `Tabs` of the daemon.
+    `begin` says which tab to start in: see `Tabs` of the daemon.
     """
 
     def __init__(self, browser: Browser, begin: dict[str, Any] | None = None) -> None:
@@ -174,12 +174,12 @@ class Tab:
 
     @property
     def place(self) -> Place | None:
-        """Where it is, or None before its first request, after `leave`, and in a forked child."""
+        """The current place, or None before the first request, after `leave`, and in a forked child."""
         place = self._place
         return place if place is not None and place.client is self.browser.connection.client else None
 
     def enter(self, wanted: dict[str, Any] | None = None, *, timeout: float = TIMEOUT) -> Place:
-        """Return where it is: be in the tab that is `wanted`, or that it begins in, unless it is in one."""
+        """Return the current place. If there is none, enter the tab that is `wanted`, by default that of `begin`."""
         self.browser.connect()
         if (place := self.place) is None:
             with self.browser.connection.lock:
@@ -193,11 +193,11 @@ class Tab:
 
     @property
     def _who(self) -> dict[str, Any]:
-        """What it asks for in whatever tab it is."""
+        """The part of `begin` that applies in any tab."""
         return {key: value for key, value in self.begin.items() if key in ("name", "alone")}
 
     def move(self, wanted: dict[str, Any], *, timeout: float = TIMEOUT) -> Place:
-        """Go to another tab, and return where it is now. Raises `TabClosed` if it can't be had."""
+        """Go to another tab, and return the place. Raises `TabClosed` if there is none."""
         check_seconds("timeout", timeout)
         if (place := self.place) is None:
             return self.enter({**self._who, "own": False, **wanted}, timeout=timeout)
@@ -210,14 +210,14 @@ class Tab:
         return place
 
     def leave(self) -> None:
-        """Be in no tab; close one that was opened for this process. The next request begins anew, but not where this did."""
+        """Leave the tab; close it if it was opened for this process. The next request chooses a tab, ignoring `begin`."""
         place, self._place = self.place, None
         self.begin = self._who
         if place is not None:
             self.browser.connection.leave(place)
 
     def close(self) -> None:
-        """Leave the tab. One of `Browser.new_tab` is closed, unless it is to keep; one with a name stays."""
+        """Leave the tab. A tab of `Browser.new_tab` is closed, unless it was opened with `keep`; a named one stays open."""
         self.leave()
 
     def __enter__(self) -> Self:
@@ -227,11 +227,10 @@ class Tab:
         self.close()
 
     def request(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Ask the daemon one thing, and return its reply: ``{"method", "params", "session_id"}``, or ``{"meta": verb}``.
+        """Send a request, ``{"method", "params", "session_id"}`` or ``{"meta": verb}``, and return the daemon's reply.
 
-        A request that names no session is for this tab; one for the browser's tabs (``Target.…``) is for none. Raises what
-        `errors` lists for a reply with an error; `ConnectionLost` if the daemon goes away and this may have run. A daemon that
-        went before is started again.
+        Without a session, it is for this tab, or for methods of ``Target`` for the browser. Raises the errors in `errors`, and
+        `ConnectionLost` if the daemon ends and the request may have run. If the daemon ended before, it is started again.
         """
         check_seconds("timeout", timeout)
         if message.get("session_id") or str(message.get("method")).startswith(BROWSER_DOMAINS):
@@ -241,19 +240,19 @@ class Tab:
             reply = self._ask({**message, "session_id": place.session}, timeout)
         except TabClosed:
             if place.is_known:
-                # Raised once, so that nothing goes to another tab unseen.
+                # Raise once, so that the caller notices the change of tabs.
                 self.leave()
                 raise
-            # Another daemon runs, and this did not: back into the tab, if it is still there.
+            # Another daemon runs, and the request did not: return to the tab, if it still exists.
             before = place.target
             place = self._enter({**self._who, "again": before, "own": place.own}, timeout)
             if place.target != before and not _GOES_ELSEWHERE & {message.get("method"), message.get("meta")}:
                 raise TabClosed(
-                    "the daemon was started again, and the tab of before is gone: nothing was done; the next request is for a "
-                    "new one, so go where you want to be with goto_url()"
+                    "the daemon was restarted, and the previous tab is gone: nothing was done; the next request opens a "
+                    "new one, so use goto_url()"
                 ) from None
             reply = self._ask({**message, "session_id": place.session}, timeout)
-        # Ours, or the one that took its place.
+        # The session of the tab, or its replacement.
         place.session = reply.get("session_id") or place.session
         return reply
 
@@ -266,7 +265,7 @@ class Tab:
         return reply
 
     def stream(self, message: dict[str, Any], *, timeout: float = TIMEOUT) -> Generator[Any]:
-        """Yield the items with which the daemon answers `message`, ``{"meta": stream, …}``. `timeout` is for each of them.
+        """Yield the items of the daemon's stream for `message`, ``{"meta": stream, …}``. `timeout` in seconds is for each item.
 
         Closing the generator tells the daemon to end the stream. Raises what `request` does.
         """
@@ -281,15 +280,15 @@ class Tab:
             raise from_remote(error) from None
 
     def cdp(self, /, method: str, session_id: str | None = None, *, timeout: float = TIMEOUT, **params: Any) -> dict[str, Any]:
-        """Call the method of the Chrome DevTools Protocol, and return its result.
+        """Call a method of the Chrome DevTools Protocol, and return its result.
 
         ```python
         cdp("Page.navigate", url="https://example.org")
         cdp("DOM.getDocument", depth=-1)
         ```
 
-        `session_id` is another session than that of this tab, or ``"browser"`` for the browser itself, which `Target`,
-        `SystemInfo` and `Tethering` are for without one. (A parameter that is itself called ``timeout`` goes by
+        `session_id` is another session than that of this tab, or ``"browser"`` for the browser itself, which is the default for
+        `Target`, `SystemInfo` and `Tethering`. (For a parameter named ``timeout``, use
         ``Tab.request({"method": …, "params": …})``.) Raises `CDPError`, `DialogOpen`, `TabClosed`, `BrowserTimeout` or
         `BrowserLost`.
         """
@@ -299,7 +298,7 @@ class Tab:
         return result
 
     def try_cdp(self, method: str, session_id: str | None = None, *, timeout: float = TIMEOUT, **params: Any) -> None:
-        """Call the method for something that may be gone already, with the page that it belonged to."""
+        """Call a method; ignore errors if the page or the object is gone."""
         try:
             self.cdp(method, session_id, timeout=timeout, **params)
         except (CDPError, TabClosed, DialogOpen):
@@ -335,7 +334,7 @@ class Tab:
     http_get = http.http_get
     wait_for_download = downloads.wait_for_download
     set_cookies = cookies.set_cookies
-    # Last: then the name is the method's.
+    # Last: it shadows the module.
     cookies = cookies.cookies
     snapshot = snapshot.snapshot
     find = find.find

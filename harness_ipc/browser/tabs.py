@@ -1,6 +1,6 @@
-"""The browser's tabs: which client is in which, what they are called, where one is, opening and closing it.
+"""The tabs of the browser: their clients and names, opening and closing them.
 
-A client is in a tab for as long as its stream is in flight, so that one which was killed has left, too.
+A client is in a tab for as long as its stream is in flight, so a killed client leaves too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .daemon import BrowserApp
     from .part import Message, Method, Stream, Verb
 
-# Seconds for a page to say where it is, before the browser is asked instead.
+# Seconds for a page to report its URL, before the browser is asked instead.
 _WHERE_TIMEOUT = 3.0
-# Seconds for a tab that closes, beyond the browser's word that it will.
+# Seconds for a tab to close after the browser has accepted that.
 _CLOSE_TIMEOUT = 5.0
 
 
@@ -33,7 +33,7 @@ class _Occupant:
 
     def __init__(self, wanted: Message) -> None:
         self.pid = harness_ipc.current_request().peer.pid
-        # Where its switches are remembered for later clients: the name of a tab, "" for no name; None for nowhere.
+        # The tab name under which its switches are remembered for later clients; "" without a name, None for not at all.
         self.remembered: str | None = None if wanted.get("alone") else str(wanted.get("name") or "")
         self.target = ""
         # Tabs that are closed when it leaves.
@@ -43,49 +43,49 @@ class _Occupant:
 class Tabs(Part):
     """The tabs of the browser, and the clients in them.
 
-    A client asks for a tab by ``{"target_id"}``, ``{"tab": "current", an id or a part of a URL}``, ``{"new", "isolated",
-    "background"}``, ``{"name"}`` or ``{"again": the target of before}``; without any of them it is the one that was switched to
-    last, if no client is in it, or a new one. With "keep" a tab that is opened for it stays when it leaves, with "switch" later
-    clients begin there, or those of its "name", unless it is "alone".
+    A client requests a tab by ``{"target_id"}``, ``{"tab": "current", an id or a part of a URL}``, ``{"new", "isolated",
+    "background"}``, ``{"name"}`` or ``{"again": the previous target}``. Without any of these, it gets the tab that was switched
+    to last, if no client is in it, or a new one. With "keep", a tab opened for it stays open when it leaves. With "switch",
+    later clients (with the same "name") start in the tab, unless the client is "alone".
     """
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
-        # Tabs that somebody waits for to be closed.
+        # Tabs that are being closed.
         self._closing: dict[str, asyncio.Event] = {}
         self._occupants: dict[str, _Occupant] = {}
-        # The tabs that have a name.
+        # Target by name.
         self._named: dict[str, str] = {}
-        # The tabs of each browser context that is disposed of with the last of them.
+        # The tabs of each browser context, which is disposed with the last of them.
         self._contexts: dict[str, set[str]] = {}
-        # One client at a time chooses its tab.
+        # Held while a client chooses its tab.
         self._choosing = asyncio.Lock()
         self._draining = asyncio.Event()
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The requests about tabs."""
+        """The requests for tabs."""
         return {"current_tab": self.current_tab, "move_tab": self._move, "leave_tab": self._leave}
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """The stream that is in flight for as long as its client is in a tab."""
+        """The stream of a client in a tab."""
         return {"enter_tab": self._enter}
 
     @property
     def methods(self) -> Mapping[str, Method]:
-        """What opens and closes them."""
+        """The methods that open and close tabs."""
         return {"Target.closeTarget": self._close, "Target.createBrowserContext": self._create_context}
 
     def is_free(self, target: str) -> bool:
-        """Return whether no client is in a tab, and it has no name and no cookies of its own."""
+        """Return whether no client is in a tab, and it is neither named nor isolated."""
         pages = set().union(*self._contexts.values())
         return target not in {*self._named.values(), *pages} and not any(
             target == occupant.target or target in occupant.own for occupant in self._occupants.values()
         )
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Take note of a tab that was opened, that has closed, or asks its user whether it may be."""
+        """Track new and closed tabs, and dialogs of closing ones."""
         if method == "Target.targetCreated":
             self._add_opened(params["targetInfo"])
         elif method == "Target.targetDestroyed":
@@ -95,17 +95,17 @@ class Tabs(Part):
             self._end_closing(self.app.sessions.target_of(session))
 
     def on_drain(self) -> None:
-        """End the streams. Tabs stay: the next daemon's clients may be the same."""
+        """End the streams. Tabs stay open for the clients' next daemon."""
         self._draining.set()
 
     def on_lost(self) -> None:
-        """Forget the contexts, which end with the connection."""
+        """Forget browser contexts, which end with the connection."""
         self._contexts.clear()
 
     # The clients.
 
     async def _enter(self, wanted: Message) -> AsyncIterator[Message]:
-        """Yield the tab that a client is in from now on, and wait until the client leaves."""
+        """Enter a tab and yield it, then wait until the client leaves."""
         occupant, number = _Occupant(wanted), uuid.uuid4().hex
         self._occupants[number] = occupant
         try:
@@ -117,25 +117,25 @@ class Tabs(Part):
                 self.start(self._close_own(occupant))
 
     async def _move(self, message: Message) -> Message:
-        """Have a client go to another tab."""
+        """Move a client to another tab."""
         return await self._go(self._occupant(message), message)
 
     async def _leave(self, message: Message) -> Message:
-        """Close the tabs of a client that is about to leave."""
+        """Close the tabs of a client that leaves."""
         await self._close_own(self._occupant(message))
         return {}
 
     def _occupant(self, message: Message) -> _Occupant:
         occupant = self._occupants.get(str(message.get("place")))
         if occupant is None:
-            raise TabClosed("this daemon knows no such place in a tab: it is another one than the one that gave it")
+            raise TabClosed("this place belongs to another daemon: enter a tab again")
         return occupant
 
     async def _go(self, occupant: _Occupant, wanted: Message) -> Message:
-        """Put a client into the tab that it asks for. Raises `TabClosed` if there is none, or `TabInUse`."""
+        """Move a client to the tab that it requests. Raises `TabClosed` if there is none, or `TabInUse`."""
         await self.app.connected()
         before = occupant.target
-        # A tab that is opened for a client which leaves meanwhile is closed with the others.
+        # In a task: if the client leaves meanwhile, the new tab is closed with its others.
         choosing = self.start(self._choose(occupant, wanted))
         try:
             await asyncio.shield(choosing)
@@ -153,7 +153,7 @@ class Tabs(Part):
         return {"session_id": session, "target_id": target, "own": bool(occupant.own)}
 
     async def _choose(self, occupant: _Occupant, wanted: Message) -> None:
-        """Have the client be in the tab that it asks for, before another one may choose."""
+        """Choose the tab that a client requests, one client at a time."""
         async with self._choosing:
             if "again" in wanted:
                 occupant.target = await self._find_again(occupant, wanted)
@@ -171,7 +171,7 @@ class Tabs(Part):
                 occupant.target = await self._open(occupant, wanted) if current in others else current
 
     async def _find(self, text: str) -> str:
-        """Return the current tab, the one with that id, or the only one with `text` in its URL."""
+        """Return the current tab, the tab with the id `text`, or the only one with `text` in its URL."""
         if text == "current":
             return self.app.sessions.target_of(await self.app.sessions.session_for(None))
         pages = {info["targetId"]: info["url"] for info in await self.app.sessions.targets() if info["type"] == "page"}
@@ -194,7 +194,7 @@ class Tabs(Part):
         return await self._open(occupant, {**wanted, "own": False})
 
     async def _find_again(self, occupant: _Occupant, wanted: Message) -> str:
-        """Return the tab that the client was in when another daemon ran, or a new one: it has not chosen any other."""
+        """Return the tab of the client under an earlier daemon, or a new one."""
         target = str(wanted["again"])
         if target in {info["targetId"] for info in await self.app.sessions.targets()}:
             if wanted.get("own"):
@@ -207,10 +207,10 @@ class Tabs(Part):
     # Opening and closing.
 
     async def _open(self, occupant: _Occupant, wanted: Message) -> str:
-        """Open a tab, which is the client's own if it asks for that."""
+        """Open a tab; unless "keep" is set, it is closed when the client leaves."""
         params: Message = {"url": "about:blank", "background": not wanted.get("new") or bool(wanted.get("background"))}
         if wanted.get("isolated"):
-            # It ends with our connection, if not before.
+            # Disposed with the connection at the latest.
             result = await self._create_context({"disposeOnDetach": True}, CALL_TIMEOUT)
             params["browserContextId"] = result["browserContextId"]
             self._contexts[result["browserContextId"]] = set()
@@ -222,7 +222,7 @@ class Tabs(Part):
         return target
 
     def _add_opened(self, info: Message) -> None:
-        """Count a new tab to its context, and to the client that owns the tab that has opened it."""
+        """Add a new tab to its browser context, and to the client that owns its opener."""
         if info["type"] != "page":
             return
         if (pages := self._contexts.get(info.get("browserContextId", ""))) is not None:
@@ -232,7 +232,7 @@ class Tabs(Part):
                 occupant.own.add(info["targetId"])
 
     def _forget(self, target: str) -> None:
-        """Take note that a tab has closed."""
+        """Record that a tab was closed."""
         for occupant in self._occupants.values():
             occupant.own.discard(target)
         for name in [name for name, named in self._named.items() if named == target]:
@@ -248,7 +248,7 @@ class Tabs(Part):
             await self.app.connection.call("Target.disposeBrowserContext", {"browserContextId": context})
 
     async def _close_own(self, occupant: _Occupant) -> None:
-        """Close the tabs of a client that leaves, but for those that another one is in: they become its own."""
+        """Close the tabs of a client that leaves. Those that another client is in become its own."""
         others = [other for other in self._occupants.values() if other is not occupant]
         while occupant.own:
             target = occupant.own.pop()
@@ -260,18 +260,18 @@ class Tabs(Part):
                 await self.app.sessions.answer_dialog(target, accept=True)
 
     async def current_tab(self, message: Message) -> Message:
-        """Say where the tab of a session is."""
+        """Return targetId, url and title of the tab of a session."""
         sessions = self.app.sessions
         connection, session = await sessions.requested(message)
         target = sessions.target_of(session)
         try:
-            # The browser itself learns of a navigation later than its page.
+            # The browser learns of a navigation later than the page.
             sessions.check_page(session, "Runtime.evaluate")
             params = {"expression": "[location.href, document.title]", "returnByValue": True}
             result = await connection.call("Runtime.evaluate", params, session=session, timeout=_WHERE_TIMEOUT)
             url, title = result["result"]["value"]
         except (CDPError, DialogOpen, BrowserTimeout, LookupError, TypeError):
-            # A page that is held can't say it.
+            # The page is blocked.
             info = (await connection.call("Target.getTargetInfo", {"targetId": target}))["targetInfo"]
             url, title = info.get("url", ""), info.get("title", "")
         return {"targetId": target, "url": url, "title": title, "session_id": session}
@@ -283,14 +283,14 @@ class Tabs(Part):
         return result
 
     async def _close(self, params: Message, timeout: float) -> Message:
-        """Close a tab, and return when it is closed, or asks its user whether it may be."""
+        """Close a tab. Return when it is closed, or shows a beforeunload dialog."""
         connection = self.app.connection
         target = params.get("targetId")
         if not isinstance(target, str) or target in self._closing:
             return await connection.call("Target.closeTarget", params, timeout=timeout)
         closed = self._closing[target] = asyncio.Event()
         try:
-            # Chromium 156 itself ends when it closes a tab that an iframe's dialog holds.
+            # Chromium 156 exits when it closes a tab with a dialog of an iframe.
             await self.app.sessions.answer_dialog(target, accept=False)
             result = await connection.call("Target.closeTarget", params, timeout=timeout)
             with contextlib.suppress(TimeoutError):

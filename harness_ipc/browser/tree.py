@@ -1,6 +1,6 @@
-"""A page's accessibility nodes as lines of text. Pure: it asks no browser and keeps nothing.
+"""Formats the accessibility nodes of a page as lines of text. No I/O.
 
-The format is the one of Playwright's and agent-browser's snapshots, a line a node::
+The format is that of Playwright's and agent-browser's snapshots, one node per line::
 
     - heading "Sign in" [level=1] [ref=e1]
     - textbox "Name" [required] [ref=e2]: Ada
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Nodes = dict[str, Any]
 
-# Characters of a name, a value or a stretch of text.
+# The limit of a name or a value in characters.
 MAX_NAME = 200
 MAX_TEXT = 1000
 
@@ -31,29 +31,29 @@ INTERACTIVE = frozenset((
     "searchbox", "slider", "spinbutton", "switch", "tab", "textbox", "treeitem",
     "ColorWell", "Date", "DateTime", "DisclosureTriangle", "InputTime",
 ))
-# Boxes without a meaning: they are shown if they have a name, or can be clicked or focused.
+# Generic roles: shown only with a name, or if they can be clicked or focused.
 _PLAIN = frozenset((
     "generic", "none", "presentation", "rowgroup",
     "Abbr", "LabelText", "Legend", "MenuListPopup", "Ruby", "RubyAnnotation", "Section",
 ))
 # fmt: on
-# The browser's own parts of a text: said by the node that they are in.
+# Parts of a text, which is shown by their parent.
 _PARTS = frozenset(("InlineTextBox", "LineBreak", "ListMarker"))
-# Of lists whose role is another.
+# List markers of elements with another role.
 _MARKERS = "•◦▪"
 _FRAMES = frozenset(("Iframe", "IframePresentational"))
-# What the value of is text that the user edits: the nodes below it say it again.
+# Roles whose value is repeated by their children.
 _EDITED = frozenset(("textbox", "searchbox", "spinbutton", "Date", "DateTime", "InputTime", "ColorWell"))
-# Chrome's own names for what has none in ARIA.
+# Chrome's names for roles that ARIA does not have.
 _NAMES = {"Iframe": "iframe", "IframePresentational": "iframe", "DisclosureTriangle": "button"}
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 class Document:
-    """What a browser says of one frame's document: its `nodes` as `Accessibility.getFullAXTree` gives them, and its `dom`.
+    """The document of one frame: `nodes` as returned by `Accessibility.getFullAXTree`, and `dom`.
 
-    `frames` has the document of each iframe by the backendNodeId of its element; `place` is what a reference to one of its
-    nodes has to remember of it.
+    `frames` has the documents of its iframes by the backendNodeId of the iframe element; `place` is the key of the document
+    in references (target, frame, loader).
     """
 
     def __init__(self, nodes: list[Nodes], *, place: tuple[str, str, str], dom: Dom | None) -> None:
@@ -65,12 +65,12 @@ class Document:
 
     @cached_property
     def clickable(self) -> frozenset[int]:
-        """The backendNodeIds of what listens for clicks or shows a hand."""
+        """The backendNodeIds of clickable elements."""
         return frozenset(self.dom.clickable()) if self.dom is not None else frozenset()
 
 
 class Element:
-    """A node that is shown: what a line says of it, and the elements below it."""
+    """A node to show: the content of its line, and its children."""
 
     __slots__ = ("actionable", "children", "name", "node", "role", "states", "value")
 
@@ -85,7 +85,7 @@ class Element:
 
 
 def elements(document: Document) -> Element:
-    """Return the elements of `document`, below one that stands for itself."""
+    """Return the elements of `document` as a tree, whose root represents the document."""
     top = Element("document", "", None)
     if document.root is None:
         return top
@@ -111,10 +111,10 @@ def elements(document: Document) -> Element:
 def render(document: Document, reference: Callable[[Document, int], str], *, interactive: bool = False) -> str:
     """Return the lines of `document` and of the documents in its iframes.
 
-    `reference` gives the reference of the node of a document; `interactive` leaves only what can be acted on.
+    `reference` returns the reference of a node; with `interactive`, only elements that can be acted on are included.
     """
     lines: list[str] = []
-    # Before the elements below a line come those that stand in the stack above them.
+    # Depth first: the top of the stack is next.
     pending = [(document, element, 0) for element in reversed(elements(document).children)]
     while pending:
         inside, element, depth = pending.pop()
@@ -132,7 +132,7 @@ def render(document: Document, reference: Callable[[Document, int], str], *, int
 
 
 def plain(text: Any, limit: int = MAX_NAME) -> str:
-    """Return a page's text in one line, with control characters escaped, and what is beyond `limit` characters cut."""
+    """Return a text as one line, with control characters escaped, and truncated to `limit` characters."""
     words = " ".join(str(text).translate(_INVISIBLE).split())
     if len(words) > limit:
         words = words[:limit].rstrip() + "…"
@@ -140,7 +140,7 @@ def plain(text: Any, limit: int = MAX_NAME) -> str:
 
 
 def role_of(node: Nodes) -> str:
-    """Return the role of a node as a line has it, "" if the page shows nobody the node."""
+    """Return the role of a node for its line, or "" if the node is hidden."""
     if node["ignored"]:
         return ""
     role = str(node["role"]["value"])
@@ -150,9 +150,9 @@ def role_of(node: Nodes) -> str:
 
 
 def _shown(document: Document, node: Nodes) -> Iterator[Nodes | str]:
-    """Yield the nodes below `node` that are shown, and between them each stretch of text."""
+    """Yield the descendants of `node` to show, and the text between them."""
     text = ""
-    # The identifier of a node, or None where a box ends, and with it a stretch of text.
+    # Node ids; None marks the end of a box, which separates texts.
     pending: list[str | None] = list(reversed(node.get("childIds", ())))
     while pending:
         number = pending.pop()
@@ -234,7 +234,7 @@ def _states(role: str, properties: Nodes) -> Iterator[str]:
 
 
 def _fold(element: Element) -> None:
-    """Leave out the text below an element that its line says already, and move text that is all there is into the line."""
+    """Remove text children that repeat the name; move a text that is the only child into the line."""
     children = element.children
     texts = [child for child in children if child.role == "text"]
     if said := element.name:
@@ -244,12 +244,12 @@ def _fold(element: Element) -> None:
     elif len(children) == len(texts) == 1 and not element.value:
         element.value, element.children = texts[0].name, []
     if element.actionable and not element.name and element.role == "generic":
-        # A name for what can be clicked and has none: the text in it.
+        # Name a clickable element without a name by its text.
         element.name = plain(" ".join(_words(element))) if element.children else ""
 
 
 def _words(element: Element) -> Iterator[str]:
-    """Yield the text below `element`, no more than a name needs."""
+    """Yield the text in `element`, as much as a name needs."""
     pending, length = list(reversed(element.children)), 0
     while pending and length < MAX_NAME:
         child = pending.pop()

@@ -1,4 +1,4 @@
-"""Patterns of addresses: a part of one, or a glob of the whole, as Playwright has it."""
+"""URL patterns: a part of the URL, or a glob of the whole URL, as in Playwright."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 
 def compile_url_pattern(pattern: str) -> re.Pattern[str]:
-    """Return what `search` finds in the addresses that fit.
+    """Return a regular expression for use with `search`.
 
-    A pattern with ``*`` is a glob of the whole address: ``*`` is any text without ``/``, ``**`` any text. Another fits where it
-    is a part of the address.
+    A pattern with ``*`` is a glob of the whole URL: ``*`` matches any text without ``/``, and ``**`` any text. Any other
+    pattern matches a part of the URL.
     """
     if "*" not in pattern:
         return re.compile(re.escape(pattern))

@@ -1,4 +1,4 @@
-"""Ask a DevTools server over HTTP for the address of its WebSocket. It knows neither tabs nor whom a server belongs to."""
+"""Gets the address of a DevTools server's WebSocket over HTTP."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .connection import ConnectionFailed, ProxyFailed
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
-# Seconds for a DevTools server to answer a small HTTP request: a local one takes milliseconds.
+# Seconds for a DevTools server to answer. A local one takes milliseconds.
 TIMEOUT = 5.0
-# Bytes of an answer that are read: Chrome's has some 400.
+# The limit of the response in bytes. Chrome's has about 400.
 _MAX_ANSWER = 1024 * 1024
 
 
 async def ask_websocket_url(base: str, sock: socket.socket | None = None, *, timeout: float | None = None) -> str:
     """Return the `webSocketDebuggerUrl` of the DevTools server at the URL `base`, in `timeout` seconds (`TIMEOUT`).
 
-    The connected `sock` is used for it and closed; without one, a connection is made, by the environment's proxy if it has one.
-    No redirect is followed, and the user name and password in `base` go to its host alone. Raises `ConnectionFailed`.
+    The connected `sock` is used and closed; without one, a connection is opened, through the environment's proxy if any.
+    Redirects are not followed, and the user name and password in `base` are sent only to its host. Raises `ConnectionFailed`.
     """
     timeout = TIMEOUT if timeout is None else timeout
     place = without_secret(base)
@@ -44,7 +44,7 @@ async def ask_websocket_url(base: str, sock: socket.socket | None = None, *, tim
             text = f"{place} answered {status} to /json/version{through}{quote_reason(answer, base)}"
             raise ConnectionFailed(text, status=status if proxy is None else None)
         if len(answer) > _MAX_ANSWER:
-            raise ConnectionFailed(f"{place} is no DevTools server (it answered more than {_MAX_ANSWER} bytes)")
+            raise ConnectionFailed(f"{place} is not a DevTools server (it answered more than {_MAX_ANSWER} bytes)")
         return str(json.loads(answer)["webSocketDebuggerUrl"])
     except ConnectionFailed:
         raise
@@ -58,23 +58,23 @@ async def ask_websocket_url(base: str, sock: socket.socket | None = None, *, tim
         if reason is not error:
             reason = getattr(reason, "strerror", None) or reason
             raise ConnectionFailed(f"{place} can't be reached{through} ({reason})") from None
-        # Not its text: that may be the address.
-        raise ConnectionFailed(f"{place} is no DevTools server ({type(error).__name__})") from None
+        # Without the error's text, which may contain the address.
+        raise ConnectionFailed(f"{place} is not a DevTools server ({type(error).__name__})") from None
     finally:
         if sock is not None:
-            # The thread may still be reading: this ends it, and the thread closes the socket.
+            # The thread may still be reading: interrupt it, so that it closes the socket.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
 
 def _get(base: str, sock: socket.socket | None, proxy: str | None, timeout: float) -> tuple[int, bytes]:
-    """Return the status and the start of the body of the answer to a request for /json/version."""
+    """Request /json/version. Return the status, and the body up to the limit."""
     with contextlib.ExitStack() as stack:
         if sock is not None:
             stack.callback(sock.close)
         parts = urlsplit(base)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConnectionFailed(f"{without_secret(base)} is no address of DevTools: it begins with http:// or https://")
+            raise ConnectionFailed(f"{without_secret(base)} is not a DevTools address: it must begin with http:// or https://")
         host = parts.netloc.rpartition("@")[2]
         target = urlunsplit(("", "", f"{parts.path.rstrip('/')}/json/version", parts.query, ""))
         headers = {}
@@ -93,7 +93,7 @@ def _get(base: str, sock: socket.socket | None, proxy: str | None, timeout: floa
 
 
 def _opener(proxy: str | None) -> urllib.request.OpenerDirector:
-    """Return one that follows no redirect, which the default one does, with the headers that hold the password."""
+    """Return an opener that follows no redirect: the default one would send the password to the new address."""
     opener = urllib.request.OpenerDirector()
     proxies = {} if proxy is None else {"http": proxy, "https": proxy}
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):

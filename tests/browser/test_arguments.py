@@ -10,7 +10,7 @@ import pytest
 from harness_ipc.browser import helpers
 
 NAN = math.nan
-NO_SCHEME = "is no complete address: add http:// or https://"
+NO_SCHEME = "is not a complete URL: add http:// or https://"
 NO_TAB = "target must be a targetId, or a tab as list_tabs() has it, not"
 
 
@@ -32,8 +32,8 @@ NO_TAB = "target must be a targetId, or a tab as list_tabs() has it, not"
         ),
         ("goto_url", ("example.com",), f"goto_url(): 'example.com' {NO_SCHEME}"),
         ("goto_url", ("[::1]:80",), f"goto_url(): '[::1]:80' {NO_SCHEME}"),
-        ("goto_url", ("//example.com",), "goto_url(): '//example.com' is no complete address: add http:"),
-        ("goto_url", ("/tmp/a.html",), "goto_url(): '/tmp/a.html' is no complete address: add file://"),
+        ("goto_url", ("//example.com",), "goto_url(): '//example.com' is not a complete URL: add http:"),
+        ("goto_url", ("/tmp/a.html",), "goto_url(): '/tmp/a.html' is not a complete URL: add file://"),
         ("goto_url", ("",), f"goto_url(): '' {NO_SCHEME}"),
         (
             "new_tab",
@@ -59,8 +59,8 @@ NO_TAB = "target must be a targetId, or a tab as list_tabs() has it, not"
         ("scroll", (1, 2, None), "scroll(): dy must be a number of CSS pixels, not NoneType: None"),
         ("type_text", (5,), "type_text(): text must be str, not int: 5"),
         ("press_key", (5,), "press_key(): key must be str, not int: 5"),
-        ("press_key", ("a", "hyper"), "press_key(): there is no modifier 'hyper': give alt, ctrl, meta or shift"),
-        ("press_key", ("a+b",), "press_key(): there is no modifier 'a': give alt, ctrl, meta or shift"),
+        ("press_key", ("a", "hyper"), "press_key(): there is no modifier 'hyper': pass alt, ctrl, meta or shift"),
+        ("press_key", ("a+b",), "press_key(): there is no modifier 'a': pass alt, ctrl, meta or shift"),
         ("press_key", ("a", 16), "press_key(): modifiers must be a sum of 1, 2, 4 and 8, not 16"),
         (
             "press_key",

@@ -736,7 +736,7 @@ def assert_refused(run: subprocess.CompletedProcess[str], status: int, words: st
 def test_a_browser_that_is_not_there(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
     run = harness_browser("-c", "print('never')")
-    assert_refused(run, 6, "HARNESS_CHROME=/nonexistent is no program; install Chrome or Chromium, or set", log=False)
+    assert_refused(run, 6, "HARNESS_CHROME=/nonexistent is not a program; install Chrome or Chromium, or set", log=False)
     assert_nothing_left(fresh)
     monkeypatch.delenv("HARNESS_CHROME")
     assert serves()
@@ -798,7 +798,7 @@ def test_a_daemon_of_another_program_is_let_alone(fresh: Path, words: list[str])
     with spawn_daemon("browser") as daemon:
         run = harness_browser(*words)
         assert daemon.process.poll() is None
-        assert_refused(run, 6, "is another program's: choose another --name, or BU_NAME", log=False)
+        assert_refused(run, 6, "belongs to another program: choose another --name, or BU_NAME", log=False)
     assert serves()
 
 
@@ -848,7 +848,7 @@ def test_reload_after_the_daemon_was_killed(fresh: Path) -> None:
     kill(daemon)
     assert lives(browser)
     run = harness_browser("--reload")
-    said = "browser: was not running, the browser that it had left is ended\n"
+    said = "browser: was not running; ended the browser that it had left\n"
     assert (run.returncode, run.stdout, run.stderr) == (0, said, "")
     assert not lives(browser)
     assert_nothing_left(fresh)

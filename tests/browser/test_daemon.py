@@ -996,7 +996,7 @@ def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.M
     wait_until(lambda: daemon_status("browser").state == "absent" and not processes_of(fresh))
     assert "idle for 0.5 s" in the_log("browser")
     monkeypatch.setenv("HARNESS_BROWSER_IDLE_TIMEOUT", "soon")
-    with pytest.raises(StartFailed, match="HARNESS_BROWSER_IDLE_TIMEOUT='soon' is no number of seconds"):
+    with pytest.raises(StartFailed, match="HARNESS_BROWSER_IDLE_TIMEOUT='soon' is not a number of seconds"):
         helpers.connect()
     monkeypatch.delenv("HARNESS_BROWSER_IDLE_TIMEOUT")
     helpers.connect()

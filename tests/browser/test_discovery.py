@@ -272,7 +272,7 @@ def test_a_port_of_another_server_is_passed_over(answer: bytes, active_port: Pat
 
 # Browsers of others that are not to be had: each has its own words, and says what to do.
 
-MEND = "start that browser with --remote-debugging-port, mend {}, or unset it to use another browser"
+MEND = "start that browser with --remote-debugging-port, fix {}, or unset it to use another browser"
 ALLOW = "click Allow in the browser's window if it asks, then try again"
 
 
@@ -284,12 +284,12 @@ ALLOW = "click Allow in the browser's window if it asks, then try again"
         pytest.param("BU_CDP_WS", FORBIDDEN, "answered 403 instead of opening a WebSocket", ALLOW, id="websocket forbidden"),
         pytest.param("BU_CDP_URL", FORBIDDEN, "answered 403 to /json/version", ALLOW, id="url forbidden"),
         pytest.param("BU_CDP_WS", PAGE, "answered 200 instead of opening a WebSocket", MEND, id="websocket of a page"),
-        pytest.param("BU_CDP_URL", PAGE, "is no DevTools server", MEND, id="url of a page"),
-        pytest.param("BU_CDP_WS", NO_HTTP, "is no DevTools server", MEND, id="websocket without HTTP"),
-        pytest.param("BU_CDP_URL", NO_HTTP, "is no DevTools server", MEND, id="url without HTTP"),
-        pytest.param("BU_CDP_WS", b"", "is no DevTools server", MEND, id="websocket that is closed"),
-        pytest.param("BU_CDP_URL", b"", "is no DevTools server", MEND, id="url that is closed"),
-        pytest.param("BU_CDP_URL", http("200 OK", "[1]"), "is no DevTools server", MEND, id="url of other JSON"),
+        pytest.param("BU_CDP_URL", PAGE, "is not a DevTools server", MEND, id="url of a page"),
+        pytest.param("BU_CDP_WS", NO_HTTP, "is not a DevTools server", MEND, id="websocket without HTTP"),
+        pytest.param("BU_CDP_URL", NO_HTTP, "is not a DevTools server", MEND, id="url without HTTP"),
+        pytest.param("BU_CDP_WS", b"", "is not a DevTools server", MEND, id="websocket that is closed"),
+        pytest.param("BU_CDP_URL", b"", "is not a DevTools server", MEND, id="url that is closed"),
+        pytest.param("BU_CDP_URL", http("200 OK", "[1]"), "is not a DevTools server", MEND, id="url of other JSON"),
     ],
 )
 def test_a_named_browser_that_can_not_be_had_is_an_error_that_says_why(
@@ -434,7 +434,7 @@ def test_a_program_that_is_none_is_an_error_though_there_are_others(
         program.write_text("#!/bin/sh\n")
     monkeypatch.setenv("HARNESS_CHROME", str(program))
     text = why_not()
-    assert f"HARNESS_CHROME={program} is no program; install " in text
+    assert f"HARNESS_CHROME={program} is not a program; install " in text
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
 
 

@@ -136,7 +136,7 @@ def test_nothing_runs(fresh: Path) -> None:
     assert f"harness_ipc: {harness_ipc.__version__}, " in lines[1]
     assert f"own browser: {find_binary()}, " in lines[3]
     log = log_path("browser")
-    assert lines[4] == f"OK       daemon browser: it does not run: the next command starts it; its log is {log}"
+    assert lines[4] == f"OK       daemon browser: it is not running: the next command starts it; its log is {log}"
     assert lines[5] == f"OK       browser: the next command uses our own browser, its profile {fresh / 'profile'}"
     assert troubles() == []
     assert list(fresh.iterdir()) == []
@@ -242,7 +242,7 @@ def test_a_browser_that_a_killed_daemon_has_left(warm: tuple[int, int]) -> None:
     (trouble,) = troubles()
     apply(trouble.remedy)
     assert troubles() == []
-    assert found("daemon browser").text.startswith("it does not run: ")
+    assert found("daemon browser").text.startswith("it is not running: ")
     assert serves()
 
 
@@ -273,11 +273,11 @@ def test_no_browser_is_installed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME", "/nonexistent/a\nb")
     own, browser = troubles()
-    text = "HARNESS_CHROME=/nonexistent/a\nb is no program: only a browser that runs already can be used"
+    text = "HARNESS_CHROME=/nonexistent/a\nb is not a program: only a browser that runs already can be used"
     assert own == Finding("warning", "own browser", text)
     assert (browser.level, browser.topic) == ("failure", "browser")
     lines = harness_browser("--doctor").stdout.splitlines()
-    assert "WARNING  own browser: HARNESS_CHROME=/nonexistent/a\\nb is no program: only a browser that runs " in lines[3]
+    assert "WARNING  own browser: HARNESS_CHROME=/nonexistent/a\\nb is not a program: only a browser that runs " in lines[3]
     monkeypatch.delenv("HARNESS_CHROME")
     assert troubles() == []
     assert serves()
@@ -351,7 +351,7 @@ def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.M
     (_, trouble) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", None)
     assert trouble.text.startswith(f"{variable}: {place} can't be reached (")
-    assert trouble.text.endswith(f"mend {variable}, or unset it to use another browser")
+    assert trouble.text.endswith(f"fix {variable}, or unset it to use another browser")
     monkeypatch.delenv(variable)
     monkeypatch.delenv("HARNESS_CHROME")
     assert troubles() == []
@@ -375,7 +375,7 @@ def test_an_address_that_is_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, v
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "browser")
     assert trouble.text.startswith(f"{variable}: ")
-    assert trouble.text.endswith(f"mend {variable}, or unset it to use another browser")
+    assert trouble.text.endswith(f"fix {variable}, or unset it to use another browser")
     # Nor does a command stumble over it.
     refused = harness_browser("-c", "1")
     assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)
@@ -412,7 +412,7 @@ def test_a_daemon_of_another_program(fresh: Path) -> None:
     with spawn_daemon("browser", app_version="other 1") as daemon:
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "daemon browser", None)
-        assert trouble.text.endswith(" is another program's: choose another --name, or BU_NAME")
+        assert trouble.text.endswith(" belongs to another program: choose another --name, or BU_NAME")
         assert troubles("--name", "mine") == []
         assert daemon.process.poll() is None
     assert troubles() == []
@@ -454,7 +454,7 @@ def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, change: str) -> None:
     start(change)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
-    assert trouble.text.startswith("the daemon does not say how it is: ")
+    assert trouble.text.startswith("the daemon does not report its state: ")
     apply(trouble.remedy)
     assert troubles() == []
     assert serves()

@@ -130,7 +130,7 @@ def test_arguments_that_can_not_be_used(tmp_path: Path) -> None:
     wrong: Any = 5
     with pytest.raises(TypeError, match=r"^wait_for_download\(\): folder must be the path of a folder, not int: 5$"):
         wait_for_download(wrong)
-    with pytest.raises(FileNotFoundError, match="there is no such folder: make it first"):
+    with pytest.raises(FileNotFoundError, match="there is no such folder: create it first"):
         wait_for_download(tmp_path / "nowhere")
-    with pytest.raises(RuntimeError, match="is for a with statement"):
+    with pytest.raises(RuntimeError, match="in a with statement"):
         _ = wait_for_download(tmp_path).path

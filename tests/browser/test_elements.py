@@ -280,7 +280,7 @@ def test_an_iframe_that_is_not_there(page: str, site: Site) -> None:
     one_button(site)
     with pytest.raises(ElementNotFound, match="no iframe has '/nowhere' in its URL"):
         click("#a", frame="/nowhere")
-    with pytest.raises(ElementNotFound, match="'#a' is no iframe"):
+    with pytest.raises(ElementNotFound, match="'#a' is not an iframe"):
         click("#a", frame="#a")
 
 

@@ -147,14 +147,16 @@ def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
     ],
 )
 def test_code_that_computes_for_too_long_is_ended(page: str, expression: str) -> None:
-    with pytest.raises(BrowserTimeout, match=r"^the code ran for more than 1 s, and was ended$"):
+    with pytest.raises(BrowserTimeout, match=r"^the code ran for more than 1 s, and was terminated$"):
         js(expression, timeout=1)
     assert serves()
 
 
 @pytest.mark.parametrize("expression", ["new Promise(() => {})", "await new Promise(() => {})"])
 def test_a_promise_that_is_never_settled(page: str, expression: str) -> None:
-    with pytest.raises(BrowserTimeout, match=r"^the code has not ended within 1 s: it waits for a promise that is not settled"):
+    with pytest.raises(
+        BrowserTimeout, match=r"^the code has not finished within 1 s: it waits for a promise that is not settled"
+    ):
         js(expression, timeout=1)
     assert serves()
 

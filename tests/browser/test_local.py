@@ -305,7 +305,7 @@ def test_a_local_server_that_names_no_path_is_passed_over(url: str, monkeypatch:
     received: list[bytes] = []
     with answering(version_answer(url), heard=received) as port:
         monkeypatch.setattr(discovery, "PORTS", (port,))
-        assert f"also seen: port {port}: http://127.0.0.1:{port} is no DevTools server" in why_not()
+        assert f"also seen: port {port}: http://127.0.0.1:{port} is not a DevTools server" in why_not()
     assert len(received) == 1
 
 
@@ -406,4 +406,4 @@ def test_an_answer_that_is_too_long_is_given_up() -> None:
 def test_an_answer_that_is_nested_too_deep_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(http("200 OK", "[" * 100_000)) as port:
         monkeypatch.setattr(discovery, "PORTS", (port,))
-        assert f"http://127.0.0.1:{port} is no DevTools server (RecursionError)" in why_not()
+        assert f"http://127.0.0.1:{port} is not a DevTools server (RecursionError)" in why_not()

@@ -204,7 +204,7 @@ def test_cookies_that_can_not_be_set(page: str, site: Site) -> None:
         (5, TypeError, "set_cookies(): cookies must be a list of dicts, not int"),
         (["a=b"], TypeError, "set_cookies(): cookie must be a dict with name and value, not str: 'a=b'"),
         ([{"name": "a"}], TypeError, "set_cookies(): value must be str, not NoneType: None"),
-        ([{"name": "a", "value": "b", "max-age": 5}], ValueError, "set_cookies(): a cookie has no 'max-age', but name, value"),
+        ([{"name": "a", "value": "b", "max-age": 5}], ValueError, "set_cookies(): a cookie has no 'max-age': use name, value"),
     ],
 )
 def test_what_is_no_cookie(wrong: Any, error: type[Exception], text: str) -> None:
@@ -216,7 +216,7 @@ def test_what_is_no_cookie(wrong: Any, error: type[Exception], text: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"url": "example.org"}, "http_get(): 'example.org' is no complete address: add http:// or https://"),
+        ({"url": "example.org"}, "http_get(): 'example.org' is not a complete URL: add http:// or https://"),
         ({"url": "file:///etc/passwd"}, "http_get(): url must begin with http:// or https://"),
         ({"url": "http://a", "cookies": "yes"}, "http_get(): cookies must be True or False, not str: 'yes'"),
         ({"url": "http://a", "headers": "X-A: b"}, "http_get(): headers must be a dict of texts, not str: 'X-A: b'"),

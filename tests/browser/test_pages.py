@@ -199,7 +199,7 @@ def test_javascript_in_an_iframe_that_is_not_there(page: str, site: Site) -> Non
     visit(f"{site.url}/frames")
     assert iframe_target("nowhere") is None
     for which in ("title", "iframe"):
-        with pytest.raises(ElementNotFound, match=r"is no iframe|matches 2 elements"):
+        with pytest.raises(ElementNotFound, match=r"is not an iframe|matches 2 elements"):
             iframe_target(which)
     with pytest.raises(ElementNotFound, match="no iframe has 'nowhere' in its URL"):
         js("1", frame="nowhere")
@@ -590,7 +590,7 @@ def test_a_page_that_has_crashed(page: str, site: Site) -> None:
     crash()
     for act in (page_info, capture_screenshot, lambda: js("1"), lambda: press_key("x"), lambda: click_at_xy(1, 1)):
         # Without the daemon's word, each would take all of its timeout.
-        with pytest.raises(CDPError, match="the page has crashed: load it again with goto_url"):
+        with pytest.raises(CDPError, match="the page has crashed: reload it with goto_url"):
             act()
     visit(f"{site.url}/form")
     assert page_info()["title"] == "A form"

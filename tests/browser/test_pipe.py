@@ -375,9 +375,9 @@ def test_what_is_no_message_is_the_end_of_the_connection(text: str | bytes, adop
         number = json.loads(await transport.sent.get())["id"]
         for message in messages:
             transport.messages.put_nowait(message.replace("ID", str(number)) if isinstance(message, str) else message)
-        with pytest.raises(BrowserLost, match="it sent what is no message"):
+        with pytest.raises(BrowserLost, match="it sent an invalid message"):
             await call
-        with pytest.raises(BrowserLost, match="it sent what is no message"):
+        with pytest.raises(BrowserLost, match="it sent an invalid message"):
             await connection.call("Browser.getVersion")
         await connection.close()
 

@@ -170,6 +170,6 @@ def test_an_argument_that_can_not_be_used(arguments: dict[str, Any], text: str) 
 
 @pytest.mark.parametrize("helper", [capture_screenshot, print_pdf])
 def test_a_folder_that_does_not_exist(tmp_path: Path, helper: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"\(\): there is no folder .*nowhere: make it first") as caught:
+    with pytest.raises(FileNotFoundError, match=r"\(\): there is no folder .*nowhere: create it first") as caught:
         helper(tmp_path / "nowhere" / "file")
     assert caught.value.filename == str(tmp_path / "nowhere" / "file")

@@ -90,9 +90,9 @@ def test_a_proxy_is_for_remote_addresses_alone(variable: str, monkeypatch: pytes
     ("variable", "proxy", "problem"),
     [
         ("http_proxy", "http://:3128", "it has no host, or no port"),
-        ("http_proxy", "http://me@proxy.example:3128", "a proxy has a host, a port, and perhaps a user with a password"),
-        ("http_proxy", "http://proxy.example:word", "its port is no number"),
-        ("http_proxy", "ftp://proxy.example:1", "its scheme ftp is none of http, https, socks4 and socks5"),
+        ("http_proxy", "http://me@proxy.example:3128", "a proxy may have only a host, a port, a user and a password"),
+        ("http_proxy", "http://proxy.example:word", "its port is not a number"),
+        ("http_proxy", "ftp://proxy.example:1", "its scheme ftp is not http, https, socks4 or socks5"),
     ],
 )
 def test_a_proxy_that_can_not_be_used(variable: str, proxy: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
