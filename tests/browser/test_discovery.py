@@ -616,7 +616,7 @@ def test_a_window_is_on_a_display_that_takes_connections(variable: str, fresh: P
     ("name", "why"),
     [
         (":799", "No such file"),
-        ("nonsense", "no name of a display"),
+        ("nonsense", "not a display name"),
         ("localhost:59.0", "refused"),
         ("/nonexistent/socket:0", "No such file"),
     ],

@@ -111,7 +111,7 @@ def test_owners_of_an_ipv6_connection() -> None:
     ],
 )
 def test_text_that_is_no_table(table: str) -> None:
-    with pytest.raises(ValueError, match=r"no table|no row|invalid literal"):
+    with pytest.raises(ValueError, match=r"not a table|not a row|invalid literal"):
         local.owners_in_table(table, HERE, THERE)
 
 
