@@ -108,6 +108,6 @@ def test_an_argument_that_can_not_be_used(helper: str, arguments: tuple[Any, ...
         ("wait_for_load", ()),
     ],
 )
-def test_a_timeout_that_is_no_number_of_seconds(helper: str, arguments: tuple[Any, ...], timeout: Any, kind: str) -> None:
+def test_an_invalid_timeout(helper: str, arguments: tuple[Any, ...], timeout: Any, kind: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"timeout must be a number of seconds[ ,]+{kind}$"):
         getattr(helpers, helper)(*arguments, timeout=timeout)

@@ -369,7 +369,7 @@ def test_wrong_usage(fresh: Path, words: list[str], said: str) -> None:
 
 
 @pytest.mark.parametrize("words", [["-x\x1b[2J\n\x9b"], ["--doctor", "--\x1b]0;x\x07"]])
-def test_an_argument_that_is_quoted_does_not_control_the_terminal(fresh: Path, words: list[str]) -> None:
+def test_control_characters_in_arguments_are_escaped(fresh: Path, words: list[str]) -> None:
     run = harness_browser(*words)
     assert (run.returncode, run.stdout) == (2, "")
     assert all(c.isprintable() or c == "\n" for c in run.stderr), ascii(run.stderr)
@@ -449,7 +449,7 @@ def test_a_program_ends_as_with_python_itself(warm: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     "raised", ["import asyncio\nraise asyncio.CancelledError\n", "class Mine(BaseException): pass\nraise Mine\n"], ids=repr
 )
-def test_an_error_that_is_no_exception(warm: Path, tmp_path: Path, raised: str) -> None:
+def test_an_error_that_is_not_an_exception(warm: Path, tmp_path: Path, raised: str) -> None:
     path = file_of(tmp_path, raised)
     ours = harness_browser(path)
     python = [sys.executable, "-W", "error", path]
@@ -525,7 +525,7 @@ def test_a_syntax_error_shows_the_line(warm: Path, source: str, way: str) -> Non
     ]
 
 
-def test_what_was_printed_comes_before_the_traceback(warm: Path) -> None:
+def test_output_comes_before_the_traceback(warm: Path) -> None:
     command = [*COMMAND, "-c", "print('before')\n1 / 0"]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=PATIENCE)
     lines = run.stdout.splitlines()
@@ -567,9 +567,7 @@ def into_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_posix
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("count", [1, 100_000])
-def test_a_reader_that_has_seen_enough_is_no_error(
-    warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str, count: int
-) -> None:
+def test_a_closed_reader_is_no_error(warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str, count: int) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     run = into_closed_pipe("-c", f"print('x' * {count})")
     assert serves()
@@ -585,7 +583,7 @@ def test_a_reader_of_the_doctor_that_has_seen_enough(warm: Path, monkeypatch: py
 
 
 @needs_posix
-def test_a_broken_pipe_of_the_program_is_its_own(warm: Path) -> None:
+def test_a_broken_pipe_in_the_program_is_reported(warm: Path) -> None:
     run = harness_browser("-c", "import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')")
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
@@ -619,13 +617,13 @@ def test_all_is_utf_8_whatever_the_console(page: str, tmp_path: Path, console: d
 
 
 @pytest.mark.parametrize("console", CONSOLES[2:], ids=str)
-def test_what_we_say_is_utf_8_too(warm: Path, console: dict[str, str]) -> None:
+def test_our_output_is_utf8(warm: Path, console: dict[str, str]) -> None:
     run = harness_browser("é😀.py", env={**os.environ, "PYTHONUTF8": "1", **console})
     assert (run.returncode, run.stderr) == (2, "harness-browser: é😀.py can't be read: No such file or directory\n")
 
 
 @needs_linux
-def test_a_path_that_is_no_text(warm: Path, tmp_path: Path) -> None:
+def test_an_invalid_path(warm: Path, tmp_path: Path) -> None:
     (tmp_path / "\udce9.py").write_text("print(ascii(__file__[-4:]))\n1 / 0\n")
     run = harness_browser(str(tmp_path / "\udce9.py"))
     assert (run.returncode, run.stdout) == (1, "'\\udce9.py'\n")
@@ -664,9 +662,7 @@ QUOTES_A_PAGE = {
 
 @pytest.mark.parametrize("way", ["-c", "file"])
 @pytest.mark.parametrize("quotes", QUOTES_A_PAGE)
-def test_a_traceback_that_quotes_a_page_does_not_control_the_terminal(
-    warm: Path, tmp_path: Path, quotes: str, way: str
-) -> None:
+def test_control_characters_in_tracebacks_are_escaped(warm: Path, tmp_path: Path, quotes: str, way: str) -> None:
     program = OF_THE_PAGE + QUOTES_A_PAGE[quotes]
     run = harness_browser(*(["-c", program] if way == "-c" else [file_of(tmp_path, program)]))
     assert (run.returncode, run.stdout) == (1, "")
@@ -675,7 +671,7 @@ def test_a_traceback_that_quotes_a_page_does_not_control_the_terminal(
     assert (escaped.removesuffix("\\ud800") if quotes == "class" else escaped) in run.stderr
 
 
-def test_what_the_program_itself_prints_is_its_own(warm: Path) -> None:
+def test_output_of_the_program_is_unchanged(warm: Path) -> None:
     prints = "import sys\nprint(text[:-1])\nprint(text[:-1], file=sys.stderr)\n"
     run = harness_browser("-c", OF_THE_PAGE + prints)
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{STEERING[:-1]}\n", f"{STEERING[:-1]}\n")
@@ -794,7 +790,7 @@ def test_a_daemon_that_is_stopped(warm: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["-c", "print(page_info())"], ["--reload"]], ids=str)
-def test_a_daemon_of_another_program_is_let_alone(fresh: Path, words: list[str]) -> None:
+def test_a_daemon_of_another_program_is_not_touched(fresh: Path, words: list[str]) -> None:
     with spawn_daemon("browser") as daemon:
         run = harness_browser(*words)
         assert daemon.process.poll() is None
@@ -857,7 +853,7 @@ def test_reload_after_the_daemon_was_killed(fresh: Path) -> None:
 
 @needs_posix
 @pytest.mark.parametrize("which", [0, 1], ids=["the daemon", "the browser"])
-def test_reload_ends_what_is_stopped(fresh: Path, which: int) -> None:
+def test_reload_ends_a_suspended_daemon(fresh: Path, which: int) -> None:
     assert serves()
     pids = who()[:2]
     with suspended(pids[which]):
@@ -869,7 +865,7 @@ def test_reload_ends_what_is_stopped(fresh: Path, which: int) -> None:
     assert serves()
 
 
-def test_reload_leaves_a_browser_that_is_not_ours(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_does_not_end_a_foreign_browser(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with other_browser(fresh) as other:
         tabs = other.tabs()
         monkeypatch.setenv("BU_CDP_WS", other.websocket)
@@ -897,7 +893,7 @@ def test_reload_leaves_no_lock_of_a_killed_browser(fresh: Path) -> None:
 
 
 @needs_linux
-def test_a_lock_of_a_machine_that_is_no_more(fresh: Path) -> None:
+def test_a_lock_of_a_renamed_machine(fresh: Path) -> None:
     assert serves()
     harness_browser("--reload")
     lock_of(fresh).symlink_to("a-container-4")
@@ -934,7 +930,7 @@ close_tab()
 
 @needs_posix
 @pytest.mark.parametrize("way", ["-c", "-", "file"])
-def test_a_program_that_runs_in_an_untrusted_directory_does_not_make_us_import_from_it(
+def test_nothing_is_imported_from_the_programs_directory(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     (tmp_path / "bin").mkdir()

@@ -190,7 +190,7 @@ def test_it_prefers_a_real_page_to_an_empty_one(theirs: OtherBrowser, site: Site
     assert len(theirs.tabs()) == 4
 
 
-def test_the_last_tab_of_an_own_browser_may_be_closed_by_many_who_go_on(own: Client) -> None:
+def test_many_clients_may_close_the_last_tab(own: Client) -> None:
     tab = own.request({"meta": "session"})["target_id"]
     assert ask(own, "Target.closeTarget", targetId=tab)["result"] == {"success": True}
     replies = at_once(8, lambda daemon: evaluate(daemon, COUNT))
@@ -290,7 +290,7 @@ EVALUATE = {"method": "Runtime.evaluate", "params": {"expression": "6 * 7"}}
     ],
     ids=lambda value: ascii(value) if isinstance(value, dict) else "",
 )
-def test_a_request_that_is_none_is_an_error_and_the_daemon_serves_on(client: Client, message: Reply, code: int | None) -> None:
+def test_an_invalid_request_is_an_error(client: Client, message: Reply, code: int | None) -> None:
     error = error_of(client.request(message), "CDPError")
     if code is not None:
         assert error["data"]["code"] == code
@@ -299,7 +299,7 @@ def test_a_request_that_is_none_is_an_error_and_the_daemon_serves_on(client: Cli
         assert_serves(other)
 
 
-def test_what_may_be_left_out_of_a_request_may_also_be_null(client: Client) -> None:
+def test_optional_keys_of_a_request_may_be_null(client: Client) -> None:
     for more in ({"session_id": None}, {"timeout": None}, {"session_id": ""}, {"timeout": 60}):
         assert value(client.request({**EVALUATE, **more})) == 42
     assert client.request({"method": "Page.enable", "params": None, "meta": None})["result"] == {}
@@ -312,12 +312,12 @@ def test_a_timeout_may_be_longer_than_anybody_can_wait(client: Client) -> None:
 
 
 @pytest.mark.parametrize("more", [{"session_id": "no such session"}, {"meta": "set_session", "target_id": "no such tab"}])
-def test_what_was_never_there_is_closed(client: Client, more: Reply) -> None:
+def test_closing_an_unknown_tab(client: Client, more: Reply) -> None:
     error_of(client.request({**EVALUATE, **more}), "TabClosed")
     assert_serves(client)
 
 
-def test_what_is_asked_of_the_browser_has_no_session(client: Client, page: str) -> None:
+def test_requests_to_the_browser_have_no_session(client: Client, page: str) -> None:
     for session in (None, "browser"):
         reply = ask(client, "Target.getTargets", session)
         assert reply["session_id"] is None
@@ -345,7 +345,7 @@ def test_a_request_that_names_a_session_goes_to_that_session(client: Client, pag
 # Sessions, side by side.
 
 
-def test_a_request_that_names_its_session_stays_in_it_whatever_others_switch_to(client: Client, page: str) -> None:
+def test_a_request_with_a_session_is_unaffected_by_switches(client: Client, page: str) -> None:
     mine = client.request({"meta": "session"})["session_id"]
     assert value(evaluate(client, "document.title = 'mine'", mine)) == "mine"
     with connected() as other:
@@ -380,7 +380,7 @@ def test_two_clients_drive_two_tabs_at_once(client: Client) -> None:
     assert_serves(client)
 
 
-def test_a_slow_request_holds_up_nobody(client: Client) -> None:
+def test_a_slow_request_blocks_nobody(client: Client) -> None:
     mine = client.request({"meta": "session"})["session_id"]
     with in_flight(mine, expression="new Promise(done => window.done = done)") as job:
         assert value(evaluate(client, "1 + 1", mine)) == 2
@@ -461,7 +461,7 @@ def test_the_last_16_mebibytes_of_events_are_kept(client: Client) -> None:
     assert_serves(client)
 
 
-def test_a_page_that_logs_much_costs_little_memory(own: Client) -> None:
+def test_a_noisy_page_takes_little_memory(own: Client) -> None:
     loud = own.request({"meta": "session"})["session_id"]
     _, other = new_tab(own)
     daemon = psutil.Process(own.pid)
@@ -533,7 +533,7 @@ def test_a_named_session_that_has_ended_leads_to_its_successor(client: Client, p
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_many_requests_with_the_same_ended_session_attach_it_once(client: Client, page: str, named: bool) -> None:
+def test_requests_with_the_same_ended_session_attach_once(client: Client, page: str, named: bool) -> None:
     session = client.request({"meta": "session"})["session_id"]
     ask(client, "Target.detachFromTarget", sessionId=session)
     replies = at_once(16, lambda daemon: evaluate(daemon, COUNT, session if named else None))
@@ -544,7 +544,7 @@ def test_many_requests_with_the_same_ended_session_attach_it_once(client: Client
     assert_serves(client)
 
 
-def test_a_request_never_runs_twice_however_often_its_session_ends(client: Client) -> None:
+def test_a_request_never_runs_twice_if_sessions_end(client: Client) -> None:
     session = client.request({"meta": "session"})["session_id"]
     done = threading.Event()
 
@@ -594,7 +594,7 @@ def test_the_session_of_a_closed_tab_is_never_another_tab(client: Client) -> Non
     assert_serves(client)
 
 
-def test_closing_says_so_when_the_tab_is_closed(client: Client) -> None:
+def test_closing_returns_when_the_tab_is_closed(client: Client) -> None:
     for _ in range(10):
         target, _ = new_tab(client)
         assert ask(client, "Target.closeTarget", targetId=target)["result"] == {"success": True}
@@ -606,7 +606,7 @@ def test_closing_says_so_when_the_tab_is_closed(client: Client) -> None:
 # Requests in flight.
 
 
-def test_what_is_in_flight_ends_when_its_tab_is_closed(client: Client) -> None:
+def test_requests_in_flight_end_with_their_tab(client: Client) -> None:
     target, session = new_tab(client)
     with in_flight(session) as job:
         ask(client, "Target.closeTarget", targetId=target)
@@ -625,7 +625,7 @@ def test_a_request_ends_after_its_timeout_and_the_page_goes_on(client: Client) -
     assert_serves(client)
 
 
-def test_a_dialog_is_told_until_it_is_answered(client: Client) -> None:
+def test_a_dialog_is_reported_until_it_is_answered(client: Client) -> None:
     session = client.request({"meta": "session"})["session_id"]
     assert client.request({"meta": "pending_dialog"})["dialog"] is None
     # What opened it has run; what comes later has not.
@@ -649,7 +649,7 @@ def test_a_dialog_is_told_until_it_is_answered(client: Client) -> None:
     assert error_of(ask(client, "Page.handleJavaScriptDialog", session, accept=True), "CDPError")["data"]["code"] == -32602
 
 
-def test_a_crashed_page_is_told_at_once_and_can_be_loaded_again(client: Client, site: Site) -> None:
+def test_a_crashed_page_raises_at_once_and_can_be_reloaded(client: Client, site: Site) -> None:
     _, session = new_tab(client)
     with in_flight(session) as job:
         ask(client, "Page.crash", session)
@@ -664,7 +664,7 @@ def test_a_crashed_page_is_told_at_once_and_can_be_loaded_again(client: Client, 
 
 
 @needs_posix
-def test_health_is_the_browsers_own_word(own: Client) -> None:
+def test_health_asks_the_browser(own: Client) -> None:
     assert_serves(own)
     pid = own.request({"meta": "connection_status"})["pid"]
     with suspended(pid):
@@ -712,7 +712,7 @@ def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
     assert_serves(own)
 
 
-def test_helpers_are_told_once_that_their_tab_went_with_the_browser(own: Client) -> None:
+def test_helpers_raise_once_for_a_lost_tab(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill(own.request({"meta": "connection_status"})["pid"])
     told: list[type[Exception]] = []
@@ -728,7 +728,7 @@ def test_helpers_are_told_once_that_their_tab_went_with_the_browser(own: Client)
     assert_serves(own)
 
 
-def test_however_often_the_browser_is_killed_each_request_is_answered_and_the_daemon_serves(own: Client, fresh: Path) -> None:
+def test_requests_survive_repeated_kills_of_the_browser(own: Client, fresh: Path) -> None:
     done = threading.Event()
 
     def run() -> list[str]:
@@ -761,9 +761,7 @@ def test_however_often_the_browser_is_killed_each_request_is_answered_and_the_da
 
 
 @needs_posix
-def test_a_daemon_that_is_stopped_while_its_next_browser_starts_leaves_nothing(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_during_a_restart_of_the_browser_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = fresh / "program"
     program.write_text(f'#!/bin/sh\ntest -e "$0.used" && sleep 3600\ntouch "$0.used"; exec {find_binary()} "$@"\n')
     program.chmod(0o700)
@@ -901,7 +899,7 @@ def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: 
         assert_serves(successor)
 
 
-def test_a_helper_whose_daemon_was_killed_starts_another_and_goes_on(own: Client) -> None:
+def test_a_helper_restarts_a_killed_daemon(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill_daemon(own.pid)
     # In the tab in which it was.
@@ -910,7 +908,7 @@ def test_a_helper_whose_daemon_was_killed_starts_another_and_goes_on(own: Client
         assert_serves(successor)
 
 
-def test_a_daemon_that_was_killed_while_its_browser_starts_leaves_it_to_the_next_one(fresh: Path) -> None:
+def test_a_browser_is_adopted_after_a_kill_during_its_start(fresh: Path) -> None:
     note = fresh / "profile" / "harness-browser.json"
     with in_thread(helpers.connect) as starting:
         wait_until(note.exists)
@@ -945,7 +943,7 @@ def test_an_orphaned_browser_can_be_ended(own: Client, fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["another time", "no time", "torn", "empty", "another shape", "a dead one"])
-def test_a_note_that_is_not_of_our_browser_harms_nobody(kind: str, fresh: Path) -> None:
+def test_a_foreign_note_signals_nobody(kind: str, fresh: Path) -> None:
     profile = fresh / "profile"
     profile.mkdir(mode=0o700)
     stranger = psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

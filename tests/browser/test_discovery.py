@@ -178,7 +178,7 @@ def test_a_browser_that_runs_is_attached_to_and_left_running(
         assert not profile.exists()
 
 
-def test_a_named_browser_comes_before_one_that_is_found_and_that_before_an_own_one(
+def test_the_order_of_named_found_and_managed_browsers(
     theirs: OtherBrowser, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refusing() as dead:
@@ -204,9 +204,7 @@ def test_a_named_browser_comes_before_one_that_is_found_and_that_before_an_own_o
             find()
 
 
-def test_looking_for_sources_creates_nothing_and_connects_to_nothing(
-    fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listing_sources_creates_and_connects_nothing(fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(fresh.rglob("*"))
     monkeypatch.setattr(discovery, "PORTS", (1, 2))
     assert [source.how.partition(",")[0] for source in discovery.sources("browser")] == ["port 1", "port 2", "our own browser"]
@@ -214,7 +212,7 @@ def test_looking_for_sources_creates_nothing_and_connects_to_nothing(
 
 
 @pytest.mark.parametrize("text", ["", "9222", "9222\n", "9222\nno path", "port\n/devtools/browser/1", "\xff\n/"])
-def test_a_file_of_the_profile_that_is_not_yet_whole_is_no_browser(text: str, active_port: Path) -> None:
+def test_an_incomplete_port_file_is_ignored(text: str, active_port: Path) -> None:
     active_port.write_bytes(text.encode("latin-1"))
     assert [source.own is None for source in discovery.sources("browser")] == [False]
     active_port.write_text("9222\n/devtools/browser/1")
@@ -222,7 +220,7 @@ def test_a_file_of_the_profile_that_is_not_yet_whole_is_no_browser(text: str, ac
 
 
 @pytest.mark.parametrize("now", ["nobody", "another browser", "another server", "no such port"])
-def test_a_stale_file_of_the_profile_is_passed_over_and_the_log_says_so(
+def test_a_stale_port_file_is_skipped_and_logged(
     now: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -262,7 +260,7 @@ def test_a_stale_file_of_the_profile_is_passed_over_and_the_log_says_so(
         pytest.param(NO_HTTP, id="no HTTP"),
     ],
 )
-def test_a_port_of_another_server_is_passed_over(answer: bytes, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_of_another_server_is_skipped(answer: bytes, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(answer) as port:
         start(f"discovery.PORTS = ({port},)")
         assert status()["own"]
@@ -292,7 +290,7 @@ ALLOW = "click Allow in the browser's window if it asks, then try again"
         pytest.param("BU_CDP_URL", http("200 OK", "[1]"), "is not a DevTools server", MEND, id="url of other JSON"),
     ],
 )
-def test_a_named_browser_that_can_not_be_had_is_an_error_that_says_why(
+def test_an_unusable_named_browser_is_an_error_with_the_reason(
     variable: str, answer: bytes | None, said: str, advice: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refusing() if answer is None else answering(answer) as port:
@@ -315,7 +313,7 @@ def test_a_named_browser_that_can_not_be_had_is_an_error_that_says_why(
         ),
     ],
 )
-def test_a_named_browser_that_does_not_answer_perhaps_asks_its_user(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_named_browser_may_be_asking_its_user(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(None) as port:
         address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
         monkeypatch.setenv(variable, address)
@@ -329,7 +327,7 @@ def test_a_named_browser_that_does_not_answer_perhaps_asks_its_user(variable: st
     ("answer", "said"),
     [pytest.param(FORBIDDEN, "refuses (403)", id="403"), pytest.param(None, "waits for you", id="no answer")],
 )
-def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
+def test_a_found_browser_that_must_be_allowed_is_not_skipped(
     way: str, answer: bytes | None, said: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without HTTP, as Chrome is where it asks.
@@ -366,9 +364,7 @@ def test_a_browser_that_is_found_and_has_to_be_allowed_is_not_passed_over(
         pytest.param("BU_CDP_URL", SECRET, id="url that is none"),
     ],
 )
-def test_what_an_address_keeps_secret_is_in_no_message_and_in_no_log(
-    variable: str, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_of_an_address_are_in_no_message_or_log(variable: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(http("404 Not Found")) as port:
         monkeypatch.setenv(variable, address.format(port=port))
         text = why_not()
@@ -396,7 +392,7 @@ def test_what_an_address_keeps_secret_is_in_no_message_and_in_no_log(
         ),
     ],
 )
-def test_what_an_address_keeps_secret_is_said_to_its_server(
+def test_secrets_of_an_address_are_sent_to_its_server(
     variable: str, address: str, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[bytes] = []
@@ -413,7 +409,7 @@ def test_what_an_address_keeps_secret_is_said_to_its_server(
 
 
 @needs_path
-def test_without_any_browser_it_is_said_what_to_install(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_browser_the_error_says_what_to_install(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(fresh))
         text = why_not()
@@ -424,9 +420,7 @@ def test_without_any_browser_it_is_said_what_to_install(fresh: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a directory", pytest.param("a text", marks=needs_posix)])
-def test_a_program_that_is_none_is_an_error_though_there_are_others(
-    kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_program_is_an_error(kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = fresh / "program"
     if kind == "a directory":
         program.mkdir()
@@ -481,7 +475,7 @@ def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: 
         pytest.param(": > $0.started; for i in $(seq 100); do sleep 3600 & done; wait", id="while it forks"),
     ],
 )
-def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
+def test_stopping_during_the_browsers_start_ends_it(
     text: str, fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", text))
@@ -495,7 +489,7 @@ def test_a_daemon_that_is_stopped_while_its_browser_starts_ends_it(
 
 
 @needs_posix
-def test_what_the_system_refuses_is_said_in_its_words(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_system_are_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = fresh / "program"
     program.write_bytes(b"\x7fELF but not really")
     program.chmod(0o700)
@@ -551,7 +545,7 @@ def test_arguments_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 # Our own.
 
 
-def test_an_own_browser_is_private_has_no_window_and_leaves_nothing(fresh: Path, profile: Path) -> None:
+def test_a_managed_browser_is_private_and_leaves_nothing(fresh: Path, profile: Path) -> None:
     helpers.connect()
     found = status()
     assert (found["own"], found["found"]) == (True, f"our own browser, its profile {profile}")
@@ -622,14 +616,12 @@ def test_a_window_is_on_a_display_that_takes_connections(variable: str, fresh: P
     ],
 )
 @needs_linux
-def test_a_display_that_is_gone_is_told_with_the_reason(name: str, why: str) -> None:
+def test_an_unreachable_display_is_reported_with_the_reason(name: str, why: str) -> None:
     assert why in find_broken({"DISPLAY": name})["DISPLAY"]
 
 
 @needs_linux
-def test_a_browser_whose_display_is_gone_or_refuses_is_headless_and_says_so(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_usable_display_a_browser_is_headless(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", ":799")
     run = harness_browser("-c", "print(page_info()['url'])")
     assert run.stdout == "about:blank\n"
@@ -655,7 +647,7 @@ def test_further_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_path
-def test_each_name_has_a_private_profile_of_its_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_name_has_its_own_private_profile(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARNESS_CHROME_PROFILE")
     monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
     previous = os.umask(0)
@@ -680,7 +672,7 @@ def test_each_name_has_a_private_profile_of_its_own(fresh: Path, monkeypatch: py
     assert status()["pid"] == first["pid"]
 
 
-def test_a_profile_belongs_to_the_daemon_that_lives(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_belongs_to_the_running_daemon(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     helpers.js("window.mine = 1")
     daemon, browser = helpers.connect().pid, status()["pid"]
     helpers.disconnect()
@@ -739,9 +731,7 @@ def test_of_two_daemons_that_start_at_once_one_gets_the_profile(profile: Path, m
     assert status()["pid"] == browser
 
 
-def test_a_profile_in_which_another_browser_runs_is_left_alone(
-    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_of_another_running_browser_is_not_used(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with other_browser(fresh, profile="profile") as browser:
         text = why_not()
         assert text.startswith(f"the profile {profile} is in use by a browser that is not ours: end it, or set HARNESS_CHROME_")
@@ -757,7 +747,7 @@ def test_a_profile_in_which_another_browser_runs_is_left_alone(
 
 
 @needs_path
-def test_a_profile_that_a_browser_of_another_host_has_left_is_used(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_locked_by_another_host_is_used(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile.mkdir(mode=0o700)
     # Chromium would not start: it takes it for a living one.
     (profile / "SingletonLock").symlink_to("another-host-1")
@@ -791,9 +781,7 @@ def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, pr
 
 
 @needs_posix
-def test_a_program_that_starts_the_browser_as_its_child_is_ended_with_it(
-    fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrapper_of_the_browser_ends_with_it(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = script(fresh / "program", f'{shlex.quote(find_binary() or "")} "$@"\nexit 0')
     monkeypatch.setenv("HARNESS_CHROME", program)
     assert helpers.js("6 * 7") == 42

@@ -142,7 +142,7 @@ def test_nothing_runs(fresh: Path) -> None:
     assert list(fresh.iterdir()) == []
 
 
-def test_all_is_well(warm: tuple[int, int], fresh: Path, site: Site) -> None:
+def test_everything_is_ok(warm: tuple[int, int], fresh: Path, site: Site) -> None:
     harness_browser("-c", f"goto_url('{site.url}/form'); wait_for_load()")
     findings = examine()
     assert [(finding.level, finding.remedy) for finding in findings] == [("ok", None)] * len(findings)
@@ -202,7 +202,7 @@ def test_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
     assert serves()
 
 
-def test_the_next_command_mends_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
+def test_the_next_command_replaces_a_killed_browser(warm: tuple[int, int], fresh: Path) -> None:
     kill_browser(fresh, *warm)
     assert [trouble.topic for trouble in troubles()] == ["browser"]
     assert serves()
@@ -287,7 +287,7 @@ def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_posix
-def test_a_stale_word_in_the_profile_of_the_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_port_file_of_the_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = fresh / "it's home"
     profile = home / USUAL
     profile.mkdir(parents=True)
@@ -370,7 +370,7 @@ def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.M
         ("BU_CDP_URL", f"http://{'x' * 64}:1"),
     ],
 )
-def test_an_address_that_is_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str, address: str) -> None:
+def test_an_invalid_address(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str, address: str) -> None:
     monkeypatch.setenv(variable, address)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "browser")
@@ -460,7 +460,7 @@ def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, change: str) -> None:
     assert serves()
 
 
-def test_a_browser_that_answers_the_daemon_and_nobody_else(fresh: Path) -> None:
+def test_a_browser_that_answers_only_the_daemon(fresh: Path) -> None:
     start("""
 async def refuse(self, message):
     return {"error": {"type": "CDPError", "message": "as\\\\ntold"}}
@@ -523,7 +523,7 @@ def test_a_tab_that_was_closed(page: str) -> None:
     assert troubles() == []
 
 
-def test_what_a_page_calls_itself_reaches_no_terminal_raw(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_of_a_page_are_escaped(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The browser itself makes spaces of some.
     title = "a\x9b31m\u2028\u202e é 😀"
     helpers.js(f"document.title = {json.dumps(title)}")
@@ -535,7 +535,7 @@ def test_what_a_page_calls_itself_reaches_no_terminal_raw(page: str, monkeypatch
     assert seen.stdout.replace("\n", "").isprintable()
 
 
-def test_of_what_is_long_the_doctor_tells_the_beginning(page: str) -> None:
+def test_long_texts_are_truncated(page: str) -> None:
     helpers.js("document.title = 't'.repeat(2000); location.hash = 'h'.repeat(1000)")
     assert found("page").text == f"{'t' * 200}…, about:blank#{'h' * 188}…"
     with contextlib.suppress(helpers.DialogOpen):
@@ -576,7 +576,7 @@ def test_a_runtime_directory_that_is_open_to_others(fresh: Path) -> None:
     assert serves()
 
 
-def test_a_name_that_is_none(fresh: Path) -> None:
+def test_an_invalid_name(fresh: Path) -> None:
     seen = harness_browser("--name", "a/b", "--doctor", "--json")
     assert (seen.returncode, seen.stdout) == (2, "")
     assert seen.stderr == "harness-browser: 'a/b' is not a daemon name: use 1 to 64 of A-Z a-z 0-9 _ -\n"

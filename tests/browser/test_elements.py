@@ -123,13 +123,13 @@ def test_one_in_an_iframe_is_named(page: str, site: Site) -> None:
         click("#here")
 
 
-def test_an_invalid_selector_is_chromes_own_reason(page: str, site: Site) -> None:
+def test_an_invalid_selector_has_chromes_reason(page: str, site: Site) -> None:
     with pytest.raises(InvalidArgument, match=r"'button\[' is not a valid selector"):
         click("button[")
 
 
 @pytest.mark.parametrize("target", [5, None, {}, {"role": "button"}])
-def test_what_is_no_target(page: str, target: Any) -> None:
+def test_an_invalid_target(page: str, target: Any) -> None:
     with pytest.raises(TypeError, match=r"selector|objectId"):
         click(target)
 
@@ -166,7 +166,7 @@ def test_an_element_is_scrolled_into_view(page: str, site: Site) -> None:
     assert page_info()["sy"] > 0
 
 
-def test_what_covers_an_element_is_named(page: str, site: Site) -> None:
+def test_the_error_names_the_covering_element(page: str, site: Site) -> None:
     show(site, LOG + "<button id=a>One</button><div id=veil style='position:fixed;inset:0'>Accept cookies</div>")
     with pytest.raises(ElementNotReady, match="'#a' is covered by <div id=\"veil\">Accept cookies: nothing was done"):
         click("#a")
@@ -205,7 +205,7 @@ def test_a_click_waits_until_an_element_stands_still(page: str, site: Site) -> N
         ("<select><option id=a>One</select>", r"use select_option\(\)"),
     ],
 )
-def test_what_can_not_be_clicked(page: str, site: Site, body: str, problem: str) -> None:
+def test_elements_that_cannot_be_clicked(page: str, site: Site, body: str, problem: str) -> None:
     show(site, body)
     with pytest.raises(ElementNotReady, match=problem):
         click("#a")
@@ -269,7 +269,7 @@ def test_an_element_in_an_iframe(page: str, site: Site, origin: str, by: str) ->
     assert snapshot().endswith(": x")
 
 
-def test_what_covers_an_iframe_is_named(page: str, site: Site) -> None:
+def test_the_error_names_the_element_over_an_iframe(page: str, site: Site) -> None:
     site.pages["/framed"] = FRAMED
     show(site, f"<iframe src={site.other_url}/framed></iframe><div id=veil style='position:fixed;inset:0'>Wait</div>")
     with pytest.raises(ElementNotReady, match='is covered by <div id="veil">Wait'):
@@ -307,7 +307,7 @@ def test_a_field_is_filled_and_its_events_fire(page: str, site: Site, field: str
     assert (logged("input"), logged("change")) == (["a"], ["a"])
 
 
-def test_text_is_put_behind_what_is_there(page: str, site: Site) -> None:
+def test_text_is_appended(page: str, site: Site) -> None:
     show(site, "<input id=a value=old>")
     fill_input("#a", "er", clear_first=False)
     assert js("document.querySelector('#a').value") == "older"
@@ -326,7 +326,7 @@ document.addEventListener('input', e => { if (e.target.value !== tracked) state 
     assert js("state") == "noticed"
 
 
-def test_what_is_contenteditable(page: str, site: Site) -> None:
+def test_contenteditable_elements(page: str, site: Site) -> None:
     show(site, LOG + "<div id=a contenteditable>old <b>text</b></div>")
     fill_input("#a", "new")
     assert js("document.querySelector('#a').textContent") == "new"
@@ -352,7 +352,7 @@ def test_what_is_contenteditable(page: str, site: Site) -> None:
         ("<input id=a type=number>", InvalidArgument, "takes a number"),
     ],
 )
-def test_what_can_not_be_filled(page: str, site: Site, field: str, error: type[Exception], problem: str) -> None:
+def test_elements_that_cannot_be_filled(page: str, site: Site, field: str, error: type[Exception], problem: str) -> None:
     show(site, LOG + field)
     with pytest.raises(error, match=problem):
         fill_input("#a", "some text")
@@ -386,7 +386,9 @@ def test_several_options(page: str, site: Site) -> None:
         ([], TypeError, "takes a value or a label"),
     ],
 )
-def test_what_can_not_be_selected(page: str, site: Site, choices: list[Any], error: type[Exception], problem: str) -> None:
+def test_options_that_cannot_be_selected(
+    page: str, site: Site, choices: list[Any], error: type[Exception], problem: str
+) -> None:
     show(site, SELECT.format(""))
     with pytest.raises(error, match=problem):
         select_option("#a", *choices)
@@ -426,7 +428,7 @@ def test_several_files(page: str, site: Site, tmp_path: Path) -> None:
     assert js("document.querySelector('input').files.length") == 2
 
 
-def test_what_can_not_be_uploaded(page: str, site: Site, tmp_path: Path) -> None:
+def test_files_that_cannot_be_uploaded(page: str, site: Site, tmp_path: Path) -> None:
     show(site, "<input id=a type=file><p id=b>Text</p>")
     (tmp_path / "one").write_text("x")
     with pytest.raises(FileNotFoundError, match="there is no such file to upload"):

@@ -46,7 +46,7 @@ def test_a_stream_ends_with_its_tab() -> None:
         next(stream)
 
 
-def test_a_slow_reader_is_told_how_many_events_were_dropped() -> None:
+def test_a_slow_reader_gets_the_number_of_dropped_events() -> None:
     cdp("Runtime.addBinding", name="tell")
     with events("Runtime.bindingCalled", timeout=PATIENCE) as stream:
         # More than what the daemon keeps and the connection holds.

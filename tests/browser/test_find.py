@@ -59,13 +59,13 @@ EXPECTED: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-def test_what_fits_all_criteria_is_found(page: str, site: Site) -> None:
+def test_elements_match_all_criteria(page: str, site: Site) -> None:
     show(site, PAGE)
     for criteria, ids in EXPECTED:
         assert (criteria, [id_of(one) for one in find(**criteria)]) == (criteria, ids)
 
 
-def test_what_is_found_can_be_acted_on(page: str, site: Site) -> None:
+def test_found_references_can_be_clicked(page: str, site: Site) -> None:
     show(site, PAGE + "<script>onclick = e => document.title = e.target.id</script>")
     fill_input(find(label="Password")[0], "x")
     click(find(role="button", name="Save", exact=True)[0])

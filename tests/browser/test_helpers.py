@@ -49,7 +49,7 @@ def serves() -> bool:
 # Where it is.
 
 
-def test_page_info_is_what_the_page_says(page: str, site: Site) -> None:
+def test_page_info_has_values_of_the_page(page: str, site: Site) -> None:
     cdp("Emulation.setDeviceMetricsOverride", width=800, height=600, deviceScaleFactor=1, mobile=False)
     visit(f"{site.url}/form?a=1#b")
     js("document.body.style.width = '2000px'")
@@ -74,7 +74,7 @@ def test_an_address_at_which_nobody_listens(page: str, site: Site) -> None:
     assert page_info()["title"] == "Home"
 
 
-def test_what_is_downloaded_leaves_the_page_where_it_is(page: str, site: Site) -> None:
+def test_a_download_does_not_change_the_page(page: str, site: Site) -> None:
     visit(f"{site.url}/")
     assert goto_url("data:application/octet-stream,bytes")["isDownload"] is True
     assert page_info()["title"] == "Home"

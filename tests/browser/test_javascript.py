@@ -87,7 +87,7 @@ def test_half_a_pair_of_surrogates(page: str) -> None:
         (r"throw new Error('\r\u007f')", r"Error: \r\x7f"),
     ],
 )
-def test_what_javascript_throws(page: str, expression: str, text: str) -> None:
+def test_javascript_exceptions(page: str, expression: str, text: str) -> None:
     with pytest.raises(JavaScriptError) as caught:
         js(expression)
     assert str(caught.value).splitlines()[0] == text
@@ -95,7 +95,7 @@ def test_what_javascript_throws(page: str, expression: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("expression", ["a b", "(", "await (", "return ("])
-def test_what_is_not_javascript(page: str, expression: str) -> None:
+def test_invalid_javascript(page: str, expression: str) -> None:
     with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
         js(expression)
     assert serves()
@@ -110,7 +110,7 @@ def test_what_is_not_javascript(page: str, expression: str) -> None:
         ("new Function('await 1')"),
     ],
 )
-def test_code_with_a_syntax_error_of_its_own_runs_once(page: str, statement: str) -> None:
+def test_code_with_a_runtime_syntax_error_runs_once(page: str, statement: str) -> None:
     js("window.runs = 0")
     with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
         js(f"window.runs += 1; {statement}")
@@ -204,7 +204,7 @@ def test_declarations_are_the_calls_own(page: str, expression: str, value: objec
     )
 
 
-def test_what_is_meant_to_stay_stays(page: str) -> None:
+def test_globals_stay_in_the_page(page: str) -> None:
     js("var one = 1; let other = 2; window.three = 3; four = 4; function five() { return other + 3 }")
     assert js("[one, three, four, five()]") == [1, 3, 4, 5]
     js("var six = await Promise.resolve(6)")
@@ -275,12 +275,12 @@ def test_a_page_that_has_its_own_eval(page: str) -> None:
     assert js("const a = (function () { return 3 })(); a") == 3
 
 
-def test_code_runs_as_if_its_user_had_clicked(page: str) -> None:
+def test_code_runs_with_user_activation(page: str) -> None:
     for expression in ("let a; a = navigator.userActivation.isActive", "await 1; navigator.userActivation.isActive"):
         assert js(expression) is True
 
 
 @pytest.mark.parametrize("wrong", [5, None, b"1", ["1"]])
-def test_code_that_is_no_text(wrong: object) -> None:
+def test_code_must_be_text(wrong: object) -> None:
     with pytest.raises(TypeError, match=r"^js\(\): expression must be str, not \w+: "):
         js(wrong)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_no_process_of_the_browser_listens(fresh: Path, profile: Path) -> None:
     assert stat.S_IMODE(profile.stat().st_mode) == 0o700
 
 
-def test_all_that_the_browser_writes_is_private_whatever_the_umask(profile: Path) -> None:
+def test_files_of_the_browser_are_private_with_any_umask(profile: Path) -> None:
     previous = os.umask(0)
     try:
         helpers.connect()
@@ -113,7 +113,7 @@ def test_large_messages_go_both_ways() -> None:
 # Adoption.
 
 
-def test_a_daemon_that_is_killed_while_it_writes_leaves_a_browser_that_can_be_used(profile: Path) -> None:
+def test_a_browser_is_usable_after_a_daemon_killed_while_writing(profile: Path) -> None:
     helpers.js("window.kept = 42")
     pid, daemon = browser_pid(), helpers.connect().pid
     with suspended(pid), in_thread(helpers.js, f"window.half = '{'x' * LARGE}'.length", timeout=PATIENCE) as job:
@@ -130,7 +130,7 @@ def test_a_daemon_that_is_killed_while_it_writes_leaves_a_browser_that_can_be_us
 FLOOD = "window.kept = 42; var n = 0, flood = setInterval(() => console.log(n++, 'x'.repeat(99991)), 1)"
 
 
-def test_a_daemon_that_is_killed_while_it_reads_leaves_a_browser_that_can_be_used(profile: Path) -> None:
+def test_a_browser_is_usable_after_a_daemon_killed_while_reading(profile: Path) -> None:
     helpers.js(FLOOD)
     pid, daemon = browser_pid(), helpers.connect().pid
     before = len(psutil.Process(daemon).net_connections("inet"))
@@ -158,7 +158,7 @@ def count_logs(events: list[dict[str, Any]]) -> int:
     return sum(event["method"] == "Runtime.consoleAPICalled" for event in events)
 
 
-def test_what_a_killed_daemon_intercepted_goes_on(site: Site) -> None:
+def test_requests_intercepted_by_a_killed_daemon_continue(site: Site) -> None:
     helpers.goto_url(f"{site.url}/")
     helpers.cdp("Fetch.enable")
     helpers.js("window.fetched = 'not yet'; fetch('/form').then(reply => window.fetched = reply.status); 0")
@@ -250,7 +250,7 @@ def test_roots_browser_is_refused_unless_it_is_accepted(fresh: Path, profile: Pa
         ({"HARNESS_CHROME_ENV": "*", "A": "1"}, ["HARNESS_CHROME_ENV", "A"]),
     ],
 )
-def test_a_browser_gets_what_it_needs(environment: dict[str, str], names: list[str] | None) -> None:
+def test_a_browser_gets_the_necessary_environment(environment: dict[str, str], names: list[str] | None) -> None:
     expected = environment if names is None else {name: environment[name] for name in names}
     assert browser_environment(environment) == expected
 
@@ -340,7 +340,7 @@ def test_downloads_go_to_the_folder_that_is_named(fresh: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file"])
-def test_a_folder_for_downloads_that_can_not_be_had_is_named(kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_download_folder_is_named(kind: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh / "file").touch()
     folder = fresh / "file" if kind == "file" else fresh / "file" / "folder"
     monkeypatch.setenv("HARNESS_CHROME_DOWNLOADS", str(folder))
@@ -395,7 +395,7 @@ OURS = [f"harness-browser.{name}" for name in ("json", "tmp", "lock", "stderr", 
 
 
 @pytest.mark.parametrize("kind", ["symbolic link", "hard link", "FIFO", pytest.param("foreign file", marks=needs_root)])
-def test_what_was_planted_in_the_profile_harms_nothing(kind: str, fresh: Path, profile: Path) -> None:
+def test_planted_files_in_the_profile_do_no_harm(kind: str, fresh: Path, profile: Path) -> None:
     victims = {name: fresh / f"victim of {name}" for name in [*OURS, "DevToolsActivePort"]}
     profile.mkdir(mode=0o700)
     for name, victim in victims.items():
@@ -426,7 +426,7 @@ def test_what_was_planted_in_the_profile_harms_nothing(kind: str, fresh: Path, p
 @pytest.mark.parametrize(
     "kind", ["a link", "a hard link", "readable", "large", pytest.param("another user's", marks=needs_root), "of another shape"]
 )
-def test_a_planted_note_has_nobody_signalled(kind: str, fresh: Path, profile: Path) -> None:
+def test_a_planted_note_signals_nobody(kind: str, fresh: Path, profile: Path) -> None:
     profile.mkdir(mode=0o700)
     note = profile / "harness-browser.json"
     with spawn_bystander() as stranger:
@@ -459,7 +459,7 @@ def test_a_planted_note_has_nobody_signalled(kind: str, fresh: Path, profile: Pa
         assert stranger.process.poll() is None
 
 
-def test_a_note_of_ours_is_believed(profile: Path) -> None:
+def test_our_note_is_read(profile: Path) -> None:
     """So that the rows above fail for their reason."""
     profile.mkdir(mode=0o700)
     note = profile / "harness-browser.json"
@@ -473,7 +473,7 @@ def test_a_note_of_ours_is_believed(profile: Path) -> None:
         wait_until(lambda: not lives(stranger.pid))
 
 
-def test_a_browser_that_is_not_ours_in_the_profile_is_told_by_its_socket(fresh: Path, profile: Path) -> None:
+def test_a_foreign_browser_in_the_profile_is_detected(fresh: Path, profile: Path) -> None:
     """Chrome's sign of a living browser; its process may have any name, and a dead one's socket refuses."""
     profile.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as server:

@@ -127,7 +127,7 @@ def test_a_squatter_takes_the_port_of_a_browser_in_use(way: str, theirs: OtherBr
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("uid", [VICTIM, 0], ids=["ours", "root's"])
-def test_a_user_finds_a_port_of_its_own_or_of_root(uid: int, home: Path, theirs: OtherBrowser) -> None:
+def test_ports_of_the_user_and_of_root_are_used(uid: int, home: Path, theirs: OtherBrowser) -> None:
     with squatting(uid=uid, target=theirs.port) as port:
         found = find_as_victim(home, port.port)
         assert found["how"] == f"port {port.port}", found
@@ -170,9 +170,7 @@ def test_a_user_does_not_find_a_port_of_another_user(accepts: bool, home: Path, 
 @needs_root
 @pytest.mark.parametrize("way", ["port", "profile"])
 @pytest.mark.usefixtures("no_program")
-def test_a_squatter_that_takes_no_connection_is_passed_over(
-    way: str, active_port: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_squatter_that_accepts_nothing_is_skipped(way: str, active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "CONNECT_TIMEOUT", 0.25)
     with contextlib.ExitStack() as stack:
         squat = stack.enter_context(squatting(accepts=False, backlog=0))
@@ -215,7 +213,7 @@ def test_without_a_known_owner_only_a_named_browser_is_used(active_port: Path, m
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
-def test_a_named_browser_is_used_whoever_owns_it(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_browser_of_any_owner_is_used(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     with squatting(target=theirs.port) as squat:
         scheme, path = ("ws", theirs.path) if variable == "BU_CDP_WS" else ("http", "")
         place = f"{scheme}://127.0.0.1:{squat.port}"
@@ -235,7 +233,7 @@ def test_a_named_browser_is_used_whoever_owns_it(variable: str, theirs: OtherBro
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
-def test_our_own_is_not_named(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_uid_is_not_named(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, theirs.websocket if variable == "BU_CDP_WS" else theirs.url)
     assert helpers.js("6 * 7") == 42
     assert "belongs to" not in the_log("browser") + doctor()
@@ -252,7 +250,7 @@ def test_a_port_that_only_the_server_named_is_sent_nothing(monkeypatch: pytest.M
         assert squat.received() == [""]
 
 
-def test_the_owner_of_a_browser_elsewhere_is_nobody_here() -> None:
+def test_a_remote_browser_has_no_local_owner() -> None:
     assert local.describe_users(frozenset({0, SQUATTER})) == f"uid 0 (root) and uid {SQUATTER}"
 
 
@@ -284,7 +282,7 @@ def version_answer(url: str) -> bytes:
 @pytest.mark.parametrize(
     "url", ["ws://{other}/a/path?x=1#y", "ws://who:word@{other}/a/path?x=1", "wss://{other}/a/path?x=1", "/a/path?x=1"]
 )
-def test_of_what_a_local_server_names_only_the_path_is_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_path_of_a_local_servers_address_is_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
     elsewhere: list[bytes] = []
     with answering(http("403 Forbidden"), heard=elsewhere) as other:
@@ -301,7 +299,7 @@ def test_of_what_a_local_server_names_only_the_path_is_used(url: str, monkeypatc
 
 @pytest.mark.parametrize("url", ["", "nonsense", "@127.0.0.1/path", "ws://127.0.0.1:1", "ws://[::1/path"])
 @pytest.mark.usefixtures("no_program")
-def test_a_local_server_that_names_no_path_is_passed_over(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_server_without_a_path_is_skipped(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
     with answering(version_answer(url), heard=received) as port:
         monkeypatch.setattr(discovery, "PORTS", (port,))
@@ -323,7 +321,7 @@ def elsewhere() -> Iterator[tuple[int, list[bytes]]]:
 
 
 @pytest.mark.usefixtures("no_program")
-def test_a_local_server_that_redirects_is_passed_over(
+def test_a_local_server_that_redirects_is_skipped(
     elsewhere: tuple[int, list[bytes]], active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with answering(redirect(f"http://127.0.0.1:{elsewhere[0]}/json/version")) as port:
@@ -403,7 +401,7 @@ def test_an_answer_that_is_too_long_is_given_up() -> None:
 
 
 @pytest.mark.usefixtures("no_program")
-def test_an_answer_that_is_nested_too_deep_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deeply_nested_answer_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(http("200 OK", "[" * 100_000)) as port:
         monkeypatch.setattr(discovery, "PORTS", (port,))
         assert f"http://127.0.0.1:{port} is not a DevTools server (RecursionError)" in why_not()

@@ -43,7 +43,7 @@ def test_a_fetch_gets_its_401(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_page_that_asks_for_a_login_says_so(site: Site) -> None:
+def test_a_page_that_requires_a_login_is_reported(site: Site) -> None:
     visit(f"{site.url}/private")
     login = {"origin": site.url, "realm": "/private", "scheme": "basic", "source": "Server"}
     assert page_info()["login"].items() >= login.items()

@@ -77,7 +77,7 @@ def call_in(session: str, method: str, **params: Any) -> None:
     ],
     ids=["click", "key", "link", "submit", "location", "timer"],
 )
-def test_what_was_begun_just_before_is_waited_for(page: str, slow: Site, begin: Callable[[], Any], path: str) -> None:
+def test_a_wait_includes_navigations_started_before(page: str, slow: Site, begin: Callable[[], Any], path: str) -> None:
     visit(f"{slow.url}/start")
     begin()
     with in_thread(wait_for_load, PATIENCE) as waiting:
@@ -117,14 +117,14 @@ def test_a_page_that_leads_on_at_once(page: str, site: Site) -> None:
     ],
     ids=["fragment", "history", "no content", "download", "stopped", "javascript", "javascript link", "new tab"],
 )
-def test_what_brings_no_document_is_not_waited_for(page: str, slow: Site, act: Callable[[], Any]) -> None:
+def test_a_navigation_without_a_document_is_not_awaited(page: str, slow: Site, act: Callable[[], Any]) -> None:
     visit(f"{slow.url}/start")
     act()
     assert wait_for_load(PATIENCE) is True
     assert js("document.title") == "Start"
 
 
-def test_a_page_that_has_a_timer_of_its_own(page: str, site: Site) -> None:
+def test_a_page_that_replaces_settimeout(page: str, site: Site) -> None:
     visit(f"{site.url}/start")
     js("window.setTimeout = () => 0")
     assert wait_for_load(PATIENCE) is True
@@ -199,7 +199,7 @@ def test_an_element_that_both_documents_have(page: str, site: Site) -> None:
     assert js("location.pathname") == "/form"
 
 
-def test_a_selector_that_is_none(page: str, site: Site) -> None:
+def test_an_invalid_selector(page: str, site: Site) -> None:
     with pytest.raises(InvalidArgument, match="not a valid selector"):
         wait_for_element("p[", timeout=PATIENCE)
     with pytest.raises(TypeError, match=r"wait_for_element\(\): selector must be str"):
@@ -255,7 +255,7 @@ def test_requests_that_are_under_way(page: str, slow: Site) -> None:
     ],
     ids=["events", "socket", "aborted", "no content", "download", "removed iframe"],
 )
-def test_what_the_network_is_idle_with(page: str, slow: Site, act: str) -> None:
+def test_requests_that_do_not_count_for_network_idle(page: str, slow: Site, act: str) -> None:
     visit(f"{slow.url}/start")
     js(act)
     assert wait_for_network_idle(0.2, timeout=PATIENCE) is True

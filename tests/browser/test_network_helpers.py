@@ -178,7 +178,7 @@ def test_cookies_are_read_and_set_again(page: str, site: Site) -> None:
     assert cookies() == []
 
 
-def test_an_isolated_tab_has_cookies_of_its_own(page: str, site: Site) -> None:
+def test_an_isolated_tab_has_its_own_cookies(page: str, site: Site) -> None:
     visit(f"{site.url}/")
     set_cookies([{"name": "first", "value": "1"}])
     new_tab(f"{site.url}/", isolated=True)
@@ -207,7 +207,7 @@ def test_cookies_that_can_not_be_set(page: str, site: Site) -> None:
         ([{"name": "a", "value": "b", "max-age": 5}], ValueError, "set_cookies(): a cookie has no 'max-age': use name, value"),
     ],
 )
-def test_what_is_no_cookie(wrong: Any, error: type[Exception], text: str) -> None:
+def test_an_invalid_cookie(wrong: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
         set_cookies(wrong)
     assert str(caught.value).startswith(text)

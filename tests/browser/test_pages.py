@@ -245,7 +245,7 @@ def test_an_iframe_that_opens_a_dialog(page: str, site: Site) -> None:
     assert js("6 * 7", target_id=frame) == 42
 
 
-def test_closing_a_tab_whose_iframe_holds_it(page: str, site: Site) -> None:
+def test_closing_a_tab_blocked_by_an_iframe(page: str, site: Site) -> None:
     new_tab(f"{site.url}/frames")
     assert wait_for_load(PATIENCE)
     js("setTimeout(() => alert('in the frame'))", target_id=iframe_target("inner?far"))
@@ -378,7 +378,7 @@ def another_process() -> Iterator[Client]:
         yield client
 
 
-def test_a_new_tab_is_where_the_process_goes_on(page: str, site: Site) -> None:
+def test_a_process_continues_in_its_new_tab(page: str, site: Site) -> None:
     visit(f"{site.url}/")
     tab = new_tab(f"{site.url}/form")
     assert wait_for_load(PATIENCE)
@@ -389,7 +389,7 @@ def test_a_new_tab_is_where_the_process_goes_on(page: str, site: Site) -> None:
     assert listed[tab] == current_tab()
 
 
-def test_a_new_tab_of_a_page_that_can_not_be_had(page: str, site: Site) -> None:
+def test_a_new_tab_of_a_page_that_cannot_be_loaded(page: str, site: Site) -> None:
     with pytest.raises(CDPError, match="can't be loaded"):
         new_tab("http://nowhere.invalid/")
     visit(f"{site.url}/")
@@ -565,7 +565,7 @@ def test_the_first_events_of_a_process_are_those_of_its_tab(page: str) -> None:
         ("", {}, -32600),
     ],
 )
-def test_what_the_browser_does_not_take(page: str, method: str, params: dict[str, Any], code: int) -> None:
+def test_cookies_refused_by_the_browser(page: str, method: str, params: dict[str, Any], code: int) -> None:
     with pytest.raises(CDPError) as caught:
         cdp(method, **params)
     assert caught.value.code == code

@@ -149,7 +149,7 @@ def test_a_sender_waits_while_the_browser_does_not_read(private_directories: Pat
 
 
 @needs_posix
-def test_at_the_end_of_the_browser_what_came_before_is_received_first(private_directories: Path) -> None:
+def test_data_before_the_end_of_the_browser_is_received(private_directories: Path) -> None:
     async def test(peer: Peer) -> None:
         sending = asyncio.create_task(peer.transport.send("x" * LARGE))
         peer.send(b"1\x002\x00and a half")
@@ -166,7 +166,7 @@ def test_at_the_end_of_the_browser_what_came_before_is_received_first(private_di
 
 
 @needs_linux
-def test_the_end_of_the_process_is_noticed_though_another_holds_the_pipe(private_directories: Path) -> None:
+def test_the_end_of_the_process_is_noticed_despite_an_open_pipe(private_directories: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
     async def test(peer: Peer) -> None:
@@ -245,7 +245,7 @@ def test_fifos_are_private_whatever_the_umask(umask: int, private_directories: P
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["symbolic link", "hard link", "FIFO", "socket's name"])
-def test_what_was_planted_makes_room_for_fifos(kind: str, private_directories: Path) -> None:
+def test_planted_files_are_replaced_by_fifos(kind: str, private_directories: Path) -> None:
     victim, place = private_directories / "victim", private_directories / "in"
     victim.write_text("precious")
     match kind:
@@ -366,7 +366,7 @@ def test_adoption_skips_the_rest_of_one_message(first: str | bytes) -> None:
     "text", ['lue": 1}}', "", b"\xff", "1", "[]", '{"id": []}', '{"id": ID, "error": 1}', '{"method": 1, "params": 2}']
 )
 @pytest.mark.parametrize("adopted", [True, False])
-def test_what_is_no_message_is_the_end_of_the_connection(text: str | bytes, adopted: bool) -> None:
+def test_an_invalid_message_ends_the_connection(text: str | bytes, adopted: bool) -> None:
     async def main() -> None:
         transport = Script()
         messages: list[str | bytes] = ['rest"}', text] if adopted else [text]
@@ -408,7 +408,7 @@ def test_replies_and_events_of_an_earlier_daemon_are_not_ours() -> None:
     asyncio.run(main())
 
 
-def test_calls_without_a_session_are_of_the_root_session_unless_they_outlast_it() -> None:
+def test_calls_without_a_session_use_the_root_session() -> None:
     async def main() -> None:
         transport = Script()
         connection = await adopt(transport, [])
@@ -440,7 +440,7 @@ def test_two_connections_number_their_calls_differently() -> None:
     asyncio.run(main())
 
 
-def test_an_unknown_reply_and_an_error_without_an_id_change_nothing() -> None:
+def test_replies_with_an_unknown_id_are_ignored() -> None:
     async def main() -> None:
         transport = Script()
         connection = Connection(transport, None)

@@ -44,7 +44,7 @@ def expected(snippet: str) -> list[str]:
     return re.findall(r"print\(.*\)  # (.*)$", snippet, re.MULTILINE)
 
 
-def test_the_snippets_do_what_they_say(page: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_print_their_output(page: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(site.pages, "/shop", SHOP)
     namespace = {name: getattr(helpers, name) for name in helpers.__all__}

@@ -32,7 +32,7 @@ def refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.mark.usefixtures("page")
-def test_an_own_browser_is_not_taken_for_another(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_managed_browser_matches_only_its_settings(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holds = f"the daemon 'browser' holds our own browser, its profile {shared_browser / 'profile'}"
     url = {"BU_CDP_URL": "http://127.0.0.1:1/secret"}
     asks = "but this command asks for BU_CDP_URL, http://127.0.0.1:1"
@@ -57,9 +57,7 @@ def test_an_own_browser_is_not_taken_for_another(shared_browser: Path, monkeypat
     assert "secret" not in run.stderr + doctor.stdout + the_log("browser")
 
 
-def test_a_named_browser_is_not_taken_for_another_and_a_new_one_takes_its_place(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_named_browser_is_a_mismatch(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARNESS_CHROME_OWN")
     monkeypatch.delenv("HARNESS_CHROME_PROFILE")
     monkeypatch.setenv("HOME", str(fresh))

@@ -27,7 +27,7 @@ def test_the_tab_is_found_again_in_the_browser_of_others(fresh: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_tab_that_went_with_its_browser_is_told_before_another_is_touched() -> None:
+def test_a_lost_tab_raises_before_another_is_used() -> None:
     helpers.js("window.kept = 42")
     assert stop_daemon("browser")
     with pytest.raises(TabClosed):

@@ -72,7 +72,7 @@ def test_a_full_screenshot_shows_the_page_as_it_is_laid_out(tall: Site) -> None:
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 1.5])
-def test_the_longer_side_is_what_it_may_be(page: str, site: Site, ratio: float) -> None:
+def test_max_dim_limits_the_longer_side(page: str, site: Site, ratio: float) -> None:
     cdp("Emulation.setDeviceMetricsOverride", width=800, height=600, deviceScaleFactor=ratio, mobile=False)
     visit(f"{site.url}/tall")
     js("scrollTo(0, 300)")

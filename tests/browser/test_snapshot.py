@@ -58,11 +58,11 @@ def text_of(name: str) -> str:
         ('<button>"\x1b[31m\u202e"</button>', r'- button "\"\x1b[31m\u202e\"" [ref=N]'),
     ],
 )
-def test_a_line_says_role_name_states_and_value(page: str, site: Site, body: str, expected: str) -> None:
+def test_a_line_has_role_name_states_and_value(page: str, site: Site, body: str, expected: str) -> None:
     assert re.sub(r"ref=e\d+", "ref=N", show(site, body)) == expected
 
 
-def test_interactive_leaves_what_can_be_acted_on(page: str, site: Site) -> None:
+def test_interactive_shows_only_actionable_elements(page: str, site: Site) -> None:
     show(
         site, "<h1>Head</h1><p>Text</p><nav><a href=/a>One</a></nav><div onclick=1><b>Card</b></div><div tabindex=0>Stop</div>"
     )
@@ -70,7 +70,7 @@ def test_interactive_leaves_what_can_be_acted_on(page: str, site: Site) -> None:
     assert re.sub(r"ref=e\d+", "ref=N", snapshot(interactive=True)) == expected
 
 
-def test_a_container_that_listens_for_its_buttons_is_not_clickable_itself(page: str, site: Site) -> None:
+def test_a_container_with_a_delegated_listener_is_not_clickable(page: str, site: Site) -> None:
     text = show(site, "<div id=root><button>One</button></div><script>root.addEventListener('click', () => 0)</script>")
     assert "clickable" not in text
 
@@ -138,14 +138,14 @@ def test_a_reference_that_was_never_given(page: str) -> None:
         text_of("e999999")
 
 
-def test_another_tab_has_references_of_its_own(page: str, site: Site) -> None:
+def test_another_tab_has_its_own_references(page: str, site: Site) -> None:
     name = reference(show(site, "<button>One</button>"), "One")
     new_tab()
     with pytest.raises(ElementNotFound, match=f"there is no {name} in this tab"):
         text_of(name)
 
 
-def test_a_dialog_is_told(page: str, site: Site) -> None:
+def test_a_dialog_is_reported(page: str, site: Site) -> None:
     show(site, "")
     with pytest.raises(DialogOpen):
         js("alert('Look')")

@@ -31,7 +31,7 @@ def test_a_helper_is_documented_as_its_method(name: str) -> None:
     assert summary.splitlines()[0] in page
 
 
-def test_importing_the_helpers_imports_no_more_than_page_info_needs() -> None:
+def test_importing_the_helpers_imports_only_what_page_info_needs() -> None:
     program = (
         # What measures coverage is there already.
         "import sys; before = set(sys.modules); from harness_ipc.browser.helpers import *; "

@@ -65,7 +65,7 @@ def test_a_command_begins_in_the_tab_that_was_switched_to_last(free: str) -> Non
     assert where() == free
 
 
-def test_a_command_keeps_out_of_a_tab_that_another_process_is_in(page: str) -> None:
+def test_a_command_avoids_a_tab_in_use(page: str) -> None:
     assert here() == page
     before = tabs()
     assert where() not in before
@@ -94,28 +94,28 @@ def test_a_command_chooses_a_tab_by_id_url_or_as_the_current_one(free: str, site
 @pytest.mark.parametrize(
     ("which", "said"), [("no such tab", "no tab has the id 'no such tab'"), ("about:", "tabs have 'about:' in their URL")]
 )
-def test_a_command_whose_tab_is_not_one_runs_nothing(page: str, which: str, said: str) -> None:
+def test_a_command_with_an_unknown_tab_runs_nothing(page: str, which: str, said: str) -> None:
     new_tab()
     run = harness_browser("--tab", which, "-c", "print('ran')")
     assert (run.returncode, run.stdout) == (6, "")
     assert said in run.stderr
 
 
-def test_a_switch_and_a_new_tab_of_a_command_are_where_the_next_begins(free: str) -> None:
+def test_the_next_command_starts_in_the_switched_or_new_tab(free: str) -> None:
     run = harness_browser("-c", f"new_tab(); {WHERE}")
     assert where() == run.stdout.strip() != free
     harness_browser("-c", f"switch_tab('{free}', activate=False)")
     assert where() == free
 
 
-def test_a_popup_of_a_tab_of_its_own_closes_with_it(page: str) -> None:
+def test_a_popup_closes_with_its_opener(page: str) -> None:
     before = tabs()
     run = harness_browser("-c", "js('!!open(\"about:blank\")'); wait(0); print(len(list_tabs()))")
     assert (run.stderr, run.stdout.strip()) == ("", str(len(before) + 2))
     wait_until(lambda: tabs() == before)
 
 
-def test_a_tab_of_its_own_that_asks_before_it_closes_is_closed(page: str, site: Site) -> None:
+def test_an_own_tab_with_beforeunload_is_closed(page: str, site: Site) -> None:
     before = tabs()
     asks = f"goto_url('{site.url}/form'); js('onbeforeunload = event => event.preventDefault()'); click_at_xy(5, 5)"
     assert harness_browser("-c", asks).stderr == ""
@@ -197,7 +197,7 @@ def test_a_tab_is_free_once_its_client_was_killed(free: str) -> None:
         wait_until(lambda: where() == free)
 
 
-def test_a_tab_that_another_client_has_joined_is_closed_after_both(page: str) -> None:
+def test_a_shared_tab_is_closed_after_both_clients(page: str) -> None:
     before = tabs()
     with spawned(STAYS) as (_, tab):
         switch_tab(tab)
@@ -221,7 +221,7 @@ print(status, current_tab()["targetId"] == mine, flush=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-def test_a_forked_child_has_a_tab_of_its_own(page: str) -> None:
+def test_a_forked_child_has_its_own_tab(page: str) -> None:
     before = tabs()
     with spawned(FORKS) as (_, said):
         assert said == "0 True"
@@ -275,7 +275,7 @@ def cookie() -> Any:
     return js("document.cookie")
 
 
-def test_an_isolated_tab_has_cookies_and_storage_of_its_own(page: str, site: Site) -> None:
+def test_an_isolated_tab_has_its_own_cookies_and_storage(page: str, site: Site) -> None:
     goto_url(f"{site.url}/form")
     js("document.cookie = 'a=1'; localStorage.b = 2")
     isolated = new_tab(f"{site.url}/form", isolated=True)
@@ -298,7 +298,7 @@ def test_a_context_ends_with_the_last_of_its_tabs(page: str) -> None:
     wait_until(lambda: cdp("Target.getBrowserContexts")["browserContextIds"] == [])
 
 
-def test_a_closed_tab_is_told_once(page: str) -> None:
+def test_a_closed_tab_is_raised_once(page: str) -> None:
     mine = new_tab()
     cdp("Target.closeTarget", targetId=mine)
     with pytest.raises(TabClosed):

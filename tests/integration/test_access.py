@@ -140,7 +140,7 @@ def test_another_user_gets_a_typed_error_by_name(verb: str) -> None:
 
 @pytest.mark.usefixtures("reach")
 @pytest.mark.parametrize("ext", ["json", "lock"])
-def test_another_user_can_neither_read_nor_replace_a_file_that_it_is_told_of(ext: str) -> None:
+def test_another_user_can_neither_read_nor_replace_known_files(ext: str) -> None:
     path = str(runtime_path(NAME, ext))
     assert attempt("open", path)[0] == "PermissionError"
     assert attempt("unlink", path)[0] == "PermissionError"
@@ -148,7 +148,7 @@ def test_another_user_can_neither_read_nor_replace_a_file_that_it_is_told_of(ext
 
 
 @pytest.mark.usefixtures("reach")
-def test_another_user_cannot_connect_to_a_socket_that_it_is_told_of() -> None:
+def test_another_user_cannot_connect_to_a_known_socket() -> None:
     address = records.load(NAME).address
     assert attempt("dial", address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
     assert attempt("raw", address)[0] == "PermissionError"
@@ -185,7 +185,7 @@ def test_an_opened_directory_is_refused_by_its_owner(opened: records.Record) -> 
 
 
 @pytest.mark.parametrize("squat", ["mkdir", "link", "create"])
-def test_a_runtime_directory_that_another_user_made_first_is_refused(private_directories: Path, squat: str) -> None:
+def test_a_runtime_directory_of_another_user_is_refused(private_directories: Path, squat: str) -> None:
     run, elsewhere = private_directories / "run", private_directories / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     with mode(private_directories, 0o1777):

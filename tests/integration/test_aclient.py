@@ -110,7 +110,7 @@ async def cancel(task: asyncio.Task[Any]) -> None:
     assert task.cancelled()
 
 
-def test_a_cancelled_request_keeps_nobody_waiting(daemon: DaemonProcess) -> None:
+def test_a_cancelled_request_blocks_nobody(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         for tag in ("first", "second"):
             await cancel(await begin(client, tag))
@@ -128,7 +128,7 @@ def test_one_client_runs_calls_at_once(daemon: DaemonProcess) -> None:
     run(main)
 
 
-def test_a_call_above_the_limit_waits_and_is_cancelled_or_times_out_unrun(daemon: DaemonProcess) -> None:
+def test_a_call_above_the_limit_waits_and_can_be_cancelled(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         running = [await begin(client, f"running {n}") for n in range(64)]
         queued = [asyncio.create_task(client.call("sleep", seconds=0, tag=f"queued {n}")) for n in range(3)]
@@ -189,7 +189,7 @@ def test_cancelling_at_any_moment_spoils_nothing_for_the_others(daemon: DaemonPr
 
 
 @needs_posix
-def test_cancelling_who_connects_ends_it(daemon: DaemonProcess) -> None:
+def test_cancelling_a_connect_ends_it(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         with stopped(daemon):
             connecting = asyncio.create_task(aconnect_daemon("test", timeout=NEVER))
@@ -434,7 +434,7 @@ def test_a_stream_takes_no_turn_of_the_calls(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_posix
-def test_a_daemon_that_takes_no_connection_keeps_the_loop_turning(daemon: DaemonProcess) -> None:
+def test_a_daemon_that_accepts_nothing_does_not_block_the_loop(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         with stopped(daemon):
             waiting = [asyncio.create_task(aconnect_daemon("test", timeout=2.0)) for _ in range(200)]

@@ -98,7 +98,7 @@ FRAMES: dict[str, tuple[bytes, Callable[[dict[str, Any]], bool]]] = {
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str) -> None:
+def test_each_kind_of_request_keeps_the_connection(kind: str) -> None:
     frame, is_right = FRAMES[kind]
 
     def converse(server: DaemonServer) -> None:
@@ -114,7 +114,7 @@ def test_each_kind_of_request_is_answered_and_the_connection_goes_on(kind: str) 
 
 
 @needs_posix
-def test_a_request_in_two_pieces_is_answered_and_keeps_nobody_waiting() -> None:
+def test_a_request_in_two_pieces_delays_nobody() -> None:
     def converse(server: DaemonServer) -> None:
         with kept_connection(server) as connection:
             body = frame_of(n=777)
@@ -165,7 +165,7 @@ def test_requests_sent_ahead_are_answered_in_order() -> None:
     run(talk)
 
 
-def test_a_client_that_dies_while_it_is_answered_costs_nothing() -> None:
+def test_a_client_killed_during_its_reply_leaves_nothing() -> None:
     async def talk(server: DaemonServer, handler: Handler) -> None:
         def die() -> None:
             with kept_connection(server) as connection:
@@ -194,7 +194,7 @@ def test_a_client_that_reads_no_replies_holds_up_only_itself() -> None:
 
 
 @needs_linux
-def test_a_hundred_connections_one_after_the_other_leave_no_descriptor() -> None:
+def test_a_hundred_connections_leak_no_descriptor() -> None:
     def converse(_: int) -> None:
         with connect_daemon("test") as client:
             for n in range(5):
@@ -214,7 +214,7 @@ def test_a_hundred_connections_one_after_the_other_leave_no_descriptor() -> None
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_closing_waits_for_what_is_in_flight_and_for_nothing_else(stubborn: bool) -> None:
+def test_closing_waits_only_for_requests_in_flight(stubborn: bool) -> None:
     async def main() -> None:
         async with asyncio.timeout(PATIENCE):
             handler = Handler()

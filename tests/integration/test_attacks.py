@@ -336,7 +336,7 @@ os._exit(0)
 @needs_linux
 @needs_root
 @pytest.mark.parametrize("squat", ["directory", "open directory", "link", "file"])
-def test_the_default_directory_that_another_user_made_first_is_refused(squat: str, private_directories: Path) -> None:
+def test_a_default_directory_of_another_user_is_refused(squat: str, private_directories: Path) -> None:
     """A user that never logs in has it below /tmp, where anybody may make it."""
     uid = 2_000_000_000 + os.getpid()
     place = Path(f"/tmp/harness-ipc-runtime-{uid}")
@@ -484,7 +484,7 @@ def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
 
 
 @needs_posix
-def test_a_client_is_not_taken_in_by_a_daemon_with_another_digest(victim: DaemonProcess, private_directories: Path) -> None:
+def test_a_client_refuses_a_daemon_with_another_digest(victim: DaemonProcess, private_directories: Path) -> None:
     for number, digest in enumerate(DIGESTS):
         address = str(private_directories / f"forged {number}")
         wrong = role_key(bytes(32), "daemon", address)
@@ -611,7 +611,7 @@ def log_lines() -> list[str]:
     return [line for line in text.split("\n") if LOG_LINE.match(line)]
 
 
-def test_nothing_that_a_peer_says_to_the_channel_gets_into_the_log(victim: DaemonProcess) -> None:
+def test_text_of_unauthenticated_peers_is_not_logged(victim: DaemonProcess) -> None:
     evil = EVIL.encode("utf-8", "surrogatepass")
     for hostile in (evil, CHALLENGE + evil, CHALLENGE + b"{md5}" + evil, b"{%s}" % evil):
         with FrameConnection(records.load(NAME).address) as connection, contextlib.suppress(HarnessIPCError):
@@ -645,7 +645,7 @@ def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
         assert not [line for line in log_lines() if line.startswith("2026-01-01")]
 
 
-def test_nothing_that_a_daemon_says_steers_the_terminal_of_who_asks(private_directories: Path) -> None:
+def test_control_characters_of_a_daemon_are_escaped(private_directories: Path) -> None:
     (private_directories / "evil.py").write_text(f"raise ValueError({EVIL!a})\n", encoding="ascii")
     start = [sys.executable, "-m", "harness_ipc", "start", "evil:app", "--name", "evil"]
     failed = subprocess.run(start, cwd=private_directories, capture_output=True, timeout=PATIENCE, check=False)
@@ -672,7 +672,7 @@ EVIL_WORD = EVIL.replace("\0", "").replace("\ud800", "")
 
 
 @pytest.mark.parametrize("words", [["ping", f"--{EVIL_WORD}"], ["ping", EVIL_WORD], ["call", "count", EVIL_WORD]])
-def test_an_argument_that_is_quoted_does_not_control_the_terminal(words: list[str]) -> None:
+def test_control_characters_in_arguments_are_escaped(words: list[str]) -> None:
     refused = run_python("-m", "harness_ipc", *words)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "all is well" in refused.stderr
@@ -681,7 +681,7 @@ def test_an_argument_that_is_quoted_does_not_control_the_terminal(words: list[st
     assert line.startswith("harness-ipc")
 
 
-def test_what_a_daemon_in_a_terminal_prints_does_not_control_it(private_directories: Path) -> None:
+def test_control_characters_of_a_foreground_daemon_are_escaped(private_directories: Path) -> None:
     """Its log goes to the terminal, with the texts of its handler's exceptions."""
     source = f"async def handle(message): raise ValueError({EVIL!a})\n"
     (private_directories / "evil.py").write_text(source, encoding="ascii")
@@ -768,7 +768,7 @@ def duplicate(connection: FrameConnection) -> socket.socket:
 
 
 @needs_posix
-def test_what_is_in_the_corpus_does_a_real_daemon_no_harm(victim: DaemonProcess) -> None:
+def test_the_corpus_does_not_harm_a_daemon(victim: DaemonProcess) -> None:
     for stream in targets.corpus("frames").values():
         with raw_socket(stream[1:]) as sock:
             sock.shutdown(socket.SHUT_WR)

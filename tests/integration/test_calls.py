@@ -76,7 +76,7 @@ def test_parameters_that_are_none_are_refused(verb: str, params: Any, keywords: 
         assert daemon.requests == []
 
 
-def test_the_daemon_is_told_the_seconds_that_are_left() -> None:
+def test_a_call_sends_the_remaining_seconds() -> None:
     with scripted.daemon(echo), connect_daemon("test", request_timeout=50) as client:
         assert 49 < client.call("m")["timeout"] <= 50
         assert 4 < client.call("m", timeout=5)["timeout"] <= 5
@@ -134,7 +134,7 @@ def test_a_stream_gives_its_items_and_then_its_result() -> None:
         assert daemon.requests[-1] == {"method": "m", "params": {"a": 1, "b": 2}, "more": True}
 
 
-def test_a_call_gives_items_to_its_callback_and_returns_the_result() -> None:
+def test_call_passes_items_to_on_progress() -> None:
     with scripted.daemon(produce(*items(*ITEMS), {"result": 5})), connect_daemon("test") as client:
         seen: list[Any] = []
         assert client.call("m", on_progress=seen.append) == 5
@@ -317,7 +317,7 @@ def test_the_timeout_of_a_stream_is_between_two_items() -> None:
         assert list(client.stream("m", timeout=5 * SHORT)) == [*range(6)]
 
 
-def test_other_calls_go_on_beside_a_stream() -> None:
+def test_other_calls_run_beside_a_stream() -> None:
     def serve(served: Served) -> None:
         served.prove()
         while True:
@@ -361,7 +361,7 @@ def test_an_item_in_place_of_the_one_reply_is_an_error() -> None:
 # A daemon's own loop.
 
 
-def test_a_blocking_call_in_the_daemons_own_loop_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blocking_call_in_the_daemons_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted.daemon(answer_all) as daemon:
         client = Client("test")
         address = daemon.registration.record.address

@@ -110,7 +110,7 @@ def test_the_soft_descriptor_limit_is_the_hard_one() -> None:
 
 
 @needs_linux
-def test_a_terminal_that_the_app_opens_does_not_become_its_controlling_one() -> None:
+def test_a_terminal_opened_by_the_app_is_not_controlling() -> None:
     found = start_after("pass")
     assert (found["leads"], found["terminal"]) == (False, False)
     master, slave = os.openpty()
@@ -171,7 +171,7 @@ INDIRECT = {
 
 
 @pytest.mark.parametrize("kind", INDIRECT)
-def test_a_daemon_that_can_not_speak_to_its_starter_is_found_at_once(kind: str, base: Path) -> None:
+def test_a_daemon_without_its_pipe_is_found_by_its_record(kind: str, base: Path) -> None:
     with at_once():
         status = ensure_daemon("test", INDIRECT[kind]())
     assert status.state == "running"
@@ -181,7 +181,7 @@ def test_a_daemon_that_can_not_speak_to_its_starter_is_found_at_once(kind: str, 
     assert_none_left()
 
 
-def test_a_failure_behind_a_wrapper_is_told_at_once() -> None:
+def test_a_failure_behind_a_wrapper_is_reported_at_once() -> None:
     with at_once(), pytest.raises(StartFailed, match="status 3"):
         ensure_daemon("test", [sys.executable, "-c", CLOSES, sys.executable, "-c", "raise SystemExit(3)"])
     with at_once(), pytest.raises(StartFailed, match="SIGKILL"):

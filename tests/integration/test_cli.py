@@ -87,7 +87,7 @@ def test_interrupting_serve_is_a_clean_end(tmp_path: Path) -> None:
     assert identify("default") is None
 
 
-def test_ping_prints_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ping_prints_the_pid(monkeypatch: pytest.MonkeyPatch) -> None:
     with spawn_daemon("pinged") as daemon:
         monkeypatch.setenv("HARNESS_IPC_NAME", "pinged")
         shown = _run("ping")
@@ -122,7 +122,7 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
         (["serve", "os:sep"], 6, "app must be an async function or an object with an async handle(), not str"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
+def test_errors_are_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
     result = _run(*arguments)
     assert (result.returncode, result.stdout) == (status, "")
     assert words in result.stderr
@@ -142,7 +142,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(arguments: list[str], status: 
         ),
     ],
 )
-def test_serve_says_what_to_write_in_the_module(private_directories: Path, text: str, words: str) -> None:
+def test_serve_refuses_a_module_that_calls_run_daemon(private_directories: Path, text: str, words: str) -> None:
     (private_directories / "svc.py").write_text(text)
     result = _run("serve", "svc:app", cwd=private_directories)
     assert (result.returncode, result.stdout) == (6, "")
@@ -151,7 +151,7 @@ def test_serve_says_what_to_write_in_the_module(private_directories: Path, text:
 
 
 @needs_posix
-def test_a_stopped_daemon_times_out_and_an_open_directory_is_refused(private_directories: Path) -> None:
+def test_exit_statuses_of_a_timeout_and_an_unsafe_directory(private_directories: Path) -> None:
     with spawn_daemon("default") as daemon:
         with stopped(daemon):
             assert _run("ping", "--timeout", "0.3").returncode == 4
@@ -173,7 +173,7 @@ def test_a_second_daemon_of_a_name_exits_with_6(tmp_path: Path) -> None:
 
 
 @needs_posix
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_reader_is_no_error() -> None:
     with spawn_daemon("default"):
         command = [sys.executable, "-m", "harness_ipc", "call", '{"method": "fill", "params": {"size": 1000000}}']
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -190,7 +190,7 @@ def test_version_and_module() -> None:
     assert _run("--version").stdout == f"harness-ipc {__version__}\n"
 
 
-def test_the_demo_keeps_its_promises_and_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tour_succeeds_and_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = private_directories / "t"
     temporary.mkdir()
     for variable in ("TMPDIR", "TEMP", "TMP"):

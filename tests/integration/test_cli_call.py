@@ -139,7 +139,7 @@ def test_progress_on_a_terminal_is_a_bar(words: DaemonProcess) -> None:
         (["--timeout", "0.2", "hang"], 4, "timed out"),
     ],
 )
-def test_what_goes_wrong_is_one_line(words: DaemonProcess, arguments: list[str], status: int, text: str) -> None:
+def test_errors_are_one_line(words: DaemonProcess, arguments: list[str], status: int, text: str) -> None:
     found, _, errors = call(*arguments)
     assert (found, len(errors)) == (status, 1)
     assert errors[0].startswith("harness-ipc: ")

@@ -144,7 +144,7 @@ def _state(name: str, *options: str) -> tuple[int, str]:
 # start
 
 
-def test_starting_twice_is_one_daemon_in_the_directory_of_the_first(here: Path) -> None:
+def test_a_second_start_keeps_the_first_daemon(here: Path) -> None:
     pid = _start("twice")
     again = _run("start", "service:Healthy", "--name", "twice")
     assert (again.returncode, again.stdout) == (0, f"twice: pid {pid} is running\n")
@@ -187,7 +187,7 @@ def test_a_name_that_looks_like_an_option() -> None:
         ("service:os", "app must be an async function or an object with an async handle(), not module"),
     ],
 )
-def test_a_start_that_fails_says_why_and_shows_the_end_of_the_log(app: str, words: str) -> None:
+def test_a_failed_start_shows_the_end_of_the_log(app: str, words: str) -> None:
     failed = _run("start", app, "--name", "failing")
     assert (failed.returncode, failed.stdout) == (6, "")
     first, *tail = failed.stderr.splitlines()
@@ -201,14 +201,14 @@ def test_a_start_that_fails_says_why_and_shows_the_end_of_the_log(app: str, word
     assert _state("failing") == (3, "absent")
 
 
-def test_what_is_no_app_is_not_started(private_directories: Path) -> None:
+def test_an_invalid_app_is_not_started(private_directories: Path) -> None:
     wrong = _run("start", "service", "--name", "usage")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "is not MODULE:APP" in wrong.stderr
     assert list(private_directories.iterdir()) == []
 
 
-def test_a_start_that_takes_long_says_so_once(here: Path) -> None:
+def test_a_long_start_is_reported_once(here: Path) -> None:
     with _running("start", "service:Slow", "--name", "slow") as start:
         assert start.stderr is not None
         assert start.stderr.readline() == f"harness-ipc: still starting slow; its log is {log_path('slow')}\n"
@@ -224,7 +224,7 @@ def test_a_start_that_takes_long_says_so_once(here: Path) -> None:
     assert (start.returncode, out, err) == (0, f"slow: pid {identify('slow')} is running\n", "")
 
 
-def test_a_start_that_takes_too_long_is_a_timeout_and_goes_on(here: Path) -> None:
+def test_a_start_continues_after_its_timeout(here: Path) -> None:
     # Long enough for a loaded machine to get as far as to start it.
     late = _run("start", "service:Slow", "--name", "late", "--timeout", "2" if os.name == "posix" else "8")
     assert (late.returncode, late.stdout) == (4, "")
@@ -392,7 +392,7 @@ def test_on_a_terminal_the_table_is_as_wide_as_that(monkeypatch: pytest.MonkeyPa
 # stop and restart
 
 
-def test_stop_ends_the_daemon_and_says_what_it_did() -> None:
+def test_stop_prints_whether_there_was_a_daemon() -> None:
     pid = _start("ends")
     stopped = _run("stop", "--name", "ends")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, "ends: stopped\n", "")
@@ -405,7 +405,7 @@ def test_stop_ends_the_daemon_and_says_what_it_did() -> None:
     assert json.loads(_run("stop", "--name", "ends", "--json").stdout) == {"name": "ends", "stopped": True}
 
 
-def test_a_stop_that_waits_for_a_request_says_so(here: Path) -> None:
+def test_a_long_stop_is_reported(here: Path) -> None:
     pid = _start("drains")
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(request, "drains", {"method": "wait", "params": {"x": 1}}, timeout=PATIENCE)
@@ -419,7 +419,7 @@ def test_a_stop_that_waits_for_a_request_says_so(here: Path) -> None:
         assert reply.result()["pid"] == pid
 
 
-def test_restart_is_another_process_with_the_same_app_in_the_same_directory(here: Path, tmp_path_factory: Any) -> None:
+def test_restart_keeps_app_and_directory(here: Path, tmp_path_factory: Any) -> None:
     pid = _start("again")
     restarted = _run("restart", "--name", "again", cwd=tmp_path_factory.mktemp("elsewhere"))
     new = identify("again")
@@ -432,7 +432,7 @@ def test_restart_is_another_process_with_the_same_app_in_the_same_directory(here
     assert told["pid"] != new
 
 
-def test_restart_of_what_never_ran() -> None:
+def test_restart_without_a_record() -> None:
     restarted = _run("restart", "--name", "nobody")
     assert (restarted.returncode, restarted.stdout) == (3, "")
     assert restarted.stderr.startswith("harness-ipc: no daemon 'nobody' is running")
@@ -537,7 +537,7 @@ def test_a_log_that_is_replaced_by_a_link_ends_the_following(tmp_path: Path) -> 
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["link", "FIFO"])
-def test_a_start_that_fails_shows_nothing_of_what_its_log_was_replaced_by(tmp_path: Path, kind: str) -> None:
+def test_a_failed_start_shows_nothing_of_a_replaced_log(tmp_path: Path, kind: str) -> None:
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_text("what is elsewhere\n", encoding="utf-8")
@@ -549,7 +549,7 @@ def test_a_start_that_fails_shows_nothing_of_what_its_log_was_replaced_by(tmp_pa
     assert (caught.value.log_tail, "elsewhere" in str(caught.value)) == ("", False)
 
 
-def test_nothing_in_a_log_steers_the_terminal() -> None:
+def test_control_characters_in_a_log_are_escaped() -> None:
     hostile = "red \x1b[31m title \x1b]0;x\x07 back\x08\r one byte \u009b2J reversed \u202e line \u2028 tab\tüé😀\r\n"
     _log("hostile", hostile.encode() + b"bytes \xff\xfe\n")
     shown = _run("logs", "--name", "hostile").stdout
@@ -603,7 +603,7 @@ def test_following_the_log_of_a_daemon() -> None:
 
 
 @needs_posix
-def test_following_ends_silently_when_the_reader_has_gone() -> None:
+def test_following_ends_silently_with_its_reader() -> None:
     path = _log("piped", b"one\n")
     with _running("logs", "--name", "piped", "-f") as logs:
         assert logs.stdout is not None
@@ -649,7 +649,7 @@ def test_doctor_finds_a_directory_that_others_can_read() -> None:
         ["call", "--name", "light", "m", "x:=1"],
     ],
 )
-def test_what_is_run_often_imports_nothing_heavy(command: list[str]) -> None:
+def test_frequent_commands_import_nothing_heavy(command: list[str]) -> None:
     _start("light")
     heavy = ("asyncio", "filelock", "psutil", "harness_ipc.manager", "harness_ipc.daemon", "logging")
     source = (

@@ -92,14 +92,14 @@ def test_a_reply_is_a_result_or_one_error(client: Client, reply: dict[str, Any],
 
 
 @pytest.mark.parametrize("message", [[1], None, {"a": {1}}, {"a": math.nan}, {(1, 2): 3}, {"a": object()}])
-def test_what_is_no_message_is_not_sent(client: Client, message: Any) -> None:
+def test_an_invalid_message_is_not_sent(client: Client, message: Any) -> None:
     with pytest.raises(ProtocolError):
         client.request(message)
     assert client.call("echo", n=1) == {"n": 1}
 
 
 @pytest.mark.parametrize("timeout", [-1.0, math.nan, -math.inf])
-def test_a_timeout_that_is_none_is_refused(client: Client, timeout: float) -> None:
+def test_an_invalid_timeout_is_refused(client: Client, timeout: float) -> None:
     calls: list[Callable[[], object]] = [
         lambda: connect_daemon("test", timeout=timeout),
         lambda: request("test", {}, timeout=timeout),
@@ -227,7 +227,7 @@ print(set(statuses), failures)
 
 
 @needs_posix
-def test_a_forked_child_uses_the_client_with_connections_of_its_own(daemon: DaemonProcess) -> None:
+def test_a_forked_child_opens_its_own_connections(daemon: DaemonProcess) -> None:
     process = run_python("-W", "ignore::DeprecationWarning", "-c", FORKING)
     assert (process.returncode, process.stdout, process.stderr) == (0, "{0} []\n", "")
 
@@ -397,7 +397,7 @@ def answer_all(connection: Served, keys: Keys) -> None:
 
 
 @pytest.mark.parametrize("reply", [b"", b"{", b"[1]", b"null", b'{"result": NaN}', b'{"result": "\xff"}', b'{"a":' * 100_000])
-def test_a_reply_that_is_no_message_is_an_error_and_the_next_one_is_read(reply: bytes) -> None:
+def test_after_an_invalid_reply_the_next_one_is_read(reply: bytes) -> None:
     def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         while True:
@@ -637,7 +637,7 @@ with connect_daemon("test") as client:
 
 
 @needs_posix
-def test_a_daemon_that_hangs_up_on_a_long_request_kills_nobody() -> None:
+def test_a_daemon_that_disconnects_does_not_cause_sigpipe() -> None:
     def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
         # More of the request will not fit into the socket: the client is in the middle of sending it.

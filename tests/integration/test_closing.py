@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("driver")
 
 
 @pytest.mark.parametrize("closing", [False, True])
-def test_a_request_that_is_cancelled_before_its_task_began_is_answered(closing: bool) -> None:
+def test_a_request_cancelled_before_it_starts_is_answered(closing: bool) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         # Otherwise it begins at once, from 3.12 on.
@@ -90,7 +90,7 @@ def read_to_the_end(connection: FrameConnection) -> list[dict[str, Any]]:
 
 
 @task_factories
-def test_a_request_that_is_read_after_the_others_were_cancelled_does_not_run(factory: Any) -> None:
+def test_a_request_read_after_the_cancellation_does_not_run(factory: Any) -> None:
     async def main() -> None:
         handler = Waiting()
         seen: list[int] = []
@@ -115,7 +115,7 @@ def test_a_request_that_is_read_after_the_others_were_cancelled_does_not_run(fac
     run(main)
 
 
-def test_a_request_that_ignores_its_cancellation_is_answered_with_an_error() -> None:
+def test_ignoring_cancellation_is_answered_with_an_error() -> None:
     async def main() -> None:
         handler = Unstoppable()
         async with serving(handler, grace_period=SOON) as server:
@@ -131,7 +131,7 @@ def test_a_request_that_ignores_its_cancellation_is_answered_with_an_error() -> 
     run(main)
 
 
-def test_requests_at_a_blocked_loop_are_answered_when_the_server_closes() -> None:
+def test_closing_answers_requests_of_a_blocked_loop() -> None:
     def outcome(message: dict[str, Any]) -> str:
         try:
             return "error reply" if "error" in request("test", message, timeout=PATIENCE) else "reply"
@@ -169,7 +169,7 @@ def test_requests_at_a_blocked_loop_are_answered_when_the_server_closes() -> Non
     run(main)
 
 
-def test_closing_amid_requests_leaves_nobody_waiting() -> None:
+def test_closing_during_requests_leaves_nobody_waiting() -> None:
     async def pause(message: dict[str, Any]) -> dict[str, Any]:
         await asyncio.sleep(NEVER if message["n"] % 5 == 4 else 0)
         return {"result": message}

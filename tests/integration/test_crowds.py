@@ -144,7 +144,7 @@ def test_threads_beside_restarts_lose_nothing(race: Path) -> None:
 
 @needs_posix
 @pytest.mark.parametrize("driver", ["loop", "pump"])
-def test_clients_that_leave_die_and_cancel_beside_drains_lose_nothing(driver: str, race: Path) -> None:
+def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path) -> None:
     failures: list[BaseException] = []
 
     def census() -> tuple[int, int, int]:

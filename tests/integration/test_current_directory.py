@@ -114,7 +114,7 @@ def test_an_app_imports_its_siblings_at_any_time(checkout: Path, command: str) -
     assert json.loads(run(command, "call", "{}").stdout) == {"result": 42}
 
 
-def test_an_app_that_is_not_the_expected_one_is_told_with_its_file(checkout: Path, command: str) -> None:
+def test_the_error_for_a_wrong_module_names_its_file(checkout: Path, command: str) -> None:
     (checkout / "json.py").write_text("async def handle(message): return {}\n", encoding="utf-8")
     failed = run(command, "start", "json:handle")
     assert failed.returncode == 6

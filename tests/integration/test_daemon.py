@@ -136,7 +136,7 @@ ENDS = ["shutdown", *(pytest.param(name, marks=needs_posix) for name in SIGNALS)
 
 @pytest.mark.parametrize("way", ENDS)
 @pytest.mark.parametrize("app", ["function", "App"])
-def test_it_serves_until_it_is_told_to_stop(app: str, way: str) -> None:
+def test_a_daemon_serves_until_it_is_stopped(app: str, way: str) -> None:
     with spawn_app(app) as daemon:
         assert serves()
         if way == "shutdown":
@@ -342,7 +342,7 @@ def test_idle_it_ends_by_itself_and_only_then() -> None:
 # Its start.
 
 
-def test_a_second_one_is_refused_and_told_who_is_first() -> None:
+def test_a_second_daemon_is_refused_with_the_first_pid() -> None:
     with spawn_daemon("test") as daemon:
         with pytest.raises(AlreadyRunning, match=rf"\b{daemon.pid}\b") as caught:
             run_daemon(App(), "test")
@@ -362,7 +362,7 @@ def test_one_that_has_not_come_up_yet_is_the_first_too() -> None:
         assert not ping("test")
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
+def test_a_failed_start_has_its_reason_and_leaves_nothing() -> None:
     failed = run_python("-m", "tests.integration.test_daemon", "FailsToStart", "{}")
     assert failed.returncode != 0
     assert "StartFailed" in failed.stderr
@@ -458,7 +458,7 @@ def test_it_runs_in_a_thread_that_may_not_handle_signals() -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["a file where the directory belongs", "a file above it", "a directory for the log"])
-def test_a_log_that_can_not_be_written_is_told_with_what_to_set(
+def test_an_unwritable_log_is_an_error_with_advice(
     private_directories: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     directory = private_directories / "log"
@@ -501,7 +501,7 @@ def test_the_log_is_utf8_and_private_and_each_run_appends(monkeypatch: pytest.Mo
         assert (mode(log_path("test")), mode(log_path("test").parent), mode(runtime_dir())) == (0o600, 0o700, 0o700)
 
 
-def test_warnings_and_what_nobody_catches_land_in_the_log() -> None:
+def test_warnings_and_uncaught_exceptions_are_logged() -> None:
     with spawn_app("Talkative"):
         assert request("test", {"method": "warn"}) == {"result": None}
         assert request("test", {"method": "drop"}) == {"result": None}

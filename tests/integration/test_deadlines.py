@@ -96,7 +96,7 @@ def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
 
 @pytest.mark.parametrize("text", ["", "x" * 40_000_000], ids=["short", "long"])
 @pytest.mark.parametrize("used", [True, False])
-def test_a_kept_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess, text: str, used: bool) -> None:
+def test_a_kept_client_ignores_a_late_reply(daemon: DaemonProcess, text: str, used: bool) -> None:
     with connect_daemon("late") as client:
         if used:
             assert client.call("echo", n=0) == {"n": 0}
@@ -108,7 +108,7 @@ def test_a_kept_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonPro
             assert client.call("echo", n=n, timeout=PATIENCE) == {"n": n}
 
 
-def test_a_kept_async_client_outlives_a_stop_and_takes_no_late_reply(daemon: DaemonProcess) -> None:
+def test_a_kept_async_client_ignores_a_late_reply(daemon: DaemonProcess) -> None:
     async def main() -> None:
         async with await aconnect_daemon("late") as client:
             assert await client.call("echo", n=0) == {"n": 0}
@@ -122,7 +122,7 @@ def test_a_kept_async_client_outlives_a_stop_and_takes_no_late_reply(daemon: Dae
     asyncio.run(main())
 
 
-def test_a_slow_handler_is_a_timeout_and_the_next_request_gets_its_own_reply(daemon: DaemonProcess) -> None:
+def test_after_a_timeout_the_next_request_gets_its_own_reply(daemon: DaemonProcess) -> None:
     with connect_daemon("late") as client:
         with times_out():
             client.call("sleep", seconds=2 * TIMEOUT, tag="late", timeout=TIMEOUT)
@@ -134,7 +134,7 @@ def test_a_slow_handler_is_a_timeout_and_the_next_request_gets_its_own_reply(dae
         request("late", {"method": "sleep", "params": {"seconds": 600, "tag": "later"}}, timeout=TIMEOUT)
 
 
-def test_a_clients_request_timeout_is_for_requests_without_their_own(daemon: DaemonProcess) -> None:
+def test_request_timeout_is_the_default_timeout(daemon: DaemonProcess) -> None:
     with connect_daemon("late", request_timeout=TIMEOUT) as client:
         with times_out():
             client.call("sleep", seconds=600)
@@ -142,7 +142,7 @@ def test_a_clients_request_timeout_is_for_requests_without_their_own(daemon: Dae
         assert client.call("sleep", seconds=0.1, tag="t", timeout=float("inf")) == "t"
 
 
-def test_a_clients_first_request_may_come_long_after_it_connected(daemon: DaemonProcess) -> None:
+def test_the_first_request_may_come_late(daemon: DaemonProcess) -> None:
     with connect_daemon("late", timeout=1.0) as client:
         time.sleep(1.1)  # the time that was for connecting is over
         assert client.call("echo", n=1) == {"n": 1}

@@ -67,7 +67,7 @@ def test_a_file_that_several_pages_show_is_the_same_in_all() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OUTPUTS))
-def test_a_program_prints_what_its_page_says(name: str, snippets: Path) -> None:
+def test_a_program_prints_text_of_its_page(name: str, snippets: Path) -> None:
     assert _run(snippets / name) == OUTPUTS[name]
 
 
@@ -111,7 +111,7 @@ def test_the_pictures_are_those_that_the_script_draws() -> None:
             assert drawn == draw(theme), f"python docs/pictures.py draws another {name}"
 
 
-def test_the_service_its_client_and_a_client_of_the_standard_library_alone(snippets: Path) -> None:
+def test_the_service_and_a_standard_library_client(snippets: Path) -> None:
     with spawn_python(str(snippets / "service.py")) as daemon:
         wait_until(lambda: ping("words"))
         assert _run(snippets / "ask.py") == "4\n"
@@ -171,7 +171,7 @@ def _assert_documented(command: str, *told: dict[str, Any]) -> None:
             assert _JSON_TYPES[type(value)] in documented[field].split(" or "), field
 
 
-def test_what_the_commands_print_as_json_is_what_the_tables_say(snippets: Path) -> None:
+def test_json_output_matches_the_docs(snippets: Path) -> None:
     # Before any daemon, one that is healthy, one that has no health, and the end.
     _assert_documented("status", _json_of("status", "--name", "words"))
     for name, script in ("words", "service.py"), ("index", "index.py"):

@@ -139,7 +139,7 @@ def test_json() -> None:
     assert report["findings"][0]["text"].endswith(f", {sys.executable}")
 
 
-def test_a_running_daemon_is_well_and_left_alone(private_directories: Path) -> None:
+def test_a_running_daemon_is_ok_and_unchanged(private_directories: Path) -> None:
     with spawn_daemon("one") as daemon, spawn_daemon("two"):
         before = everything(private_directories)
         seen = run_doctor()
@@ -193,7 +193,7 @@ def test_a_stopped_daemon_is_a_failure() -> None:
         assert troubles() == []
 
 
-def test_a_daemon_that_starts_is_well_and_leaves_its_record_if_it_dies() -> None:
+def test_a_starting_daemon_is_ok_and_stale_if_it_dies() -> None:
     with service("starting") as daemon:
         assert found("daemon svc").level == "ok"
         assert found("daemon svc").text.startswith(f"starting, pid {daemon.pid}")
@@ -279,7 +279,7 @@ def test_a_name_that_looks_like_an_option(run: Path) -> None:
 
 
 @needs_posix
-def test_a_draft_beside_a_living_daemon_is_removed_without_stopping_it() -> None:
+def test_the_remedy_for_a_draft_spares_a_living_daemon() -> None:
     with spawn_daemon("svc"):
         path = draft(runtime_dir(), {})
         (trouble,) = troubles()
@@ -290,7 +290,7 @@ def test_a_draft_beside_a_living_daemon_is_removed_without_stopping_it() -> None
 
 
 @needs_posix
-def test_what_a_living_process_drafted_is_no_leftover(run: Path) -> None:
+def test_a_draft_of_a_living_process_is_not_stale(run: Path) -> None:
     socket = run / f"{'0a' * 8}.sock"
     socket.touch()
     registration = acquire_name("svc")
@@ -323,7 +323,7 @@ def test_a_socket_without_a_record(private_directories: Path, monkeypatch: pytes
 
 
 @needs_posix
-def test_what_is_not_ours_is_not_looked_at(run: Path) -> None:
+def test_foreign_processes_are_ignored(run: Path) -> None:
     for name in ("svc.lock", "svc.start", "notes.txt", "a b.starting", "svc.0a.tmp", "0a.sock", f"{'0A' * 8}.sock", ".json"):
         (run / name).touch()
     (run / "socket.json").mkdir()
@@ -526,7 +526,7 @@ def test_no_socket_can_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trouble.text.endswith("it failed: StartFailed: a sandbox may forbid it")
 
 
-def test_the_other_side_says_why_the_round_trip_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_round_trip_has_the_other_sides_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> NoReturn:
         raise AuthenticationFailed("as told")
 
@@ -584,7 +584,7 @@ def test_a_path_ends_no_line_and_fits_any_console(private_directories: Path, mon
 
 
 @needs_posix
-def test_interrupted_it_says_nothing_and_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_tour_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(private_directories))
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "run"))
     program = (

@@ -116,7 +116,7 @@ def ask_kept(ids: Any, over: threading.Event, note: Callable[[Any, Any], None]) 
 
 
 @needs_posix
-def test_requests_beside_drains_run_once_or_say_that_they_did_not() -> None:
+def test_requests_during_drains_run_at_most_once() -> None:
     ran: Counter[str] = Counter()
 
     def serve() -> None:
@@ -137,7 +137,7 @@ def test_requests_beside_drains_run_once_or_say_that_they_did_not() -> None:
 # On Windows a reader may keep a record from being removed, and this process, which lives, from serving again.
 @needs_posix
 @pytest.mark.usefixtures("driver")
-def test_requests_beside_drains_of_servers_run_once_or_say_that_they_did_not() -> None:
+def test_requests_during_drains_of_servers_run_at_most_once() -> None:
     ran: Counter[str] = Counter()
 
     async def handle(message: dict[str, Any]) -> dict[str, Any]:

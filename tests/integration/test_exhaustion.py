@@ -205,7 +205,7 @@ def fill_up(stack: contextlib.ExitStack) -> list[Client]:
 
 
 @needs_linux
-def test_more_clients_than_descriptors_are_told_that_the_daemon_is_busy() -> None:
+def test_more_clients_than_descriptors_get_busy() -> None:
     with watched() as daemon, daemon.limited("RLIMIT_NOFILE", 64):
         with contextlib.ExitStack() as stack:
             inside = fill_up(stack)
@@ -228,7 +228,7 @@ def test_more_clients_than_descriptors_are_told_that_the_daemon_is_busy() -> Non
 
 
 @needs_linux
-def test_a_daemon_without_descriptors_can_be_told_to_stop() -> None:
+def test_a_daemon_without_descriptors_can_be_stopped() -> None:
     with spawn_daemon(NAME) as daemon, contextlib.ExitStack() as stack:
         psutil.Process(daemon.pid).rlimit(psutil.RLIMIT_NOFILE, (64, 64))
         fill_up(stack)
@@ -237,7 +237,7 @@ def test_a_daemon_without_descriptors_can_be_told_to_stop() -> None:
 
 
 @needs_linux
-def test_silent_clients_that_take_all_descriptors_keep_nobody_out() -> None:
+def test_silent_clients_with_all_descriptors_block_nobody() -> None:
     with watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         assert inside.call("echo", n=1) == {"n": 1}
         with daemon.limited("RLIMIT_NOFILE", 64):
@@ -281,7 +281,7 @@ def without_descriptors() -> Iterator[None]:
 
 
 @needs_linux
-def test_a_client_without_descriptors_is_told_that_the_shortage_is_its_own() -> None:
+def test_a_client_without_descriptors_gets_resource_exhausted() -> None:
     with watched(), connect_daemon(NAME) as inside:
         calls: list[Callable[[], object]] = [
             lambda: connect_daemon(NAME),
@@ -401,12 +401,12 @@ def write_no_log(base: Path, shortage: Callable[[Path, Watched], contextlib.Abst
 
 @needs_mount
 @pytest.mark.usefixtures("small_log")
-def test_a_full_disk_costs_the_log_and_nothing_else(private_directories: Path) -> None:
+def test_a_full_disk_affects_only_the_log(private_directories: Path) -> None:
     write_no_log(private_directories, full_disk)
 
 
 @needs_linux
-def test_a_log_that_may_not_grow_costs_the_log_and_nothing_else(private_directories: Path) -> None:
+def test_a_log_that_cannot_grow_affects_nothing_else(private_directories: Path) -> None:
     write_no_log(private_directories, no_larger_file)
 
 
@@ -431,7 +431,7 @@ def test_stopped_daemon_times_out_200_clients_and_recovers() -> None:
 
 
 @needs_posix
-def test_1000_silent_connections_keep_nobody_out() -> None:
+def test_a_thousand_silent_connections_block_nobody() -> None:
     with many_open_files(), watched(handshake_timeout=NEVER) as daemon, connect_daemon(NAME) as inside:
         assert inside.call("echo", n=1) == {"n": 1}
         with silent_crowd(CROWD):
@@ -460,7 +460,7 @@ def test_a_crowd_with_a_wrong_key_does_not_fill_the_log() -> None:
         assert log_lines("refused the client with pid", str(os.getpid()))
 
 
-def test_a_handler_that_fails_on_each_request_does_not_fill_the_log() -> None:
+def test_failing_requests_do_not_fill_the_log() -> None:
     """Its tracebacks pushed everything else out of both files of the log within seconds."""
     with watched(), connect_daemon(NAME) as client:
         for number in range(FAILURES):

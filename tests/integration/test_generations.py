@@ -72,7 +72,7 @@ def assert_one_generation() -> None:
     assert serves()
 
 
-def test_a_killed_daemon_leaves_what_the_next_one_clears_away() -> None:
+def test_a_start_removes_files_of_a_killed_daemon() -> None:
     leave_dead_generation()
     assert len(runtime_files()) == 1 + SOCKETS
     dead = records.load("test")
@@ -132,7 +132,7 @@ def test_a_damaged_record_is_replaced(content: bytes) -> None:
 
 @needs_posix
 @pytest.mark.parametrize("swept", [["lock"], ["json"], ["lock", "json"]], ids="+".join)
-def test_a_daemon_whose_files_are_swept_keeps_its_name(swept: list[str]) -> None:
+def test_a_daemon_whose_files_are_removed_keeps_its_name(swept: list[str]) -> None:
     with spawn_daemon("test") as daemon, connect_daemon("test") as client:
         for ext in swept:
             runtime_path("test", ext).unlink()
@@ -147,7 +147,7 @@ def test_a_daemon_whose_files_are_swept_keeps_its_name(swept: list[str]) -> None
 
 @needs_posix
 @pytest.mark.parametrize("schema", [1, 3])
-def test_a_daemon_of_another_schema_can_be_pinged_and_stopped_but_not_asked(schema: int) -> None:
+def test_another_schema_can_only_be_pinged_and_stopped(schema: int) -> None:
     with spawn_daemon("test") as daemon:
         path = runtime_path("test", "json")
         fields = json.loads(path.read_bytes())
@@ -192,7 +192,7 @@ def test_a_daemon_whose_record_was_just_removed_is_stopped() -> None:
 
 
 @needs_posix
-def test_a_swept_lock_is_nobodys_while_the_record_names_a_living_daemon() -> None:
+def test_a_removed_lock_is_not_taken_from_a_living_daemon() -> None:
     with spawn_daemon("test") as daemon:
         for _ in range(20):
             runtime_path("test", "lock").unlink(missing_ok=True)
@@ -204,7 +204,7 @@ def test_a_swept_lock_is_nobodys_while_the_record_names_a_living_daemon() -> Non
 
 
 @needs_posix
-def test_an_older_daemon_leaves_the_name_to_the_one_that_has_the_record() -> None:
+def test_an_older_daemon_yields_to_the_record() -> None:
     with spawn_daemon("test") as old, stopped(old):
         address = records.load("test").address
         for ext in ("json", "lock"):
@@ -225,7 +225,7 @@ def connect_after_start() -> Iterator[tuple[DaemonProcess, Client]]:
 
 @pytest.mark.parametrize("ended", ["killed", "stopped"])
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_kept_client_goes_on_with_the_successor(asked: bool, ended: str) -> None:
+def test_a_kept_client_uses_the_successor(asked: bool, ended: str) -> None:
     with connect_after_start() as (old, client):
         before = client.generation
         if asked:
@@ -245,7 +245,7 @@ def test_a_kept_client_goes_on_with_the_successor(asked: bool, ended: str) -> No
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_kept_client_that_slept_through_a_restart_notices_nothing(asked: bool) -> None:
+def test_a_kept_client_works_after_a_restart(asked: bool) -> None:
     with connect_after_start() as (old, client):
         if asked:
             assert client.call("echo") == {}
@@ -264,7 +264,7 @@ def in_flight(client: Client) -> Iterator[Future[Any]]:
         yield job
 
 
-def test_a_request_whose_daemon_is_killed_is_lost_and_not_repeated() -> None:
+def test_a_request_of_a_killed_daemon_is_not_repeated() -> None:
     with connect_after_start() as (old, client), in_flight(client) as job:
         kill(old)
         assert isinstance(job.exception(PATIENCE), ConnectionLost)

@@ -172,7 +172,7 @@ def test_an_idle_connection_that_was_said_goodbye_to_is_not_used() -> None:
 
 @ASKING
 @pytest.mark.parametrize("has_record", [True, False])
-def test_a_goodbye_without_a_successor_is_no_daemon_and_nothing_ran(ask: Asking, has_record: bool) -> None:
+def test_a_goodbye_without_a_successor_is_not_running(ask: Asking, has_record: bool) -> None:
     def serve(served: Served) -> None:
         served.prove()
         served.receive()
@@ -188,7 +188,7 @@ def test_a_goodbye_without_a_successor_is_no_daemon_and_nothing_ran(ask: Asking,
         assert daemon.connections == len(daemon.requests) == 1
 
 
-def test_other_connections_of_a_generation_that_said_goodbye_are_not_tried() -> None:
+def test_after_a_goodbye_other_connections_are_not_tried() -> None:
     def serve(served: Served) -> None:
         served.prove()
         while served.receive()["method"] != "last":
@@ -240,7 +240,7 @@ def tell(kind: str, **fields: Any) -> Callable[[Served], None]:
         (tell("KeyError"), RemoteError, True),
     ],
 )
-def test_what_may_have_run_is_not_repeated(
+def test_requests_that_may_have_run_are_not_repeated(
     answer: Callable[[Served], None], kind: type[HarnessIPCError], maybe_executed: bool, kept: bool
 ) -> None:
     def script(served: Served, succeed: Callable[[], None]) -> None:
@@ -266,7 +266,7 @@ def test_what_may_have_run_is_not_repeated(
         assert [message["method"] for message in generations.second.requests] == ["third"]
 
 
-def test_a_goodbye_before_the_daemon_has_proved_itself_is_a_failed_handshake() -> None:
+def test_a_goodbye_before_the_daemons_proof_fails_the_handshake() -> None:
     def serve(served: Served) -> None:
         served.connection.recv_bytes()
         served.say_goodbye()

@@ -118,7 +118,7 @@ GARBAGE = {
 
 @needs_posix
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
-def test_what_is_no_challenge_is_dropped_at_once(victim: DaemonProcess, data: bytes) -> None:
+def test_an_invalid_challenge_is_dropped_at_once(victim: DaemonProcess, data: bytes) -> None:
     with raw_socket(data) as sock:
         assert b"#WELCOME#" not in said(sock)
 
@@ -192,9 +192,7 @@ ANSWERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_who_ignores_the_daemons_proof_and_answers_wrongly_is_refused(
-    victim: DaemonProcess, answer: Callable[[bytes], bytes]
-) -> None:
+def test_a_client_with_a_wrong_answer_is_refused(victim: DaemonProcess, answer: Callable[[bytes], bytes]) -> None:
     with dialled() as connection:
         # A stock challenge, whose answer is not even looked at.
         connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
@@ -221,7 +219,7 @@ def test_the_daemons_own_answer_does_not_prove_a_client(victim: DaemonProcess) -
         assert is_dropped(one)
 
 
-def test_who_refuses_the_daemons_proof_is_dropped(victim: DaemonProcess) -> None:
+def test_a_client_that_refuses_the_daemons_proof_is_dropped(victim: DaemonProcess) -> None:
     record = records.load("victim")
     with dialled() as connection:
         recorder: Any = Recorder(connection)
@@ -248,7 +246,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("data", INVALID.values(), ids=INVALID)
-def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: DaemonProcess, data: bytes) -> None:
+def test_an_invalid_message_is_answered_with_an_error(victim: DaemonProcess, data: bytes) -> None:
     with dial_daemon("victim") as connection:
         for _ in range(2):
             connection.send_bytes(data)
@@ -261,7 +259,7 @@ def test_what_is_no_message_gets_an_error_and_the_connection_goes_on(victim: Dae
 
 @needs_posix
 @pytest.mark.parametrize("size", [64 * 2**20 + 1, 2**31 - 1, 2**31, 2**63, 2**64 - 1])
-def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess, size: int) -> None:
+def test_an_authenticated_oversized_frame_is_dropped(victim: DaemonProcess, size: int) -> None:
     with dial_daemon("victim") as connection:
         os.write(connection.fileno(), struct.pack("!i", size) if size < 2**31 else struct.pack("!iQ", -1, size))
         error = json.loads(connection.recv_bytes(1 << 20))["error"]
@@ -272,7 +270,7 @@ def test_who_has_the_key_and_announces_too_much_is_dropped(victim: DaemonProcess
 
 
 @needs_posix
-def test_a_client_that_dies_at_any_byte_of_a_frame_leaves_nothing(victim: DaemonProcess) -> None:
+def test_a_client_killed_at_any_byte_of_a_frame_leaves_nothing(victim: DaemonProcess) -> None:
     data = frame(HONEST_FRAME)
     assert len(data) > 40
     process = psutil.Process(victim.pid)
@@ -332,7 +330,7 @@ def many_open_files() -> Iterator[None]:
 
 
 @needs_posix
-def test_two_hundred_of_all_kinds_at_once_hinder_no_honest_client() -> None:
+def test_two_hundred_hostile_clients_block_no_honest_one() -> None:
     with many_open_files(), attacked_daemon(handshake_timeout=NEVER) as daemon, ThreadPoolExecutor(4) as pool:
         process = psutil.Process(daemon.pid)
         before = process.num_fds()
@@ -357,7 +355,7 @@ def test_two_hundred_of_all_kinds_at_once_hinder_no_honest_client() -> None:
         wait_until(lambda: process.num_fds() <= before)
 
 
-def test_more_silent_clients_than_the_bound_keep_no_honest_one_out() -> None:
+def test_silent_clients_above_the_bound_block_no_honest_one() -> None:
     with many_open_files(), attacked_daemon(handshake_timeout=NEVER) as daemon, contextlib.ExitStack() as stack:
         before = held_by(daemon)
         silent = [stack.enter_context(dialled()) for _ in range(300)]

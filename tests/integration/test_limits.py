@@ -93,7 +93,7 @@ def test_the_limit_is_exact() -> None:
             client.request({"method": "log", "params": {"text": "x" * (padding + 1)}})
 
 
-def test_a_client_with_a_lower_limit_refuses_a_larger_reply_and_goes_on(daemon: DaemonProcess) -> None:
+def test_a_client_refuses_a_reply_above_its_limit(daemon: DaemonProcess) -> None:
     with connect_daemon("limits", max_message=1000) as client:
         with pytest.raises(MessageTooLarge, match="of 2013 bytes is above the limit of 1000 bytes"):
             client.call("fill", size=2000)
@@ -108,7 +108,7 @@ def test_a_larger_limit_on_both_sides_lets_more_pass() -> None:
         assert len(request("limits", message, timeout=PATIENCE, max_message=100 * MIB)["result"]) == 65 * MIB
 
 
-def test_a_limit_below_the_channels_own_replies_does_not_hang_anybody() -> None:
+def test_a_limit_below_the_channels_replies_hangs_nobody() -> None:
     """The error that says that a reply is too large is too large itself."""
     with spawn_daemon("limits", max_message=100):
         for _ in range(2):
@@ -121,7 +121,7 @@ TEXTS = ["\ud800", "\udfff lone", "\U0001f600\U0010ffff", "a\0b\0", "\u2028\u202
 VALUES: list[Any] = [0, -0.0, 2**64 + 1, -(2**63), 1e308, 5e-324, 0.1, True, None, [], {}, [[[{"a": [None, False]}]]]]
 
 
-def test_every_text_and_every_value_survives_the_way_there_and_back(daemon: DaemonProcess) -> None:
+def test_every_json_value_survives_a_round_trip(daemon: DaemonProcess) -> None:
     with one_connection() as client:
         params = {**{text: text for text in TEXTS}, "values": VALUES}
         # Their repr: True is not 1 then, and -0.0 not 0.
@@ -137,7 +137,7 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize(("value", "named"), NOT_JSON.values(), ids=NOT_JSON)
-def test_what_is_not_json_is_not_sent(daemon: DaemonProcess, value: Any, named: str) -> None:
+def test_unsendable_values_are_not_sent(daemon: DaemonProcess, value: Any, named: str) -> None:
     with one_connection() as client, pytest.raises(ProtocolError, match=rf"can't be sent as JSON: .*\b{named}\b"):
         client.call("echo", value=value)
 
@@ -153,9 +153,7 @@ def test_a_cycle_is_not_sent(daemon: DaemonProcess) -> None:
     ("what", "kind", "named"),
     [("set", "ProtocolError", "set"), ("nan", "ProtocolError", "float"), ("list", "TypeError", "list")],
 )
-def test_a_reply_that_is_not_json_is_an_error_that_names_the_type(
-    daemon: DaemonProcess, what: str, kind: str, named: str
-) -> None:
+def test_the_error_for_an_unsendable_reply_names_the_type(daemon: DaemonProcess, what: str, kind: str, named: str) -> None:
     with one_connection() as client:
         with pytest.raises(RemoteError, match=rf"\b{named}\b") as caught:
             client.call("return", what=what)
@@ -185,7 +183,7 @@ def test_a_reply_that_cannot_be_read_is_an_error_too(daemon: DaemonProcess) -> N
         client.call("return unreadable", timeout=5.0)
 
 
-def test_an_exception_with_a_text_above_the_limit_is_an_error_too() -> None:
+def test_an_exception_text_above_the_limit_is_an_error() -> None:
     above = pytest.raises(RemoteError, match="above the limit of 1000 bytes")
     with spawn_daemon("limits", max_message=1000), one_connection() as client, above:
         result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}), {})  # 998 bytes, and 1004 in the reply

@@ -72,7 +72,7 @@ def test_log_and_predecessor_keep_their_bound(daemon: int, how: str) -> None:
 
 
 @needs_posix
-def test_child_that_goes_on_writing_keeps_no_more(daemon: int) -> None:
+def test_the_log_is_bounded_if_a_child_keeps_writing(daemon: int) -> None:
     request("test", {"how": "living child"}, timeout=PATIENCE)
     predecessor = log_path("test").with_name("test.log.1")
     times = set()

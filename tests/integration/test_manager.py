@@ -58,7 +58,7 @@ pytestmark = pytest.mark.usefixtures("base")
 # Its state.
 
 
-def test_looking_on_a_fresh_machine_finds_nothing_and_creates_nothing(base: Path) -> None:
+def test_queries_on_a_fresh_machine_create_nothing(base: Path) -> None:
     status = daemon_status("test")
     assert (status.state, status.pid, status.alive) == ("absent", None, False)
     assert status.log_path == str(log_path("test"))
@@ -132,7 +132,7 @@ def test_without_an_answer_nothing_is_known_of_the_health() -> None:
     assert (status.state, status.health, status.healthy) == ("running", None, None)
 
 
-def test_a_daemon_that_somebody_started_by_hand_is_found_and_stopped() -> None:
+def test_a_daemon_started_by_hand_is_found_and_stopped() -> None:
     with spawn_daemon("test") as daemon:
         status = ensure()
         assert (status.pid, status.detached) == (daemon.pid, None)
@@ -215,7 +215,7 @@ def test_wedged_daemon_is_unresponsive_and_can_be_stopped(base: Path) -> None:
 
 
 @needs_posix
-def test_a_daemon_under_sigstop_is_unresponsive_and_can_be_stopped() -> None:
+def test_a_daemon_after_sigstop_is_unresponsive() -> None:
     pid = ensure().pid
     assert pid is not None
     process = psutil.Process(pid)
@@ -256,7 +256,7 @@ def test_an_unhealthy_daemon_is_accepted_or_restarted_once(base: Path) -> None:
     assert_one_daemon()
 
 
-def test_an_unhealthy_daemon_that_can_not_be_started_again_is_not_stopped(base: Path) -> None:
+def test_an_unhealthy_daemon_that_cannot_restart_is_not_stopped(base: Path) -> None:
     pid = ensure(then=ILL).pid
     (base / "ill").touch()
     with pytest.raises(StartFailed, match="was not stopped"):
@@ -280,7 +280,7 @@ def test_a_daemon_that_does_not_answer_is_not_unhealthy(base: Path) -> None:
 # Versions, and starting again.
 
 
-def test_another_version_of_the_app_is_an_error_replaced_or_accepted(base: Path) -> None:
+def test_another_app_version_is_refused_replaced_or_accepted(base: Path) -> None:
     def with_version(version: str, on_mismatch: Literal["error", "restart", "accept"] = "error") -> DaemonStatus:
         argv = command(options=f"app_version={version!r}")
         return ensure_daemon("test", argv, version=version, on_mismatch=on_mismatch)

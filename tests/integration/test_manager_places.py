@@ -120,7 +120,7 @@ def fill(paths: list[Path], data: bytes) -> None:
 @needs_mount
 @pytest.mark.parametrize("used", ["before", "after a daemon"])
 @pytest.mark.parametrize("what", ["room", "files", "writing"])
-def test_a_runtime_directory_that_takes_nothing_more_is_a_typed_error(small: Path, what: str, used: str) -> None:
+def test_a_full_runtime_directory_is_a_typed_error(small: Path, what: str, used: str) -> None:
     if used == "after a daemon":
         # Its locks are there already.
         ensure()
@@ -192,7 +192,7 @@ def stranger(rounds: int) -> None:
 @needs_root
 @needs_posix
 @pytest.mark.parametrize("reach", [0o700, 0o711, 0o755])
-def test_another_user_gets_nothing_and_is_in_nobodys_way(base: Path, reach: int) -> None:
+def test_another_user_gets_nothing_and_blocks_nobody(base: Path, reach: int) -> None:
     pid = ensure().pid
     base.chmod(reach)
     rounds = 100

@@ -132,7 +132,7 @@ def run_at_once(*arguments: str) -> tuple[float, list[str]]:
     return time.monotonic() - begin, lines
 
 
-def test_many_new_processes_at_once_take_little_more_than_their_imports(base: Path) -> None:
+def test_many_clients_at_once_take_little_more_than_imports(base: Path) -> None:
     importing = ensuring = 0.0
     for rounds in range(1, 3):
         importing += run_at_once("-c", "import harness_ipc")[0]
@@ -191,7 +191,7 @@ print(json.dumps(outcomes), flush=True)
 """
 
 
-def test_stops_and_starts_that_race_leave_neither_two_nor_an_orphan(base: Path) -> None:
+def test_racing_stops_and_starts_leave_at_most_one_daemon(base: Path) -> None:
     slow = "class App(App):\n    async def start(self):\n        await super().start()\n        await asyncio.sleep(0.05)"
     argv = json.dumps(command(then=slow))
     racer = ("-c", RACER, argv, str(STOPS))
@@ -236,7 +236,7 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_daemon_that_is_killed_is_in_nobodys_way(base: Path, death: str) -> None:
+def test_a_killed_daemon_blocks_no_successor(base: Path, death: str) -> None:
     argv = command(**DEATHS[death])
     for _ in range(2):
         if death.startswith("while"):
@@ -267,7 +267,7 @@ def test_a_daemon_that_is_killed_is_in_nobodys_way(base: Path, death: str) -> No
     assert_none_left()
 
 
-def test_a_daemon_that_was_killed_a_moment_ago_is_nobodys_answer(base: Path) -> None:
+def test_a_daemon_killed_a_moment_ago_is_stale(base: Path) -> None:
     """The system closes a killed process' sockets before that has ended: nobody answers there, and yet it lives."""
     pids = []
     for _ in range(KILLS):

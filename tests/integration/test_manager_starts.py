@@ -94,7 +94,7 @@ class App(App):
 """
 
 
-def test_what_a_start_reports_reaches_its_starter_and_all_who_wait(base: Path) -> None:
+def test_progress_of_a_start_reaches_all_waiting_processes(base: Path) -> None:
     argv = command(then=REPORTS)
     reports: list[Any] = []
     others: list[Any] = []
@@ -165,7 +165,7 @@ class App(App):
     assert_one_daemon()
 
 
-def test_the_first_caller_that_gives_up_leaves_the_start_to_go_on(base: Path) -> None:
+def test_a_start_continues_after_its_first_caller_times_out(base: Path) -> None:
     argv = command(then=waits_for_go())
     with pytest.raises(DaemonTimeout, match="starting"):
         ensure_daemon("test", argv, timeout=3.0)
@@ -212,7 +212,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_start_that_fails_says_why_at_once_and_the_log_keeps_every_attempt(failure: str) -> None:
+def test_a_failed_start_has_its_reason_and_is_logged(failure: str) -> None:
     argv, reason = FAILURES[failure]
     logs = [""]
     for _ in range(2):
@@ -238,7 +238,7 @@ def test_a_start_that_fails_says_why_at_once_and_the_log_keeps_every_attempt(fai
 
 
 @pytest.mark.parametrize("program", ["missing", "directory", "no program"])
-def test_what_can_not_be_executed_is_a_start_that_failed(base: Path, program: str) -> None:
+def test_an_unexecutable_program_is_a_failed_start(base: Path, program: str) -> None:
     path = base / "program"
     if program == "directory":
         path.mkdir()
@@ -289,7 +289,7 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 @needs_linux
-def test_it_has_nothing_of_its_starters_and_says_its_first_words_to_the_log(base: Path) -> None:
+def test_a_daemon_inherits_nothing_and_prints_to_the_log(base: Path) -> None:
     argv = command(first="import sys; print('first words: größer', file=sys.stderr)\n")
     with lasting_starter(base, argv) as (starter, daemon):
         of_starter = set(descriptors(starter).values()) - {os.devnull}
@@ -323,7 +323,7 @@ def test_it_survives_its_starters_process_group_and_session(base: Path) -> None:
 
 
 @needs_posix
-def test_a_stopped_daemon_is_no_zombie_though_its_starter_lives_on(base: Path) -> None:
+def test_a_stopped_daemon_leaves_no_zombie(base: Path) -> None:
     with lasting_starter(base, command()) as (starter, daemon):
         assert stop_daemon("test") is True
         wait_until(lambda: not psutil.pid_exists(daemon), AT_ONCE)
@@ -362,7 +362,7 @@ def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, mon
 
 
 @pytest.mark.parametrize("argv", ["python -m index", b"python", Path("python"), [], ["python", 3]])
-def test_an_invalid_command_line_is_refused_at_once_with_the_right_one(argv: Any) -> None:
+def test_an_invalid_command_line_is_refused_with_advice(argv: Any) -> None:
     error = ValueError if argv == [] else TypeError
     with pytest.raises(error, match="argv" if argv != ["python", 3] else "int"):
         ensure_daemon("test", argv)
@@ -373,7 +373,7 @@ def test_a_command_line_may_have_paths(base: Path) -> None:
     assert ensure_daemon("test", [Path(sys.executable), *command()[1:]]).state == "running"
 
 
-def test_a_timeout_names_the_daemon_the_operation_and_the_seconds(base: Path) -> None:
+def test_a_timeout_names_daemon_operation_and_seconds(base: Path) -> None:
     argv = command(then=waits_for_go())
     with in_thread(ensure_daemon, "test", argv) as starting:
         wait_until((base / "waiting").exists)
@@ -385,7 +385,7 @@ def test_a_timeout_names_the_daemon_the_operation_and_the_seconds(base: Path) ->
         assert starting.result(PATIENCE).state == "running"
 
 
-def test_a_deadline_that_has_passed_names_what_was_waited_for(base: Path) -> None:
+def test_a_timeout_names_the_operation(base: Path) -> None:
     text = r"^timed out after 0 s waiting for the daemon 'test' to start: {}; allow a longer timeout, or see its log .*$"
     with pytest.raises(DaemonTimeout, match=text.format("no starting process has its name yet")):
         ensure_daemon("test", command(), timeout=0)

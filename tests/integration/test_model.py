@@ -430,7 +430,7 @@ class Machine(RuleBasedStateMachine):
             self.stack.close()
 
 
-def test_whatever_happens_to_two_names_what_must_hold_holds() -> None:
+def test_random_operations_on_two_names() -> None:
     given = os.environ.get("HARNESS_TEST_EXAMPLES")
     options = settings(
         max_examples=int(given) if given else EXAMPLES,
@@ -448,7 +448,7 @@ def test_whatever_happens_to_two_names_what_must_hold_holds() -> None:
 
 
 @pytest.mark.usefixtures("base")
-def test_a_copy_of_a_record_costs_its_daemon_nothing() -> None:
+def test_a_copied_record_does_not_affect_its_daemon() -> None:
     """It once did: what the record of a dead daemon names was removed, whoever it was."""
     ensure("a")
     runtime_path("b", "json").touch(mode=0o600)

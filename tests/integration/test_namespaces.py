@@ -111,7 +111,7 @@ def test_explicit_directories_reach_the_child(service: Path, private_directories
         stop_daemon("server", namespace=there)
 
 
-def test_a_child_that_claims_the_name_elsewhere_is_a_failed_start(service: Path) -> None:
+def test_a_child_in_another_namespace_is_a_failed_start(service: Path) -> None:
     service.write_text(ELSEWHERE, encoding="utf-8")
     with pytest.raises(StartFailed, match="elsewhere"):
         start(service, "my-tool")

@@ -152,7 +152,7 @@ def test_the_directories_of_another_tool_are_taken_over(private_directories: Pat
 
 
 @needs_posix
-def test_a_record_that_others_could_read_is_refused_by_writers_too(private_directories: Path) -> None:
+def test_writers_refuse_a_record_that_others_could_read(private_directories: Path) -> None:
     run = private_directories / "run"
     run.mkdir(0o700)
     (run / "test.json").touch()

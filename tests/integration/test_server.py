@@ -194,7 +194,7 @@ def test_start_returns_a_context_manager() -> None:
     run(main)
 
 
-def test_close_and_wait_closed_may_be_called_again_and_by_several() -> None:
+def test_close_and_wait_closed_are_idempotent() -> None:
     async def main() -> None:
         async with serving() as server:
             waiting = [asyncio.create_task(server.wait_closed()) for _ in range(3)]
@@ -207,7 +207,7 @@ def test_close_and_wait_closed_may_be_called_again_and_by_several() -> None:
     run(main)
 
 
-def test_cancelling_who_waits_for_the_end_closes_nothing() -> None:
+def test_cancelling_wait_closed_closes_nothing() -> None:
     async def main() -> None:
         async with serving():
             server, _ = await start_daemon_server(echo, "other")
@@ -246,7 +246,7 @@ def test_serve_forever_ends(way: str) -> None:
     run(main)
 
 
-def test_who_takes_the_shutdown_request_decides() -> None:
+def test_on_shutdown_replaces_close() -> None:
     async def main() -> None:
         told = asyncio.Event()
         async with serving(on_shutdown=told.set) as server:
@@ -337,7 +337,7 @@ def test_idle_and_silent_clients_do_not_delay_the_end() -> None:
     run(main)
 
 
-def test_a_client_that_does_not_read_its_long_reply_does_not_prevent_the_end() -> None:
+def test_an_unread_long_reply_does_not_prevent_closing() -> None:
     async def main() -> None:
         async def fill(message: dict[str, Any]) -> dict[str, Any]:
             replied.set()
@@ -390,7 +390,7 @@ def test_a_name_is_served_once(name: str) -> None:
 # Requests.
 
 
-def test_a_handler_knows_its_peer_and_nobody_else_does() -> None:
+def test_only_a_handler_has_a_current_request() -> None:
     async def main() -> None:
         async def peer(message: dict[str, Any]) -> dict[str, Any]:
             return {"result": current_request().peer, "inner": await asyncio.create_task(inner())}
@@ -410,7 +410,7 @@ def test_a_handler_knows_its_peer_and_nobody_else_does() -> None:
     run(main)
 
 
-def test_context_variables_do_not_leak_from_one_request_into_the_next() -> None:
+def test_context_variables_do_not_leak_between_requests() -> None:
     variable = contextvars.ContextVar("variable", default="of nobody")
 
     async def main() -> None:
@@ -458,7 +458,7 @@ class Blocker:
             asking.join()
 
 
-def test_a_blocked_loop_is_reported_as_unresponsive_and_not_as_dead() -> None:
+def test_a_blocked_loop_is_unresponsive_not_dead() -> None:
     blocker = Blocker()
 
     def look() -> None:
@@ -589,7 +589,7 @@ def test_pipelined_requests_are_answered_in_order(factory: Any) -> None:
     run(main)
 
 
-def test_who_comes_while_the_loop_is_blocked_is_let_in_and_answered_after_it() -> None:
+def test_clients_are_admitted_while_the_loop_is_blocked() -> None:
     blocked, release = threading.Event(), threading.Event()
     seen: list[int] = []
 
@@ -651,7 +651,7 @@ def test_health_is_the_apps_own_answer(health: Any, reply: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("message", [{"meta": "restart"}, {"meta": ["ping"]}, {"meta": None}, {"meta": {"ping": 1}}, {}])
-def test_what_the_channel_does_not_know_is_the_handlers(message: dict[str, Any]) -> None:
+def test_unknown_meta_requests_go_to_the_handler(message: dict[str, Any]) -> None:
     async def main() -> None:
         async with serving():
             with await asyncio.to_thread(connect_daemon, "test") as kept:
@@ -671,9 +671,7 @@ def test_what_the_channel_does_not_know_is_the_handlers(message: dict[str, Any])
         ("{'result': 'x' * 2000}", "MessageTooLarge", "2013"),
     ],
 )
-def test_a_bad_handler_gives_an_error_and_a_log_and_the_daemon_goes_on(
-    caplog: pytest.LogCaptureFixture, code: str, kind: str, logged: str
-) -> None:
+def test_a_failing_handler_is_logged_and_answered(caplog: pytest.LogCaptureFixture, code: str, kind: str, logged: str) -> None:
     async def main() -> None:
         async def misbehave(message: dict[str, Any]) -> Any:
             return eval(message["code"]) if "code" in message else {"result": message}
@@ -691,7 +689,7 @@ def test_a_bad_handler_gives_an_error_and_a_log_and_the_daemon_goes_on(
     assert logged in caplog.text
 
 
-def test_one_connection_is_served_in_order_and_others_at_the_same_time() -> None:
+def test_one_connection_is_served_in_order_others_concurrently() -> None:
     async def main() -> None:
         handler = Waiting()
         seen: list[int] = []

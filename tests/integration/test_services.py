@@ -220,7 +220,7 @@ STREAMS = ["amounts", "chosen", "chosen_in_a_thread", "items_anyway"]
 
 
 @in_loop
-async def test_what_is_refused_has_a_type_and_did_not_run() -> None:
+async def test_refused_calls_are_typed_and_did_not_run() -> None:
     async with serving() as (words, server, client):
 
         def ask() -> None:
@@ -373,7 +373,7 @@ async def test_a_running_thread_is_in_flight_until_it_returns() -> None:
 
 
 @in_loop
-async def test_a_drain_does_not_wait_for_threads_beyond_the_grace_period() -> None:
+async def test_a_drain_waits_for_threads_only_the_grace_period() -> None:
     async with serving(grace_period=0.1) as (words, server, client):
         asking = asyncio.create_task(client.call("block"))
         await until(lambda: words.running == 1)

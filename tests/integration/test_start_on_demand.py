@@ -102,7 +102,7 @@ def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_pat
 
 
 @ALL
-def test_a_daemon_that_is_stopped_while_it_starts_is_started_again(ask: Any, tmp_path: Path) -> None:
+def test_a_daemon_stopped_during_its_start_is_started_again(ask: Any, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
     # The first one never gets ready.
     begun = tmp_path / "begun"
@@ -157,7 +157,7 @@ def test_a_function_starts_the_daemon(ask: Any, tmp_path: Path) -> None:
 
 
 @ALL
-def test_what_a_start_function_does_wrong_is_told(ask: Any) -> None:
+def test_errors_of_a_start_function(ask: Any) -> None:
     async def start() -> None: ...
 
     def fail() -> None:
@@ -225,7 +225,7 @@ def test_without_a_start_command_nothing_is_started(tmp_path: Path) -> None:
         connect_daemon("test")
 
 
-def test_the_start_has_a_time_of_its_own(tmp_path: Path) -> None:
+def test_a_start_has_its_own_timeout(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, slow=1.0)
     assert ask_once(daemon.command, 1, timeout=0.5) > 0
     assert stop_daemon("test")
@@ -235,7 +235,7 @@ def test_the_start_has_a_time_of_its_own(tmp_path: Path) -> None:
     assert daemon.ran == [1]
 
 
-def test_a_failed_start_is_told(tmp_path: Path) -> None:
+def test_a_failed_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StartFailed, match="boom") as caught:
         ask_once([sys.executable, "-c", "raise SystemExit('boom')"], 1)
     assert not caught.value.maybe_executed
@@ -245,7 +245,7 @@ def test_a_failed_start_is_told(tmp_path: Path) -> None:
             request("test", {"n": 1}, start=command)
 
 
-def test_waiting_for_a_draining_predecessor_counts_against_the_deadline(tmp_path: Path) -> None:
+def test_the_deadline_includes_a_draining_predecessor(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, grace=PATIENCE)
     pid = ask_once(daemon.command, 1)
     client = Client("test", timeout=PATIENCE)

@@ -177,7 +177,7 @@ def call(method: str, reply: Any) -> Any:
         return client.call(method, reply=reply)
 
 
-def test_items_arrive_in_order_and_the_connection_goes_on() -> None:
+def test_items_arrive_in_order() -> None:
     def talk() -> None:
         with connect_daemon("test") as client:
             for n in (0, 1, 1000):
@@ -241,7 +241,7 @@ def test_a_daemons_handler_may_be_a_generator() -> None:
     assert stop_daemon("counter")
 
 
-def test_progress_is_sent_to_those_who_ask_for_it() -> None:
+def test_progress_is_sent_only_on_request() -> None:
     def talk() -> None:
         with connect_daemon("test") as client:
             seen: list[Any] = []
@@ -274,7 +274,7 @@ def test_tasks_of_a_handler_report_at_once_to_a_slow_reader() -> None:
     asyncio.run(main())
 
 
-def test_a_task_that_a_handler_leaves_behind_reports_to_nobody() -> None:
+def test_a_background_task_of_a_handler_cannot_report() -> None:
     def talk() -> None:
         with connect_daemon("test") as client:
             seen: list[Any] = []
@@ -446,7 +446,7 @@ def test_the_end_of_the_grace_period_cancels_a_stream() -> None:
     ],
     ids=["goodbye", "continues", "executed", "stopping"],
 )
-def test_a_handler_can_not_forge_what_is_the_channels(forged: dict[str, Any]) -> None:
+def test_a_handler_cannot_forge_reserved_keys(forged: dict[str, Any]) -> None:
     def talk() -> None:
         with connect_daemon("test") as client:
             reply = client.request({"method": "answer", "params": {"reply": forged}})
@@ -493,7 +493,7 @@ def test_any_timeout_in_a_message_is_the_handlers_own(timeout: str) -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_handler_is_told_that_nobody_waits() -> None:
+def test_a_cancelled_handler_sees_cancelled() -> None:
     async def main() -> None:
         async with serving() as service, await aconnect_daemon("test") as client:
             with contextlib.suppress(TimeoutError):

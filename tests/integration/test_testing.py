@@ -183,7 +183,7 @@ def test_a_second_daemon_of_a_name_is_refused(kind: str, module: str) -> None:
         pass
 
 
-def test_what_start_and_stop_raise_is_raised(module: str) -> None:
+def test_errors_of_start_and_stop_are_raised(module: str) -> None:
     class Broken(Counter):
         async def start(self) -> None:
             raise LookupError("no start")
@@ -213,7 +213,7 @@ def test_a_thread_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) ->
     go.set()
 
 
-def test_a_daemon_of_this_process_can_be_stopped_and_not_restarted() -> None:
+def test_a_daemon_of_this_process_cannot_be_restarted() -> None:
     app = Counter()
     with testing.running(app) as daemon:
         with pytest.raises(StartFailed, match="this process serves 'test'"):

@@ -104,7 +104,7 @@ def test_a_clock_that_is_set_again_and_again_moves_no_deadline() -> None:
             assert daemon.wait() == 0
 
 
-def test_a_clock_that_is_set_again_and_again_moves_no_idle_timeout() -> None:
+def test_clock_changes_do_not_affect_the_idle_timeout() -> None:
     with jumping_daemon(idle_timeout=1.5) as daemon, connect_daemon("test") as client:
         served = 0
         over = threading.Event()
@@ -157,7 +157,7 @@ def test_a_daemon_is_the_same_after_the_clock_was_set(base: Path, seconds: int) 
 
 @needs_linux
 @pytest.mark.parametrize("verb", ["look", "stop"])
-def test_a_daemon_that_does_not_answer_is_the_same_after_the_clock_was_set(base: Path, verb: str) -> None:
+def test_an_unresponsive_daemon_survives_a_clock_change(base: Path, verb: str) -> None:
     pid = ensure().pid
     assert pid is not None
     process = psutil.Process(pid)
@@ -189,7 +189,7 @@ builtins.open = open_the_rest
 
 
 @needs_linux
-def test_without_all_of_proc_nobody_else_is_signalled(base: Path) -> None:
+def test_with_a_partial_proc_no_other_process_is_signalled(base: Path) -> None:
     pid = ensure().pid
     assert pid is not None
     psutil.Process(pid).kill()
@@ -242,7 +242,7 @@ class Asker:
                 number += 1
 
 
-def test_a_suspended_daemon_is_late_for_all_and_then_answers_each_its_own() -> None:
+def test_a_resumed_daemon_answers_each_request() -> None:
     askers = [Asker(f"{number}", kept=number % 2 == 0) for number in range(8)]
     over = threading.Event()
     # Its own deadlines pass too: a handshake's, for those who connect just then.
@@ -303,7 +303,7 @@ print(client.call("echo", n=1, timeout=60) == {"n": 1}, flush=True)
 
 
 @needs_posix
-def test_a_client_that_is_suspended_is_late_itself_and_nobody_waits_for_it() -> None:
+def test_a_suspended_client_delays_nobody() -> None:
     with spawn_daemon("test", handshake_timeout=0.5):
         before = request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"]
         with spawn_python("-c", f"import json, sys\nfrom harness_ipc import *\n{HANDSHAKE}") as client:
@@ -340,7 +340,7 @@ class App(App):
 """
 
 
-def test_a_loop_that_was_blocked_comes_back_and_nobody_gets_anothers_answer(base: Path) -> None:
+def test_after_a_blocked_loop_replies_go_to_their_requests(base: Path) -> None:
     argv = command(then=BLOCKING)
     pid = ensure_daemon("test", argv).pid
     with connect_daemon("test") as kept, ThreadPoolExecutor(1) as pool:

@@ -177,7 +177,7 @@ async def echo(message: dict[str, Any]) -> dict[str, Any]:
     return {"result": message}
 
 
-def test_every_instance_of_a_pipe_is_its_owners_alone_and_no_other_machines() -> None:
+def test_every_pipe_instance_is_closed_to_others() -> None:
     reject_remote_clients, identification = 8, 0x100000 | 0x10000  # winbase.h
 
     def ask(number: int) -> None:
@@ -246,7 +246,7 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
                 check_pipe_security(handle)
 
 
-def test_threads_that_accept_at_once_wait_where_the_next_clients_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepting_threads_wait_on_the_oldest_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
     files.create_private_dir(Namespace().runtime_dir)
     listener = listen.Listener(listen.new_address("", records.new_generation_id()))
@@ -353,7 +353,7 @@ def test_sixty_peers_without_the_key_keep_no_honest_one_waiting() -> None:
 
 
 @pytest.mark.parametrize("stage", ["before the proof", "in the proof", "after the proof"])
-def test_a_client_that_dies_at_any_byte_of_a_message_costs_nothing(stage: str) -> None:
+def test_a_client_killed_at_any_byte_of_a_message_leaves_nothing(stage: str) -> None:
     def connect() -> contextlib.AbstractContextManager[FrameConnection]:
         return dial_daemon("test") if stage == "after the proof" else dialled()
 
@@ -378,7 +378,7 @@ with dial_daemon("test") as connection:
 """
 
 
-def test_a_client_that_is_killed_while_it_sends_costs_nothing() -> None:
+def test_a_client_killed_while_sending_leaves_nothing() -> None:
     with spawn_daemon("test"):
         for _ in range(3):
             # It does not even read: sooner or later the daemon waits for it, and it for the daemon.
@@ -392,7 +392,7 @@ def test_a_client_that_is_killed_while_it_sends_costs_nothing() -> None:
         assert "Traceback" not in the_log()
 
 
-def test_what_a_client_does_not_read_is_a_timeout_and_the_next_one_is_served() -> None:
+def test_a_client_that_does_not_read_times_out() -> None:
     with spawn_daemon("test"), dial_daemon("test") as connection:
         # A request whose reply nobody reads, one that the daemon reads ahead, and one that it does not read.
         connection.send_bytes(b'{"method": "fill", "params": {"size": 1000000}}')
@@ -461,7 +461,7 @@ def assert_a_daemon_serves() -> None:
 
 
 @OPENING
-def test_a_record_that_is_open_elsewhere_for_a_moment_is_replaced(opening: Callable[[Path], Callable[[], None]]) -> None:
+def test_a_record_open_elsewhere_is_replaced(opening: Callable[[Path], Callable[[], None]]) -> None:
     registration = acquire_name("test")
     # Whose record it is has to be read, too.
     call = "open" if opening is holds else "replace"
@@ -522,7 +522,7 @@ def test_stale_record_that_is_open_elsewhere_is_removed(
     assert_a_daemon_serves()
 
 
-def test_a_record_that_cannot_be_opened_for_a_moment_is_read_all_the_same() -> None:
+def test_a_record_locked_for_a_moment_is_read() -> None:
     registration = publish()
     with let_go_after_a_failure("open", holds(runtime_path("test", "json"))) as failures:
         assert records.load("test", again=True).generation == registration.record.generation
@@ -562,7 +562,7 @@ def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken() -> None:
     assert_a_daemon_serves()
 
 
-def test_daemons_come_and_go_though_somebody_reads_the_record_all_the_time() -> None:
+def test_daemons_start_and_stop_while_the_record_is_read() -> None:
     over = threading.Event()
 
     def read() -> int:
@@ -618,7 +618,7 @@ def test_daemon_reads_the_null_device_and_writes_into_the_log() -> None:
     assert_one_daemon()
 
 
-def test_a_daemon_that_may_not_leave_its_starters_job_is_started_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_breakaway_a_daemon_starts_in_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     popen, tried = subprocess.Popen, []
 
     def refuse(*arguments: Any, creationflags: int, **options: Any) -> Any:
@@ -695,7 +695,7 @@ def test_a_daemon_behind_a_redirector_is_known_by_its_own_pid() -> None:
     assert_none_left()
 
 
-def test_a_daemon_behind_a_redirector_that_ignores_its_shutdown_is_ended(base: Path) -> None:
+def test_a_daemon_behind_a_redirector_is_terminated(base: Path) -> None:
     status = ensure_daemon("test", redirected())
     redirector = redirector_of(status.pid)
     with pytest.raises(DaemonTimeout):
@@ -712,7 +712,7 @@ def test_a_daemon_behind_a_redirector_that_ignores_its_shutdown_is_ended(base: P
     assert serves()
 
 
-def test_a_start_behind_a_redirector_that_fails_says_why() -> None:
+def test_a_failed_start_behind_a_redirector_has_its_reason() -> None:
     with at_once(), pytest.raises(StartFailed, match="no model"):
         ensure_daemon("test", redirected(then="async def fail(self): raise LookupError('no model')\nApp.start = fail"))
     with at_once(), pytest.raises(StartFailed, match="status 7"):
@@ -760,7 +760,7 @@ def test_logs_and_commands_take_any_text_in_any_code_page(code_page: None) -> No
         assert serves()
 
 
-def test_what_a_daemon_says_as_it_fails_is_in_the_log_as_utf8(code_page: None) -> None:
+def test_output_of_a_failing_daemon_is_logged_as_utf8(code_page: None) -> None:
     failing = f"async def fail(self): raise LookupError({FOREIGN!a})\nApp.start = fail"
     with at_once(), pytest.raises(StartFailed, match=FOREIGN) as caught:
         ensure(then=failing)

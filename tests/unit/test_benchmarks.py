@@ -52,7 +52,7 @@ def test_a_percentile_is_a_measured_value(values: list[float], percent: float, e
     assert report.percentile(values, percent) == expected
 
 
-def test_ratios_are_to_the_reference_by_the_measure_that_was_chosen() -> None:
+def test_ratios_use_the_chosen_measure() -> None:
     rows = [_row("U", 10, 20, 90), _row("harness_ipc", 5, 10, 15), _row("absent")]
     assert (rows[0]["p50"], rows[0]["mean"], rows[0]["p99"]) == (20, 40, 90)
     report.compare(rows, {"U": "U", "none": "not there"})
@@ -65,7 +65,7 @@ def test_ratios_are_to_the_reference_by_the_measure_that_was_chosen() -> None:
 @pytest.mark.parametrize(
     ("ours", "peer", "verdicts"), [(120, 121, ["pass", "pass"]), (121, 122, ["over", "pass"]), (110, 109, ["pass", "over"])]
 )
-def test_what_is_at_a_limit_passes_and_what_is_beyond_is_over(ours: float, peer: float, verdicts: list[str]) -> None:
+def test_limits_are_inclusive(ours: float, peer: float, verdicts: list[str]) -> None:
     rows = [_row("U", 100), _row("harness_ipc", ours), _row("peer", peer), _row("floor", 1), _row("other", 2, same_job=False)]
     limits: list[dict[str, Any]] = report.judge(report.compare(rows, {"U": "U"}))
     assert [limit["verdict"] for limit in limits] == verdicts

@@ -72,7 +72,7 @@ def test_an_address_is_shown_without_its_secrets(url: str, shown: str) -> None:
         (b"no browser 0a1b", ""),
     ],
 )
-def test_a_servers_reason_is_quoted_if_it_is_plain_text_without_a_secret(body: bytes, quoted: str) -> None:
+def test_a_servers_plain_text_reason_is_quoted_without_secrets(body: bytes, quoted: str) -> None:
     assert quote_reason(body, REMOTE) == quoted
 
 

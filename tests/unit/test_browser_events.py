@@ -26,7 +26,7 @@ def numbers(events: list[dict[str, Any]]) -> list[int]:
     return [event["params"]["n"] for event in events]
 
 
-def test_a_drained_event_is_what_was_received() -> None:
+def test_a_drained_event_is_unchanged() -> None:
     store = EventStore()
     params = {"text": 'é😀"\\\ud800', "list": [1.5, None, {"a": True}]}
     frame = json.dumps({"method": "A.b", "params": params, "sessionId": "s"})
@@ -49,7 +49,7 @@ def test_the_oldest_events_of_a_session_are_dropped_above_500() -> None:
     assert store.size == 0
 
 
-def test_the_oldest_events_of_a_session_are_dropped_above_16_mebibytes() -> None:
+def test_above_16_mebibytes_the_oldest_events_are_dropped() -> None:
     store = EventStore()
     add(store, "quiet", n=-1)
     for number in range(20):
@@ -90,7 +90,7 @@ def test_a_session_that_has_ended_keeps_no_events() -> None:
     assert store.drain("s") == store.drain_all() == []
 
 
-def test_all_events_are_drained_in_the_order_of_their_arrival_at_most_500() -> None:
+def test_a_drain_of_all_returns_500_events_in_order() -> None:
     store = EventStore()
     for number in range(MAX_EVENTS + 100):
         add(store, "ab"[number % 2] if number % 3 else None, n=number)
@@ -101,7 +101,7 @@ def test_all_events_are_drained_in_the_order_of_their_arrival_at_most_500() -> N
     assert store.size == 0
 
 
-def test_a_drain_of_all_leaves_what_is_above_16_mebibytes_for_the_next() -> None:
+def test_a_drain_of_all_returns_at_most_16_mebibytes() -> None:
     store = EventStore()
     for number in range(40):
         add(store, "abc"[number % 3], WHOLE, n=number, payload="x" * MEBI)
@@ -133,7 +133,7 @@ def test_long_texts_of_a_page_are_cut_wherever_they_are() -> None:
     assert event["params"] == {"short": short, "args": [{"value": cut}, [cut, 1]], "deep": {"a": {"b": cut}}, "n": 1}
 
 
-def test_a_page_that_is_loud_with_long_texts_still_has_500_events() -> None:
+def test_truncated_texts_leave_room_for_500_events() -> None:
     store = EventStore()
     frame = json.dumps({"method": "Runtime.consoleAPICalled", "params": {"args": [{"value": "x" * 2 * MEBI}]}})
     for number in range(MAX_EVENTS + 1):

@@ -129,7 +129,7 @@ def test_an_error_names_the_path_that_was_given(tmp_path: Path, place: str) -> N
 
 
 @needs_linux
-def test_a_disk_that_is_full_costs_no_file(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     import resource
 
     path = tmp_path / "file"

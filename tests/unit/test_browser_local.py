@@ -110,7 +110,7 @@ def test_owners_of_an_ipv6_connection() -> None:
         f"{HEADER}\n{end('01', US, 9)}\ngarbage",
     ],
 )
-def test_text_that_is_no_table(table: str) -> None:
+def test_an_invalid_table(table: str) -> None:
     with pytest.raises(ValueError, match=r"not a table|not a row|invalid literal"):
         local.owners_in_table(table, HERE, THERE)
 
@@ -123,7 +123,7 @@ def connection() -> Iterator[socket.socket]:
 
 
 @needs_linux
-def test_what_the_kernel_does_not_tell(connection: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_owners_of_a_port(connection: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = local.TABLES
     assert local.find_owners(connection) == {os.geteuid()}
     monkeypatch.setattr(local, "TABLES", (tables[0], str(tmp_path / "nothing")))
@@ -170,7 +170,7 @@ def test_ports_of_our_own_processes() -> None:
 
 
 @needs_socket_table
-def test_a_wildcard_of_ours_may_be_covered_by_a_listener_of_another_user() -> None:
+def test_another_user_may_listen_on_a_more_specific_address() -> None:
     with socket.create_server(("", 0)) as listener:
         there = ("127.0.0.1", listener.getsockname()[1])
         with socket.create_connection(there) as client:

@@ -42,7 +42,7 @@ def test_a_private_name_would_be_found() -> None:
     assert private_uses(source) == ["..messages", "harness_ipc.auth", "endpoint"]
 
 
-def test_the_daemon_is_called_what_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_names_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BU_NAME", raising=False)
     assert daemon_name() == "browser"
     monkeypatch.setenv("BU_NAME", "work")

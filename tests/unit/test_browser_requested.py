@@ -24,11 +24,11 @@ NAMED, FOUND = ("BU_CDP_URL", HTTP), None
         ({"HARNESS_CHROME_ARGS": "--x"}, True),
     ],
 )
-def test_what_asks_for_an_own_browser(environment: dict[str, str], own: bool) -> None:
+def test_settings_that_require_a_managed_browser(environment: dict[str, str], own: bool) -> None:
     assert wants_own(environment) is own
 
 
-def test_a_named_browser_comes_before_the_settings_of_an_own_one() -> None:
+def test_a_named_browser_overrides_managed_settings() -> None:
     environment = {"BU_CDP_WS": WS, "BU_CDP_URL": HTTP, "HARNESS_CHROME_OWN": "1"}
     assert asked(environment) == {"BU_CDP_WS": WS}
     del environment["BU_CDP_WS"]
@@ -101,11 +101,11 @@ OWN = {
         ({"BU_CDP_URL": HTTP}, False),
     ],
 )
-def test_the_settings_of_an_own_browser(wanted: dict[str, str], same: bool) -> None:
+def test_the_settings_of_a_managed_browser(wanted: dict[str, str], same: bool) -> None:
     assert (find_mismatch(wanted, OWN) is None) is same
 
 
-def test_what_is_secret_is_not_shown() -> None:
+def test_secrets_are_not_shown() -> None:
     secret = "hush"
     for wanted, own in (
         ({"BU_CDP_URL": f"http://me:{secret}@127.0.0.1:9/{secret}?{secret}"}, OWN),

@@ -124,7 +124,7 @@ def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str, private_d
         client.abort()
 
 
-def test_a_peer_that_has_gone_is_a_lost_connection_after_its_last_words(private_directories: Path) -> None:
+def test_data_is_received_before_a_lost_connection(private_directories: Path) -> None:
     with connected(private_directories) as (client, peer):
         peer.send_bytes(b"last words")
         peer.close()
@@ -139,7 +139,7 @@ def test_a_peer_that_has_gone_is_a_lost_connection_after_its_last_words(private_
         client.close()
 
 
-def test_nobody_at_an_address_is_no_daemon(private_directories: Path) -> None:
+def test_an_address_without_a_listener_is_not_running(private_directories: Path) -> None:
     with pytest.raises(DaemonNotRunning):
         _transport.connect(new_address(private_directories), deadline_after(PATIENCE))
 
@@ -157,7 +157,7 @@ def test_nobody_at_an_address_is_no_daemon(private_directories: Path) -> None:
     ],
     ids=ascii,
 )
-def test_what_is_no_daemon_is_typed(address: str, kind: type[Exception], private_directories: Path) -> None:
+def test_errors_without_a_daemon_are_typed(address: str, kind: type[Exception], private_directories: Path) -> None:
     (private_directories / "file").touch()
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(private_directories / "dead.sock"))
@@ -202,7 +202,7 @@ def test_no_free_descriptor_is_typed(private_directories: Path) -> None:
 
 @needs_linux
 @needs_root
-def test_another_users_daemon_is_refused_even_where_modes_let_it_through(private_directories: Path) -> None:
+def test_another_users_daemon_is_refused_despite_open_modes(private_directories: Path) -> None:
     private_directories.chmod(0o777)
     address = new_address(private_directories)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -218,7 +218,7 @@ def test_another_users_daemon_is_refused_even_where_modes_let_it_through(private
 
 
 @needs_linux
-def test_the_kernel_says_who_is_at_the_other_end(private_directories: Path) -> None:
+def test_peer_credentials_come_from_the_kernel(private_directories: Path) -> None:
     with connected(private_directories) as (client, _):
         assert (client.peer.pid, client.peer.uid) == (os.getpid(), os.geteuid())
 

@@ -109,6 +109,6 @@ def test_a_remote_error_shows_its_type_and_its_message() -> None:
     assert str(InvalidParams("'text' is missing")) == "InvalidParams: 'text' is missing"
 
 
-def test_what_is_not_known_of_a_failed_start_is_empty() -> None:
+def test_unknown_attributes_of_a_failed_start_are_empty() -> None:
     error = StartFailed("text")
     assert (error.log_tail, error.type, error.reason) == ("", "", "")

@@ -102,9 +102,7 @@ def _open_to(bits: int) -> Callable[[Path], None]:
     ],
     ids=["link", "dangling", "file", "0777", "0707", "0702"],
 )
-def test_an_unsafe_directory_is_refused_everywhere_and_its_remedy_mends_it(
-    make: Callable[[Path], None], command: str, run: Path
-) -> None:
+def test_the_remedy_fixes_an_unsafe_directory(make: Callable[[Path], None], command: str, run: Path) -> None:
     make(run)
     before = run.lstat()
     with pytest.raises(HarnessIPCError):
@@ -122,7 +120,7 @@ def test_an_unsafe_directory_is_refused_everywhere_and_its_remedy_mends_it(
 
 
 @needs_root
-def test_a_strangers_directory_is_refused_and_left_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_directory_is_refused_and_unchanged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.mkdir(0o700)
     os.chown(run, STRANGER, STRANGER)
     with pytest.raises(UnsafeDirectory, match=f"uid {STRANGER}") as caught:
@@ -133,9 +131,7 @@ def test_a_strangers_directory_is_refused_and_left_alone(run: Path, monkeypatch:
 
 @needs_posix
 @pytest.mark.parametrize("bits", [0o755, 0o744, 0o701])
-def test_a_directory_that_others_can_only_read_is_tightened_by_writers_alone(
-    bits: int, run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_writers_tighten_a_readable_directory(bits: int, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     run.mkdir()
     run.chmod(bits)
     with pytest.raises(UnsafeDirectory, match=f"mode {bits:04o}") as caught:
@@ -219,7 +215,7 @@ def test_a_directory_that_cannot_be_examined_is_refused(run: Path, monkeypatch: 
             runtime_dir()
 
 
-def test_a_directory_is_listed_or_a_typed_error_says_why_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlistable_directory_is_a_typed_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files.list_private_dir(str(run)) == []
     files.create_private_dir(str(run))
     (run / "d.json").touch()
@@ -260,7 +256,7 @@ def test_world_writable_parent_must_be_sticky(bits: int, links: bool, private_di
 
 
 @needs_posix
-def test_one_remedy_mends_all_the_parents_that_a_umask_left_open(private_directories: Path) -> None:
+def test_one_remedy_fixes_all_open_parents(private_directories: Path) -> None:
     run = private_directories / ".local" / "it's state" / "run"
     with umask(0):
         run.mkdir(parents=True)
@@ -382,7 +378,7 @@ def test_a_parent_made_by_root_is_given_back(bits: int, private_directories: Pat
 
 @needs_root
 @pytest.mark.parametrize("kind", ["directory", "log", "record"])
-def test_what_root_made_is_given_back(kind: str, private_directories: Path) -> None:
+def test_the_remedy_returns_files_of_root(kind: str, private_directories: Path) -> None:
     path = private_directories / "run"
     path.mkdir(0o700)
     uses: dict[str, Callable[[], object]] = {
@@ -403,7 +399,7 @@ def test_what_root_made_is_given_back(kind: str, private_directories: Path) -> N
 
 
 @needs_root
-def test_root_with_a_users_home_is_told_to_use_its_own(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_with_a_users_home_is_refused_with_advice(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = private_directories / "ada"
     (home / "log").mkdir(0o700, parents=True)
     for path in (home, home / "log"):
@@ -421,7 +417,7 @@ def test_root_with_a_users_home_is_told_to_use_its_own(private_directories: Path
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "directory", "0644", "0620"])
-def test_a_file_that_is_not_private_is_not_read_and_its_remedy_mends_it(kind: str, run: Path) -> None:
+def test_the_remedy_fixes_a_file_that_is_not_private(kind: str, run: Path) -> None:
     files.create_private_dir(str(run))
     path = run / "d.json"
     target = run / "target"
@@ -473,7 +469,7 @@ def test_remedy_for_an_unreadable_file_is_shell_quoted(run: Path, monkeypatch: p
     assert files.read_private_file(str(path), 100) == b"secret"
 
 
-def test_a_private_file_is_read_up_to_the_byte_that_shows_it_is_too_long(private_directories: Path) -> None:
+def test_a_private_file_is_read_one_byte_beyond_its_limit(private_directories: Path) -> None:
     path = str(private_directories / "file")
     files.write_private_file(path, b"x" * 10)
     assert [len(files.read_private_file(path, limit)) for limit in (11, 10, 9)] == [10, 10, 10]
@@ -535,9 +531,7 @@ def test_a_log_that_others_could_read_or_plant_is_refused(kind: str, private_dir
 
 
 @needs_posix
-def test_a_log_that_others_can_only_read_is_tightened_by_writers_alone(
-    private_directories: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_writers_tighten_a_readable_log(private_directories: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = private_directories / "log" / "d.log"
     log.parent.mkdir(0o755)
     log.write_bytes(b"first\n")

@@ -110,7 +110,7 @@ def test_a_long_frame_in_many_pieces_is_joined_once() -> None:
 @pytest.mark.parametrize(
     "sizes", [[0], [1, 2, 3], [65535], [65536], [65537], [10, 65536, 10], [70_000, 70_000, 5], [5, 200_000]]
 )
-def test_what_is_encoded_is_decoded(sizes: list[int]) -> None:
+def test_encoding_round_trip(sizes: list[int]) -> None:
     frames = [os.urandom(size) for size in sizes]
     framing = StreamFraming()
     chunks = StreamFraming.encode(frames)
@@ -154,7 +154,7 @@ def test_each_message_of_a_pipe_is_a_frame() -> None:
 
 
 @pytest.mark.parametrize("make", [StreamFraming, PipeFraming])
-def test_what_is_cleared_is_forgotten(make: Any) -> None:
+def test_clear_discards_fed_data(make: Any) -> None:
     framing: Framing = make()
     framing.feed(header(100) + b"half")
     framing.next_frame(LIMIT)

@@ -51,7 +51,7 @@ def test_every_target_has_a_corpus() -> None:
 
 
 @pytest.mark.parametrize(("target", "data"), list(corpus()))
-def test_what_was_interesting_once(target: str, data: bytes) -> None:
+def test_regressions(target: str, data: bytes) -> None:
     targets.TARGETS[target](data)
 
 
@@ -86,7 +86,7 @@ STEPS = st.tuples(st.integers(0, 4), st.one_of(PROOFS, st.binary(max_size=255)))
 
 @examples(150)
 @hypothesis.given(role=st.integers(0, 2), script=stream(STEPS))
-def test_no_peer_without_the_key_is_let_in_or_told_anything(role: int, script: bytes) -> None:
+def test_peers_without_the_key_learn_nothing(role: int, script: bytes) -> None:
     targets.challenge(bytes([role]) + script)
 
 
@@ -156,7 +156,7 @@ WORDS = st.sampled_from(
 
 @examples(80)
 @hypothesis.given(how=st.integers(0, 5), word=st.one_of(WORDS, objects("method", "meta")))
-def test_any_word_of_the_command_line_is_one_line_and_a_status(how: int, word: bytes) -> None:
+def test_any_argument_gives_one_line_and_a_status(how: int, word: bytes) -> None:
     targets.command(bytes([how]) + word)
 
 
@@ -186,7 +186,7 @@ def peak_of(action: Callable[[], object]) -> int:
     ],
     ids=["deep objects", "deep lists", "digits", "negative digits", "no text"],
 )
-def test_what_is_no_message_takes_little_more_memory_than_its_frame(data: bytes) -> None:
+def test_an_invalid_frame_takes_little_memory(data: bytes) -> None:
     def decode() -> None:
         with pytest.raises(ProtocolError) as caught:
             messages.decode(data)

@@ -47,7 +47,7 @@ def test_both_sides_together_take_two_round_trips() -> None:
     assert turns == 2
 
 
-def test_every_handshake_has_nonces_of_its_own() -> None:
+def test_every_handshake_has_new_nonces() -> None:
     challenges = [sent(ClientHandshake(KEYS))[0] for _ in range(100)]
     for _ in range(100):
         server = ServerHandshake(KEYS)
@@ -126,7 +126,7 @@ NO_CHALLENGE = pytest.mark.parametrize(
 
 
 @NO_CHALLENGE
-def test_the_daemon_sends_nothing_to_what_is_no_challenge(frame: bytes) -> None:
+def test_the_daemon_does_not_answer_an_invalid_challenge(frame: bytes) -> None:
     server = ServerHandshake(KEYS)
     with pytest.raises(AuthenticationFailed):
         server.receive_frame(frame)
@@ -135,7 +135,7 @@ def test_the_daemon_sends_nothing_to_what_is_no_challenge(frame: bytes) -> None:
 
 
 @NO_CHALLENGE
-def test_the_client_does_not_answer_what_is_no_challenge(frame: bytes) -> None:
+def test_the_client_does_not_answer_an_invalid_challenge(frame: bytes) -> None:
     client = ClientHandshake(KEYS)
     client.receive_frame(mac(KEYS.daemon, nonce_in(sent(client)[0])))
     sent(client)
@@ -145,7 +145,7 @@ def test_the_client_does_not_answer_what_is_no_challenge(frame: bytes) -> None:
     assert not client.may_send
 
 
-def test_a_client_answers_no_challenge_before_the_daemon_has_proved_itself() -> None:
+def test_a_client_answers_no_challenge_before_the_daemons_proof() -> None:
     client = ClientHandshake(KEYS)
     sent(client)
     with pytest.raises(AuthenticationFailed):
@@ -163,7 +163,7 @@ def test_only_welcome_is_a_welcome(verdict: bytes) -> None:
         server.receive_frame(verdict)
 
 
-def test_a_server_that_has_refused_or_is_done_takes_no_further_frame() -> None:
+def test_a_finished_server_handshake_takes_no_further_frame() -> None:
     for key in (KEYS.client, bytes(32)):
         server = ServerHandshake(KEYS)
         server.receive_frame(CHALLENGE + NONCE)
@@ -216,7 +216,7 @@ def test_the_protocol_imports_nothing_that_does_io() -> None:
     ],
     ids=["the daemon's own", "another client's", "the bare key's", "a daemon's elsewhere"],
 )
-def test_a_squatter_cannot_pass_anothers_answer_on_as_the_daemons(key: bytes, accepted: bool) -> None:
+def test_a_squatter_cannot_relay_an_answer_as_the_daemons(key: bytes, accepted: bool) -> None:
     client = ClientHandshake(KEYS)
     answer = mac(key, nonce_in(sent(client)[0]))
     if accepted:
@@ -245,7 +245,7 @@ def test_a_client_cannot_let_the_daemon_answer_its_own_challenge(one_key_for_bot
             first.receive_frame(answer)
 
 
-def test_every_role_address_and_generation_has_a_key_of_its_own() -> None:
+def test_every_role_address_and_generation_has_its_own_key() -> None:
     derived = [
         role_key(key, role, address)
         for key in (bytes(range(32)), bytes(32))

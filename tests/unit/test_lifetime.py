@@ -120,7 +120,7 @@ def test_a_dead_process_leaves_its_name(dead: dict[str, Any], run: Path) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"torn", b'{"schema": 3}', b"[" * 100_000], ids=["empty", "torn", "later", "deep"])
-def test_a_record_that_says_nothing_is_in_nobodys_way(data: bytes, run: Path) -> None:
+def test_an_empty_record_blocks_nobody(data: bytes, run: Path) -> None:
     for path in (run / "d.json", run / f"d.{'0' * 32}.tmp"):
         write(path, data)
     assert cleanup_endpoint("d") is True
@@ -130,7 +130,7 @@ def test_a_record_that_says_nothing_is_in_nobodys_way(data: bytes, run: Path) ->
 
 
 @needs_posix
-def test_a_successor_removes_the_socket_of_a_start_that_was_killed(run: Path) -> None:
+def test_a_successor_removes_the_socket_of_a_killed_start(run: Path) -> None:
     script = """
 import os, socket
 from harness_ipc._server.server import acquire_name
@@ -223,7 +223,7 @@ def test_record_that_cannot_be_replaced(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_posix
-def test_swept_files_are_made_again(run: Path) -> None:
+def test_removed_files_are_restored(run: Path) -> None:
     registration = publish()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(registration.record.address)
@@ -242,7 +242,7 @@ def test_swept_files_are_made_again(run: Path) -> None:
 
 @needs_posix
 @pytest.mark.parametrize("trouble", ["open directory", "no descriptor"])
-def test_what_can_be_mended_does_not_end_a_daemon(trouble: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repairable_problems_do_not_end_a_daemon(trouble: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registration = publish()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(registration.record.address)
@@ -283,7 +283,7 @@ def test_another_living_generation_ends_a_daemon(run: Path) -> None:
 
 
 @needs_linux
-def test_times_of_all_files_are_set_so_that_cleaners_leave_them_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_all_files_are_updated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registration = publish()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(registration.record.address)
@@ -460,7 +460,7 @@ for pid in children:
 
 
 @needs_posix
-def test_a_sweeper_of_the_lock_makes_no_two_daemons_and_costs_no_name(run: Path) -> None:
+def test_removing_the_lock_does_not_allow_two_daemons(run: Path) -> None:
     done = run_python("-W", "ignore", "-c", SWEPT, str(run / "d.lock"), str(SWEPT_SECONDS))
     assert (done.returncode, done.stderr) == (0, "")
     events = sorted(line.split() for line in done.stdout.splitlines())

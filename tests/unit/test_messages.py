@@ -47,7 +47,7 @@ def test_an_interpreter_without_the_c_encoder_sends_the_same(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("message", [None, [], "{}", b"{}", 1, {1}, ("a", 1)], ids=repr)
-def test_a_message_that_is_no_dict_is_refused_by_its_type(message: Any) -> None:
+def test_a_message_must_be_a_dict(message: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"\b{type(message).__name__}\b"):
         messages.encode(message, LIMIT)
 
@@ -92,7 +92,7 @@ def test_bytes_paths_times_and_dataclasses_are_sent_by_one_rule(value: Any, sent
         ({"v": NESTED}, "JSON: maximum recursion depth"),
     ],
 )
-def test_the_error_names_the_path_to_what_can_not_be_sent(message: dict[Any, Any], text: str) -> None:
+def test_the_error_has_the_path_of_the_unsendable_value(message: dict[Any, Any], text: str) -> None:
     with pytest.raises(ProtocolError, match=re.escape(text)):
         messages.encode(message)
 
@@ -111,7 +111,7 @@ def test_the_error_names_the_path_to_what_can_not_be_sent(message: dict[Any, Any
     ],
     ids=["nan", "infinity", "-infinity", "nan as key", "tuple as key", "huge integer", "nested too deep", "circular"],
 )
-def test_what_would_not_be_json_is_never_sent(message: dict[Any, Any]) -> None:
+def test_invalid_json_is_never_sent(message: dict[Any, Any]) -> None:
     with pytest.raises(ProtocolError) as caught:
         messages.encode(message, LIMIT)
     assert "\n" not in str(caught.value)
@@ -142,7 +142,7 @@ def test_what_would_not_be_json_is_never_sent(message: dict[Any, Any]) -> None:
     ],
     ids=lambda frame: ascii(frame[:20]),
 )
-def test_a_frame_that_is_no_message_is_a_protocol_error_in_one_short_line(frame: bytes) -> None:
+def test_an_invalid_frame_is_a_protocol_error_in_one_line(frame: bytes) -> None:
     with pytest.raises(ProtocolError) as caught:
         messages.decode(frame)
     assert len(str(caught.value)) < 400
@@ -159,7 +159,7 @@ def test_the_limit_is_the_last_size_that_goes() -> None:
     assert str(size - 1) in str(caught.value)
 
 
-def test_control_characters_are_escaped_but_for_those_that_are_allowed() -> None:
+def test_control_characters_are_escaped_unless_allowed() -> None:
     text = "a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
     assert escape_control(text) == r"a\x1b]0;t\x07\n\t\x7f\x9b2J\u202e\u2028é日😀\ud800 "
     assert escape_control(text, allow="\n\t") == "a\\x1b]0;t\\x07\n\t\\x7f\\x9b2J\\u202e\\u2028é日😀\\ud800 "

@@ -48,7 +48,7 @@ def test_another_application_has_a_directory_of_its_name(private_directories: Pa
     assert list(private_directories.iterdir()) == []
 
 
-def test_an_argument_wins_over_the_environment_and_is_used_as_it_is(private_directories: Path) -> None:
+def test_an_argument_overrides_the_environment(private_directories: Path) -> None:
     namespace = Namespace("my-tool", runtime_dir=private_directories / "r", log_dir=str(private_directories / "l"))
     assert namespace.runtime_dir == str(private_directories / "r")
     assert namespace.log_dir == str(private_directories / "l")
@@ -200,7 +200,7 @@ def places(private_directories: Path) -> Iterator[Path]:
     ],
     ids=["nothing", "login", "fallback", "own"],
 )
-def test_what_exists_decides_where_the_records_are(there: list[str], chosen: str, places: Path) -> None:
+def test_the_existing_runtime_directory_is_used(there: list[str], chosen: str, places: Path) -> None:
     uid = str(os.geteuid())
     for path in there:
         os.makedirs(f"{places}{path.replace('UID', uid)}", 0o700)

@@ -46,7 +46,7 @@ def test_a_zombie_has_ended() -> None:
 
 
 @pytest.mark.parametrize("pid", [True, 0, -1, 1.5, "1", None, 2**31 - 1, 10**30])
-def test_what_is_no_pid_is_no_process(pid: Any) -> None:
+def test_an_invalid_pid_is_no_process(pid: Any) -> None:
     assert not is_same_process({**processes.own_identity(), "pid": pid})
 
 
@@ -106,7 +106,7 @@ def test_own_identity_agrees_with_psutil() -> None:
 @pytest.mark.parametrize(
     ("namespace", "why"), [("--pid --fork", "another PID namespace"), ("--mount", "not mounted")], ids=["foreign", "none"]
 )
-def test_without_a_usable_proc_no_process_can_be_told(namespace: str, why: str) -> None:
+def test_without_a_usable_proc_no_process_is_identified(namespace: str, why: str) -> None:
     program = f"""
 import os, sys
 from harness_ipc import StartFailed

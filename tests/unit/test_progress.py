@@ -30,7 +30,7 @@ class Log:
         return StartProgress(both, both)
 
 
-def test_each_report_is_sent_and_the_last_one_recorded_once_a_second() -> None:
+def test_reports_are_sent_and_recorded_once_a_second() -> None:
     log = Log()
 
     async def main() -> None:
@@ -81,7 +81,7 @@ def test_a_task_that_outlives_the_start_reports_nothing() -> None:
 
 
 @pytest.mark.parametrize(("value", "error"), [({1, 2}, ProtocolError), ("x" * 4000, MessageTooLarge)])
-def test_what_can_not_be_reported_is_an_error(value: Any, error: type[Exception]) -> None:
+def test_an_unsendable_report_is_an_error(value: Any, error: type[Exception]) -> None:
     log = Log()
 
     async def main() -> None:

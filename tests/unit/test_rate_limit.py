@@ -113,13 +113,13 @@ def test_a_traceback_is_logged_once_for_each_type_and_place(
     assert all(record.exc_info for record in caplog.records)
 
 
-def test_the_depth_of_a_recursion_makes_no_new_kind(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
+def test_recursions_of_any_depth_are_one_kind(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
     for depth in range(3, 100):
         limited.exception("the handler failed", caught(lambda depth=depth: recursion(depth)))  # type: ignore[misc]
     assert len(caplog.records) == 1
 
 
-def test_errors_without_a_traceback_are_told_apart_too(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_without_a_traceback_are_distinguished(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
     for function in (key_error, value_error, key_error):
         limited.warning("health check failed: %s", "x", error=caught(function))
     assert [record.exc_info for record in caplog.records] == [None, None]

@@ -85,9 +85,7 @@ def test_a_record_is_loaded_as_it_was_published(ready: Registration, run: Path) 
 
 
 @pytest.mark.parametrize("state", ["starting", "draining"])
-def test_a_record_that_is_not_ready_is_read_but_not_loaded_and_has_no_key(
-    state: str, starting: Registration, run: Path
-) -> None:
+def test_a_record_that_is_not_ready_has_no_key(state: str, starting: Registration, run: Path) -> None:
     if state == "draining":
         starting.publish(app_version=None, max_message=1000)
         starting.drain()
@@ -167,7 +165,7 @@ def test_any_schema_with_the_lasting_fields_can_be_reached(schema: int, ready: R
 
 
 @pytest.mark.parametrize("schema", [0, 1, 3, -1, 10**30])
-def test_another_schema_without_the_lasting_fields_is_incompatible(schema: int, ready: Registration, run: Path) -> None:
+def test_another_schema_without_common_fields_is_incompatible(schema: int, ready: Registration, run: Path) -> None:
     key = ready.record.authkey.hex()
     for fields in ({"schema": schema}, {**fields_of(run / "d.json"), "schema": schema, "pid": "1"}):
         write(run / "d.json", json.dumps(fields).encode())
@@ -210,7 +208,7 @@ def test_every_torn_record_is_no_daemon(ready: Registration, run: Path) -> None:
     ],
     ids=lambda data: ascii(data[:12]),
 )
-def test_what_is_no_record_is_no_daemon(data: bytes, run: Path) -> None:
+def test_an_invalid_record_is_not_running(data: bytes, run: Path) -> None:
     write(run / "d.json", data)
     with pytest.raises(DaemonNotRunning, match="damaged"):
         records.load("d")
@@ -270,7 +268,7 @@ def test_a_record_that_cannot_be_read_is_a_typed_error(
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["link", "fifo", "directory", "0644", "directory 0750"])
-def test_a_record_that_others_could_have_planted_or_read_is_refused(kind: str, ready: Registration, run: Path) -> None:
+def test_a_record_open_to_others_is_refused(kind: str, ready: Registration, run: Path) -> None:
     key = ready.record.authkey.hex()
     assert records.load("d")
     path = run / "d.json"

@@ -64,7 +64,7 @@ VERBS = {
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_table_says_what_the_daemon_may_do_in_each_state(state: str, verb: str) -> None:
+def test_server_calls_in_each_state(state: str, verb: str) -> None:
     server = server_in(state)
     if (afterwards := session._SERVER_STATES.get((state, verb))) is None:
         with pytest.raises(RuntimeError, match=state):
@@ -76,7 +76,7 @@ def test_the_table_says_what_the_daemon_may_do_in_each_state(state: str, verb: s
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_goodbye_takes_the_place_of_what_was_not_sent(state: str) -> None:
+def test_a_goodbye_replaces_unsent_output(state: str) -> None:
     if (state, "leave") not in session._SERVER_STATES:
         return
     server = server_in(state)
@@ -136,7 +136,7 @@ def test_a_client_that_does_not_prove_itself_is_refused(state: str, frame: bytes
     assert (server.state, server.next_event()) == ("CLOSED", None)
 
 
-def test_a_client_with_a_wrong_proof_is_told() -> None:
+def test_a_client_with_a_wrong_proof_gets_a_verdict() -> None:
     server = server_in("ANSWERED")
     server.receive_data(stream(WELCOME, b"{sha256}" + bytes(32)))
     with pytest.raises(AuthenticationFailed):
@@ -149,7 +149,7 @@ def test_a_client_with_a_wrong_proof_is_told() -> None:
     [(stream(bytes(LIMIT + 1)), MessageTooLarge), (b"\xff\xff\xff\xfe", ProtocolError)],
     ids=["large", "negative"],
 )
-def test_a_frame_that_cannot_be_skipped_ends_the_session_with_a_reason(data: bytes, kind: type[HarnessIPCError]) -> None:
+def test_an_oversized_frame_ends_the_session_with_a_reason(data: bytes, kind: type[HarnessIPCError]) -> None:
     server = server_in("IDLE")
     server.receive_data(data)
     with pytest.raises(kind):
@@ -160,7 +160,7 @@ def test_a_frame_that_cannot_be_skipped_ends_the_session_with_a_reason(data: byt
 
 
 @pytest.mark.parametrize("frame", [b"{", b"[1]", b"", b"\xff"])
-def test_a_request_that_cannot_be_read_is_answered_and_the_next_one_served(frame: bytes) -> None:
+def test_an_invalid_request_is_answered_and_the_next_one_served(frame: bytes) -> None:
     server = server_in("IDLE")
     server.receive_data(stream(frame, REQUEST))
     assert isinstance(server.next_event(), ProtocolError)
@@ -170,7 +170,7 @@ def test_a_request_that_cannot_be_read_is_answered_and_the_next_one_served(frame
 
 
 @pytest.mark.parametrize("state", ["ACTIVE", "CANCELLING", "REPLYING"])
-def test_what_is_read_ahead_waits_until_the_reply_is_taken(state: str) -> None:
+def test_read_ahead_waits_for_the_reply(state: str) -> None:
     server = server_in(state)
     server.receive_data(stream(REQUEST))
     assert (server.next_event(), server.buffered) == (None, len(stream(REQUEST)))

@@ -256,7 +256,7 @@ def test_an_unknown_method_names_those_that_there_are(name: Any, text: str) -> N
     assert text in caught.value.message
 
 
-def test_a_message_without_a_method_is_told_so() -> None:
+def test_a_message_without_a_method_is_method_not_found() -> None:
     with pytest.raises(MethodNotFound, match="the message has no \"method\": there are 'anything', "):
         Kinds()({"meta": "session"})
 
@@ -264,7 +264,7 @@ def test_a_message_without_a_method_is_told_so() -> None:
 # Which functions may be methods.
 
 
-def test_what_can_not_be_called_by_name_is_no_method() -> None:
+def test_methods_must_accept_keywords() -> None:
     def positional(self: Any, a: int, /) -> None: ...
     def variadic(self: Any, *a: int) -> None: ...
     def generator(self: Any) -> Any:
@@ -281,7 +281,7 @@ def test_what_can_not_be_called_by_name_is_no_method() -> None:
 
 
 @pytest.mark.parametrize("name", ["start", "stop", "health", "encode_result", "describe_methods"])
-def test_the_names_that_a_service_uses_itself_are_no_methods(name: str) -> None:
+def test_names_of_service_attributes_are_reserved(name: str) -> None:
     async def function(self: Any) -> None: ...
 
     kind = type("Taken", (Service,), {name: method(function)})
@@ -307,7 +307,7 @@ def test_unresolved_annotation_fails_at_construction() -> None:
     assert Result().describe_methods()[0]["signature"] == "fine() -> Local"
 
 
-def test_a_subclass_has_the_methods_that_it_inherits_and_overrides() -> None:
+def test_a_subclass_inherits_and_overrides_methods() -> None:
     class Base(Service):
         @method
         async def kept(self) -> str:
@@ -344,7 +344,7 @@ def test_a_service_takes_the_arguments_of_its_own_init() -> None:
         Bare(1)  # type: ignore[call-arg]
 
 
-def test_the_description_has_signature_first_docstring_line_and_kind() -> None:
+def test_the_description_of_methods() -> None:
     class Described(Service):
         @method
         async def count(self, text: str, *, scale: float = 1.0, mode: Literal["a"] = "a") -> int:
@@ -364,7 +364,7 @@ def test_the_description_has_signature_first_docstring_line_and_kind() -> None:
     assert items == {"name": "items", "signature": "items(n: int) -> AsyncIterator[int]", "doc": "", "stream": True}
 
 
-def test_what_a_method_takes_it_may_return() -> None:
+def test_parameter_types_are_valid_results() -> None:
     entry = Entry(Path("a"), datetime(2024, 1, 1), [Entry(Path("b"))])
     sent = messages.decode(messages.encode({"v": entry, "b": b"\xff"}))
     assert sent["b"] == "/w=="
@@ -403,7 +403,7 @@ SLOWLY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthC
 
 @SLOWLY
 @given(st.data(), KINDS)
-def test_what_is_sent_by_the_rule_is_received_by_the_annotation(data: st.DataObject, kind: tuple[Any, Any]) -> None:
+def test_default_conversions_match_annotations(data: st.DataObject, kind: tuple[Any, Any]) -> None:
     value = data.draw(kind[1])
     convert = converter(kind[0])
     assert convert is not None

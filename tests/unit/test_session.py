@@ -110,7 +110,7 @@ ROWS: list[tuple[str, list[bytes], list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("state", "frames", "expected", "afterwards"), ROWS)
-def test_what_the_daemon_says_moves_the_client(state: str, frames: list[bytes], expected: list[Any], afterwards: str) -> None:
+def test_client_events_in_each_state(state: str, frames: list[bytes], expected: list[Any], afterwards: str) -> None:
     data = stream(*frames)
     for cut in range(len(data) + 1):
         client = client_in(state)
@@ -156,7 +156,7 @@ def test_the_rows_reach_every_transition_of_the_table() -> None:
         ("STREAMING", b"", ProtocolError),
     ],
 )
-def test_what_the_daemon_must_not_say_is_a_typed_error(state: str, frame: bytes, kind: type[HarnessIPCError]) -> None:
+def test_invalid_replies_are_typed_errors(state: str, frame: bytes, kind: type[HarnessIPCError]) -> None:
     client = client_in(state)
     client.receive_data(stream(frame))
     with pytest.raises(kind):
@@ -197,7 +197,7 @@ def test_handshake_split_at_any_byte() -> None:
         assert sent(client) == [*proof(), REQUEST]
 
 
-def test_a_refused_daemon_is_told() -> None:
+def test_a_refused_daemon_gets_a_verdict() -> None:
     client = client_in("HELLO")
     client.receive_data(stream(bytes(40)))
     with pytest.raises(AuthenticationFailed):

@@ -36,7 +36,7 @@ def set_start(monkeypatch: pytest.MonkeyPatch, descriptor: int, **more: Any) -> 
 
 
 @needs_posix
-def test_an_error_that_ends_the_block_is_sent_and_the_pipe_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_block_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     set_start(monkeypatch, writer)
 
@@ -55,7 +55,7 @@ def test_an_error_that_ends_the_block_is_sent_and_the_pipe_is_closed(monkeypatch
 
 
 @needs_posix
-def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_does_not_need_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     set_start(monkeypatch, writer, detached="session", runtime_dir="/run", log_dir="/log")
@@ -65,7 +65,7 @@ def test_a_starter_that_has_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_posix
-def test_a_starter_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_starter_that_does_not_read_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     set_start(monkeypatch, writer)
     with startup.reporting() as pipe:
@@ -84,7 +84,7 @@ def test_a_starter_that_does_not_read_holds_nobody_up(monkeypatch: pytest.Monkey
 
 @needs_posix
 @pytest.mark.parametrize("kind", ["file", "another pipe"])
-def test_reused_descriptor_is_left_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reused_descriptor_is_not_touched(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The starter's pipe was closed, and its number is another file's.
     reader, writer = os.pipe()
     set_start(monkeypatch, writer, runtime_dir="/run", log_dir="/log")
@@ -103,7 +103,7 @@ def test_reused_descriptor_is_left_alone(kind: str, tmp_path: Path, monkeypatch:
 
 
 @needs_posix
-def test_a_pipe_that_is_closed_while_the_app_starts_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_closed_during_the_start_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     set_start(monkeypatch, writer)
     with startup.reporting() as pipe:
@@ -187,7 +187,7 @@ def test_waiting_for_a_message_ends_in_time(tmp_path: Path) -> None:
 
 
 @needs_posix
-def test_a_closed_child_goes_on_without_the_launcher_and_without_a_zombie(tmp_path: Path) -> None:
+def test_a_released_child_runs_without_launcher_or_zombie(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
         "from harness_ipc import startup\n"
@@ -217,7 +217,7 @@ def test_a_program_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -
 
 
 @needs_posix
-def test_a_program_that_cannot_be_executed_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_executed_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / "log", "ab") as log:
         started = startup.Child([str(tmp_path / "nothing")], start={}, environment={}, cwd=None, log=log.fileno())
     assert started.next_message(PATIENCE) == {"state": "refused", "errno": 2}

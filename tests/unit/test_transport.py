@@ -82,7 +82,7 @@ def read(port: listen.Port, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65535, 65536, 65537, MIB, 5 * MIB + 1])
-def test_what_is_sent_arrives_in_both_directions(size: int) -> None:
+def test_data_arrives_in_both_directions(size: int) -> None:
     data = os.urandom(size)
     with connected() as (client, port):
         with in_thread(client.send, [data]) as sent:
@@ -139,7 +139,7 @@ def test_the_deadline_is_kept_in_monotonic_time() -> None:
 # The ways to break.
 
 
-def test_a_peer_that_has_gone_is_a_lost_connection_for_both_directions() -> None:
+def test_a_closed_peer_is_a_lost_connection_in_both_directions() -> None:
     with connected() as (client, port):
         write(port, b"last words")
         port.close()
@@ -153,7 +153,7 @@ def test_a_peer_that_has_gone_is_a_lost_connection_for_both_directions() -> None
                 client.send([data])
 
 
-def test_a_client_that_has_gone_is_the_end() -> None:
+def test_a_disconnected_client_ends_the_session() -> None:
     with connected() as (client, port):
         client.send([b"last words"])
         client.close()
@@ -176,7 +176,7 @@ def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str) -> None:
 # Dial and listen.
 
 
-def test_dialing_nobody_is_no_daemon(private_directories: Path) -> None:
+def test_dialing_without_a_listener_is_not_running(private_directories: Path) -> None:
     with listening() as listener:
         pass
     with pytest.raises(DaemonNotRunning):
@@ -206,7 +206,7 @@ def test_dialing_a_full_accept_queue_ends_at_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("accepting", [1, 3])
-def test_waking_ends_every_accept_and_closing_removes_the_address(accepting: int) -> None:
+def test_wake_ends_all_accepts_and_close_removes_the_address(accepting: int) -> None:
     def accept(listener: listen.Listener) -> None:
         with contextlib.suppress(OSError):
             listener.accept_port().close()
@@ -251,7 +251,7 @@ def test_an_address_that_cannot_be_bound_is_a_failed_start(private_directories: 
 
 
 @needs_linux
-def test_the_kernel_says_who_is_at_the_other_end() -> None:
+def test_peer_credentials_come_from_the_kernel() -> None:
     with connected() as (client, port):
         for peer in (client.peer, port.peer):
             assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid())
@@ -260,7 +260,7 @@ def test_the_kernel_says_who_is_at_the_other_end() -> None:
 @needs_linux
 @needs_root
 @pytest.mark.parametrize("stranger", ["client", "daemon"])
-def test_another_users_end_is_refused_even_where_modes_let_it_through(stranger: str, private_directories: Path) -> None:
+def test_another_users_peer_is_refused_despite_open_modes(stranger: str, private_directories: Path) -> None:
     private_directories.chmod(0o777)
     address = str(private_directories / "open.sock")
     with contextlib.ExitStack() as stack:
