@@ -1,4 +1,4 @@
-"""The fixtures of harness_ipc for pytest. Outside the package: nothing of that is imported before a fixture is used."""
+"""The pytest fixtures of harness_ipc. Outside the package, which is not imported before a fixture is used."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from harness_ipc import Namespace
     from harness_ipc.testing import RunningDaemon
 
-# Characters of each log that are shown: pytest keeps them, of the tests that pass too.
+# Characters to show of each log: pytest keeps them for all tests.
 _LOG_TAIL = 16_384
 
 
 @pytest.fixture
 def ipc_namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
-    """A private `Namespace`: its daemons end with the test, whatever started them.
+    """A private `Namespace`, whose daemons end with the test.
 
-    It is the default one for the length of the test, also for processes that the test starts, and other applications' are
-    below it. The logs of its daemons are shown if the test fails.
+    During the test it is the default, also for processes that the test starts, and namespaces of applications are below it. If
+    the test fails, the logs of its daemons are shown.
     """
     from harness_ipc.testing import private_namespace
 
@@ -50,7 +50,7 @@ def ipc_daemon(ipc_namespace: Namespace) -> Iterator[Callable[..., RunningDaemon
 
 
 def _print_logs(directory: str) -> None:
-    """Print the logs for pytest, which shows what a failed test's fixtures print."""
+    """Print the logs: pytest shows them if the test fails."""
     for place, _, files in os.walk(directory):
         for file in sorted(files):
             with open(os.path.join(place, file), encoding="utf-8", errors="backslashreplace") as log:

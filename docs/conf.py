@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `tox -e docs`."""
+"""The Sphinx configuration: `tox -e docs`."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-# Annotations name types of the standard library and private aliases, which have no page here.
+# Types of the standard library and private aliases have no page.
 nitpick_ignore_regex = [(r"py:.*", r".*")]
 
 linkcheck_anchors = False

@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation, light and dark: `python docs/pictures.py`.
 
-With `--tour` the tour is given first, and its output is what the picture of the terminal shows.
+With `--tour`, the tour runs first, and the picture of the terminal shows its output.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Picture:
         self.parts.append(f'<text x="{x:g}" y="{y:g}" fill="{fill}" text-anchor="{anchor}" {more}>{escape(text)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, *lines: str, colour: str = "line") -> None:
-        """Draw a rectangle with its lines of text in its middle, the first of them bold."""
+        """Draw a rectangle with centered lines of text, the first one bold."""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{self.colours["box"]}"'
             f' stroke="{self.colours[colour]}" stroke-width="1.5"/>'
@@ -171,7 +171,7 @@ PICTURES = {"architecture": architecture, "request": request, "states": states, 
 
 
 def give_tour() -> str:
-    """Return what the tour prints, with the progress of its clients left out."""
+    """Run the tour, and return its output without progress."""
     command = [sys.executable, "-m", "harness_ipc", "demo"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.sub(r"^  clients   \d+/\d+\n", "", text, flags=re.MULTILINE)

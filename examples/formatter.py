@@ -1,4 +1,4 @@
-"""A warm formatter: `python formatter.py [--check] FILE.json ...`. Its daemon has imported what takes long, once."""
+"""A warm formatter: `python formatter.py [--check] FILE.json ...`. Its daemon keeps slow imports loaded."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ class Formatter(Service):
 if __name__ == "__main__" and sys.argv[1:] == ["--serve"]:
     run_daemon(Formatter(), NAME, app_version=VERSION, idle_timeout=3600)
 elif __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback: the end of this process is what ends the work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback: the end of this process cancels the work
     files, start = [each for each in sys.argv[1:] if each != "--check"], [sys.executable, __file__, "--serve"]
     with connect_daemon(NAME, start=start, version=VERSION, on_mismatch="restart", request_timeout=600) as daemon:
         done = daemon.call("format", folder=Path.cwd(), files=files, check="--check" in sys.argv)

@@ -31,7 +31,7 @@ class Index(Service):
 
     @method
     async def reindex(self, path: Path) -> int:
-        """Read all files below a folder, and forget all others. A caller that leaves ends it: what was read stays."""
+        """Index all files below a folder, and forget others. If the caller leaves, it stops, and keeps what was indexed."""
         files = [file for file in path.rglob("*") if file.is_file()]
         self.words = {file: words for file, words in self.words.items() if Path(file) in files}
         for done, file in enumerate(files, 1):

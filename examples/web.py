@@ -1,7 +1,7 @@
-"""A web application that asks the index of index.py: a WSGI app for any server, or `python web.py [PORT]` and `GET /?word=fox`.
+"""A web application on the index of index.py: a WSGI app for any server, or `python web.py [PORT]` and `GET /?word=fox`.
 
-One client serves all threads, and all workers that a server forks. It starts the daemon where that is absent. Unlike the
-daemon, a port has no key: any user of this machine can ask it.
+One client serves all threads and forked workers, and starts the daemon if it is absent. Unlike the daemon, the port has no
+authentication: any user of this machine can use it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every test has a runtime and a log directory of its own, and sees that nothing is left in them."""
+"""Every test has its own runtime and log directory, and checks that nothing is left in them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts the tests in the background has them, and all that they start, ignore what Ctrl-C sends; nohup, what a
-# terminal that closes does.
+# A shell that starts the tests in the background makes them ignore SIGINT, and nohup makes them ignore SIGHUP; child processes
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.platform != "win32":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which needs (see `tests.support.marks`) were not met, and how many tests that skipped."""
+    """Print the needs (see `tests.support.marks`) that were not met, and the number of skipped tests."""
     needs: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

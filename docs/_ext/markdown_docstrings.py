@@ -1,4 +1,4 @@
-"""Docstrings are Markdown: turn the little of it that they use into what autodoc parses."""
+"""Converts docstrings from Markdown to reStructuredText for autodoc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bar charts as SVG, made from the benchmarks' JSON. Colours come from plots.css, so that they follow the theme."""
+"""Bar charts of the benchmarks' JSON as SVG. Colors are defined in plots.css, and follow the theme."""
 
 from __future__ import annotations
 

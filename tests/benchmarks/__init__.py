@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tests.benchmarks`. They measure and print; no test asserts on what they find."""
+"""Benchmarks: `python -m tests.benchmarks`. No test asserts on their results."""

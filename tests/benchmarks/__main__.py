@@ -1,8 +1,8 @@
-"""The package against its peers and two references: what a user waits for, and what it costs the daemon.
+"""Compares the package with peers and two references: latency, throughput, memory.
 
-The floor is a blocking socket with a thread for each connection, which checks no one and has no loop. U is what a daemon
-without this package does: an asyncio unix server that speaks JSON lines, checks no one and is connected for each request. The
-ratios are what to quote: a machine's speed drifts.
+The floor is a blocking socket with a thread for each connection, without authentication or event loop. U is a daemon without
+this package: an asyncio Unix server with JSON lines, a connection for each request, and no authentication. Quote ratios, since
+the speed of a machine drifts.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def describe_machine() -> dict[str, Any]:
 def measure(workloads: list[str], rounds: int) -> list[report.Row]:
     import resource
 
-    # The daemon and its clients inherit it: 1,000 connections are as many descriptors.
+    # Inherited by the daemon and its clients: 1,000 connections need as many descriptors.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     rows = []
     with tempfile.TemporaryDirectory(prefix="hib-") as directory:
         os.environ |= {"HARNESS_IPC_RUNTIME_DIR": f"{directory}/run", "HARNESS_IPC_LOG_DIR": f"{directory}/log"}
-        # A peer chooses a place below TMPDIR itself. What was installed is compiled: so is what is not.
+        # Some peers choose a path below TMPDIR. Installed packages are compiled, so compile ours too.
         os.environ |= {"TMPDIR": directory, "PYTHONPYCACHEPREFIX": f"{directory}/cache"}
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         for number, workload in enumerate(workloads):

@@ -1,4 +1,4 @@
-"""What the browser harness costs: a helper against the CDP call alone, a pipe against a WebSocket, a command against Python.
+"""The overhead of the browser harness: a helper against a CDP call, a pipe against a WebSocket, a command against Python.
 
 ``python -m tests.benchmarks.browser`` starts browsers of its own, and ends them. The contestants take turns in one run. The
 commands of agent-browser take part where it is on PATH, or where the variable AGENT_BROWSER has its path (or several paths, as
@@ -58,7 +58,7 @@ class Direct:
             await connection.close()
 
     async def evaluate(self, name: str, expression: str, count: int, times: list[float]) -> None:
-        """Time so many calls over one connection."""
+        """Time `count` calls over one connection."""
         connection, session = self.connections[name]
         params = {"expression": expression, "returnByValue": True}
         for _ in range(count):

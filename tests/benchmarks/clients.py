@@ -1,7 +1,7 @@
-"""The contestants, and their clients: `python -m tests.benchmarks.clients CONTESTANT ADDRESS` measures what its orders say.
+"""The contestants and their clients: `python -m tests.benchmarks.clients CONTESTANT ADDRESS` measures as ordered.
 
-An order is a line of JSON on standard input. The client makes sure that it gets the right answer, says "ready", and begins at
-the next line: so that several can be released together.
+An order is a line of JSON on standard input. The client checks that it gets the right answer, prints "ready", and starts at
+the next line, so that several clients can be released together.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.support.wire import FrameConnection
 
 from .servers import AUTHKEY, BUSY_PERIOD, Message, receive_frame, send_frame
 
-# What asks, and what closes the connection.
+# A function that sends a request, and one that closes the connection.
 Connected = tuple[Callable[[Any], Any], Callable[[], object]]
 
 PING: Message = {"method": "ping", "params": {}}
 PONG: Message = {"pong": True}
-# Seconds. Nothing here takes a tenth of it; a server that hangs ends the benchmark.
+# Seconds, ten times as long as anything takes: a server that hangs ends the benchmark.
 _PATIENCE = 60.0
 # Requests of each order before those that count.
 _WARM_UP = 5
@@ -108,7 +108,7 @@ def connect_managers(address: str) -> Connected:
     BaseManager.register("service")
     manager = BaseManager(address, AUTHKEY)
     manager.connect()
-    # Its proxy closes the connection when it is forgotten.
+    # The proxy closes the connection when it is garbage-collected.
     return manager.service().answer, lambda: None  # type: ignore[attr-defined]
 
 
@@ -167,7 +167,7 @@ CONTESTANTS = {
     "aiohttp": Contestant(connect_aiohttp, same_job=True, needs="aiohttp"),
     "mypy.ipc": Contestant(connect_mypy, needs="mypy", at_once=False),
 }
-# Those that carry bytes.
+# Contestants that transfer bytes.
 CARRIERS = {"floor, bytes": Contestant(connect_floor_for_bytes), "harness_ipc._transport": Contestant(connect_transport)}
 
 

@@ -1,4 +1,4 @@
-"""Many calls at once on one client, streams, and a caller that goes away: servers of their own, and what is measured."""
+"""Servers and workloads for concurrent calls of one client, streams, and cancellation on a disconnect."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def has_aiohttp() -> bool:
 
 
 def calls_at_once(bench: Bench) -> list[Row]:
-    """Of one AsyncClient, beside as many sleeps."""
+    """Concurrent calls of one AsyncClient, and as many sleeping tasks."""
     addresses = {name: serve(bench, name) for name in (OURS, *(["aiohttp"] if has_aiohttp() else []))}
     turns: dict[str, Callable[[int], list[float]]] = {
         "sleep": lambda _: [asyncio.run(timed_together(lambda: asyncio.sleep(CALL)))],
@@ -171,7 +171,7 @@ def calls_at_once(bench: Bench) -> list[Row]:
 
 
 def threads_at_once(bench: Bench) -> list[Row]:
-    """On one Client, beside threads that sleep."""
+    """Concurrent calls of one Client, and as many sleeping threads."""
     address = serve(bench, OURS)
 
     def ask(call: Callable[[], Any]) -> list[float]:
@@ -203,7 +203,7 @@ def stream(bench: Bench, *, kind: str) -> list[Row]:
 
 
 def departure(bench: Bench) -> list[Row]:
-    """From a caller's departure to its handler's cancellation, beside asyncio's own notice of the end of a connection."""
+    """The time from a caller's disconnect to its handler's cancellation, and to asyncio's notice of a closed connection."""
     turns = {"asyncio": lambda _: [asyncio.run(leave_asyncio())], OURS: lambda _: [asyncio.run(leave_ours())]}
     return compared(bench, turns, "asyncio")
 

@@ -1,4 +1,4 @@
-"""Rows of results, the limits that they are held to, and the table. It measures nothing."""
+"""Rows of results, their limits, and tables of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 OURS = "harness_ipc"
-# No peers, but what they and we are compared with.
+# References, not peers.
 REFERENCES = ("floor", "U")
 SCHEMA = 1
 
@@ -48,7 +48,7 @@ LIMITS = (
     ),
     Limit("16 threads on one Client, of sleeps", "16 threads, 320 calls of 10 ms", OURS, "sleep", "at most", 1.5, 1.2),
 )
-# What the README shows, in plain words.
+# The ratios in the README.
 README_RATIOS = {
     "kept connection, of U's time": "a request on an open connection, of U's time",
     "one shot, of U's time": "a request with a new connection, both sides authenticated, of U's time",
@@ -67,7 +67,7 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 
 def make_row(workload: str, contestant: str, values: list[float], unit: str, **more: Any) -> Row:
-    """Return the row of what was measured. `unit` says whether more is better: requests/s, or a time."""
+    """Return the row for `values`. `unit` determines whether more is better: requests/s, or a time."""
     return {
         "workload": workload,
         "contestant": contestant,
@@ -97,7 +97,7 @@ def compare(rows: list[Row], references: dict[str, str], by: str = "p50") -> lis
 
 
 def judge(rows: list[Row]) -> list[Row]:
-    """Return what the limits say to the rows that there are."""
+    """Return the rows of the limits that apply."""
     found = {(row["workload"], row["contestant"]): row for row in rows if not row["missing"]}
     verdicts = []
     for limit in LIMITS:
@@ -150,7 +150,7 @@ def readme_ratios(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return what was measured, and what the limits say to it, as Markdown."""
+    """Return results and limits as Markdown."""
     machine = results["machine"]
     versions = [f"{name} {version or 'not installed'}" for name, version in machine["peers"].items()]
     date = f"{results['date']}, " if "date" in results else ""

@@ -1,6 +1,6 @@
 """The contestants' servers: `python -m tests.benchmarks.servers CONTESTANT ADDRESS` prints "ready ADDRESS" and serves.
 
-Peers are imported where they are used: whoever has not installed one can still measure the others.
+Peers are imported where they are used: one that is not installed does not prevent measuring the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from harness_ipc._transport import Framing, listen
 Message = dict[str, Any]
 
 BE_BUSY: Message = {"method": "be busy"}
-# For those that have one. It is no secret: the directory is private.
+# A password for contestants that have one. It need not be secret: the directory is private.
 AUTHKEY = b"the peers' key"
 # Seconds for which the busy loop is blocked, and then free, each time.
 BUSY_PERIOD = (0.001, 0.02)
-# More than there are clients.
+# More than the number of clients.
 _WARM_THREADS = 16
 _HEADER = struct.Struct("!I")
 _MOST_MESSAGE = 64 * 1024 * 1024
@@ -56,7 +56,7 @@ def ready(address: str) -> None:
 
 
 async def be_busy() -> None:
-    """Compute for a while, yield the loop for as long, and so on."""
+    """Block the loop and leave it free, in turns."""
     periods = random.Random(1)
     while True:
         seconds = periods.uniform(*BUSY_PERIOD)
@@ -72,7 +72,7 @@ def serve_harness_ipc(name: str) -> None:
     run_daemon(handle, name, on_ready=lambda _: ready(name))
 
 
-# The floor: what no design can do without.
+# The floor: the minimum for any design.
 
 
 def send_frame(sock: socket.socket, data: bytes | bytearray) -> None:
@@ -82,7 +82,7 @@ def send_frame(sock: socket.socket, data: bytes | bytearray) -> None:
 
 
 def receive_frame(sock: socket.socket) -> bytes | bytearray:
-    """Return the next frame, or b"" at the end. A peer waits for the answer: what arrives is of one frame, header first."""
+    """Return the next frame, or b"" at EOF. A peer waits for the answer, so all data belongs to one frame."""
     data = sock.recv(65536)
     if not data or len(data) == _HEADER.size + (size := _HEADER.unpack_from(data)[0]):
         return data[_HEADER.size :]
@@ -128,7 +128,7 @@ def serve_floor(address: str, respond: Callable[[Any], Any] = lambda frame: answ
 
 
 def serve_transport(address: str) -> None:
-    """The package's frames alone: no proof, no JSON, no loop."""
+    """Only the package's frames: no handshake, JSON or loop."""
 
     def serve(port: listen.Port) -> None:
         framing = Framing()
@@ -146,7 +146,7 @@ def serve_transport(address: str) -> None:
 
 
 async def serve_lines(address: str) -> None:
-    """U: what a daemon without this package does."""
+    """U: a daemon without this package."""
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if line := await reader.readline():
@@ -163,7 +163,7 @@ async def serve_lines(address: str) -> None:
 
 
 async def serve_stdlib(address: str) -> None:
-    """What one writes with `multiprocessing.connection` in an afternoon."""
+    """A simple daemon with `multiprocessing.connection`."""
     from multiprocessing.connection import Connection, Listener
 
     loop = asyncio.get_running_loop()
@@ -204,7 +204,7 @@ def serve_pyro5(address: str) -> None:
 
 def serve_rpyc(address: str) -> None:
     rpyc = import_module("rpyc")
-    # Text: a dict would be a reference, and each look into it a request.
+    # Text: a dict would be passed by reference, and each access would be a request.
     service = type("TextService", (rpyc.Service,), {"exposed_answer": lambda self, text: answer_text(text)})
     server = import_module("rpyc.utils.server").ThreadedServer(service, socket_path=address)
     ready(address)

@@ -1,4 +1,4 @@
-"""What a `Service` costs: `python -m tests.benchmarks.service` asks one and a plain handler in turns, on kept connections."""
+"""The overhead of a `Service`: `python -m tests.benchmarks.service` calls one and a plain handler in turns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def handle(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(client: Client, name: str) -> float:
-    """Return the median of the seconds of a call."""
+    """Return the median time of a call in seconds."""
     times = []
     for _ in range(CALLS):
         begin = time.perf_counter()

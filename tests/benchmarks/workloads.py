@@ -1,4 +1,4 @@
-"""What is measured. The contestants take turns in small rounds, so that a drift of the machine's speed hits all of them."""
+"""The workloads. The contestants take turns in small rounds, so that a drift of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Process:
 
 
 class Bench(contextlib.ExitStack):
-    """The processes of one workload. It ends them at the end."""
+    """The processes of one workload, ended at the end of the block."""
 
     def __init__(self, workload: str, directory: str, rounds: int) -> None:
         super().__init__()
@@ -87,18 +87,18 @@ class Bench(contextlib.ExitStack):
         return server, server.expect("ready")
 
     def place(self, name: str) -> str:
-        """Return where a server is: for our daemon the name, for others a path of that name."""
+        """Return the address of a server: for our daemon the name, for others a path of that name."""
         return name if name == OURS else os.path.join(self._directory, name)
 
     def client(self, name: str) -> Process:
-        """Start a client of the one server of its kind, which answers at once."""
+        """Start a client of the server of its kind."""
         if name not in self._addresses:
             self._addresses[name] = self.serve(name, f"s{len(self._addresses)}")[1]
         return self.process("clients", name, self._addresses[name])
 
     def in_turns(self, turns: Mapping[str, Callable[[int], list[float]]]) -> Values:
         values: Values = {name: [] for name in turns}
-        # The first turn, which may compile and load, does not count.
+        # The first turn is a warm-up.
         for number in range(-1, self._rounds):
             for name, turn in turns.items():
                 measured = turn(number)
@@ -113,7 +113,7 @@ class Bench(contextlib.ExitStack):
 
 
 def order(clients: list[Process], **what: Any) -> list[dict[str, Any]]:
-    """Give all clients the same order, release them together when all are ready, and return what they say."""
+    """Send all clients the same order, release them together when all are ready, and return their results."""
     for client in clients:
         client.tell(json.dumps(what))
     for client in clients:
@@ -165,7 +165,7 @@ def idle_connections(bench: Bench) -> list[Row]:
         name = f"beside {count:,}"
         server, address = bench.serve(OURS, f"idle{count}")
         client = bench.process("clients", OURS, address)
-        # What a daemon keeps once it has served somebody is not the idle connections'.
+        # The baseline is a daemon that has already served a request.
         for kept in (True, False):
             order([client], kept=kept, count=REQUESTS)
         daemon = psutil.Process(server.pid)
@@ -191,7 +191,7 @@ def busy_loop(bench: Bench) -> list[Row]:
         kind: partial(latency, bench.process("clients", name, address), kept=kept, count=BUSY_REQUESTS, pauses=True)
         for kind, (name, address, kept) in kinds.items()
     }
-    # A request meets the loop busy or not: a median would say which of the two is more frequent.
+    # Means: a median would depend on whether the loop is more often busy or free.
     return compare(bench.rows_of(bench.in_turns(turns), "µs"), {"U": "U"}, by="mean")
 
 
@@ -223,7 +223,7 @@ from harness_ipc import ensure_daemon, request
 ensure_daemon("cold", [sys.executable, "-c", sys.argv[1]])
 assert request("cold", {PING}) == {PONG}
 """
-# What the two processes of a start need, and no more.
+# The imports of the two processes of a start.
 DAEMON_IMPORTS = "import asyncio, psutil, harness_ipc.daemon\nfrom filelock import FileLock"
 CLIENT_IMPORTS = "import harness_ipc.manager\nfrom filelock import FileLock"
 
@@ -238,7 +238,7 @@ def run_python(*arguments: str) -> float:
 def fresh_process(bench: Bench) -> list[Row]:
     own, line = bench.serve(OURS, "fresh")[1], bench.serve("U", "fresh")[1]
     commands = {"bare interpreter": ("pass",), "U": (ASK_U, line), OURS: (ASK, own)}
-    # Two of each are a turn.
+    # A turn is two of each.
     turns = {name: lambda _, it=it: [run_python(*it), run_python(*it)] for name, it in commands.items()}
     return compare(bench.rows_of(bench.in_turns(turns), "ms"), {"U": "U"})
 

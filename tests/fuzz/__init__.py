@@ -1,1 +1,1 @@
-"""Fuzzing: the functions that meet bytes from outside, and a corpus of bytes that were interesting."""
+"""Fuzzing of functions that process bytes from outside, with a corpus."""

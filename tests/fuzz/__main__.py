@@ -1,8 +1,8 @@
-"""Fuzz what meets bytes from outside, guided by coverage: ``python -m tests.fuzz [--seconds N] [--keep] [TARGET ...]``.
+"""Coverage-guided fuzzing: ``python -m tests.fuzz [--seconds N] [--keep] [TARGET ...]``.
 
-It needs atheris. Each target runs in a process of its own, from the inputs in ``tests/fuzz/corpus/<target>``. An input that
-fails is put there, as ``crash-...``, and the unit tests fail on it until that is mended; with ``--keep``, so is what reached
-code that nothing had reached before.
+Needs atheris. Each target runs in its own process, starting from the inputs in ``tests/fuzz/corpus/<target>``. An input that
+fails is stored there as ``crash-...``, and the unit tests fail on it until the bug is fixed. With ``--keep``, inputs that reach
+new code are stored too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fuzz each target for some seconds, say what came of it, and return 1 if a bug was found."""
+    """Fuzz each target for some seconds, print the results, and return 1 if a bug was found."""
     from .targets import CORPUS, TARGETS
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="hi-") as directory:
             found, words, program = (Path(directory, name) for name in ("found", "words", target))
             found.mkdir()
-            # libFuzzer starts itself again, by this name.
+            # libFuzzer restarts itself by this name.
             program.write_text(
                 f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tests.fuzz.__main__ --one {target} "$0" "$@"\n'
             )
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"-artifact_prefix={kept}{os.sep}",
                 f"-dict={words}",
                 "-max_len=4096",
-                # Seconds for one input, and what it may take of memory.
+                # The limits of one input, in seconds and in MiB of memory.
                 "-timeout=30",
                 "-rss_limit_mb=1024",
                 "-malloc_limit_mb=64",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(program: Path, *arguments: str) -> tuple[int, int]:
-    """Run libFuzzer on a target in a process of its own; return its status and the number of executions."""
+    """Run libFuzzer on a target in a new process. Return its exit status and the number of executions."""
     directories = {f"HARNESS_IPC_{kind}_DIR": str(program.with_name(kind.lower())) for kind in ("RUNTIME", "LOG")}
     executions = 0
     with subprocess.Popen(
@@ -88,8 +88,8 @@ def _run(program: Path, *arguments: str) -> tuple[int, int]:
 
 
 def _fuzz_one(target: str, arguments: Sequence[str]) -> None:
-    """Be libFuzzer, with its own command line."""
-    # It has no types, and is not there for everybody.
+    """Run libFuzzer in this process, with its own command line."""
+    # It has no types, and may not be installed.
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["harness_ipc", "multiprocessing.connection", "json"]):
         from .targets import TARGETS

@@ -1,6 +1,6 @@
-"""What meets bytes from outside, as functions of bytes. They return, or raise: which is a bug. For hypothesis and for atheris.
+"""Fuzz targets: functions of bytes, which raise if there is a bug. For hypothesis and atheris.
 
-Each needs the environment that the tests have: a runtime and a log directory of its own.
+Each needs the environment of the tests: its own runtime and log directory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIMIT = 1024
 
 
 def check_text(error: BaseException) -> None:
-    """See that the text of an error is one that a person can be shown, however odd what it is about, and tells no key."""
+    """Check that the text of an error is printable, and contains no key."""
     text = str(error)
     assert KEY.hex()[:8] not in text
     assert text.isprintable(), ascii(text)
@@ -54,7 +54,7 @@ def check_text(error: BaseException) -> None:
 
 
 def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCError] | None]:
-    """Return the frames in a stream and which error ends it, as the documented wire format says."""
+    """Return the frames in a stream and the error that ends it, according to the documented wire format."""
     frames: list[bytes] = []
     stream = io.BytesIO(data)
     while len(head := stream.read(4)) == 4:
@@ -74,7 +74,7 @@ def split_frames(data: bytes, limit: int) -> tuple[list[bytes], type[HarnessIPCE
 
 
 def frames(data: bytes) -> None:
-    """Receive a stream, all at once or as it comes in pieces: the first byte says how."""
+    """Receive a stream, at once or in pieces: the first byte says which."""
     how, stream = data[:1], data[1:MOST]
     expected, end = split_frames(stream, LIMIT)
     step = how[0] // 2 + 1 if how and how[0] % 2 else MOST
@@ -97,7 +97,7 @@ def frames(data: bytes) -> None:
 
 
 class Peer:
-    """The other end of a handshake: it says what its script has, and keeps what it is told."""
+    """The other end of a handshake: sends frames according to its script, and records received ones."""
 
     def __init__(self, script: bytes, key: bytes) -> None:
         self._script = io.BytesIO(script)
@@ -132,7 +132,7 @@ class Peer:
 
 
 def answer_to(challenge: bytes, key: bytes) -> bytes:
-    """Return what the stock function answers to a challenge."""
+    """Return the answer of `multiprocessing.connection` to a challenge."""
     told: list[bytes] = []
 
     class Link:
@@ -159,7 +159,7 @@ def shake_hands(peer: Peer, handshake: ClientHandshake | ServerHandshake) -> Non
 
 
 def challenge(data: bytes) -> None:
-    """Prove ourselves to a peer and have it prove itself: the first byte says in which role."""
+    """Do a handshake with a peer: the first byte says in which role."""
     role, script = data[0] % 3 if data else 0, data[1:MOST]
     peer = Peer(script, KEYS.client if role == 1 else KEYS.daemon)
     try:
@@ -174,7 +174,7 @@ def challenge(data: bytes) -> None:
     else:
         assert peer.said == [b"#WELCOME#"] if role == 2 else peer.has_proved_itself, "let in without the key"
     if role == 0 and not peer.has_proved_itself:
-        # The challenge, and that it was not met.
+        # A challenge, and the verdict that it failed.
         assert peer.heard[1:] in ([], [b"#FAILURE#"]), "told something to a stranger"
     told = b"\n".join(peer.heard)
     assert not any(key in told for key in (KEY, KEYS.daemon, KEYS.client)), "told the key"
@@ -184,14 +184,14 @@ def challenge(data: bytes) -> None:
 
 
 def message(data: bytes) -> None:
-    """Decode a frame, take it for a request and for a reply."""
+    """Decode a frame, and use it as a request and as a reply."""
     try:
         decoded = messages.decode(data)
     except ProtocolError as error:
         check_text(error)
         return
     assert isinstance(decoded, dict)
-    # A number like 1e999 is read as infinity, which can't be written.
+    # A number like 1e999 is decoded as infinity, which can't be encoded.
     with contextlib.suppress(ProtocolError):
         assert messages.decode(messages.encode(decoded)) == decoded
     try:
@@ -215,7 +215,7 @@ def private_file(ext: str, content: bytes) -> Iterator[None]:
 
 
 def changed(fields: dict[str, Any], data: bytes) -> bytes:
-    """Return `fields` with what the JSON object in `data` changes in them, or `data` if it is none."""
+    """Return `fields` updated by the JSON object in `data`, or `data` if it is not an object."""
     try:
         changes = json.loads(data)
         return json.dumps({**fields, **changes}).encode() if isinstance(changes, dict) else data
@@ -224,14 +224,14 @@ def changed(fields: dict[str, Any], data: bytes) -> bytes:
 
 
 def check_status() -> None:
-    """See that the state is one, which needs no patience: nobody is there."""
+    """Check that the state is a valid one, found without waiting: there is no daemon."""
     status = daemon_status(NAME, timeout=0.0)
     assert status.state in ("absent", "stale", "starting", "unresponsive", "incompatible", "forbidden"), status
     json.dumps(status.to_json(), allow_nan=False)
 
 
 def record(data: bytes) -> None:
-    """Load a record of just these bytes, or a good one with the fields of this JSON object."""
+    """Load a record of these bytes, or a valid one updated by this JSON object."""
     data = data[:MOST]
     nowhere = str(runtime_path(NAME, "sock"))
     good = {
@@ -241,7 +241,7 @@ def record(data: bytes) -> None:
         "family": "AF_PIPE" if sys.platform == "win32" else "AF_UNIX",
         "address": nowhere,
         "authkey": KEY.hex(),
-        # No system has it: nothing is to be found of a living process.
+        # A pid that no system has, so that no running process is found.
         "pid": 2**31 - 1,
         "create_time": 1.5,
         "version": "1",
@@ -259,7 +259,7 @@ def record(data: bytes) -> None:
             check_text(error)
             with contextlib.suppress(DaemonNotRunning, IncompatibleDaemon):
                 if records.read(NAME).address != nowhere:
-                    # Somebody else may have it.
+                    # The pid may be another process's.
                     return
             check_status()
             return
@@ -276,7 +276,7 @@ def record(data: bytes) -> None:
 
 
 def name(data: bytes) -> None:
-    """Take a text for the name of a daemon."""
+    """Use a text as the name of a daemon."""
     text = data.decode("utf-8", "surrogateescape")
     good = re.fullmatch("[A-Za-z0-9_-]{1,64}", text) is not None and "\n" not in text
     try:
@@ -294,12 +294,12 @@ def name(data: bytes) -> None:
 
 
 def command(data: bytes) -> None:
-    """Run the command line, where no daemon is, with one hostile word or input: the first byte says which."""
+    """Run the command line without a daemon, with a hostile argument or input: the first byte says which."""
     how, word = data[0] % 6 if data else 0, data[1:MOST]
-    # As the interpreter hands arguments over; none has a NUL.
+    # Decoded like sys.argv; arguments have no NUL.
     text = word.replace(b"\0", b"").decode("utf-8", "surrogateescape")
     if how > 2 and text == "--":
-        # Which the argparse of 3.11 takes away from the option that it is the value of.
+        # argparse of 3.11 does not accept this as the value of an option.
         return
     arguments = [
         ["call", f"--name={NAME}", "--", text],
@@ -320,7 +320,7 @@ def command(data: bytes) -> None:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             status = cli.main(arguments)
     except SystemExit as end:
-        # argparse's own: the usage, or the help that was asked for.
+        # From argparse: a usage error, or help.
         if end.code not in (0, 2):
             raise
         assert errors.getvalue().replace("\n", "").isprintable() or not errors.getvalue()
@@ -332,7 +332,7 @@ def command(data: bytes) -> None:
         assert output.getvalue().replace("\n", "").replace("\t", "").isprintable() or not output.getvalue()
         assert not errors.getvalue()
     else:
-        # A timeout of 0 has passed before anybody is looked for.
+        # A timeout of 0 expires at once.
         assert status in ((2, 3, 4) if how == 3 else (2, 3))
         assert output.getvalue() == ""
         line, end_of_line, rest = errors.getvalue().partition("\n")
@@ -341,7 +341,7 @@ def command(data: bytes) -> None:
 
 
 def frame(payload: bytes) -> bytes:
-    """Return a frame as it is on an AF_UNIX socket."""
+    """Return a frame as sent over an AF_UNIX socket."""
     return struct.pack("!i", len(payload)) + payload
 
 
@@ -357,6 +357,6 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def corpus(target: str) -> dict[str, bytes]:
-    """Return the inputs that are kept for a target, by file name."""
+    """Return the stored inputs of a target, by file name."""
     folder = CORPUS / target
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}

@@ -1,4 +1,4 @@
-"""A daemon of each CPython and a client of each other, ours and one of the standard library alone."""
+"""Daemons and clients of different CPython versions, and a client that uses only the standard library."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ with connect_daemon("interop") as client:
 assert not {"asyncio", "filelock", "platformdirs", "psutil"} & set(sys.modules)
 """
 
-# All that another program has to know: the record, the two keys, the stock challenge and a JSON object in a frame.
+# The complete protocol: the record, two keys, the challenge of the standard library, and a JSON object in a frame.
 STANDARD_LIBRARY_CLIENT = """
 import hmac, json, sys
 from multiprocessing.connection import Client, answer_challenge, deliver_challenge
@@ -66,7 +66,7 @@ with Client(record["address"], record["family"]) as connection:
 assert not any(name.startswith("harness_ipc") for name in sys.modules)
 """
 
-# Short, above a single write, above a socket's buffer; and text that UTF-8 has not.
+# A short text, one above a single write, one above a socket's buffer, and one that UTF-8 can't encode.
 PARAMS = [{"n": 1}, "x" * 20_000, "\ud800 ☃ \0", list(range(100_000))]
 
 
@@ -78,7 +78,7 @@ def _missing(version: str, reason: str) -> NoReturn:
 
 @functools.cache
 def _found(version: str) -> str | None:
-    """Return the path of the interpreter of that version, or None. What is only called so (a shim) is passed over."""
+    """Return the path of the interpreter of that version, or None. Shims of another version are ignored."""
     if version == THIS:
         return sys.executable
     commands = [[path] for folder in os.get_exec_path() if (path := shutil.which(f"python{version}", path=folder))]
@@ -94,7 +94,7 @@ def _found(version: str) -> str | None:
 
 @functools.cache
 def _dependencies() -> str:
-    """Return the folder of the daemon's dependencies here: pure Python, and psutil for the stable ABI of all versions."""
+    """Return the folder of the daemon's dependencies: pure Python, and psutil for the stable ABI of all versions."""
     spec = importlib.util.find_spec("psutil")
     assert spec is not None
     assert spec.origin is not None
@@ -109,7 +109,7 @@ def _can_be_daemon(version: str, python: str) -> bool:
 
 def _environment(*, daemon: bool) -> dict[str, str]:
     path = [str(CHECKOUT), _dependencies()] if daemon else [str(CHECKOUT)]
-    # No other version's cache is of use, and a checkout should not be filled with them.
+    # Do not fill the checkout with bytecode of other versions.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -1,1 +1,1 @@
-"""What a release must be: see `tests.release.__main__`."""
+"""Checks of a release: see `tests.release.__main__`."""

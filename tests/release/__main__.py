@@ -22,7 +22,7 @@ PACKAGES = ("harness_ipc", "_harness_ipc_pytest.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0, or 1 after a line on what is wrong."""
+    """Return 0, or 1 after printing the problem."""
     parser = argparse.ArgumentParser(prog="python -m tests.release", description=__doc__)
     parser.add_argument("--tag", help="the release's tag: the version with a leading v")
     parser.add_argument("--dist", type=Path, help="where to leave what is built, instead of a temporary folder")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_version(root: Path) -> str:
-    """Return `__version__` as it is written in the source, which is not imported."""
+    """Return `__version__` from the source, without importing it."""
     tree = ast.parse((root / "harness_ipc" / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
@@ -47,7 +47,7 @@ def find_version(root: Path) -> str:
 
 
 def tag_problem(tag: str, version: str, changelog: str) -> str | None:
-    """Return why there can be no release of that tag, or None."""
+    """Return why the tag can't be released, or None."""
     if tag != f"v{version}":
         return f"the tag is {tag}, but harness_ipc.__version__ is {version}: tag v{version}, or change the version first"
     if not re.search(rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$", changelog, re.MULTILINE):
@@ -56,7 +56,7 @@ def tag_problem(tag: str, version: str, changelog: str) -> str | None:
 
 
 def check_distributions(dist: Path, scratch: Path) -> None:
-    """Build both into `dist`. Raise an error if one has what it should not, lacks what it should have, or fails its tests."""
+    """Build both into `dist`. Raise an error if one has unexpected files, lacks expected ones, or fails its tests."""
     _run("build", "--outdir", str(dist), str(ROOT))
     version = find_version(ROOT)
     wheel, sdist = dist / f"harness_ipc-{version}-py3-none-any.whl", dist / f"harness_ipc-{version}.tar.gz"

@@ -1,1 +1,1 @@
-"""Mixed clients against one daemon for as long as one likes, with faults: ``python -m tests.soak SECONDS``."""
+"""Mixed clients against one daemon, with faults: ``python -m tests.soak SECONDS``."""

@@ -1,8 +1,9 @@
-"""Mixed clients against one daemon that is restarted and killed, and every request's fate: ``python -m tests.soak SECONDS``.
+"""Mixed clients against one daemon that is restarted and killed, with the outcome of every request.
 
-Each client is a process that lives a few seconds; there are always as many of each kind. A line every ten seconds says what
-the daemon holds, and the end what came of every request. The exit status is 1 if one was lost (it has no fate) or crossed (its
-reply is another's), if a client hung or met what is no error of ours, or if an honest client is not served at the end.
+``python -m tests.soak SECONDS``. Each client is a process that runs for a few seconds; there are always as many of each kind. A
+line every ten seconds shows the resources of the daemon, and the summary the outcomes of all requests. The exit status is 1 if
+a request has no outcome or got the reply to another one, if a client hung or got an unexpected exception, or if an honest client
+is not served at the end.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from tests.support.processes import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = {"one shot": 3, "kept": 3, "large": 1, "slow reader": 2, "dying": 1, "hostile": 3}
-# Seconds that a client lives, and how long it may take then to end: its last request has a timeout of 30.
+# Seconds that a client runs, and that it may take to end: its last request has a timeout of 30.
 LIFE = (2.0, 10.0)
 HANG = 90.0
 INTERVAL = 10.0
-# Seconds of one run of the daemon: a fifteenth of everything, but long enough to be looked at twice.
+# Seconds of one run of the daemon: a fifteenth of the total, but long enough for two measurements.
 RUN = 20.0
-# Seconds after which nobody is left of those whom the daemon drops for their silence.
+# Seconds after which the daemon has dropped all silent clients.
 SETTLE = 3.0
 
 
 class Held(NamedTuple):
-    """What the daemon has while nobody asks it."""
+    """The resources of the idle daemon."""
 
     memory: int
     descriptors: int
@@ -51,7 +52,7 @@ class Held(NamedTuple):
 
 
 class Soak:
-    """The clients, the daemon, and what is known of them so far."""
+    """The clients, the daemon, and their results so far."""
 
     def __init__(self, base: Path, seconds: float) -> None:
         self.pause = base / "pause"
@@ -119,7 +120,7 @@ class Soak:
     # The daemon.
 
     def look(self) -> Held:
-        """Return what the daemon has, less the connections that the clients keep."""
+        """Return the resources of the daemon, without kept connections of the clients."""
         pong = request(NAME, {"meta": "ping"}, timeout=PATIENCE)
         process = psutil.Process(pong["pid"])
         with process.oneshot():
@@ -138,7 +139,7 @@ class Soak:
             self.pause.unlink()
 
     def wait(self, seconds: float) -> None:
-        """Look after the clients meanwhile, and say how it goes every now and then."""
+        """Wait, replace ended clients, and print progress."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self.look_after_clients(replace=True)
@@ -157,14 +158,14 @@ class Soak:
         print(f"{self.passed():5.0f} s  run {len(self.runs) + 1}: {held}; {self.asked} requests reported", flush=True)
 
     def one_run(self) -> None:
-        """Look at the daemon twice, then restart or kill it."""
+        """Measure the daemon twice, then restart or kill it."""
         self.wait(self.run / 4)
         first = self.look_at_rest()
         self.wait(self.run / 2)
         self.runs.append((first, self.look_at_rest()))
         if random.random() < 0.5:
             self.faults["daemon restarted"] += 1
-            # One of the clients may start it at the same time.
+            # A client may start it at the same time.
             with contextlib.suppress(HarnessIPCError):
                 restart_daemon(NAME)
         else:
@@ -181,7 +182,7 @@ class Soak:
         return False
 
     def summary(self) -> bool:
-        """Print how it went, and return whether it went well."""
+        """Print the summary, and return whether all is well."""
         served = self.is_served()
         lost = self.asked - self.fates.total()
         failures = {"lost": lost, "crossed": self.crossed, "hung": self.hung, "unexpected": len(self.unexpected)}
@@ -205,11 +206,11 @@ class Soak:
 
 
 def main(seconds: float) -> int:
-    # Short: the path of a socket has a limit.
+    # Short, since the path of a socket is limited.
     with tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt") as directory:
         base = Path(directory)
         os.environ.update(HARNESS_IPC_RUNTIME_DIR=str(base / "run"), HARNESS_IPC_LOG_DIR=str(base / "log"))
-        # Large blocks go back to the system when they are freed: what glibc would keep of them, up and down, hides a leak.
+        # Return large blocks to the system when they are freed: memory kept by glibc would hide a leak.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
         os.chdir(ROOT)
         soak = Soak(base, seconds)

@@ -1,7 +1,7 @@
-"""One client of the soak, in a process of its own: ``python -m tests.soak.client KIND SECONDS PAUSE``. It prints a report.
+"""One client of the soak, in its own process: ``python -m tests.soak.client KIND SECONDS PAUSE``. It prints a report.
 
-A request's fate is "answered", the name of our error, or "died" if the client killed itself before it could know. It stops
-asking, and holds nothing but a kept connection, for as long as the file PAUSE exists.
+The outcome of a request is "answered", the name of our error, or "died" if the client killed itself before. While the file
+PAUSE exists, it sends no requests, and holds only a kept connection.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ NAME = "soak"
 ARGV = [sys.executable, "-m", "tests.soak.daemon", NAME]
 MIB = 2**20
 LARGEST = 16 * MIB
-# Far above what an answer takes: what is not there then will not come.
+# Far above the time of a reply: a later one is lost.
 TIMEOUT = 30.0
-# Seconds between two tries while nobody is there.
+# Seconds between two attempts without a daemon.
 PAUSE = 0.02
 GARBAGE = [
     b"GET / HTTP/1.1\r\n\r\n",
@@ -45,7 +45,7 @@ GARBAGE = [
 
 
 class Asker:
-    """Asks, and counts how it went."""
+    """Sends requests, and counts their outcomes."""
 
     def __init__(self) -> None:
         self.chance = random.Random()
@@ -62,7 +62,7 @@ class Asker:
         return {"tag": tag, "text": text_of(tag, self.chance.randrange(largest)), "size": size}
 
     def settle(self, message: dict[str, Any], ask: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
-        """Ask, and note the fate. Return whether there was an answer."""
+        """Send a request, and count its outcome. Return whether there was a reply."""
         try:
             reply = ask(message)
         except HarnessIPCError as error:
@@ -70,7 +70,7 @@ class Asker:
             time.sleep(PAUSE)
             return False
         if "error" in reply:
-            # A daemon that is told to stop gives what runs a while, and then says so.
+            # A stopping daemon cancels requests after its grace period.
             self.fates[f"RemoteError {reply['error']['type']}"] += 1
             return False
         self.fates["answered"] += 1
@@ -87,12 +87,12 @@ class Asker:
         psutil.Process().kill()
         raise AssertionError("it lives")
 
-    # The kinds, each of which does one thing.
+    # The kinds of clients.
 
     def one_shot(self) -> None:
         answered = self.settle(self.message(), lambda message: request(NAME, message, timeout=TIMEOUT))
         if not answered and self.chance.random() < 0.1:
-            # As a user's program does.
+            # Like a user's program.
             with contextlib.suppress(HarnessIPCError):
                 ensure_daemon(NAME, ARGV)
 
@@ -107,7 +107,7 @@ class Asker:
         client = self.client
         self.settle(self.message(largest), client.request)
         if self.chance.random() < 0.02:
-            # Nobody waits for this answer; whoever asks next must not get it.
+            # The next request must not get the reply to this one.
             late = {**self.message(), "seconds": 0.02}
             self.settle(late, lambda message: client.request(message, timeout=0.005))
             self.faults["given up"] += 1
@@ -189,7 +189,7 @@ KINDS: dict[str, Callable[[Asker], None]] = {
 
 
 def main(kind: str, seconds: float, pause: str) -> None:
-    # Whoever has to be ended still says what it waits for.
+    # A client that has to be killed prints where it hangs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     asker = Asker()
     end = time.monotonic() + seconds

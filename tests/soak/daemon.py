@@ -1,4 +1,4 @@
-"""The daemon of the soak: an answer has the tag of its request, and a text as long as was asked for, made of that tag."""
+"""The daemon of the soak: a reply has the tag of its request, and a text of the requested length made of that tag."""
 
 from __future__ import annotations
 

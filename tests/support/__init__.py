@@ -1,1 +1,1 @@
-"""What the suites share: marks of needs, processes, daemons, peers on the wire."""
+"""Helpers of the suites: marks, processes, daemons, peers on the wire."""

@@ -1,7 +1,8 @@
-"""A daemon that records what it runs, and clients that record its answers: ``python -m tests.support.crowd ROLE DIRECTORY``.
+"""A daemon that records its requests, and clients that record replies: ``python -m tests.support.crowd ROLE DIRECTORY``.
 
-A client asks in every way that there is, leaves in the middle, cancels, and dies. `told` lines are a word and a request's id:
-"begin" before it is sent, and then "result", "left" (on purpose), "crossed", or "error" with its type and `maybe_executed`.
+A client sends requests in every possible way, leaves in the middle, cancels, and dies. `told` lines are a word and the id of a
+request: "begin" before it is sent, then "result", "left" (on purpose), "crossed", or "error" with its type and
+`maybe_executed`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NAME = "crowd"
 
 
 def start_command(directory: Path, driver: str) -> list[str]:
-    """Return what runs the daemon, with a driver of its connections: "loop" or "pump"."""
+    """Return the command line of the daemon, with a driver of its connections: "loop" or "pump"."""
     return [sys.executable, "-W", "error", "-m", "tests.support.crowd", "daemon", str(directory), driver]
 
 
@@ -57,7 +58,7 @@ def run(directory: Path, driver: str) -> None:
 
 
 class Asker:
-    """One client: the ways to ask, each with what is noted of it."""
+    """One client: the ways to send a request, and its records."""
 
     def __init__(self, directory: Path, driver: str) -> None:
         self.start = start_command(directory, driver)
@@ -80,7 +81,7 @@ class Asker:
         return params
 
     def settle(self, params: dict[str, Any], ask: Callable[[], Any]) -> None:
-        """Ask, and note how it went."""
+        """Send a request, and record its outcome."""
         try:
             result = ask()
         except HarnessIPCError as error:
@@ -151,7 +152,7 @@ class Asker:
         asyncio.run(main())
 
     def die(self, client: Client) -> None:
-        """End at some instant of what is asked next."""
+        """Kill this process at a random time during the next request."""
         self.is_dying = True
         threading.Timer(self.chance.uniform(0, 0.05), os._exit, [0]).start()
 
@@ -163,7 +164,7 @@ class Asker:
             while time.monotonic() < deadline:
                 self.chance.choice([self.die, *ways * 20])(client)
         if not self.is_dying:
-            # A thread in which a coroutine's daemon was started may just be ending.
+            # A thread that started the daemon for a coroutine may still be ending.
             wait_until(lambda: (threading.active_count(), psutil.Process().num_fds()) == (1, before))
 
 

@@ -1,4 +1,4 @@
-"""Daemons that `ensure_daemon` starts, for the tests: their program, what one may find of them, and their end."""
+"""Daemons started by `ensure_daemon`: their program, checks, and their end."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from harness_ipc import (
 from harness_ipc._registry import records
 from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, spawn_python, wait_until
 
-# Seconds within which something happens "at once", which otherwise takes the 60 s of a start's timeout.
+# Seconds for "at once": otherwise it would take the 60 s of a start's timeout.
 AT_ONCE = 45.0
-# On Windows a pipe has no file.
+# On Windows, a pipe has no file.
 SOCKETS = 1 if os.name == "posix" else 0
 
-# The program of a daemon. It notes that it was started, and nobody may be between its start and its end at the same time.
+# The program of a daemon. It records its start, and checks that no two run at the same time.
 PROGRAM = """
 import asyncio, os, sys, time
 from pathlib import Path
@@ -77,7 +77,7 @@ class App:
 
 
 def command(name: str = "test", *words: str, first: str = "", then: str = "", options: str = "") -> list[str]:
-    """Return the command line of the daemon `name`: `first` is run before all else, `then` may change the program."""
+    """Return the command line of the daemon `name`: `first` runs before everything else, `then` may change the program."""
     return [sys.executable, "-W", "error", "-c", f"{first}{PROGRAM}{then}\nrun_daemon(App(), name, {options})", name, *words]
 
 
@@ -90,17 +90,17 @@ def the_log(name: str = "test") -> str:
 
 
 def started(base: Path) -> list[int]:
-    """Return the pids of all the daemons' processes that came to their first instruction."""
+    """Return the pids of all daemons that were started."""
     with contextlib.suppress(FileNotFoundError):
         return [int(line) for line in (base / "started").read_text().split()]
     return []
 
 
 def live_processes() -> list[psutil.Process]:
-    """Return the processes other than this one that were started with this test's own runtime directory.
+    """Return all other processes with the runtime directory of this test.
 
-    On Windows without those that only attend to another: its console, and the redirector that a venv's python.exe is, which
-    starts the interpreter with the same arguments and waits for it.
+    On Windows, without consoles and redirectors: the python.exe of a venv starts the interpreter with the same arguments and
+    waits for it.
     """
     found: dict[int, tuple[psutil.Process, list[str], int]] = {}
     for process in psutil.process_iter():
@@ -116,10 +116,10 @@ def live_processes() -> list[psutil.Process]:
 
 
 def assert_one_daemon(name: str = "test") -> None:
-    """One process, one record, one socket, nothing else, and it serves."""
+    """Check that there is one process, one record, one socket and nothing else, and that the daemon serves."""
     assert serves(name)
     assert identify(name) == records.load(name).pid
-    # Another may be about to end.
+    # Another process may be ending.
     wait_until(lambda: [process.pid for process in live_processes()] == [identify(name)])
     files = [file for file in runtime_files() if not file.endswith(".start")]
     sockets = [file for file in files if file.endswith(".sock")]
@@ -128,7 +128,7 @@ def assert_one_daemon(name: str = "test") -> None:
 
 
 def assert_none_left() -> None:
-    """No process, no file but locks."""
+    """Check that there is no process, and no file except locks."""
     wait_until(lambda: not live_processes())
     assert [file for file in runtime_files() if not file.endswith(".start")] == []
 
@@ -141,10 +141,10 @@ def kill_all() -> None:
 
 
 def end_daemons(base: Path) -> None:
-    """Stop whatever a test has started, and fail if that is not the end of it."""
+    """Stop all daemons of a test, and fail if anything is left."""
 
     def ended() -> bool:
-        # One that was given up may have its name only now.
+        # A start that timed out may acquire its name only now.
         for lock in sorted((base / "run").glob("*.lock")):
             stop_daemon(lock.name.partition(".")[0], timeout=1.0)
         return not live_processes()
@@ -176,14 +176,14 @@ def in_thread(function: Any, *arguments: Any, **options: Any) -> Iterator[Future
 
 @contextlib.contextmanager
 def spawn_bystander() -> Iterator[DaemonProcess]:
-    """A process that has nothing to do with any daemon, and does nothing."""
+    """Run an idle process that is unrelated to daemons."""
     with spawn_python("-c", "import time; print('here', flush=True); time.sleep(3600)") as bystander:
         assert bystander.read_line() == "here"
         yield bystander
 
 
 def waits_for_go(*, blocking: bool = False) -> str:
-    """Return a change of the program: its start lasts until the test has made the file "go"."""
+    """Return a change of the program: its start waits until the test has created the file "go"."""
     wait = "time.sleep(0.01)" if blocking else "await asyncio.sleep(0.01)"
     return f"""
 class App(App):

@@ -1,7 +1,7 @@
-"""What a test may need that a machine may not have: one mark for each need, and its reason.
+"""Marks for tests that need something that a machine may lack.
 
-A test whose need is not met is skipped, unless ``HARNESS_TEST_REQUIRE`` (words separated by spaces or commas) names the need:
-then the missing need is a failure, so that nothing passes by being skipped where it must run.
+Such a test is skipped, unless ``HARNESS_TEST_REQUIRE`` (words separated by spaces or commas) names the need: then it fails, so
+that it can't be skipped by mistake.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ _POSIX = sys.platform != "win32"
 
 # AF_UNIX, file modes, signals that stop a process.
 needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals are POSIX")
-# Named pipes, the record's sharing violations, flags of a new process.
+# Named pipes, sharing violations of the record, flags of a new process.
 needs_windows = _need("windows", not _POSIX, "named pipes and their handles are Windows'")
-# A real other uid to try to get in from.
+# Another uid, to attack from.
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.
 needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
-# RLIMIT_AS that leaves a process a chosen amount of memory. mimalloc, the allocator of free-threaded builds, reserves 1 GiB of
-# address space at once, and takes what it needs from that.
+# RLIMIT_AS limits the memory of a process. (mimalloc, the allocator of free-threaded builds, reserves 1 GiB of address space.)
 needs_address_limit = _need(
     "address-limit",
     sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISABLED"),
@@ -48,7 +47,7 @@ def _shows_sockets() -> bool:
         return any(found.laddr == listener.getsockname() for found in psutil.Process().net_connections("tcp"))
 
 
-# What a browser's port belongs to, where only a process's own sockets tell.
+# The owner of a browser's port, on systems that show only our own sockets.
 needs_socket_table = _need("socket-table", _shows_sockets(), "the system does not show a process's sockets (Wine)")
 
 
@@ -58,7 +57,7 @@ def _has_browser() -> bool:
     return importlib.util.find_spec("websockets") is not None and find_binary() is not None
 
 
-# A real browser, and the extra that drives it.
+# A real browser, and the extra `browser`.
 needs_chromium = _need("chromium", _has_browser(), "there is no Chrome or Chromium, or harness-ipc[browser] is not installed")
 # pip, to install the package as a user does.
 needs_network = _need(

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/, and the snippets in them that are files."""
+"""The README and the pages of docs/, and their snippets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _marked(mark: str, language: str) -> list[tuple[str, str]]:
     return [found for text in PAGES.values() for found in block.findall(text)]
 
 
-# The snippets by their file names, and what those print that are programs to run.
+# Snippets by file name, and the expected output of programs.
 FILES = dict(_marked("file", "python"))
 OUTPUTS = dict(_marked("output", "text"))
 ALL_FILES = _marked("file", "python")

@@ -1,4 +1,4 @@
-"""A directory whose modules note that they were imported: what the current directory of an untrusted checkout may be."""
+"""A directory with modules that record their import, like the current directory of an untrusted checkout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import harness_ipc
 
 PACKAGE = Path(harness_ipc.__file__).parent
-# A module that can't be told from a hostile one would be the directory's own.
+# A name that only the directory has.
 _SOURCE = """
 with open({marker!r}, "a") as file:
     file.write(f"{{__name__}}\\n")
@@ -19,7 +19,7 @@ raise ImportError("planted")
 
 
 def imported_names() -> set[str]:
-    """Return the top-level modules that the package imports anywhere, and all of the standard library, on any system."""
+    """Return all top-level modules that the package imports, and all of the standard library, on any system."""
     names = set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -31,7 +31,7 @@ def imported_names() -> set[str]:
 
 
 class PlantedModules:
-    """The modules in `directory`, and which of them were imported."""
+    """The modules in `directory`, and a record of imports."""
 
     def __init__(self, directory: Path, names: Iterable[str]) -> None:
         self._marker = directory / "imported"
@@ -39,5 +39,5 @@ class PlantedModules:
             (directory / f"{name}.py").write_text(_SOURCE.format(marker=str(self._marker)), encoding="utf-8")
 
     def imported(self) -> list[str]:
-        """Return the names of the modules that some process has imported."""
+        """Return the names of the modules that any process has imported."""
         return self._marker.read_text(encoding="utf-8").split() if self._marker.exists() else []

@@ -1,4 +1,4 @@
-"""Real daemons in processes of their own, for the tests: `with spawn_daemon("name") as daemon`."""
+"""Daemons in new processes: `with spawn_daemon("name") as daemon`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ import psutil
 from harness_ipc import current_request, request, run_daemon, runtime_dir
 from harness_ipc._registry import records
 
-# Far above what a start or an end takes on a loaded machine.
+# Seconds, far above the time of a start or an end on a loaded machine.
 PATIENCE = 60.0
 
 
 class UnprintableError(Exception):
-    """An error that fails again when somebody wants to read it."""
+    """An error whose text raises."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
 
 
 class UnreadableReply(dict[str, Any]):
-    """A reply that fails when somebody wants to read it."""
+    """A reply that raises when it is read."""
 
     def items(self) -> Any:
         raise LookupError("no items")
 
 
 class App:
-    """A daemon's application with one method for each thing that a test wants to see."""
+    """An app with a method for each behavior that tests need."""
 
     def __init__(self) -> None:
         self.started = False
@@ -70,7 +70,7 @@ class App:
                 return {"result": params.get("tag")}
             case "log":
                 return {"result": self.log}
-            case "meet":  # other requests that run at the same time: `of` in all
+            case "meet":  # wait until `of` requests run at the same time
                 size = params.get("of", 2)
                 await self.meetings.setdefault(size, asyncio.Barrier(size)).wait()
                 return {"result": params.get("tag")}
@@ -105,7 +105,7 @@ class App:
 
 
 class DaemonProcess:
-    """A daemon that was started by a test. `lines` are read from its standard output."""
+    """A daemon started by a test. `lines` are read from its standard output."""
 
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
         self.process = process
@@ -124,7 +124,7 @@ class DaemonProcess:
         return self.process.wait(PATIENCE)
 
     def end(self) -> None:
-        """End the process if it still runs, also if it is stopped, and close the pipe."""
+        """End the process if it still runs, even if it is suspended, and close the pipe."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(PATIENCE)
@@ -134,13 +134,13 @@ class DaemonProcess:
 
 @contextlib.contextmanager
 def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
-    """Start a daemon with `App` and the options of `run_daemon`, and yield it when it is ready."""
+    """Start a daemon with `App` and the options of `run_daemon`. Yield it when it is ready."""
     with spawn_python("-m", "tests.support.processes", name, json.dumps(options)) as daemon:
         daemon.name = name
         line = daemon.read_line()
         assert line == "ready", f"the daemon said {line!r}"
         if sys.platform == "win32":
-            # A venv's python.exe starts the real one, and waits for it.
+            # On Windows, the python.exe of a venv starts the real one, and waits for it.
             daemon.pid = records.load(name).pid
         yield daemon
 
@@ -170,23 +170,23 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        # On Windows it may speak in the system's code page.
+        # On Windows it may use the system's code page.
         errors="backslashreplace",
         timeout=PATIENCE,
     )
-    # With -X dev, asyncio tells of each step that takes 0.1 s, and on a loaded machine any may.
+    # With -X dev, asyncio warns of each callback that takes 0.1 s, which happens on a loaded machine.
     done.stderr = re.sub(r"^Executing <.*> took [\d.]+ seconds\n", "", done.stderr, flags=re.MULTILINE)
     return done
 
 
 def runtime_files(ending: str = "") -> list[str]:
-    """Return the names of the files in the runtime directory, but of no lock, which end with `ending`."""
+    """Return the names of the files in the runtime directory that end with `ending`, except locks."""
     return [name for name in sorted(os.listdir(runtime_dir())) if name.endswith(ending) and not name.endswith(".lock")]
 
 
 @contextlib.contextmanager
 def stopped(daemon: DaemonProcess) -> Iterator[None]:
-    """Stop the process, as SIGSTOP does, and wait until it has stopped; continue it at the end."""
+    """Suspend the process, as by SIGSTOP, and wait until it is suspended; resume it at the end."""
     if sys.platform == "win32":
         import psutil
 
@@ -206,7 +206,7 @@ def stopped(daemon: DaemonProcess) -> Iterator[None]:
 
 
 def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
-    """Return once `condition` is true, which nothing announces; fail after `patience` seconds."""
+    """Poll until `condition` is true; fail after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
@@ -214,12 +214,12 @@ def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
 
 
 def serves(name: str = "test") -> bool:
-    """Return whether the daemon, which is `App` or one like it, answers a request."""
+    """Return whether the daemon, with an app like `App`, answers a request."""
     return request(name, {"method": "echo", "params": {"n": 1}}, timeout=PATIENCE) == {"result": {"n": 1}}
 
 
 def lives(pid: int) -> bool:
-    """Return whether there is a process with that pid that has not ended: a zombie has."""
+    """Return whether the process is running. A zombie is not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False

@@ -1,4 +1,4 @@
-"""A daemon that does with each connection what a test wants, over the standard library's own Listener and challenge."""
+"""A daemon with scripted connections, based on the standard library's Listener and challenge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOODBYE = b'{"meta":"goodbye"}'
 
 
 class Served:
-    """One connection, and the steps of a daemon's side of it."""
+    """One connection, with the steps of the daemon's side."""
 
     def __init__(self, connection: Connection[Any, Any], daemon: Generation) -> None:
         self.connection = connection
@@ -45,7 +45,7 @@ class Served:
 
     def wait_for_departure(self) -> None:
         """Return when the client has closed the connection."""
-        # On Windows already the poll fails.
+        # On Windows, poll fails.
         with contextlib.suppress(EOFError, OSError):
             assert self.connection.poll(PATIENCE)
             self.connection.recv_bytes()
@@ -56,7 +56,7 @@ Script: TypeAlias = Callable[[Served], None]
 
 
 class Generation:
-    """One generation of the daemon `test`; `requests` are those that it has read, `connections` is how many there were."""
+    """One generation of the daemon `test`; `requests` are those that it has read, `connections` is their number."""
 
     def __init__(self, serve: Script) -> None:
         self.serve = serve
@@ -84,7 +84,7 @@ class Generation:
             thread.start()
 
     def serve_one(self, connection: Connection[Any, Any]) -> None:
-        # The client hangs up when it has had enough.
+        # The client may disconnect at any time.
         with connection, contextlib.suppress(EOFError, OSError):
             try:
                 self.serve(Served(connection, self))
@@ -93,7 +93,7 @@ class Generation:
                 raise
 
     def withdraw(self) -> None:
-        """Stop accepting and remove the record, as a daemon that drains; connections stay."""
+        """Stop accepting and remove the record, like a draining daemon. Connections stay open."""
         if not self.over:
             self.over = True
             _transport.connect(self.registration.record.address, _transport.deadline_after(PATIENCE)).close()
@@ -110,7 +110,7 @@ class Generation:
 
 @contextlib.contextmanager
 def daemon(serve: Script) -> Iterator[Generation]:
-    """Be a daemon with one generation."""
+    """Run a scripted daemon with one generation."""
     generation = Generation(serve)
     try:
         yield generation
@@ -119,7 +119,7 @@ def daemon(serve: Script) -> Iterator[Generation]:
 
 
 def answer_all(served: Served) -> None:
-    """Be a daemon whose every result is its own generation, until the client goes away."""
+    """Answer each request with the generation, until the client disconnects."""
     served.prove()
     while True:
         served.receive()

@@ -1,4 +1,4 @@
-"""Frames over a bare connection: for peers that say what no `Client` would."""
+"""Frames over a bare connection, for peers that behave unlike `Client`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from harness_ipc.errors import AuthenticationFailed, HarnessIPCError
 if TYPE_CHECKING:
     from typing import Self
 
-# Far above what anything takes on a loaded machine.
+# Seconds, far above the time of anything on a loaded machine.
 PATIENCE = 60.0
 
 
 class FrameConnection:
-    """A client's end of a connection, with a deadline for all that it does. Its errors are those of `_transport`."""
+    """A client's end of a connection, with one deadline. Raises the errors of `_transport`."""
 
     def __init__(self, address: str, timeout: float = PATIENCE) -> None:
         self.connection = _transport.connect(address, deadline_after(timeout))
@@ -40,7 +40,7 @@ class FrameConnection:
         return self.connection.fileno()
 
     def send_bytes(self, frame: bytes) -> None:
-        """Send a frame. It has the name that the standard library's challenge functions call."""
+        """Send a frame. The name is that used by the standard library's challenge functions."""
         self.send_all([frame])
 
     def send_all(self, frames: list[bytes]) -> None:
@@ -57,11 +57,11 @@ class FrameConnection:
         return self.framing.buffered > 0 or self.connection.is_readable()
 
     def prove(self, keys: Keys) -> None:
-        """Do the handshake, but for the daemon's verdict: see `confirm`. Raises `AuthenticationFailed`."""
+        """Do the handshake, except for the daemon's verdict: see `confirm`. Raises `AuthenticationFailed`."""
         self.send_all(self.check_daemon(keys))
 
     def check_daemon(self, keys: Keys) -> list[bytes]:
-        """Do the handshake up to our proof, and return its frames, which are yet to be sent."""
+        """Do the handshake up to our proof, and return the frames of the proof without sending them."""
         handshake = ClientHandshake(keys)
         self.send_bytes(handshake.output.pop())
         while not handshake.may_send:
@@ -79,7 +79,7 @@ class FrameConnection:
 
 
 def dial_daemon(name: str) -> FrameConnection:
-    """Return a connection to the daemon `name` on which both sides have proved themselves."""
+    """Return an authenticated connection to the daemon `name`."""
     record = records.load(name)
     connection = FrameConnection(record.address)
     try:

@@ -1,4 +1,4 @@
-"""What the benchmarks make of their measurements, and that the README shows those that are kept."""
+"""The evaluation of benchmarks, and their results in the README."""
 
 from __future__ import annotations
 

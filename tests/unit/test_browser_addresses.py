@@ -1,4 +1,4 @@
-"""Addresses of browsers: what is shown of them, the reasons that servers give, and proxies."""
+"""Addresses of browsers: which part is shown, reasons of servers, and proxies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The browser's errors: as drawn, catchable as the builtins they promise, and whole after a pickle and after a reply."""
+"""The browser's errors: the documented tree, their built-in bases, pickling, and replies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from harness_ipc.browser.errors import (
     from_reply,
 )
 
-# Name of each leaf, as the module's docstring draws it, and the builtin beside it where there is one.
+# The names and built-in bases in the module's docstring.
 DRAWN = re.findall(r"^    [├└]── (\w+)(?: +([A-Z]\w*Error))? +\S", errors.__doc__ or "", re.MULTILINE)
 
 INSTANCES: list[BrowserError] = [

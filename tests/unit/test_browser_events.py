@@ -1,4 +1,4 @@
-"""Events of the browser: how many are kept, of whom, and that a drain loses none that it does not return."""
+"""Events of the browser: the limits, and draining without loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness_ipc.browser import MAX_MESSAGE, MAX_TEXT
 from harness_ipc.browser.events import MAX_EVENTS, MAX_QUEUE_BYTES, MAX_TOTAL_BYTES, EventStore
 
 MEBI = 1024 * 1024
-# An event whose texts a client has asked for, so that all of them are kept.
+# An event requested by a client, whose texts are not truncated.
 WHOLE = "Runtime.bindingCalled"
 
 
@@ -153,7 +153,7 @@ def test_data_that_a_client_has_asked_for_is_not_cut(method: str) -> None:
 def test_of_an_event_above_the_limit_its_size_is_kept(method: str) -> None:
     store = EventStore()
     add(store, "s", n=1)
-    # Nothing that is cut makes it smaller.
+    # Truncation can't make it smaller.
     params = {"args": ["x" * MAX_TEXT] * (MAX_QUEUE_BYTES // MAX_TEXT)}
     add(store, "s", method, **params)
     before, event = store.drain("s")
@@ -164,7 +164,7 @@ def test_of_an_event_above_the_limit_its_size_is_kept(method: str) -> None:
 
 
 def test_an_event_may_be_as_deep_as_the_parser_allows() -> None:
-    depth = 300  # Chrome's own limit of nested values (kStackLimit in its crdtp/json.cc)
+    depth = 300  # Chrome's limit of nested values (kStackLimit in crdtp/json.cc)
     store = EventStore()
     nested: Any = "x" * (MAX_TEXT + 1)
     for _ in range(depth):
@@ -190,7 +190,7 @@ def test_events_stay_until_they_were_delivered() -> None:
     while reply["events"]:
         reply = store.read("s", delivered=reply["delivered"], until=reply["until"])
         seen += numbers(reply["events"])
-    # Not those that have come since the first.
+    # Without events that were added since the first read.
     assert seen == list(range(10))
     assert numbers(store.drain("s")) == [10]
     assert store.read("never there", delivered=0, until=None)["events"] == []

@@ -1,4 +1,4 @@
-"""Files that replace others: complete or not at all, with the right mode, and never through a link."""
+"""Atomic replacement of files, with the right mode, and never through a link."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # As a full disk, it fails when a part is written. Python ignores SIGXFSZ.
+    # Like a full disk, it fails after a partial write. Python ignores SIGXFSZ.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as caught:
@@ -157,7 +157,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == []
 
 
-# Under a name that somebody else has chosen.
+# With a name chosen by a server.
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_file_is_moved_to_the_first_free_name(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
-# Beside another user.
+# In a directory shared with another user.
 
 AS_STRANGER = """
 import os, sys
@@ -209,7 +209,7 @@ except OSError as error:
 
 
 def as_stranger(path: Path) -> str:
-    """Replace the file as another user, and return the error that it got."""
+    """Replace the file as another user, and return the error."""
     run = subprocess.run(
         [sys.executable, "-c", AS_STRANGER, str(STRANGER), str(path)], capture_output=True, text=True, timeout=60, check=True
     )

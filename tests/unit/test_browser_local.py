@@ -1,4 +1,4 @@
-"""Who owns the other end of a connection to this machine: by the text of the kernel's tables, and by our own processes."""
+"""The owner of the other end of a local connection, from the kernel's tables and from our own processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.marks import needs_linux, needs_socket_table
 pytestmark = pytest.mark.skipif(sys.byteorder == "big", reason="the addresses below are as little-endian machines print them")
 
 HERE, THERE = ("127.0.0.1", 54321), ("127.0.0.1", 9222)
-# The same in the tables.
+# Their spelling in the tables.
 OURS, PORT = "0100007F:D431", "2406"
 MAPPED = "0000000000000000FFFF0000"
 US, OTHER = 1000, 54322
@@ -117,7 +117,7 @@ def test_an_invalid_table(table: str) -> None:
 
 @pytest.fixture
 def connection() -> Iterator[socket.socket]:
-    """A connection to a listener of this process, which has not accepted it."""
+    """A connection to a listener of this process that has not accepted it."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
         yield client
 

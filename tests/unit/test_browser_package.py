@@ -1,4 +1,4 @@
-"""The browser harness is an application of the public API, as anybody could write one."""
+"""The browser harness uses only the public API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCES = sorted((Path(harness_ipc.__file__).parent / "browser").glob("*.py"))
 
 
 def private_uses(source: str) -> list[str]:
-    """Return what `source` takes from the core that is not one of its public names."""
+    """Return the private names of the core that `source` uses."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Pictures below each other in one, whatever filter the first row of each has."""
+"""Joining PNG files with any filter of their first rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 5
 
 
 def make(kinds: list[int], rows: list[bytes], color: int) -> bytes:
-    """Return a picture whose rows are filtered by these kinds of filter (PNG specification, 9.2)."""
+    """Return a picture whose rows use these filters (PNG specification, 9.2)."""
     pixel = {2: 3, 6: 4}[color]
     above = bytes(WIDTH * pixel)
     data = b""

@@ -1,4 +1,4 @@
-"""Which browser a command asks for, and which daemon's browser is that one."""
+"""The browser that a command asks for, and whether a daemon's browser matches it."""
 
 from __future__ import annotations
 

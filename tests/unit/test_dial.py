@@ -1,4 +1,4 @@
-"""A client's connection over real sockets and pipes: what arrives, deadlines that hold, typed errors, what was sent."""
+"""A client's connection over real sockets and pipes: data, deadlines, typed errors, `all_sent`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from harness_ipc.errors import (
 from tests.support.marks import needs_linux, needs_posix, needs_root
 
 PATIENCE = 30.0
-# A deadline that is meant to pass.
+# A deadline that is meant to expire.
 SHORT = 0.1
 MIB = 1024 * 1024
 FAMILY = "AF_PIPE" if sys.platform == "win32" else "AF_UNIX"
@@ -43,7 +43,7 @@ def new_address(directory: Path) -> str:
 
 @contextlib.contextmanager
 def connected(directory: Path) -> Iterator[tuple[Connection, Stock[Any, Any]]]:
-    """Yield the client's end, and the standard library's at the other."""
+    """Yield the client's end, and the standard library's other end."""
     address = new_address(directory)
     with Listener(address, FAMILY) as listener, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(listener.accept)
@@ -130,7 +130,7 @@ def test_data_is_received_before_a_lost_connection(private_directories: Path) ->
         peer.close()
         with pytest.raises(ConnectionLost):
             client.send([bytes(MIB)] * 100)
-        # What it said before can still be read.
+        # Data that it sent before can still be read.
         assert receive_frames(client, 1) == [b"last words"]
         assert client.is_readable()
         with pytest.raises(ConnectionLost):

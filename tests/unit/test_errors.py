@@ -1,4 +1,4 @@
-"""The error tree: as drawn, catchable as the builtins it promises, and whole after a pickle."""
+"""The error tree: as documented, built-in bases, pickling."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from harness_ipc.errors import (
     UnsafeDirectory,
 )
 
-# Name and builtin of each leaf as the module's docstring draws it.
+# The names and built-in bases in the module's docstring.
 DRAWN = re.findall(r"^[│ ]*[├└]── (\w+) +(\w+) +\S", errors.__doc__ or "", re.MULTILINE)
 
 INSTANCES: list[tuple[HarnessIPCError, dict[str, object]]] = [

@@ -1,4 +1,4 @@
-"""Private directories and files: an unsafe one is refused with a remedy that works, and looking creates nothing."""
+"""Private directories and files: unsafe ones are refused with a working remedy, and queries create nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STRANGER = 12345
 
 @pytest.fixture
 def run(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path of a runtime directory that does not exist, and that a shell would not take unquoted."""
+    """The path of a runtime directory that does not exist, and needs quoting in a shell."""
     path = private_directories / "it's a dir"
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(path))
     return path
@@ -227,7 +227,7 @@ def test_an_unlistable_directory_is_a_typed_error(run: Path, monkeypatch: pytest
                 list_daemons()
 
 
-# The directories that lead there.
+# Parent directories.
 
 
 @needs_posix
@@ -240,7 +240,7 @@ def test_world_writable_parent_must_be_sticky(bits: int, links: bool, private_di
     run.mkdir(0o700)
     parent.chmod(bits)
     if links:
-        # Step by step: a link, relative, in a link's target.
+        # A relative link in the target of a link.
         (parent / "relative").symlink_to("a")
         (private_directories / "link").symlink_to(parent)
         run = private_directories / "link" / "relative" / ".." / "relative" / "run"
@@ -345,7 +345,7 @@ def test_replaced_ancestor_is_checked_again(private_directories: Path) -> None:
         files.check_private_dir(str(run))
 
 
-# Root's.
+# Files of root.
 
 
 @contextlib.contextmanager
@@ -370,7 +370,7 @@ def test_a_parent_made_by_root_is_given_back(bits: int, private_directories: Pat
         made = shlex.quote(str(private_directories / "made by root"))
         remedy = f"sudo chown -R {STRANGER} {made}"
         assert f"`{remedy}`" in str(caught.value)
-    # Without sudo, which the machine may not have: the rest is what it would run.
+    # Without sudo, which may be missing.
     apply(remedy.removeprefix("sudo "))
     with as_stranger(private_directories):
         files.create_private_dir(str(run))
@@ -543,7 +543,7 @@ def test_only_writers_tighten_a_readable_log(private_directories: Path, caplog: 
     assert f"{log} was open to others" in caplog.text
 
 
-# The socket's path, which the operating system limits.
+# The limit of a socket's path.
 
 if sys.platform != "win32":
     from harness_ipc._transport.listen import MAX_ADDRESS

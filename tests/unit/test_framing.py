@@ -1,4 +1,4 @@
-"""Framing as rows: bytes in, frames out, and what is refused; the bytes are those of the standard library."""
+"""Framing as rows: bytes in, frames out, and errors. The bytes are those of the standard library."""
 
 from __future__ import annotations
 

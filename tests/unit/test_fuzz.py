@@ -1,4 +1,4 @@
-"""Whatever bytes come from outside: a value or one typed error, in bounded memory. `tests.fuzz` looks for more, for longer."""
+"""Any bytes from outside give a value or a typed error, in bounded memory. `tests.fuzz` searches longer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness_ipc._protocol import messages
 from harness_ipc.errors import HarnessIPCError, ProtocolError
 from tests.fuzz import targets
 
-# What hypothesis writes, it writes where nobody finds it.
+# Keep the files of hypothesis out of the checkout.
 _HOME = tempfile.mkdtemp(prefix="hi-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 hypothesis.configuration.set_hypothesis_home_dir(_HOME)
@@ -30,13 +30,13 @@ MIB = 1024 * 1024
 
 
 def examples(number: int) -> Callable[[Any], Any]:
-    """Return a decorator: as many examples, the same each time, however slow the machine."""
+    """Return a decorator: `number` examples, the same each time, without a deadline."""
     return hypothesis.settings(
         max_examples=number, derandomize=True, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
 
 
-# What was found and what was interesting once.
+# The corpus, and earlier bugs.
 
 
 def corpus() -> Iterator[Any]:
@@ -55,7 +55,7 @@ def test_regressions(target: str, data: bytes) -> None:
     targets.TARGETS[target](data)
 
 
-# Frames and the challenge: streams that are nearly right.
+# Frames and challenges: nearly valid streams.
 
 HEADERS = st.one_of(
     st.integers(-(2**31), 2**31 - 1).map(lambda size: struct.pack("!i", size)),
@@ -90,7 +90,7 @@ def test_peers_without_the_key_learn_nothing(role: int, script: bytes) -> None:
     targets.challenge(bytes([role]) + script)
 
 
-# JSON, and what is nearly JSON.
+# JSON, and nearly valid JSON.
 
 TEXTS = st.text(st.sampled_from('abc é😀\ud800\udcff\u2028\0\x1b\x9b\n\r"\\{}[]'), max_size=20)
 NUMBERS = st.one_of(
@@ -104,7 +104,7 @@ VALUES = st.recursive(
 
 
 def objects(*keys: str) -> st.SearchStrategy[bytes]:
-    """Return objects with any values for any of these keys, and some that are cut or spoiled."""
+    """Return objects with any values for any of these keys, some truncated or damaged."""
     whole = st.dictionaries(st.one_of(st.sampled_from(keys), TEXTS), VALUES, max_size=6).map(lambda o: json.dumps(o).encode())
     return st.one_of(whole, whole, st.builds(spoil, whole, st.integers(0, 400), st.binary(max_size=3)), st.binary(max_size=60))
 
@@ -164,7 +164,7 @@ def test_any_argument_gives_one_line_and_a_status(how: int, word: bytes) -> None
 
 
 def peak_of(action: Callable[[], object]) -> int:
-    """Return how many bytes more than before `action` had at once, which ends in a typed error."""
+    """Return the peak memory in bytes of `action`, which raises a typed error."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -193,6 +193,6 @@ def test_an_invalid_frame_takes_little_memory(data: bytes) -> None:
         targets.check_text(caught.value)
         raise caught.value
 
-    # As text, and a number's digits once more. CPython 3.14 and later take five times the length of what is not UTF-8.
+    # The text, and the digits of a number again. CPython 3.14 and later take five times the length of invalid UTF-8.
     most = 5 if sys.version_info >= (3, 14) and data[0] == 0xFF else 2
     assert peak_of(decode) < most * len(data) + MIB

@@ -1,4 +1,4 @@
-"""The handshake as rows of frames: what comes in, what goes out, and what is refused."""
+"""The handshake as rows of frames: in, out, and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_handshake_has_new_nonces() -> None:
     assert len(set(challenges)) == 200
 
 
-# The forms of an answer that a challenge may ask for: those of multiprocessing.connection.
+# The digests that a challenge may request, as in multiprocessing.connection.
 FORMS = pytest.mark.parametrize(
     ("nonce", "digest", "prefix"),
     [
@@ -193,7 +193,7 @@ def test_md5_that_openssl_refuses_is_a_typed_error(monkeypatch: pytest.MonkeyPat
 def test_the_protocol_imports_nothing_that_does_io() -> None:
     # collections.abc and typing: for type checkers only, as a test of the client's imports sees.
     allowed = {"__future__", "collections", "collections.abc", "hmac", "json", "os", "struct", "typing"}
-    # What values that JSON does not have need.
+    # For values that are not JSON.
     allowed |= {"binascii", "dataclasses", "datetime"}
     for path in Path(harness_ipc._protocol.__path__[0]).glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ def test_a_client_cannot_let_the_daemon_answer_its_own_challenge(one_key_for_bot
     first.receive_frame(WELCOME)
     second.receive_frame(sent(first)[1])
     answer = sent(second)[0]
-    # Under one key the trick works: which shows that this is the trick.
+    # With one key for both directions, the attack works: so this is the attack.
     if one_key_for_both_roles:
         first.receive_frame(answer)
         assert first.done

@@ -1,4 +1,4 @@
-"""The hold on a name: one process at a time has it, whatever is removed, and nothing of a living daemon is touched."""
+"""Registration of a name: one process at a time, even if files are removed, without an effect on living daemons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness_ipc.errors import AlreadyRunning, DaemonNotRunning, StartFailed, Un
 from tests.support.marks import needs_linux, needs_posix
 from tests.support.processes import PATIENCE, run_python
 
-# No system has it.
+# A pid that no system has.
 NO_PID = 2**31 - 1
 
 
@@ -40,7 +40,7 @@ def publish(name: str = "d") -> lifetime.Registration:
 
 
 def leave_dead(run: Path, name: str = "d", **changes: Any) -> records.Record:
-    """Leave the record of a process that has ended, but for `changes`."""
+    """Write the record of a process that has ended, with `changes`."""
     registration = publish(name)
     fields = {**json.loads((run / f"{name}.json").read_bytes()), "pid": NO_PID, **changes}
     registration.release()
@@ -64,7 +64,7 @@ def fail(number: int) -> Callable[..., NoReturn]:
     return call
 
 
-# Claim.
+# Acquire.
 
 
 def test_one_process_has_a_name(run: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_full_disk_is_a_failed_start_that_leaves_nothing(what: str, run: Path,
             pytest.skip("only POSIX limits the size of a process's files")
         import resource
 
-        # The real thing: files of this process may not grow above 100 bytes.
+        # A real limit: files of this process can't grow above 100 bytes.
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         try:
@@ -361,7 +361,7 @@ def test_a_record_that_is_not_ours_is_not_removed(data: bytes, run: Path) -> Non
 def test_cleanup_removes_one_dead_generation_only(run: Path) -> None:
     sockets: dict[str, set[str]] = {}
     for name in ("d", "d-2", "e"):
-        # One that died while it wrote a draft, and one that was published.
+        # A generation that died while it wrote a draft, and one that was published.
         found = [leave_dead(run, name)]
         draft = (run / f"{name}.json").read_bytes()
         found.append(leave_dead(run, name))
@@ -376,7 +376,7 @@ def test_cleanup_removes_one_dead_generation_only(run: Path) -> None:
     gone = {entry for entry in before if entry.startswith("d.") and entry != "d.lock"} | sockets["d"]
     assert set(content(run)) == before - gone
     assert records.read("d-2")
-    # Nothing left to do is no error.
+    # Idempotent.
     assert cleanup_endpoint("d") is True
 
 
@@ -385,7 +385,7 @@ def test_nothing_of_a_living_daemon_is_touched(run: Path) -> None:
     before = content(run)
     assert cleanup_endpoint("d") is False
     assert content(run) == before
-    # While nothing can be read of it, its lock tells.
+    # The lock shows it while the record can't be read.
     write(run / "d.json", b"torn")
     assert cleanup_endpoint("d") is False
     assert (run / "d.json").read_bytes() == b"torn"
@@ -406,10 +406,10 @@ def test_a_damaged_record_does_not_choose_what_is_removed(name: str, run: Path) 
     assert not (run / "d.json").exists()
 
 
-# Sweepers.
+# Cleaners of old files.
 
 SWEPT_SECONDS = 1.5
-# Three processes claim a name in turn, and every fifth hold ends as by a kill, while the lock's file is removed at random.
+# Three processes acquire a name in turn, and every fifth time end as if killed, while the lock file is removed at random.
 SWEPT = """
 import os, random, sys, time
 from harness_ipc import AlreadyRunning

@@ -1,4 +1,4 @@
-"""Messages: what is JSON goes through whole, what is not is refused in one typed error, both ways."""
+"""Messages: JSON survives a round trip, and anything else is a typed error, in both directions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness_ipc.errors import MessageTooLarge, ProtocolError, RemoteError
 
 LIMIT = messages.DEFAULT_MAX_MESSAGE
 
-# json recurses, and so would building these as parameters' ids.
+# json recurses, and so would the ids of these parameters.
 NESTED: list[Any] = []
 for _ in range(100_000):
     NESTED = [NESTED]
@@ -33,7 +33,7 @@ CIRCULAR["self"] = CIRCULAR
 def test_any_text_survives_as_a_key_and_as_a_value(text: str) -> None:
     frame = messages.encode({text: [text, None, True, 1.5, -(2**70)]}, LIMIT)
     assert messages.decode(frame) == {text: [text, None, True, 1.5, -(2**70)]}
-    # So the limit in bytes is the same on both sides, and a lone surrogate can travel.
+    # So the limit in bytes is the same on both sides, and lone surrogates can be sent.
     assert frame.isascii()
 
 

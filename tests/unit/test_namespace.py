@@ -1,4 +1,4 @@
-"""Namespaces: the two directories of an application, what chooses them, and that looking creates nothing."""
+"""Namespaces: the two directories of an application and their choice. Queries create nothing."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_any_other_name_is_refused_before_anything_is_done(
     assert list(private_directories.iterdir()) == []
 
 
-# Where things are.
+# Directories.
 
 
 def test_looking_creates_nothing(private_directories: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_relative_override_means_the_same_after_a_chdir(private_directories: P
 
 @pytest.fixture
 def places(private_directories: Path) -> Iterator[Path]:
-    """Let the namespace look for its usual places below a directory of the test: ``/tmp``, ``/run/user`` and a home."""
+    """Redirect the usual directories below one of the test: ``/tmp``, ``/run/user`` and a home."""
     real = os.lstat
 
     def lstat(path: str) -> os.stat_result:

@@ -1,4 +1,4 @@
-"""Process identity: the same process is found again, another with its pid never, and an unknown one is said to be unknown."""
+"""Process identity: the same process is found, another one with its pid never, and unknown ones are reported as unknown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_zombie_has_ended() -> None:
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdin.close()
-    # The end of its output: nobody has waited for it yet.
+    # It has ended, but is not reaped yet.
     assert child.stdout.read() == b""
     if sys.platform != "win32":
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)

@@ -1,4 +1,4 @@
-"""What an app reports while it starts: to its starter at once, in the record once a second, and nothing afterwards."""
+"""Progress of a start: sent at once, recorded once a second, and ignored afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness_ipc._progress import StartProgress
 
 
 class Log:
-    """Takes the place of the ready pipe and of the registration: keeps what each is given, and when."""
+    """A fake ready pipe and registration: records values and times."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []

@@ -1,4 +1,4 @@
-"""The package as its users import it: every name is there, the import is light, and it leaves no trace."""
+"""The public names of the package, and its imports."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import harness_ipc
 from tests.support import scripted
 
 ROOT = Path(harness_ipc.__file__).parents[1]
-# What a client has no use for: each costs milliseconds of every short-lived process.
+# Modules that clients don't need: each takes milliseconds of every short-lived process.
 HEAVY = {
     *("asyncio", "dataclasses", "filelock", "logging", "multiprocessing", "pathlib", "platformdirs", "psutil", "subprocess"),
     *("tempfile", "typing"),
 }
-# What these bring with them differs from one Python to the next.
+# Their own imports depend on the Python version.
 GIVEN = "import hmac, json, socket, sys, threading; given = set(sys.modules)"
 MODULES = "sorted(set(sys.modules) - given)"
 
 
 def run_fresh(expression: str, module: str, directory: Path) -> Any:
-    """Import `module` in a new interpreter and return `expression`: warnings as errors, and nothing from site."""
+    """Import `module` in a new interpreter, with warnings as errors and without site, and return `expression`."""
     source = f"{GIVEN}; sys.path.insert(0, {str(ROOT)!r}); import {module}; print(json.dumps({expression}))"
     environment = {**os.environ, "HOME": str(directory), "TMPDIR": str(directory), "XDG_RUNTIME_DIR": str(directory)}
     command = [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", source]

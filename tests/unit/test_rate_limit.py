@@ -1,4 +1,4 @@
-"""What clients can cause by the thousand is logged once in ten seconds for each kind, with a count."""
+"""One log entry of each kind in ten seconds, with a count."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_number_of_kinds_that_are_remembered_is_bounded(
         limited.warning(f"kind {number}")
     assert len(caplog.records) == 1001
     caplog.clear()
-    # The first was forgotten for the last.
+    # The first kind was evicted.
     for number in (1000, 999, 1, 0):
         limited.warning(f"kind {number}")
     assert [record.getMessage() for record in caplog.records] == ["kind 0"]

@@ -1,4 +1,4 @@
-"""The record: whole or refused in a typed error that never quotes it, of this schema or another."""
+"""Records of any schema: valid, or a typed error that never quotes them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(private_directories: Path) -> Path:
 
 @pytest.fixture
 def starting(run: Path) -> Iterator[Registration]:
-    """This process's hold on the name `d`."""
+    """A registration of the name `d` by this process."""
     registration = acquire_name("d", environment={"COLOUR": "red"})
     try:
         yield registration
@@ -64,7 +64,7 @@ def fail(number: int) -> Callable[..., NoReturn]:
 
 
 def load_error(key: str) -> HarnessIPCError:
-    """Return the error with which loading ends, after a look that it quotes no part of the key."""
+    """Return the error of loading, after checking that it quotes no part of the key."""
     with pytest.raises(HarnessIPCError) as caught:
         records.load("d")
     told = "".join(traceback.format_exception(caught.value))
@@ -225,7 +225,7 @@ def wrong_fields() -> Iterator[tuple[str, Any]]:
     yield from (("argv", value) for value in (MISSING, None, True, "python", 1, {}, [1]))
     yield from (("environment", value) for value in (MISSING, None, [], {"A": 1}))
     yield from [("cwd", None), ("cwd", 1), ("cwd", [])]
-    # Of the real key: it must not be quoted.
+    # A part of the real key, which must not be quoted.
     yield from (("authkey", change) for change in (lambda key: key[1:], lambda key: key + "0", lambda key: "z" + key[1:]))
     yield from (("authkey", value) for value in ("", "ab" * 31, "ab" * 33, "zz" * 32, " " * 64, "é" * 64))
     yield from (("address", value) for value in ("", "a\0b", "\ud800"))
@@ -262,7 +262,7 @@ def test_a_record_that_cannot_be_read_is_a_typed_error(
         with pytest.raises(HarnessIPCError) as caught:
             records.load("d")
     assert os.strerror(number) in str(caught.value)
-    # It says nothing about the daemon, which may well run.
+    # It says nothing about the daemon, which may be running.
     assert not isinstance(caught.value, DaemonNotRunning)
 
 

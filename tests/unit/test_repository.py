@@ -1,4 +1,4 @@
-"""What the repository takes from elsewhere is fixed: an action's tag can be moved, and a new version can be anything."""
+"""Dependencies of the workflow are pinned: tags can be moved, and new versions can be anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_actions_are_pinned_and_keep_no_credentials() -> None:
             assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), f"{path.name}: {action} does not say which version it is"
         checkouts = sum(action.startswith("actions/checkout@") for action, _ in used)
         assert text.count("persist-credentials: false") == checkouts
-        # For all jobs, and for none more than that.
+        # For all jobs, without exceptions.
         assert re.search(r"^permissions:\n  contents: read\n(?!  )", text, re.MULTILINE)
         assert text.count("permissions:") == 1
 

@@ -1,4 +1,4 @@
-"""The daemon's session as rows: frames in, events, frames out, and the state; each transition, and what is refused."""
+"""The server's protocol as rows: bytes in, events and bytes out, and the state; every transition and misuse."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MESSAGE = {"method": "m"}
 
 
 def answer_to(frames: list[bytes]) -> bytes:
-    """Return the client's right proof, given what the daemon has sent."""
+    """Return the client's valid proof for the frames of the daemon."""
     nonce = frames[1].removeprefix(CHALLENGE)
     return stream(WELCOME, b"{sha256}" + hmac.digest(KEYS.client, nonce, "sha256"))
 
 
 def server_in(state: str) -> ServerProtocol:
-    """Return a daemon's session in `state`, with nothing to send."""
+    """Return a server's protocol in `state`, with nothing to send."""
     server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
     if state != "HELLO":
         server.receive_data(stream(CHALLENGE + NONCE))

@@ -1,4 +1,4 @@
-"""A service without a server: which functions may be methods, how parameters are bound and converted, what is told of them."""
+"""Services without a server: methods, binding and conversion of parameters, descriptions."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_nesting_that_is_too_deep_is_refused() -> None:
         entry = {"path": "a", "children": [entry]}
     with pytest.raises(InvalidParams):
         call(Kinds(), "entry", {"v": entry})
-    while entry:  # or the interpreter recurses when it frees it
+    while entry:  # otherwise the interpreter recurses when it frees it
         entry = entry.pop("children", [{}])[0]
 
 
@@ -397,7 +397,7 @@ JSON = st.recursive(
     lambda items: st.lists(items, max_size=3) | st.dictionaries(st.text(), items, max_size=3),
     max_leaves=6,
 )
-# A machine under load is slow to make values.
+# Generating values is slow on a loaded machine.
 SLOWLY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

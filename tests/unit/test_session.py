@@ -1,4 +1,4 @@
-"""The client's session as rows: frames in, events, frames out, and the state; each transition, and what is refused."""
+"""The client's protocol as rows: bytes in, events and bytes out, and the state; every transition and misuse."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sent(client: ClientProtocol | ServerProtocol) -> list[bytes]:
 
 
 def answer(client: ClientProtocol) -> bytes:
-    """Return the daemon's right answer to the challenge that `client` sends, and its own challenge."""
+    """Return the daemon's valid answer to the challenge of `client`, and its own challenge."""
     (challenge,) = sent(client)
     return stream(b"{sha256}" + hmac.digest(KEYS.daemon, challenge.removeprefix(CHALLENGE), "sha256"), CHALLENGE + NONCE)
 
@@ -49,7 +49,7 @@ def proof() -> list[bytes]:
 
 
 def client_in(state: str) -> ClientProtocol:
-    """Return a client's session in `state`, with nothing to send."""
+    """Return a client's protocol in `state`, with nothing to send."""
     client = ClientProtocol(KEYS, StreamFraming(), LIMIT)
     if state == "HELLO":
         sent(client)
@@ -87,7 +87,7 @@ def events(client: ClientProtocol) -> list[Any]:
 STATES = ["HELLO", "ANSWERED", "PROVING", "IDLE", "AWAITING", "STREAMING", "GONE", "CLOSED"]
 RESULT, CONTINUED = {"result": 1}, {"continues": True, "result": 2}
 
-# What a daemon says in each state: the events, and the state afterwards.
+# Frames of a daemon in each state: the events, and the new state.
 ROWS: list[tuple[str, list[bytes], list[Any], str]] = [
     ("ANSWERED", [WELCOME], [VERDICT], "IDLE"),
     ("ANSWERED", [FAREWELL], [GOODBYE], "GONE"),
@@ -138,7 +138,7 @@ def test_the_rows_reach_every_transition_of_the_table() -> None:
     ("state", "frame", "kind"),
     [
         ("HELLO", b"{sha256}" + bytes(32), AuthenticationFailed),
-        # A goodbye from somebody who has not proved to be the daemon is no goodbye.
+        # A goodbye of an unauthenticated peer does not count.
         ("HELLO", FAREWELL, AuthenticationFailed),
         ("HELLO", bytes(257), AuthenticationFailed),
         ("ANSWERED", FAILURE, AuthenticationFailed),

@@ -1,4 +1,4 @@
-"""The pipe between a starter and its child: messages arrive, and nothing is written where nobody listens."""
+"""The ready pipe between a starter and its child."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_starter_that_does_not_read_blocks_nobody(monkeypatch: pytest.MonkeyPa
 @needs_posix
 @pytest.mark.parametrize("kind", ["file", "another pipe"])
 def test_a_reused_descriptor_is_not_touched(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The starter's pipe was closed, and its number is another file's.
+    # The pipe was closed, and its descriptor reused.
     reader, writer = os.pipe()
     set_start(monkeypatch, writer, runtime_dir="/run", log_dir="/log")
     other = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT) if kind == "file" else os.pipe()[1]
@@ -93,7 +93,7 @@ def test_a_reused_descriptor_is_not_touched(kind: str, tmp_path: Path, monkeypat
     with startup.reporting() as pipe:
         pipe.send(state="ready")
         pipe.close()
-        # A wrapper's doing: the start itself is known.
+        # As by a wrapper: the description of the start is known.
         assert (pipe.start["runtime_dir"], pipe.start["log_dir"]) == ("/run", "/log")
     assert os.path.sameopenfile(writer, other)
     assert os.read(reader, 100) == b""
@@ -175,7 +175,7 @@ def test_waiting_for_a_message_ends_in_time(tmp_path: Path) -> None:
         "    threading.Event().wait()\n"
     )
     with child(code, tmp_path / "log") as started:
-        # Not before: Wine does not close the pipe of a process that is killed while it comes into being.
+        # Not before: Wine does not close the pipe of a process that is killed while it is created.
         assert started.next_message(PATIENCE) == {"state": "here"}
         begin = time.monotonic()
         assert started.next_message(0.05) is None

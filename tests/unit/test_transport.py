@@ -1,4 +1,4 @@
-"""Connections over real sockets and pipes: deadlines that hold, typed errors when they break, peers of this user alone."""
+"""Connections over real sockets and pipes: deadlines, typed errors, and the peer's user."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.support.marks import needs_linux, needs_posix, needs_root
 
 T = TypeVar("T")
 
-# Far above what anything here takes: it ends a hang.
+# Seconds, far above the time of anything here.
 PATIENCE = 30.0
-# A deadline that is meant to pass.
+# A deadline that is meant to expire.
 SHORT = 0.05
 MIB = 1024 * 1024
 
@@ -51,7 +51,7 @@ def listening() -> Iterator[listen.Listener]:
 
 @contextlib.contextmanager
 def connected() -> Iterator[tuple[Connection, listen.Port]]:
-    """Yield the client's and the daemon's end of a connection; nothing on either blocks for ever."""
+    """Yield the client's and the daemon's end of a connection, with deadlines."""
     with listening() as listener, ThreadPoolExecutor(1) as executor:
         accepted = executor.submit(listener.accept_port)
         with contextlib.closing(connect(listener.address, deadline_after(PATIENCE))) as client:
@@ -117,7 +117,7 @@ def test_a_deadline_bounds_a_receive_and_a_send() -> None:
             with pytest.raises(DaemonTimeout):
                 block()
             assert client.deadline <= time.monotonic() < client.deadline + PATIENCE / 2
-        # In a pipe, one that is cancelled may have arrived.
+        # In a pipe, a cancelled write may have arrived.
         assert client.all_sent is (sys.platform == "win32")
 
 
@@ -136,7 +136,7 @@ def test_the_deadline_is_kept_in_monotonic_time() -> None:
         remaining(before)
 
 
-# The ways to break.
+# Broken connections.
 
 
 def test_a_closed_peer_is_a_lost_connection_in_both_directions() -> None:
@@ -214,7 +214,7 @@ def test_wake_ends_all_accepts_and_close_removes_the_address(accepting: int) -> 
     with listening() as listener:
         with ThreadPoolExecutor(accepting) as executor:
             accepts = [executor.submit(accept, listener) for _ in range(accepting)]
-            # One wake-up may end just one of them, and none that has not begun.
+            # One wake-up may end only one of them, and only a pending one.
             while wait(accepts, SHORT).not_done:
                 listener.wake()
         listener.close()
@@ -243,11 +243,11 @@ def test_an_address_that_cannot_be_bound_is_a_failed_start(private_directories: 
         for address in (listener.address, str(private_directories / "missing" / "a.sock"), "d" * 200):
             with pytest.raises(StartFailed, match="HARNESS_IPC_RUNTIME_DIR"):
                 listen.Listener(address)
-        # The one that was there is not disturbed.
+        # The existing listener is not affected.
         connect(listener.address, time.monotonic() + PATIENCE).close()
 
 
-# Who is there.
+# Peer credentials.
 
 
 @needs_linux

@@ -1,9 +1,8 @@
 """Run the unit and integration suites under Windows builds of CPython, on Linux, with Wine.
 
 ``python -m tests.windows 3.12 [-- PYTEST ARGUMENTS]`` sets up a Wine prefix and the interpreters in a cache folder (given by
-``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from this side, since pip does not
-get out of Wine, and runs the suites. It needs Debian's wine and wine64; what a pass proves
-is in docs/platforms.md.
+``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from this side, since pip has no
+network in Wine, and runs the suites. It needs Debian's wine and wine64. docs/platforms.md says what a pass proves.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ TOOLS = [
     *("pytest>=8", "pytest-timeout>=2.3", "pluggy", "iniconfig", "packaging", "colorama", "pygments"),
     *("pytest-rerunfailures>=14", "pytest-xdist>=3.6", "execnet", "hypothesis>=6.100", "sortedcontainers"),
 ]
-# What a message of pytest's says at the end: "7 passed, 1 skipped in 0.12s".
+# The summary of pytest: "7 passed, 1 skipped in 0.12s".
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected|rerun)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Set up what is missing, run the suites on each version, say how each went, and return 1 if one failed."""
+    """Set up what is missing, run the suites on each version, print the results, and return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.windows", description=__doc__)
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"{', '.join(VERSIONS)} (default: all)")
     parser.add_argument("--setup", action="store_true", help="set up, and print the commands that run the interpreters")
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def wine(version: str) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Give the interpreter of `version` and the environment to run it in, and end Wine afterwards."""
+    """Yield the interpreter of `version` and its environment, and end Wine afterwards."""
     cache = Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
     # A prefix for each: ending its services ends whatever runs in it.
     prefix = cache / f"prefix-{version}"
@@ -84,7 +83,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def wine_environment(prefix: Path) -> dict[str, str]:
-    """Return the environment of everything that runs in that prefix of Wine's."""
+    """Return the environment of processes in a Wine prefix."""
     environment = {
         **os.environ,
         "WINEPREFIX": str(prefix),
@@ -103,7 +102,7 @@ def wine_environment(prefix: Path) -> dict[str, str]:
 
 
 def start_wine(prefix: Path, environment: dict[str, str]) -> None:
-    """Make the prefix if there is none, and start Wine's services with no pipe of ours: they would hold it open."""
+    """Create the prefix if there is none, and start Wine's services without our pipes, which they would keep open."""
 
     def quietly(*command: str, check: bool = True) -> None:
         null = subprocess.DEVNULL
@@ -155,7 +154,7 @@ def _pip(*arguments: str) -> None:
 
 
 def run_suites(python: Path, version: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run pytest and pass its output on. Return its status, and a line on what it counted and how long it took."""
+    """Run pytest and pass its output on. Return its status, and a line with its summary and duration."""
     begun = time.monotonic()
     # Of some thousand processes Wine loses one, or takes longer for it than any deadline: what fails is run once more, and
     # the line at the end says how often that was.

@@ -32,7 +32,7 @@ def main(name: str, seconds: float) -> None:
                 assert kept.call("echo", text=text) == {"text": text}
             case "error":
                 assert kept.request({"method": "raise"})["error"] == {"type": "ValueError", "message": "as told"}
-            case "abandoned":  # with a request in it that nobody waits for
+            case "abandoned":  # with a request in flight
                 with connect_daemon(name) as left, contextlib.suppress(TimeoutError):
                     left.call("sleep", timeout=0.001, seconds=0.01)
             case "reconnected":

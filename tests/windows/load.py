@@ -1,4 +1,4 @@
-"""Mixed load under Windows CPython: eight clients, and what daemon and wineserver hold meanwhile, seen from the Linux side.
+"""Mixed load under Windows CPython: eight clients, and the resources of daemon and wineserver, measured on the Linux side.
 
 ``python -m tests.windows.load 3.12 600`` prints a line every half minute, and at the end what the clients did. It fails if one
 of them met an error, or if memory or descriptors have grown.
@@ -19,10 +19,10 @@ import psutil
 from tests.windows.__main__ import ROOT, wine
 
 CLIENTS = 8
-# Seconds between two looks, and before the first one that counts: until then caches fill and threads start.
+# Seconds between two measurements, and before the first one that counts, when caches are filled and threads started.
 INTERVAL = 30.0
 WARM_UP = 60.0
-# What may have grown at the end, against the first look that counts: a heap's fragments, connections that just come and go.
+# Permitted growth since the first measurement that counts: fragments of the heap, connections in use.
 MEMORY = 8 * 1024 * 1024
 DESCRIPTORS = 40
 
