@@ -1,4 +1,4 @@
-"""What the doctor finds, with real daemons, living and dead; that its remedies mend it; and that it changes nothing."""
+"""The findings of the doctor as rows of a table. Its remedies work, and it changes nothing."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 import pytest
+from _pytest.mark import ParameterSet
 
 from harness_ipc import (
     __version__,
     _status,
     doctor,
-    runtime_dir,
     runtime_path,
 )
-from harness_ipc._registry import records
+from harness_ipc._registry import records, trust
 from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import listen
 from harness_ipc.doctor import Finding, examine
@@ -36,7 +37,7 @@ from tests.support.processes import DaemonProcess, run_python, spawn_daemon, spa
 
 STRANGER = 12345
 
-# A daemon whose start, or whose health, is as its argument says.
+# A daemon that does not finish its start, or is unhealthy, depending on its argument.
 _SERVICE = """
 import asyncio, sys
 from harness_ipc import run_daemon
@@ -55,12 +56,12 @@ run_daemon(App(), "svc", on_ready=lambda _: print("ready", flush=True))
 
 
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the doctor in a process of its own, as a user does."""
+    """Run the command in a new process."""
     return run_python("-m", "harness_ipc", "doctor", *arguments)
 
 
 def found(topic: str) -> Finding:
-    """Return the one finding about `topic`."""
+    """Return the finding on `topic`."""
     (finding,) = [finding for finding in examine() if finding.topic == topic]
     return finding
 
@@ -70,12 +71,13 @@ def troubles() -> list[Finding]:
 
 
 def everything(directory: Path) -> list[tuple[str, int, int]]:
-    """Return what is in `directory`, with the times at which it was changed."""
-    return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_mode) for path in sorted(directory.rglob("*"))]
+    """Return the path, time and mode of all that is in `directory`, except logs, which daemons write."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.suffix != ".log"]
+    return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_mode) for path in paths]
 
 
 def apply(remedy: str | None) -> None:
-    """Do what a person does who was told to."""
+    """Run a remedy."""
     assert remedy is not None
     if remedy.startswith("harness-ipc "):
         assert run_python("-m", "harness_ipc", *remedy.split()[1:]).returncode == 0
@@ -105,10 +107,363 @@ def kill(daemon: DaemonProcess) -> None:
     daemon.wait()
 
 
-# Well.
+def draft(run: Path, content: dict[str, Any] | str, name: str = "svc") -> Path:
+    path = run / f"{name}.{'0a' * 16}.tmp"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.chmod(0o600)
+    return path
 
 
-def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Setting(NamedTuple):
+    """The machine of a row: a directory, patches, and a stack whose contexts end with the test."""
+
+    base: Path
+    patch: pytest.MonkeyPatch
+    stack: contextlib.ExitStack
+
+    @property
+    def run(self) -> Path:
+        """The runtime directory, created on first access."""
+        path = self.base / "run"
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def set_runtime_dir(self, path: Path) -> None:
+        self.patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(path))
+
+    def become_stranger(self) -> None:
+        os.seteuid(STRANGER)
+        self.stack.callback(os.seteuid, 0)
+
+
+Words = dict[str, object]
+
+
+# What is set up: each function returns the words of its row.
+
+
+def killed(setting: Setting) -> Words:
+    daemon = setting.stack.enter_context(spawn_daemon("svc"))
+    setting.stack.enter_context(spawn_daemon("other"))
+    address = records.load("svc").address
+    kill(daemon)
+    return {"address": address}
+
+
+def suspended(setting: Setting) -> Words:
+    daemon = setting.stack.enter_context(spawn_daemon("svc"))
+    setting.stack.enter_context(stopped(daemon))
+    return {"pid": daemon.pid}
+
+
+def starting(setting: Setting) -> Words:
+    return {"pid": setting.stack.enter_context(service("starting")).pid}
+
+
+def killed_while_starting(setting: Setting) -> Words:
+    kill(setting.stack.enter_context(service("starting")))
+    return {}
+
+
+def unhealthy(setting: Setting) -> Words:
+    return {"pid": setting.stack.enter_context(service("ready")).pid}
+
+
+def later_schema(setting: Setting) -> Words:
+    daemon = setting.stack.enter_context(spawn_daemon("svc"))
+    path = runtime_path("svc", "json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 3}))
+    return {"pid": daemon.pid}
+
+
+def readable_record(setting: Setting) -> Words:
+    setting.stack.enter_context(spawn_daemon("svc"))
+    path = runtime_path("svc", "json")
+    path.chmod(0o644)
+    return {"path": path}
+
+
+def damaged_record(setting: Setting) -> Words:
+    path = setting.run / "svc.json"
+    path.write_text("{")
+    path.chmod(0o600)
+    return {}
+
+
+def drafted(content: Any, name: str = "svc", *, living: bool = False) -> Callable[[Setting], Words]:
+    def arrange(setting: Setting) -> Words:
+        if living:
+            setting.stack.enter_context(spawn_daemon(name))
+        return {"path": draft(setting.run, content, name)}
+
+    return arrange
+
+
+def socket_without_record(setting: Setting) -> Words:
+    run = setting.base / "it's"
+    run.mkdir(mode=0o700)
+    setting.set_runtime_dir(run)
+    address = listen.new_address(str(run), records.new_generation_id())
+    listener = listen.Listener(address)
+    # A listening socket is not stale: its daemon may have just withdrawn its record.
+    assert troubles() == []
+    os.rename(address, run / "kept")
+    listener.close()
+    os.rename(run / "kept", address)
+    return {"address": address, "quoted": shlex.quote(address)}
+
+
+def mode_of(directory: str, mode: int) -> Callable[[Setting], Words]:
+    def arrange(setting: Setting) -> Words:
+        path = setting.base / directory
+        path.mkdir()
+        path.chmod(mode)
+        return {"path": path}
+
+    return arrange
+
+
+def linked(setting: Setting) -> Words:
+    (setting.base / "elsewhere").mkdir(mode=0o700)
+    path = setting.base / "run"
+    path.symlink_to(setting.base / "elsewhere")
+    return {"path": path}
+
+
+def foreign(setting: Setting) -> Words:
+    os.chown(setting.run, STRANGER, STRANGER)
+    home = shlex.quote(str(trust.home()))
+    moved = f"{home}/.harness-ipc/run HARNESS_IPC_LOG_DIR={home}/.harness-ipc/log"
+    return {"uid": os.geteuid(), "home": moved}
+
+
+def unwritable_parent(setting: Setting) -> Words:
+    setting.base.chmod(0o755)
+    setting.become_stranger()
+    return {"base": setting.base}
+
+
+def parent_of_root(setting: Setting) -> Words:
+    path = setting.base / "local"
+    setting.set_runtime_dir(path / "run")
+    path.mkdir(0o755)
+    os.chown(setting.base, STRANGER, STRANGER)
+    setting.become_stranger()
+    return {"path": path}
+
+
+def open_parent(setting: Setting) -> Words:
+    path = setting.base / "parent"
+    setting.set_runtime_dir(path / "run")
+    path.mkdir()
+    path.chmod(0o777)
+    return {"path": path}
+
+
+def file_in_the_way(setting: Setting) -> Words:
+    path = setting.base / "file"
+    path.touch()
+    setting.set_runtime_dir(path / "run")
+    return {"path": path}
+
+
+def without_home(setting: Setting) -> Words:
+    for variable in ("HARNESS_IPC_LOG_DIR", "HOME", "XDG_STATE_HOME"):
+        setting.patch.delenv(variable, raising=False)
+    return {"path": setting.base / "run" / ".log"}
+
+
+def python_of_the_store(setting: Setting) -> Words:
+    setting.patch.delenv("HARNESS_IPC_LOG_DIR")
+    base = r"C:\Program Files\WindowsApps\PythonSoftwareFoundation.Python.3.12"
+    setting.patch.setattr(sys, "base_prefix", base)
+    return {}
+
+
+def network_file_system(setting: Setting) -> Words:
+    mounts = [("/", "ext4"), (str(setting.base), "ext4"), (str(setting.base), "nfs4"), ("/x", "tmpfs")]
+    found = [SimpleNamespace(mountpoint=os.path.realpath(place), fstype=kind) for place, kind in mounts]
+    setting.patch.setattr(psutil, "disk_partitions", lambda **_: found)
+    return {}
+
+
+def long_runtime_dir(setting: Setting) -> Words:
+    setting.patch.setattr(tempfile, "tempdir", str(setting.base))
+    setting.set_runtime_dir(setting.base / ("x" * 100))
+    return {"short": setting.base / f"harness-ipc-{os.geteuid()}"}
+
+
+def open_short_dir(setting: Setting) -> Words:
+    words = long_runtime_dir(setting)
+    short = Path(str(words["short"]))
+    short.mkdir(mode=0o700)
+    short.chmod(0o755)
+    return words
+
+
+def two_long_dirs(setting: Setting) -> Words:
+    long = setting.base / ("x" * 100)
+    long.mkdir(mode=0o700)
+    setting.patch.setattr(tempfile, "tempdir", str(long))
+    setting.set_runtime_dir(long)
+    return {}
+
+
+def without_filelock(setting: Setting) -> Words:
+    setting.patch.setitem(sys.modules, "filelock", None)
+    return {"python": shlex.quote(sys.executable) if os.name == "posix" else f'"{sys.executable}"'}
+
+
+def without_metadata(setting: Setting) -> Words:
+    setting.patch.setattr(importlib.metadata, "version", raising(importlib.metadata.PackageNotFoundError("psutil")))
+    return {}
+
+
+def pypy(setting: Setting) -> Words:
+    setting.patch.setattr("platform.python_implementation", lambda: "PyPy")
+    return {}
+
+
+def without_sockets(setting: Setting) -> Words:
+    setting.patch.setattr(listen, "Listener", raising(StartFailed("a sandbox may forbid it")))
+    return {}
+
+
+def refusing_server(setting: Setting) -> Words:
+    setting.patch.setattr(doctor, "ServerProtocol", raising(AuthenticationFailed("as told")))
+    return {}
+
+
+def raising(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+def row(
+    name: str,
+    arrange: Callable[[Setting], Words],
+    level: str,
+    topic: str,
+    text: str,
+    remedy: str | None = None,
+    *,
+    fixed: bool = False,
+    also: Sequence[str] = (),
+    marks: Sequence[pytest.MarkDecorator] = (),
+) -> ParameterSet:
+    """Return the row of one finding. `text` is a part of its text; it and `remedy` may have words of `arrange` in braces.
+
+    If `fixed`, running the remedy leaves only findings that are ok. `also` are the topics of other findings that are not ok.
+    """
+    return pytest.param(arrange, level, topic, text, remedy, fixed, also, id=name, marks=marks)
+
+
+RUNTIME, LOG = "runtime directory", "log directory"
+# Rows that need POSIX, root as well, or Windows.
+POSIX, ROOT, WINDOWS = [needs_posix], [needs_posix, needs_root], [needs_windows]
+STOP = "harness-ipc stop --name svc"
+SET_RUNTIME, SET_LOG = "export HARNESS_IPC_RUNTIME_DIR=", "export HARNESS_IPC_LOG_DIR="
+ELSEWHERE = "<a directory of your own on a local disk>"
+STORE = r"set HARNESS_IPC_LOG_DIR=%USERPROFILE%\.harness-ipc\log"
+DRAFT = "{path}: left by a daemon that died while starting or draining"
+KILLED_EARLY = "stale: the daemon 'svc' is still starting, or was killed meanwhile"
+SCHEMA = "incompatible, pid {pid}: the daemon's record has schema 3"
+READABLE = "forbidden: {path} has mode 0644, so it is not private to you"
+SOCKET, OTHER_SOCKET = (
+    "{address}: the socket of a daemon that died",
+    "{address}: a socket without a record, where nobody listens",
+)
+OPEN = "{path} has mode 0777, so it is not private to you (HARNESS_IPC_RUNTIME_DIR is set)"
+SHORT = "instead, {short} (the short directory for sockets), will be created"
+CONTENTS: list[Any] = ["", "[]", {}, {"pid": "1", "create_time": []}, {"pid": 1, "create_time": 1.0}]
+
+# fmt: off
+ROWS = [
+    # Daemons.
+    row("killed", killed, "warning", "daemon svc", "stale: ", STOP, fixed=True, also=["leftovers"], marks=POSIX),
+    row("its socket", killed, "warning", "leftovers", SOCKET, STOP, fixed=True, also=["daemon svc"], marks=POSIX),
+    row("suspended", suspended, "failure", "daemon svc", "unresponsive, pid {pid}", marks=POSIX),
+    row("starting", starting, "ok", "daemon svc", "starting, pid {pid}"),
+    row("killed while starting", killed_while_starting, "warning", "daemon svc", KILLED_EARLY, STOP, fixed=True),
+    row("unhealthy", unhealthy, "warning", "daemon svc", "running, pid {pid}, for "),
+    row("later schema", later_schema, "failure", "daemon svc", SCHEMA, marks=POSIX),
+    row("readable record", readable_record, "failure", "daemon svc", READABLE, "chmod 600 {path}", fixed=True, marks=POSIX),
+    row("damaged record", damaged_record, "warning", "daemon svc", "is damaged (it is not a JSON object", STOP, fixed=True),
+    # Stale files.
+    *(row(f"draft {one!r}", drafted(one), "warning", "leftovers", DRAFT, STOP, fixed=True) for one in CONTENTS),
+    row("draft of -x", drafted({}, "-x"), "warning", "leftovers", DRAFT, "harness-ipc stop --name=-x", fixed=True),
+    row("draft, running", drafted({}, living=True), "warning", "leftovers", DRAFT, "rm {path}", fixed=True, marks=POSIX),
+    row("socket", socket_without_record, "warning", "leftovers", OTHER_SOCKET, "rm {quoted}", fixed=True, marks=POSIX),
+    # Directories.
+    row("run 0777", mode_of("run", 0o777), "failure", RUNTIME, OPEN, "chmod 700 {path}", fixed=True, marks=POSIX),
+    row("log 0755", mode_of("log", 0o755), "ok", LOG, "{path} (HARNESS_IPC_LOG_DIR is set), owner uid", marks=POSIX),
+    row("log 0775", mode_of("log", 0o775), "failure", LOG, "mode 0775", "chmod 700 {path}", fixed=True, marks=POSIX),
+    row("log 0500", mode_of("log", 0o500), "failure", LOG, "can't write", "chmod 700 {path}", fixed=True, marks=POSIX),
+    row("link", linked, "failure", RUNTIME, "is a symbolic link", "rm {path}", fixed=True, marks=POSIX),
+    row("foreign", foreign, "failure", RUNTIME, "uid 12345, not to {uid}", SET_RUNTIME + "{home}", marks=ROOT),
+    row("unwritable", unwritable_parent, "failure", RUNTIME, "but {base} can't be written", SET_RUNTIME + ELSEWHERE,
+        also=[LOG], marks=ROOT),
+    row("root's", parent_of_root, "failure", RUNTIME, "", "sudo chown -R 12345 {path}", marks=ROOT),
+    row("open parent", open_parent, "failure", RUNTIME, "others can write", "chmod go-w {path}", marks=POSIX),
+    row("file", file_in_the_way, "failure", RUNTIME, "but {path} is not a directory", SET_RUNTIME + ELSEWHERE,
+        marks=POSIX),
+    row("no home", without_home, "ok", LOG, "{path} (in the runtime directory, since HOME", marks=POSIX),
+    row("Store", python_of_the_store, "warning", LOG, "a private copy of AppData", STORE, marks=WINDOWS),
+    row("nfs", network_file_system, "warning", LOG, "on nfs4, a network file system", SET_LOG + ELSEWHERE,
+        also=[RUNTIME], marks=POSIX),
+    row("long path", long_runtime_dir, "ok", "socket path", SHORT, marks=POSIX),
+    row("open short path", open_short_dir, "failure", "socket path", "mode 0755", "chmod 700 {short}", fixed=True, marks=POSIX),
+    row("two long paths", two_long_dirs, "failure", "socket path", "is too long as well",
+        SET_RUNTIME + "<a directory with a shorter path>", marks=POSIX),
+    # The interpreter and the round trip.
+    row("no filelock", without_filelock, "failure", "filelock", "it can't be imported: ",
+        "{python} -m pip install --force-reinstall filelock"),
+    row("no metadata", without_metadata, "ok", "psutil", "its version is unknown"),
+    row("PyPy", pypy, "warning", "python", "only CPython is supported"),
+    row("no socket", without_sockets, "failure", "round trip", "it failed: StartFailed: a sandbox may forbid it"),
+    row("refused", refusing_server, "failure", "round trip", "; the other side: AuthenticationFailed: as told"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("arrange", "level", "topic", "text", "remedy", "fixed", "also"), ROWS)
+def test_a_finding(
+    arrange: Callable[[Setting], Words],
+    level: str,
+    topic: str,
+    text: str,
+    remedy: str | None,
+    fixed: bool,
+    also: Sequence[str],
+    private_directories: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with contextlib.ExitStack() as stack:
+        words = arrange(Setting(private_directories, monkeypatch, stack))
+        before, threads = everything(private_directories), threading.active_count()
+        status = doctor.run(as_json=True)
+        report = json.loads(capsys.readouterr().out)
+        (finding,) = [one for one in report["findings"] if one["topic"] == topic]
+        assert list(finding) == ["level", "topic", "text", "remedy"]
+        assert finding["level"] == level
+        assert text.format(**words) in finding["text"]
+        assert finding["remedy"] == (None if remedy is None else remedy.format(**words))
+        assert {one["topic"] for one in report["findings"] if one["level"] != "ok"} == {
+            *also,
+            *([topic] if level != "ok" else []),
+        }
+        failed = any(one["level"] == "failure" for one in report["findings"])
+        assert (status, report["ok"]) == (int(failed), not failed)
+        assert (everything(private_directories), threading.active_count()) == (before, threads)
+        if fixed:
+            apply(finding["remedy"])
+            assert troubles() == []
+
+
+def test_a_clean_machine_is_ok_and_stays_clean(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = private_directories / "tmp"
     temporary.mkdir()
     for variable in ("TMPDIR", "TEMP", "TMP"):
@@ -126,17 +481,6 @@ def test_a_clean_machine_is_well_and_stays_clean(private_directories: Path, monk
     run = private_directories / "run"
     assert f"runtime directory: {run} (HARNESS_IPC_RUNTIME_DIR is set), will be created at the first start" in seen.stdout
     assert everything(private_directories) == [(str(temporary), temporary.stat().st_mtime_ns, temporary.stat().st_mode)]
-
-
-def test_json() -> None:
-    seen = run_doctor("--json")
-    assert (seen.returncode, seen.stderr) == (0, "")
-    report = json.loads(seen.stdout)
-    assert sorted(report) == ["findings", "ok"]
-    assert report["ok"] is True
-    assert all(list(finding) == ["level", "topic", "text", "remedy"] for finding in report["findings"])
-    assert {finding["level"] for finding in report["findings"]} == {"ok"}
-    assert report["findings"][0]["text"].endswith(f", {sys.executable}")
 
 
 def test_a_running_daemon_is_ok_and_unchanged(private_directories: Path) -> None:
@@ -161,134 +505,6 @@ def test_no_thread_and_no_descriptor_stays(run: Path) -> None:
     assert (threading.active_count(), again) == (threads, descriptors)
 
 
-# Daemons.
-
-
-@needs_posix
-def test_a_killed_daemon(run: Path) -> None:
-    with spawn_daemon("dead") as daemon, spawn_daemon("other"):
-        address = records.load("dead").address
-        kill(daemon)
-        before = everything(run)
-        seen = run_doctor()
-        assert seen.returncode == 0
-        assert everything(run) == before
-        stale, socket = troubles()
-        assert (stale.level, stale.topic, stale.remedy) == ("warning", "daemon dead", "harness-ipc stop --name dead")
-        assert stale.text.startswith("stale: ")
-        assert socket == Finding("warning", "leftovers", f"{address}: the socket of a daemon that died", stale.remedy)
-        assert f"WARNING  {stale.topic}: {stale.text} -> {stale.remedy}\n" in seen.stdout
-        apply(stale.remedy)
-        assert troubles() == []
-
-
-@needs_posix
-def test_a_stopped_daemon_is_a_failure() -> None:
-    with spawn_daemon("svc") as daemon:
-        with stopped(daemon):
-            seen = run_doctor()
-            assert seen.returncode == 1
-            assert f"FAILURE  daemon svc: unresponsive, pid {daemon.pid}" in seen.stdout
-            assert "OK       leftovers: none" in seen.stdout
-        assert troubles() == []
-
-
-def test_a_starting_daemon_is_ok_and_stale_if_it_dies() -> None:
-    with service("starting") as daemon:
-        assert found("daemon svc").level == "ok"
-        assert found("daemon svc").text.startswith(f"starting, pid {daemon.pid}")
-        assert troubles() == []
-        kill(daemon)
-        (stale,) = troubles()
-        assert stale.text.startswith("stale: the daemon 'svc' is still starting, or was killed meanwhile")
-        assert (stale.level, stale.topic, stale.remedy) == ("warning", "daemon svc", "harness-ipc stop --name svc")
-        apply(stale.remedy)
-        assert troubles() == []
-
-
-def test_a_daemon_that_is_not_healthy_is_a_warning() -> None:
-    with service("ready") as daemon:
-        seen = run_doctor()
-        assert seen.returncode == 0
-        (line,) = [line for line in seen.stdout.splitlines() if line.startswith("WARNING")]
-        assert line.startswith(f"WARNING  daemon svc: running, pid {daemon.pid}, for ")
-        assert "LookupError: no" in line
-
-
-@needs_posix
-def test_a_record_of_another_schema_is_a_failure() -> None:
-    with spawn_daemon("svc") as daemon:
-        path = runtime_path("svc", "json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 3}))
-        (trouble,) = troubles()
-        assert (trouble.level, trouble.topic) == ("failure", "daemon svc")
-        assert trouble.text.startswith(f"incompatible, pid {daemon.pid}: the daemon's record has schema 3")
-
-
-@needs_posix
-def test_a_record_that_others_can_read_is_a_failure() -> None:
-    with spawn_daemon("svc"):
-        path = runtime_path("svc", "json")
-        path.chmod(0o644)
-        (trouble,) = troubles()
-        assert trouble == Finding(
-            "failure",
-            "daemon svc",
-            f"forbidden: {path} has mode 0644, so it is not private to you",
-            f"chmod 600 {path}",
-        )
-        apply(trouble.remedy)
-        assert troubles() == []
-
-
-def test_a_damaged_record(run: Path) -> None:
-    (run / "svc.json").write_text("{")
-    (run / "svc.json").chmod(0o600)
-    (trouble,) = troubles()
-    assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "daemon svc", "harness-ipc stop --name svc")
-    assert "is damaged (it is not a JSON object" in trouble.text
-    apply(trouble.remedy)
-    assert troubles() == []
-
-
-# What dead ones left.
-
-
-def draft(run: Path, content: dict[str, Any] | str, name: str = "svc") -> Path:
-    path = run / f"{name}.{'0a' * 16}.tmp"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    path.chmod(0o600)
-    return path
-
-
-@pytest.mark.parametrize("content", ["", "[]", {}, {"pid": "1", "create_time": []}, {"pid": 1, "create_time": 1.0}], ids=str)
-def test_a_draft_of_a_dead_daemon(run: Path, content: dict[str, Any] | str) -> None:
-    path = draft(run, content)
-    text = f"{path}: left by a daemon that died while starting or draining"
-    assert troubles() == [Finding("warning", "leftovers", text, "harness-ipc stop --name svc")]
-    apply("harness-ipc stop --name svc")
-    assert troubles() == []
-
-
-def test_a_name_that_looks_like_an_option(run: Path) -> None:
-    draft(run, {}, name="-x")
-    (trouble,) = troubles()
-    assert trouble.remedy == "harness-ipc stop --name=-x"
-    apply(trouble.remedy)
-    assert troubles() == []
-
-
-@needs_posix
-def test_the_remedy_for_a_draft_spares_a_living_daemon() -> None:
-    with spawn_daemon("svc"):
-        path = draft(runtime_dir(), {})
-        (trouble,) = troubles()
-        assert trouble.remedy == f"rm {path}"
-        apply(trouble.remedy)
-        assert troubles() == []
-        assert found("daemon svc").text.startswith("running")
-
-
 @needs_posix
 def test_a_draft_of_a_living_process_is_not_stale(run: Path) -> None:
     socket = run / f"{'0a' * 8}.sock"
@@ -302,240 +518,11 @@ def test_a_draft_of_a_living_process_is_not_stale(run: Path) -> None:
 
 
 @needs_posix
-def test_a_socket_without_a_record(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = private_directories / "it's"
-    run.mkdir(mode=0o700)
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(run))
-    address = listen.new_address(str(run), records.new_generation_id())
-    listener = listen.Listener(address)
-    # Of a daemon that has just withdrawn its record, perhaps.
-    assert troubles() == []
-    os.rename(address, run / "kept")
-    listener.close()
-    os.rename(run / "kept", address)
-    (trouble,) = troubles()
-    assert (trouble.level, trouble.topic) == ("warning", "leftovers")
-    assert trouble.text == f"{address}: a socket without a record, where nobody listens"
-    assert os.path.exists(address)
-    apply(trouble.remedy)
-    assert troubles() == []
-    assert os.listdir(run) == []
-
-
-@needs_posix
-def test_foreign_processes_are_ignored(run: Path) -> None:
+def test_foreign_files_are_ignored(run: Path) -> None:
     for name in ("svc.lock", "svc.start", "notes.txt", "a b.starting", "svc.0a.tmp", "0a.sock", f"{'0A' * 8}.sock", ".json"):
         (run / name).touch()
     (run / "socket.json").mkdir()
     assert [trouble.topic for trouble in troubles()] == ["daemon socket"]
-
-
-# Directories.
-
-
-@needs_posix
-def test_a_runtime_directory_that_is_open_to_others(run: Path) -> None:
-    run.chmod(0o777)
-    seen = run_doctor()
-    assert (seen.returncode, seen.stderr) == (1, "")
-    text = f"{run} has mode 0777, so it is not private to you (HARNESS_IPC_RUNTIME_DIR is set)"
-    assert f"FAILURE  runtime directory: {text} -> chmod 700 {run}\n" in seen.stdout
-    # Once is enough.
-    assert seen.stdout.count("FAILURE") == 1
-    assert json.loads(run_doctor("--json").stdout)["ok"] is False
-    apply(found("runtime directory").remedy)
-    assert troubles() == []
-    assert f"{run} (HARNESS_IPC_RUNTIME_DIR is set), owner uid {os.geteuid()}, mode 0700" in found("runtime directory").text
-
-
-@needs_posix
-@pytest.mark.parametrize(("mode", "level"), [(0o755, "ok"), (0o775, "failure"), (0o500, "failure")])
-def test_the_log_directory(private_directories: Path, mode: int, level: str) -> None:
-    log = private_directories / "log"
-    log.mkdir()
-    log.chmod(mode)
-    finding = found("log directory")
-    assert finding.level == level
-    if level == "failure":
-        assert finding.remedy == f"chmod 700 {log}"
-        apply(finding.remedy)
-    assert troubles() == []
-    assert "(HARNESS_IPC_LOG_DIR is set)" in found("log directory").text
-
-
-@needs_posix
-def test_a_runtime_directory_that_is_a_link(private_directories: Path) -> None:
-    (private_directories / "elsewhere").mkdir(mode=0o700)
-    (private_directories / "run").symlink_to(private_directories / "elsewhere")
-    assert "is a symbolic link" in found("runtime directory").text
-    apply(found("runtime directory").remedy)
-    assert troubles() == []
-
-
-@needs_posix
-@needs_root
-def test_a_runtime_directory_of_another_user(run: Path) -> None:
-    os.chown(run, STRANGER, STRANGER)
-    finding = found("runtime directory")
-    assert finding.level == "failure"
-    assert str(finding.remedy).startswith("export HARNESS_IPC_RUNTIME_DIR=")
-    assert f"belongs to uid {STRANGER}, not to {os.geteuid()}" in finding.text
-
-
-@needs_posix
-@needs_root
-def test_a_directory_that_can_not_be_made(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "run"))
-    private_directories.chmod(0o755)
-    os.seteuid(STRANGER)
-    try:
-        finding = found("runtime directory")
-    finally:
-        os.seteuid(0)
-    assert finding.level == "failure"
-    assert f"but {private_directories} can't be written" in finding.text
-    assert finding.remedy == "export HARNESS_IPC_RUNTIME_DIR=<a directory of your own on a local disk>"
-
-
-@needs_root
-@needs_posix
-def test_a_parent_that_root_made(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "local" / "run"))
-    (private_directories / "local").mkdir(0o755)
-    os.chown(private_directories, STRANGER, STRANGER)
-    os.seteuid(STRANGER)
-    try:
-        finding = found("runtime directory")
-    finally:
-        os.seteuid(0)
-    assert (finding.level, finding.remedy) == ("failure", f"sudo chown -R {STRANGER} {private_directories / 'local'}")
-
-
-@needs_posix
-def test_a_parent_where_others_can_write(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parent = private_directories / "parent"
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(parent / "run"))
-    parent.mkdir()
-    parent.chmod(0o777)
-    finding = found("runtime directory")
-    assert (finding.level, finding.remedy) == ("failure", f"chmod go-w {parent}")
-
-
-@needs_posix
-def test_logs_without_a_home(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("HARNESS_IPC_LOG_DIR", "HOME", "XDG_STATE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    finding = found("log directory")
-    assert finding.level == "ok"
-    assert f"{private_directories / 'run' / '.log'} (in the runtime directory, since HOME" in finding.text
-
-
-@needs_windows
-def test_python_from_the_store_sees_other_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HARNESS_IPC_LOG_DIR")
-    monkeypatch.setattr(sys, "base_prefix", r"C:\Program Files\WindowsApps\PythonSoftwareFoundation.Python.3.12")
-    finding = found("log directory")
-    assert (finding.level, finding.remedy) == ("warning", r"set HARNESS_IPC_LOG_DIR=%USERPROFILE%\.harness-ipc\log")
-
-
-def test_a_file_in_the_way(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (private_directories / "file").touch()
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "file" / "run"))
-    (trouble,) = troubles()
-    assert (trouble.level, trouble.topic) == ("failure", "runtime directory")
-    assert f"but {private_directories / 'file'} is not a directory" in trouble.text
-
-
-@needs_posix
-def test_a_network_file_system_is_a_warning(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = [("/", "ext4"), (str(private_directories), "ext4"), (str(private_directories), "nfs4"), ("/x", "tmpfs")]
-    monkeypatch.setattr(
-        psutil,
-        "disk_partitions",
-        lambda **_: [SimpleNamespace(mountpoint=os.path.realpath(place), fstype=kind) for place, kind in mounts],
-    )
-    assert [(trouble.level, trouble.topic) for trouble in troubles()] == [
-        ("warning", "runtime directory"),
-        ("warning", "log directory"),
-    ]
-    assert "on nfs4, a network file system" in found("log directory").text
-    assert found("log directory").remedy == "export HARNESS_IPC_LOG_DIR=<a directory of your own on a local disk>"
-
-
-@needs_posix
-def test_a_runtime_directory_that_is_too_long(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(private_directories))
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / ("x" * 100)))
-    short = private_directories / f"harness-ipc-{os.geteuid()}"
-    finding = found("socket path")
-    assert finding.level == "ok"
-    assert f"instead, {short} (the short directory for sockets), will be created" in finding.text
-    assert troubles() == []
-    assert os.listdir(private_directories) == []
-    short.mkdir(mode=0o700)
-    short.chmod(0o755)
-    assert found("socket path").remedy == f"chmod 700 {short}"
-    apply(found("socket path").remedy)
-    assert troubles() == []
-
-
-@needs_posix
-def test_two_directories_that_are_too_long(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = private_directories / ("x" * 100)
-    long.mkdir(mode=0o700)
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(long))
-    (trouble,) = troubles()
-    assert (trouble.level, trouble.topic) == ("failure", "socket path")
-    assert trouble.text.endswith("is too long as well")
-    assert trouble.remedy == "export HARNESS_IPC_RUNTIME_DIR=<a directory with a shorter path>"
-
-
-# The interpreter and the channel.
-
-
-def test_a_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "filelock", None)
-    assert found("filelock").level == "failure"
-    remedy = found("filelock").remedy
-    assert remedy is not None
-    assert remedy.endswith(" -m pip install --force-reinstall filelock")
-    assert found("psutil").level == "ok"
-
-
-def test_a_dependency_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> NoReturn:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", refuse)
-    assert found("psutil").text.startswith("its version is unknown")
-
-
-def test_another_interpreter_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.python_implementation", lambda: "PyPy")
-    assert found("python").level == "warning"
-
-
-def test_no_socket_can_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(address: str) -> NoReturn:
-        raise StartFailed("a sandbox may forbid it")
-
-    monkeypatch.setattr(listen, "Listener", refuse)
-    (trouble,) = troubles()
-    assert (trouble.level, trouble.topic) == ("failure", "round trip")
-    assert trouble.text.endswith("it failed: StartFailed: a sandbox may forbid it")
-
-
-def test_a_failed_round_trip_has_the_other_sides_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise AuthenticationFailed("as told")
-
-    monkeypatch.setattr(doctor, "ServerProtocol", refuse)
-    before = threading.active_count()
-    (trouble,) = troubles()
-    assert trouble.topic == "round trip"
-    assert trouble.text.endswith("; the other side: AuthenticationFailed: as told")
-    assert threading.active_count() == before
 
 
 def test_a_round_trip_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,9 +538,6 @@ def test_a_round_trip_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     done.set()
     assert trouble.topic == "round trip"
     assert "DaemonTimeout: " in trouble.text
-
-
-# The report.
 
 
 def test_a_check_that_fails_is_a_failure_among_the_others(
@@ -584,7 +568,7 @@ def test_a_path_ends_no_line_and_fits_any_console(private_directories: Path, mon
 
 
 @needs_posix
-def test_an_interrupted_tour_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_doctor_leaves_nothing(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(private_directories))
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "run"))
     program = (

@@ -2,8 +2,8 @@
 
 ``python -m tests.soak SECONDS``. Each client is a process that runs for a few seconds; there are always as many of each kind. A
 line every ten seconds shows the resources of the daemon, and the summary the outcomes of all requests. The exit status is 1 if
-a request has no outcome or got the reply to another one, if a client hung or got an unexpected exception, or if an honest client
-is not served at the end.
+a request has no outcome or got the reply to another one, if a client hung or got an unexpected exception, or if an honest
+client is not served at the end.
 """
 
 from __future__ import annotations
