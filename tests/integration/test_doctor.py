@@ -27,10 +27,12 @@ from harness_ipc import (
     doctor,
     runtime_path,
 )
+from harness_ipc._doctor import round_trip
+from harness_ipc._doctor.finding import Finding
 from harness_ipc._registry import records, trust
 from harness_ipc._server.server import acquire_name
 from harness_ipc._transport import listen
-from harness_ipc.doctor import Finding, examine
+from harness_ipc.doctor import examine
 from harness_ipc.errors import AuthenticationFailed, StartFailed
 from tests.support.marks import needs_posix, needs_root, needs_windows
 from tests.support.processes import DaemonProcess, run_python, spawn_daemon, spawn_python, stopped
@@ -330,7 +332,7 @@ def without_sockets(setting: Setting) -> Words:
 
 
 def refusing_server(setting: Setting) -> Words:
-    setting.patch.setattr(doctor, "ServerProtocol", raising(AuthenticationFailed("as told")))
+    setting.patch.setattr(round_trip, "ServerProtocol", raising(AuthenticationFailed("as told")))
     return {}
 
 
@@ -495,6 +497,13 @@ def test_a_running_daemon_is_ok_and_unchanged(private_directories: Path) -> None
         assert everything(private_directories) == before
 
 
+def test_the_report_has_a_line_for_each_finding(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = draft(run, "")
+    assert doctor.run() == 0
+    text = DRAFT.format(path=path)
+    assert capsys.readouterr().out.splitlines()[-1] == f"WARNING  leftovers: {text} -> {STOP}"
+
+
 def test_no_thread_and_no_descriptor_stays(run: Path) -> None:
     examine()
     threads, descriptors = threading.active_count(), os.dup(0)
@@ -526,14 +535,14 @@ def test_foreign_files_are_ignored(run: Path) -> None:
 
 
 def test_a_round_trip_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_ROUND_TRIP", 0.1)
+    monkeypatch.setattr(round_trip, "ROUND_TRIP_TIMEOUT", 0.1)
     done = threading.Event()
 
     def hang(*_: object) -> NoReturn:
         done.wait(60.0)
         raise AuthenticationFailed("too late")
 
-    monkeypatch.setattr(doctor, "ServerProtocol", hang)
+    monkeypatch.setattr(round_trip, "ServerProtocol", hang)
     (trouble,) = troubles()
     done.set()
     assert trouble.topic == "round trip"
@@ -573,10 +582,11 @@ def test_an_interrupted_doctor_leaves_nothing(private_directories: Path, monkeyp
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(private_directories / "run"))
     program = (
         "from harness_ipc import doctor\n"
+        "from harness_ipc._doctor import round_trip\n"
         "def silent(port, protocol, deadline):\n"
         "    print('ready', flush=True)\n"
         "    while port.wait(deadline, reading=True, limit=256): pass\n"
-        "doctor._write = silent\n"
+        "round_trip.write = silent\n"
         "try: doctor.examine()\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
     )

@@ -1,0 +1,1 @@
+"""Checks of `harness_ipc.doctor`."""
