@@ -31,7 +31,7 @@ GOODBYE = "GOODBYE"  # client: unanswered requests have not run and will not run
 # Bytes of further requests that are read while one is in flight: EOF is detected only after them.
 MAX_READ_AHEAD = 64 * 1024
 
-_SERVER_STATES = {
+SERVER_TRANSITIONS = {
     (HELLO, "answer"): ANSWERED,
     (ANSWERED, "proof"): IDLE,
     (IDLE, "request"): ACTIVE,
@@ -50,7 +50,7 @@ _SERVER_STATES = {
     **{(state, "close"): CLOSED for state in (HELLO, ANSWERED, IDLE, ACTIVE, CANCELLING, REPLYING, LEAVING, CLOSED)},
 }
 
-_CLIENT_STATES = {
+CLIENT_TRANSITIONS = {
     (HELLO, "answer"): ANSWERED,
     (ANSWERED, "verdict"): IDLE,
     (ANSWERED, "request"): PROVING,
@@ -116,7 +116,7 @@ class ServerProtocol(_Protocol):
 
     __slots__ = ("_handshake",)
 
-    _states = _SERVER_STATES
+    _states = SERVER_TRANSITIONS
     _misuse = RuntimeError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:
@@ -216,7 +216,7 @@ class ClientProtocol(_Protocol):
 
     __slots__ = ("_handshake",)
 
-    _states = _CLIENT_STATES
+    _states = CLIENT_TRANSITIONS
     _misuse = ProtocolError
 
     def __init__(self, keys: Keys, framing: Framing, max_message: int) -> None:

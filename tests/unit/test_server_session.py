@@ -13,7 +13,7 @@ from harness_ipc._protocol.framing import StreamFraming
 from harness_ipc._protocol.session import PROVED, ServerProtocol
 from harness_ipc.errors import AuthenticationFailed, HarnessIPCError, MessageTooLarge, ProtocolError
 
-from .test_session import CHALLENGE, FAILURE, FAREWELL, ITEM, KEYS, LIMIT, NONCE, REPLY, REQUEST, WELCOME, sent, stream
+from .test_session import CHALLENGE, FAILURE, FAREWELL, ITEM, KEYS, LIMIT, NONCE, REPLY, REQUEST, WELCOME, events, sent, stream
 
 STATES = ["HELLO", "ANSWERED", "IDLE", "ACTIVE", "CANCELLING", "REPLYING", "LEAVING", "CLOSED"]
 MESSAGE = {"method": "m"}
@@ -52,7 +52,7 @@ def server_in(state: str) -> ServerProtocol:
     return server
 
 
-VERBS = {
+CALLS = {
     "reply": lambda server: server.send_reply(REPLY),
     "reply taken": ServerProtocol.reply_taken,
     "cancel": ServerProtocol.cancel,
@@ -60,28 +60,74 @@ VERBS = {
     "fail": lambda server: server.fail(ProtocolError("as told")),
     "close": ServerProtocol.close,
 }
+ERROR = b'{"error":{"type":"ProtocolError","message":"as told","executed":false}}'
+
+# Calls in each state: the frames out, and the new state. Any other call is an error.
+SENT: dict[tuple[str, str], tuple[list[bytes], str]] = {
+    ("HELLO", "leave"): ([], "CLOSED"),
+    ("ANSWERED", "leave"): ([FAREWELL], "LEAVING"),
+    ("IDLE", "leave"): ([FAREWELL], "LEAVING"),
+    ("IDLE", "fail"): ([ERROR], "LEAVING"),
+    ("ACTIVE", "reply"): ([REPLY], "REPLYING"),
+    ("ACTIVE", "cancel"): ([], "CANCELLING"),
+    ("ACTIVE", "leave"): ([FAREWELL], "LEAVING"),
+    ("CANCELLING", "reply"): ([REPLY], "REPLYING"),
+    ("REPLYING", "reply taken"): ([], "IDLE"),
+    ("LEAVING", "leave"): ([FAREWELL], "LEAVING"),
+    **{(state, "close"): ([], "CLOSED") for state in STATES},
+}
+
+# Frames of a client in each state: the events, and the new state.
+RECEIVED: list[tuple[str, list[bytes], list[Any], str]] = [
+    ("HELLO", [CHALLENGE + NONCE], [], "ANSWERED"),
+    ("IDLE", [REQUEST], [MESSAGE], "ACTIVE"),
+    ("IDLE", [REQUEST, REQUEST], [MESSAGE], "ACTIVE"),
+    ("ACTIVE", [REQUEST], [], "ACTIVE"),
+    ("CANCELLING", [REQUEST], [], "CANCELLING"),
+    ("REPLYING", [REQUEST], [], "REPLYING"),
+    ("LEAVING", [REQUEST], [], "LEAVING"),
+]
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("verb", VERBS)
-def test_server_calls_in_each_state(state: str, verb: str) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_server_calls_in_each_state(state: str, call: str) -> None:
     server = server_in(state)
-    if (afterwards := session._SERVER_STATES.get((state, verb))) is None:
-        with pytest.raises(RuntimeError, match=state):
-            VERBS[verb](server)
-        assert (server.state, sent(server)) == (state, [])
+    if (state, call) in SENT:
+        CALLS[call](server)
+        assert (sent(server), server.state) == SENT[state, call]
     else:
-        VERBS[verb](server)
-        assert server.state == afterwards
+        with pytest.raises(RuntimeError, match=state):
+            CALLS[call](server)
+        assert (sent(server), server.state) == ([], state)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_a_goodbye_replaces_unsent_output(state: str) -> None:
-    if (state, "leave") not in session._SERVER_STATES:
-        return
+@pytest.mark.parametrize(("state", "frames", "expected", "afterwards"), RECEIVED)
+def test_server_events_in_each_state(state: str, frames: list[bytes], expected: list[Any], afterwards: str) -> None:
+    data = stream(*frames)
+    for cut in range(len(data) + 1):
+        server = server_in(state)
+        found = []
+        for piece in (data[:cut], data[cut:]):
+            server.receive_data(piece)
+            found += events(server)
+        assert (found, server.state) == (expected, afterwards)
+
+
+def test_the_rows_have_every_transition() -> None:
+    reached = {
+        *SENT,
+        *((state, "request") for state, _, found, _ in RECEIVED if found),
+        ("HELLO", "answer"),
+        ("ANSWERED", "proof"),
+    }
+    assert reached == set(session.SERVER_TRANSITIONS)
+
+
+@pytest.mark.parametrize("state", [state for state, call in SENT if call == "leave"])
+def test_requests_after_a_goodbye_are_discarded(state: str) -> None:
     server = server_in(state)
     server.leave()
-    assert sent(server) == ([] if state == "HELLO" else [FAREWELL])
     server.receive_data(stream(REQUEST))
     assert (server.next_event(), server.buffered) == (None, 0)
 

@@ -27,9 +27,9 @@ def stream(*frames: bytes) -> bytes:
     return b"".join(struct.pack("!i", len(frame)) + frame for frame in frames)
 
 
-def sent(client: ClientProtocol | ServerProtocol) -> list[bytes]:
+def sent(side: ClientProtocol | ServerProtocol) -> list[bytes]:
     framing = StreamFraming()
-    for chunk in client.data_to_send():
+    for chunk in side.data_to_send():
         framing.feed(chunk)
     frames = []
     while (frame := framing.next_frame(1 << 20)) is not None:
@@ -77,9 +77,9 @@ def client_in(state: str) -> ClientProtocol:
     return client
 
 
-def events(client: ClientProtocol) -> list[Any]:
+def events(side: ClientProtocol | ServerProtocol) -> list[Any]:
     found = []
-    while (event := client.next_event()) is not None:
+    while (event := side.next_event()) is not None:
         found.append(event)
     return found
 
@@ -121,8 +121,8 @@ def test_client_events_in_each_state(state: str, frames: list[bytes], expected: 
         assert sent(client) == []
 
 
-def test_the_rows_reach_every_transition_of_the_table() -> None:
-    reached = {(state, event) for state, event in session._CLIENT_STATES if event in ("answer", "request", "close")}
+def test_the_rows_reach_every_transition() -> None:
+    reached = {(state, event) for state, event in session.CLIENT_TRANSITIONS if event in ("answer", "request", "close")}
     for state, frames, _, _ in ROWS:
         client = client_in(state)
         for frame in frames:
@@ -131,7 +131,7 @@ def test_the_rows_reach_every_transition_of_the_table() -> None:
             client.next_event()
             verb = {WELCOME: "verdict", FAREWELL: "goodbye", ITEM: "item"}.get(frame, "reply")
             reached.add((before, verb))
-    assert reached == set(session._CLIENT_STATES)
+    assert reached == set(session.CLIENT_TRANSITIONS)
 
 
 @pytest.mark.parametrize(
