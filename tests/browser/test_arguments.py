@@ -47,7 +47,7 @@ NO_TAB = "target must be a targetId, or a tab as list_tabs() has it, not"
         ),
         ("switch_tab", (3,), f"switch_tab(): {NO_TAB} int: 3"),
         ("close_tab", ("",), f"close_tab(): {NO_TAB} str: ''"),
-        ("iframe_target", (5,), "a target is a selector, a reference such as 'e5' or a node of CDP as a dict, not 5"),
+        ("iframe_target", (5,), "a target must be a selector, a reference such as 'e5', or a CDP node as a dict, not 5"),
         ("click_at_xy", ("1", 2), "click_at_xy(): x must be a number of CSS pixels, not str: '1'"),
         ("click_at_xy", (1, NAN), "click_at_xy(): y must be a number of CSS pixels, not nan"),
         (
