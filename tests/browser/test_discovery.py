@@ -829,9 +829,7 @@ Sessions.targets = targets_together
 """
 
 
-def test_two_daemons_that_start_at_once_on_one_browser_have_pages_of_their_own(
-    theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_daemons_on_one_browser_have_their_own_pages(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BU_CDP_URL", theirs.url)
     (there,) = theirs.tabs()
     with in_thread(start, LOOK_TOGETHER, "one") as first, in_thread(start, LOOK_TOGETHER, "two") as second:
