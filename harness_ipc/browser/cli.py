@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Program:
-    """The user's program, which tracebacks call `name`; `directory` is that of its file, "" if it is in none."""
+    """The user's program; `name` is shown in tracebacks, `directory` is that of its file, or ""."""
 
     def __init__(self, name: str, source: bytes, directory: str = "") -> None:
         self.name = name
@@ -86,11 +86,11 @@ class _Program:
         self.directory = directory
 
     def remember_lines(self) -> None:
-        """Have tracebacks quote it, if it is in no file."""
+        """Make the source lines of a program that is not a file available to tracebacks."""
         import linecache
         from importlib.util import decode_source
 
-        # An error in the encoding is told by the compiler.
+        # The compiler reports an invalid encoding.
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):
             lines = io.StringIO(decode_source(self.source)).readlines()
             linecache.cache[self.name] = (len(self.source), None, lines, self.name)
@@ -116,7 +116,7 @@ class _Program:
 
 
 def _read(options: Options) -> _Program | None:
-    """Return the program that is asked for, or None after an error message."""
+    """Return the requested program, or None after printing an error."""
     if options.code is not None:
         return _Program("<string>", options.code.encode("utf-8", "surrogateescape"))
     if options.file in (None, "-"):
@@ -139,14 +139,14 @@ def _run(options: Options) -> int:
         return 2
     _connect(options)
     _escape_other_tracebacks(program)
-    # What is there stays until the end: collecting it at the exit would take longer than the requests of a short program.
+    # Exclude existing objects from collections: one at exit would take longer than the requests of a short program.
     gc.freeze()
     module = ModuleType("__main__")
     module.__dict__.update({helper: getattr(helpers, helper) for helper in helpers.__all__})
     if program.directory:
         module.__file__ = program.name
     elif sys.version_info >= (3, 13):
-        # As Python does from then on. Before, it takes a millisecond, which only a traceback is worth.
+        # Only for a traceback: it takes a millisecond.
         program.remember_lines()
     sys.modules["__main__"] = module
     sys.argv = ["-c" if options.code is not None else options.file or "-", *options.arguments]
@@ -195,10 +195,10 @@ def _escape_other_tracebacks(program: _Program) -> None:
 
 
 def _connect(options: Options) -> None:
-    """Be sure that the daemon runs, and say so if that waits for somebody; be in the tab that is asked for."""
+    """Connect to the daemon, starting it if necessary, with progress on stderr; then enter the requested tab."""
     timer = threading.Timer(_SILENCE, _print_error, [f"starting {daemon_name()} and its browser"])
     timer.daemon = True
-    # A program that reads our errors does not take it for a hang.
+    # Only on a terminal: other readers of stderr need no progress.
     if sys.stderr is not None and sys.stderr.isatty():
         timer.start()
     try:

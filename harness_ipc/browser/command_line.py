@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-# Words that are no FILE, but an option.
+# Words that are options, not a FILE.
 _COMMANDS = ("doctor", "reload")
 
 
 class Options:
-    """What a command line asks for: `code` or `file`, with the `arguments` of the program; without both, standard input."""
+    """The options of a command line: `code` or `file`, by default standard input, and the `arguments` of the program."""
 
     code: str | None = None
     file: str | None = None
@@ -31,7 +31,7 @@ class Options:
 def parse(words: list[str]) -> Options:
     """Return the options of a command line. Exits with 2 if it is invalid."""
     options = Options()
-    # Most command lines have no other option, and need no argparse: its import is a fifth of the time of a short program.
+    # Without argparse in the usual cases: its import takes a fifth of the time of a short program.
     if words[:1] == ["-c"] and len(words) > 1:
         options.code, options.arguments = words[1], words[2:]
     elif not words or words[0] == "-" or not (words[0].startswith("-") or words[0] in _COMMANDS):
@@ -53,7 +53,7 @@ def _parser() -> ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            """Exit as the base class does. The message quotes arguments, which may be text of others."""
+            """Print usage and exit. `message` may quote untrusted arguments."""
             super().error(escape_control(message))
 
     parser = Parser(
@@ -61,31 +61,31 @@ def _parser() -> ArgumentParser:
         usage="%(prog)s [--name NAME] [--new-tab | --tab WHICH | --tab-name TAB] [--keep-tab]\n"
         "           (-c CODE | FILE | -) [ARGUMENT ...]\n"
         "       %(prog)s [--name NAME] doctor [--json] | reload | status [--json] | logs [-f]",
-        description="Run Python with the browser's helpers at hand: page_info(), goto_url(url), js(code), "
-        "capture_screenshot(path) and so on. The daemon that holds the browser is started by the first run, and stays. "
+        description="Run Python with the browser helpers: page_info(), goto_url(url), js(code), "
+        "capture_screenshot(path) and so on. The first run starts the daemon that holds the browser; it keeps running. "
         "doctor, reload, status and logs are commands, not files: ./doctor is a file.",
-        epilog="exit status: 0 well; 1 the program raised, or doctor found a failure; 2 usage; 4 timed out; 5 refused; 6 the "
-        "daemon or its browser could not be had; else what the program exits with",
+        epilog="exit status: 0 success; 1 the program raised, or doctor found a failure; 2 usage; 4 timed out; 5 refused; "
+        "6 the daemon or its browser could not be started or found; else the exit status of the program",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("-c", dest="code", metavar="CODE", help="run this program; what follows is its own")
-    what.add_argument("--doctor", action="store_true", help="say how the browser and its daemon are, and what to do")
-    what.add_argument("--reload", action="store_true", help="end the daemon and its own browser: the next run starts anew")
-    parser.add_argument("--json", action="store_true", help="print doctor's findings as JSON")
+    what.add_argument("-c", dest="code", metavar="CODE", help="run this program; further arguments are passed to it")
+    what.add_argument("--doctor", action="store_true", help="diagnose the browser and its daemon")
+    what.add_argument("--reload", action="store_true", help="stop the daemon and the browser that it started")
+    parser.add_argument("--json", action="store_true", help="print the findings of doctor as JSON")
     parser.add_argument("--name", metavar="NAME", help=f"the daemon's name (default: ${NAME}, then 'browser')")
     tab = parser.add_mutually_exclusive_group()
-    tab.add_argument("--new-tab", action="store_true", help="begin in a new tab, and close it at the end")
-    tab.add_argument("--tab", metavar="WHICH", help="begin in this tab: current, an id, or a part of its URL")
-    tab.add_argument("--tab-name", metavar="TAB", help=f"begin in the tab of this name (default: ${TAB_NAME}); it stays")
-    parser.add_argument("--keep-tab", action="store_true", help="keep a tab that is opened for this run: the next begins there")
+    tab.add_argument("--new-tab", action="store_true", help="start in a new tab, and close it at the end")
+    tab.add_argument("--tab", metavar="WHICH", help="start in this tab: current, an id, or a part of its URL")
+    tab.add_argument("--tab-name", metavar="TAB", help=f"start in the tab of this name (default: ${TAB_NAME}); it stays")
+    parser.add_argument("--keep-tab", action="store_true", help="keep a tab opened for this run; the next run starts there")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="run the program in this file; - is standard input, as is none")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="what the program finds in sys.argv")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="run the program in this file; default, and -: standard input")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="arguments of the program")
     return parser
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return what is for this command, and the words behind -c CODE, which are the program's own whatever they look like.
+    """Return the arguments of this command, and those after -c CODE, which belong to the program.
 
     The words doctor and reload become the options of that name.
     """

@@ -48,7 +48,7 @@ _HEALTH_TIMEOUT = 1.5
 
 
 class _Table:
-    """What the parts answer, by name."""
+    """Verbs, streams and methods of all parts, by name."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.verbs: dict[str, Verb] = {}
@@ -215,7 +215,7 @@ class BrowserApp:
             for part in self._parts:
                 part.on_unreachable(error)
             raise BrowserLost(
-                f"the browser is gone, and can't be had again: {error}; the next command looks for one anew"
+                f"the browser is gone, and reconnecting failed: {error}; the next command looks for another one"
             ) from None
 
     def _on_event(self, method: str, params: Message, session: str | None, frame: str | bytes) -> None:
@@ -285,9 +285,9 @@ def main() -> None:
     try:
         idle_timeout = float(idle) if idle else None
     except ValueError:
-        # There is no log yet: what started the daemon reads this from its standard error.
-        sys.exit(f"{IDLE_TIMEOUT}={idle!a} is no number of seconds")
-    # A page's tree is a hundred thousand objects without a cycle: collections in between take a quarter of a snapshot's time.
+        # There is no log yet: the starter reads this from standard error.
+        sys.exit(f"{IDLE_TIMEOUT}={idle!a} is not a number of seconds")
+    # The tree of a page has a hundred thousand objects without cycles: collections would take a quarter of a snapshot's time.
     gc.set_threshold(100_000, 50, 50)
     app = BrowserApp(name)
     harness_ipc.run_daemon(

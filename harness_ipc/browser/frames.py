@@ -27,7 +27,7 @@ class Frames(Part, Changing):
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        """The request for where code runs."""
+        """The request for the execution context of an iframe."""
         return {"frame": bounded(self._find)}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
@@ -51,13 +51,13 @@ class Frames(Part, Changing):
         self.notify()
 
     def on_lost(self) -> None:
-        """Forget all: sessions and contexts are of a connection."""
+        """Forget sessions and contexts, which end with their connection."""
         self._sessions.clear()
         self._contexts.clear()
 
     @property
     def sessions(self) -> Mapping[str, str]:
-        """The sessions that there are, by target."""
+        """The sessions, by target."""
         return self._sessions
 
     async def session_of(self, frame: str) -> str:
@@ -82,15 +82,15 @@ class Frames(Part, Changing):
         return owners
 
     async def targets_in(self, page: str) -> list[str]:
-        """Return the iframes of a tab that are targets of their own."""
+        """Return the out-of-process iframes of a tab."""
         infos = {info["targetId"]: info for info in await self.app.sessions.targets()}
         return [target for target in infos if _is_iframe_in(page, target, infos)]
 
     async def _find(self, message: Message) -> Message:
-        """Return the first iframe of the tab that has the id ``frame``, or else that has it in its URL.
+        """Return the iframe of the tab with the id ``frame``, or else the first with ``frame`` in its URL.
 
-        ``frame_id`` is None if there is none; ``node_session`` and ``context`` (None for the session's own document) are where
-        code runs in it, ``owners`` as above.
+        ``frame_id`` is None if there is none; ``node_session`` and ``context`` (None for the session's own document) are its
+        execution context, ``owners`` as in `owners`.
         """
         _, session = await self.app.sessions.requested(message)
         page, wanted = self.app.sessions.target_of(session), str(message.get("frame"))
@@ -109,7 +109,7 @@ class Frames(Part, Changing):
             await changed.wait()
 
     async def _search(self, page: str, session: str, wanted: str) -> tuple[str, str] | None:
-        """Return the iframe and the target that it is in."""
+        """Return the iframe and its target."""
         infos = {info["targetId"]: info for info in await self.app.sessions.targets()}
         if wanted in infos:
             return (wanted, wanted) if _is_iframe_in(page, wanted, infos) else None
@@ -138,7 +138,7 @@ def _is_iframe_in(page: str, target: str, infos: dict[str, Message]) -> bool:
     root = target
     while parent := infos.get(root, {}).get("parentId"):
         root = parent
-    # Itself, where an older browser names no parent.
+    # Older browsers do not report the parent.
     return infos[target]["type"] == "iframe" and root in (page, target)
 
 

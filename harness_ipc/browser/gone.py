@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds for the browser's port to take a connection.
+# Seconds to connect to the browser's port.
 _DIAL_TIMEOUT = 2.0
 # Seconds before each check: a browser that ends closes its connections before its port.
 _LOOKS = (0.0, 0.1, 0.4, 1.5, 5.0)
@@ -42,7 +42,7 @@ class GoneBrowser(Part):
         self._ending = True
 
     def on_unreachable(self, error: BrowserError) -> None:
-        """End the daemon if another program of this machine has the browser's port, or once nothing listens there."""
+        """End the daemon if another program has the browser's port, or nothing listens there."""
         endpoint = self.app.connection.endpoint
         if isinstance(error, ConnectionFailed) and not error.must_allow and endpoint is not None and is_local(endpoint):
             self._end()

@@ -143,8 +143,8 @@ class ManagedBrowser:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """What of a command's environment (`requested.asked`) this browser is."""
-        # Cached: each command asks, and to search PATH takes longer than the rest of its request.
+        """The settings of this browser, as in `requested.asked`."""
+        # Cached: each command needs it, and searching PATH takes longer than the rest of its request.
         settings = asked({name: value for name, value in os.environ.items() if name not in (WEBSOCKET, URL)})
         return settings | {BINARY: find_binary() or os.environ.get(BINARY, ""), PROFILE: self.profile}
 

@@ -1,12 +1,12 @@
-"""Follows the navigations of each session's frames, and waits for what a page comes to: one request each.
+"""Tracks the navigations of each session's frames, and answers requests that wait for a page.
 
-Code in a page begins a navigation some time after Chrome has answered the click, the key or the script that ran it. An
-evaluation that is sent after that answer is ordered behind it: its reply comes after `Page.frameRequestedNavigation`. While a
-navigation is under way, Chrome holds evaluations back for the document in which it ends, also where that is the old one (a
-download, a 204, a navigation that was stopped). Measured on Chromium 156.
+Code in a page starts a navigation some time after Chrome has answered the click, key or script that ran it. The reply to an
+evaluation that is sent after that answer arrives after `Page.frameRequestedNavigation`. During a navigation, Chrome queues
+evaluations for the resulting document, also if that is the old one (a download, a 204, a stopped navigation). Observed in
+Chromium 156.
 
-The first document of an iframe is waited for with the page, whose load event comes after it; one that is added later (an
-advertisement) is not. The page's session also tells which navigation it asks for in an iframe that is a target of its own.
+Waits include the first document of an iframe, since the load event of the page comes after it, but not that of an iframe added
+later (an advertisement). The page's session also reports navigations that it requests in an out-of-process iframe.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _REDIRECT_DELAY = 1.0
 _FIRST = "initialFrameNavigation"
 # Seconds before a page without a document is asked again, unless there is an event first.
 _RETRY = 0.1
-# Seconds after which an iframe that does not answer computes, or navigates, which is known then.
+# Seconds after which an iframe that does not answer is busy, or navigating.
 _COMPUTES = 1.0
 
 
 class _State(Enum):
-    """How far the navigation of an iframe is. It is forgotten at its end."""
+    """The state of an iframe's navigation, removed at its end."""
 
     SCHEDULED = auto()
     # As `_Page.requested`.
@@ -51,7 +51,7 @@ class _State(Enum):
 
 
 class _Page(Changing):
-    """What the events of one session say of the navigations of its frames. It changes with each of them."""
+    """The navigations of the frames of one session. Notifies of each change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Page(Changing):
         self.requested = False
         # A navigation is scheduled, but not yet requested.
         self.scheduled = False
-        # Navigations of frames from one document to another; that of the main frame, too.
+        # Navigations of frames, including the main frame, from one document to another.
         self.frames: dict[str, _State] = {}
         self.requests = Requests()
 
@@ -82,7 +82,7 @@ class _Page(Changing):
         self.notify()
 
     def on_frame_event(self, event: str, params: Message, frame: str) -> None:
-        """Take note of an event of the domain Page that is of any frame."""
+        """Process a Page event of any frame."""
         before = self.frames.get(frame)
         after = before
         if event == "frameRequestedNavigation":
@@ -122,7 +122,7 @@ class Navigation(Part):
         return {**{verb: self._repeated(wait) for verb, wait in waits.items()}, "last_navigation": self._last_navigation}
 
     def on_event(self, method: str, params: Message, session: str | None) -> None:
-        """Note how frames navigate, and what is requested. A main frame has the id of its target."""
+        """Track navigations of frames, and requests. A main frame has the id of its target."""
         if method == "Target.detachedFromTarget":
             if (page := self._pages.pop(params["sessionId"], None)) is not None:
                 self._wake(page)
@@ -156,7 +156,7 @@ class Navigation(Part):
             if frame == main_frame:
                 page.on_event(event, params)
                 if event == "frameNavigated":
-                    # The ends of its iframes may not be told.
+                    # There may be no events for the end of its iframes.
                     page.frames.clear()
 
     @staticmethod
@@ -203,7 +203,7 @@ class Navigation(Part):
         return bool(loaded) and await self._are_frames_loaded(message, connection, session)
 
     async def _are_frames_loaded(self, message: Message, connection: Connection, session: str) -> bool:
-        """Return whether no iframe of the tab goes from one document to another; wait for one that does."""
+        """Return whether no iframe of the tab is navigating; wait for one that is."""
         frames, tab = self.app.frames, self.app.sessions.target_of(session)
         targets = await frames.targets_in(tab) if frames.sessions else []
         inside = [frames.sessions[one] for one in targets if one in frames.sessions]
@@ -222,20 +222,20 @@ class Navigation(Part):
                 if page.frames[frame] is not _State.REQUESTED:
                     await changed.wait()
                 elif frame in requested:
-                    # The browser has refused it.
+                    # The browser has refused the navigation.
                     del page.frames[frame]
                 return False
         return True
 
     @staticmethod
     async def _run_queue(connection: Connection, session: str) -> None:
-        """Wait until an iframe has run what it was about to, unless it computes."""
+        """Wait until an iframe has run its pending tasks, unless it is busy."""
         asked = {"expression": scripts.ADDRESS, "awaitPromise": True}
         with contextlib.suppress(CDPError, TimeoutError):
             await connection.call("Runtime.evaluate", asked, session=session, timeout=_COMPUTES)
 
     async def _is_target_loaded(self, message: Message, connection: Connection, frame: str, pages: list[_Page]) -> bool:
-        """Wait until an iframe that is a target of its own has loaded, or ended; return False, for there may be more."""
+        """Wait until an out-of-process iframe has loaded, or ended. Return False, since there may be more."""
         with contextlib.suppress(CDPError):
             if await self._ask(message, connection, await self.app.frames.session_of(frame), scripts.LOADED):
                 for page in pages:
@@ -313,7 +313,7 @@ class Navigation(Part):
         try:
             await connection.call("Page.getNavigationHistory", session=session, timeout=timeout)
         except CDPError as error:
-            # "Not attached to an active page" is the answer while one document makes room for the next, which was told.
+            # "Not attached to an active page": the document is being replaced, and the navigation is known.
             if error.code != SERVER_ERROR or error.data.get("crashed"):
                 raise
 

@@ -78,9 +78,9 @@ def _check_overtaken(tab: Tab, url: str, loader: str | None, timeout: float) -> 
 def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
     """Wait until the page has loaded, with its images and frames. Return False after `timeout` seconds.
 
-    A navigation that a click, a key or a script has begun just before, or that begins meanwhile, is waited for, also one of an
-    iframe; one that an iframe of another site begins itself only if `click` or another function has been used in that iframe.
-    Raises at once where nothing will load: `DialogOpen`, `CDPError` for a page that has crashed, `TabClosed`, `BrowserLost`.
+    Includes a navigation that was just started by a click, a key or a script, or that starts meanwhile, also in an iframe; in a
+    cross-site iframe only if `click` or another function was used in it. Raises at once if the page will not load: `DialogOpen`,
+    `CDPError` for a crashed page, `TabClosed` or `BrowserLost`.
     """
     check_seconds("wait_for_load(): timeout", timeout)
     return _wait(tab, {"meta": "wait_for_load"}, timeout)

@@ -78,7 +78,7 @@ class Part:
         """Called with each new connection."""
 
     def on_unreachable(self, error: BrowserError) -> None:
-        """Take note that the browser could not be connected again, and why."""
+        """Called with the error if reconnecting to the browser failed."""
 
     def on_drain(self) -> None:
         """End all streams, since the daemon stops."""
@@ -103,7 +103,7 @@ def timeout_of(message: Message) -> float:
 
 
 def bounded(verb: Verb) -> Verb:
-    """Return the request that reads a page for its ``timeout`` at most. It raises `BrowserTimeout` then."""
+    """Return the verb with its ``timeout`` enforced: it raises `BrowserTimeout`."""
 
     async def read(message: Message) -> Message:
         timeout = timeout_of(message)

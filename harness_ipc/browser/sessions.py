@@ -151,7 +151,7 @@ class Sessions(Part):
         return target
 
     def _choosing(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Return what keeps other daemons from taking a page that is not attached to yet, in a browser that they share."""
+        """Return a lock, for a browser shared by several daemons, that is held while one chooses a page."""
         return alone() if self.app.own_browser is None else contextlib.nullcontext()
 
     def _is_free(self, page: Message) -> bool:
