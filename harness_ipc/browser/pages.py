@@ -79,8 +79,8 @@ def wait_for_load(tab: Tab, timeout: float = LOAD_TIMEOUT) -> bool:
     """Wait until the page has loaded, with its images and frames. Return False after `timeout` seconds.
 
     Includes a navigation that was just started by a click, a key or a script, or that starts meanwhile, also in an iframe; in a
-    cross-site iframe only if `click` or another function was used in it. Raises at once if the page will not load: `DialogOpen`,
-    `CDPError` for a crashed page, `TabClosed` or `BrowserLost`.
+    cross-site iframe only if `click` or another function was used in it. Raises at once if the page will not load:
+    `DialogOpen`, `CDPError` for a crashed page, `TabClosed` or `BrowserLost`.
     """
     check_seconds("wait_for_load(): timeout", timeout)
     return _wait(tab, {"meta": "wait_for_load"}, timeout)
