@@ -2,16 +2,18 @@
 
     from harness_ipc.browser.helpers import *
 
-`helpers` are the functions of a default `tab.Tab`, whose modules (`pages`, `javascript`, `keyboard`, `mouse`, `dialogs`,
-`cookies`, `http`, `downloads`, `screenshot` with `png`, `snapshot`, `find`, and `elements` with its `nodes` and `scripts`) are
-imported when needed; `arguments` says which can't be used. `daemon` holds the browser and routes requests and events to its
-parts (`part` is what they have in common): `sessions` (`choosing` pages), `logins`, `gone`, `tabs`, `frames`, `events`,
-`download_events`, and `accessibility`, which reads a page (`dom`), writes it as text (`tree`), finds what is in it (`matching`)
-and keeps `references` to it. `discovery` finds the browser (`requested` says which one a command asks for, `addresses` what a
-URL is, `local` whose a port is, `version` asks for its address), `launcher` starts one (`program` in a `profile`, on a
-`display`; `reasons` why it ended), `connection` speaks to it (by a WebSocket or a `pipe`). `errors` has what can go wrong,
-`cli` is the command `harness-browser` (`command_line` its arguments), `own_imports` keeps the program's directory out of our
-imports, and `doctor` says what is wrong. It uses the public API alone.
+Clients: `helpers` are the methods of a default `tab.Tab` as functions. Their modules are imported when needed: `pages`,
+`javascript`, `keyboard`, `mouse`, `dialogs`, `cookies`, `http`, `downloads`, `screenshot` with `png`, `snapshot`, `find`, and
+`elements` with `nodes` and `scripts`; `arguments` validates arguments. `cli` is the command `harness-browser`, with the options
+in `command_line`; `own_imports` keeps the user's directory out of our imports, and `doctor` finds problems.
+
+The daemon: `daemon` routes requests and events to its parts (base class in `part`): `sessions` (with `choosing`), `logins`,
+`gone`, `tabs`, `frames`, `events`, `download_events`, and `accessibility`, which reads a page (`dom`), formats it (`tree`),
+searches it (`matching`) and keeps `references` to its nodes. `discovery` finds a browser: `requested` by the environment, at
+one of the `addresses`, with the owner of a port from `local` and its WebSocket from `version`. `launcher` starts a `program`
+in a `profile`, perhaps on a `display`; `reasons` explains why it failed. `connection` communicates by WebSocket or `pipe`.
+
+Both raise `errors`, and use only the public API of harness_ipc.
 """
 
 from __future__ import annotations

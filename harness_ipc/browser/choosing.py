@@ -1,4 +1,4 @@
-"""One daemon at a time takes a page of a browser that is not its own: the next one sees that the page is attached to."""
+"""A lock for daemons that share a browser: one at a time chooses a page, and the next one sees that it is attached."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds after which another daemon that has not chosen yet, such as one that is suspended, is not waited for any longer.
+# Seconds to wait for another daemon, which may be suspended.
 _PATIENCE = 10.0
-# Seconds between two looks at the lock.
+# Seconds between two attempts to lock.
 _POLL = 0.01
 
 
 @contextlib.asynccontextmanager
 async def alone() -> AsyncIterator[None]:
-    """Have no other daemon of this user choose a page within the block."""
+    """Keep other daemons of this user from choosing a page during the block."""
     lock = filelock.FileLock(runtime_path("harness-browser", "choosing"), mode=0o600, thread_local=False)
     try:
         async with asyncio.timeout(_PATIENCE):

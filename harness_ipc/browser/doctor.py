@@ -231,7 +231,7 @@ def _browser(name: str, status: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "page",
-            f"{_start(tab['url'])}: a dialog holds it ({kind}: {_start(str(message))!r}); answer it with handle_dialog()",
+            f"{_start(tab['url'])}: a dialog blocks it ({kind}: {_start(str(message))!r}); answer it with handle_dialog()",
         )
     else:
         yield Finding("ok", "page", f"{_start(tab['title']) or 'no title'}, {_start(tab['url']) or 'no address'}")

@@ -1,4 +1,4 @@
-"""A real browser for the tests: `page` is a new tab of one that a module shares, `fresh` a directory in which nothing runs."""
+"""A real browser: `page` is a new tab of one shared by a module, `fresh` a directory without processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness_ipc.browser import helpers
 from tests.browser.site import Site
 from tests.support.processes import PATIENCE, lives, wait_until
 
-# Without the extra, what these import can't be imported.
+# Without the extra, these modules can't be imported.
 NEED_EXTRA = [
     "test_discovery.py",
     "test_cli.py",
@@ -48,7 +48,7 @@ VARIABLES = (
 
 
 def use(patch: pytest.MonkeyPatch, base: Path) -> None:
-    """Have this process and its children keep all that a daemon and its browser need below `base`, and see no other browser."""
+    """Keep all files of daemon and browser below `base`, and hide other browsers, for this process and its children."""
     for variable in VARIABLES:
         patch.delenv(variable, raising=False)
     patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
@@ -56,9 +56,9 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
     patch.setenv("HARNESS_CHROME_OWN", "1")
     patch.setenv("HARNESS_CHROME_ROOT", "1")
-    # A browser that is killed leaves a directory of its own there.
+    # A killed browser leaves a directory there.
     patch.setenv("TMPDIR", str(base))
-    # No window, whatever the machine has.
+    # Headless on any machine.
     patch.delenv("DISPLAY", raising=False)
     patch.delenv("WAYLAND_DISPLAY", raising=False)
 
@@ -76,19 +76,19 @@ def processes_of(base: Path) -> list[psutil.Process]:
 
 
 def main_processes(base: Path) -> dict[int, list[str]]:
-    """Return the command lines of these processes, but for those that a browser has for itself."""
+    """Return the command lines of these processes, without children of a browser."""
     found = {}
     for process in processes_of(base):
         with contextlib.suppress(psutil.NoSuchProcess):
             line = process.cmdline()
             ancestors = [word for parent in process.parents() for word in parent.cmdline()]
-            # The second is one that keeps watch over crashes, which is nobody's child.
+            # The second is the crash handler, which is not a child.
             if not any(word.startswith("--user-data-dir=") for word in ancestors) and "crashpad" not in " ".join(line):
                 found[process.pid] = line
     return found
 
 
-# As `harness-browser` is run, warnings as errors.
+# `harness-browser`, with warnings as errors.
 COMMAND = [sys.executable, "-W", "error", "-m", "harness_ipc.browser.cli"]
 
 
@@ -106,7 +106,7 @@ def kill(pid: int) -> None:
 
 @contextlib.contextmanager
 def suspended(pid: int) -> Iterator[None]:
-    """Stop the process with SIGSTOP, and wait until it has stopped; continue it at the end, if it is still there."""
+    """Suspend the process, and wait until it is suspended; resume it at the end, if it still exists."""
     process = psutil.Process(pid)
     process.suspend()
     wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
@@ -138,7 +138,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def slow(site: Site) -> Iterator[Site]:
-    """The site, whose slow paths are answered when the test says so, or at its end."""
+    """The site; its slow paths are answered when the test sets `release`, or at its end."""
     site.paths.clear()
     yield site
     released, site.release = site.release, threading.Event()
@@ -153,9 +153,9 @@ USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Applica
 
 @pytest.fixture
 def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """DevToolsActivePort of the user's own Chromium, which is not there yet; no port is looked at.
+    """DevToolsActivePort of the user's own Chromium, which does not exist yet. No usual port is checked.
 
-    An own browser is not demanded any more.
+    A managed browser is not required any more.
     """
     from harness_ipc.browser import discovery
 
@@ -166,14 +166,14 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
-    # This machine's may be in use.
+    # The usual ports may be in use.
     monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
 
 
 @pytest.fixture(scope="module")
 def shared_browser() -> Iterator[Path]:
-    """A directory whose daemon, with its browser, the tests of a module share."""
+    """The directory of a daemon and its browser, shared by the tests of a module."""
     with tempfile.TemporaryDirectory(prefix="hb-") as directory, pytest.MonkeyPatch.context() as patch:
         base = Path(directory)
         use(patch, base)
@@ -187,7 +187,7 @@ def shared_browser() -> Iterator[Path]:
 
 @pytest.fixture
 def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A new tab of the shared browser, which this process is in. Its targetId."""
+    """The targetId of a new tab of the shared browser, which this process is in."""
     use(monkeypatch, shared_browser)
     helpers.disconnect()
     target = helpers.new_tab()
@@ -200,7 +200,7 @@ def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 @pytest.fixture
 def fresh(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory of the test's own, in which nothing runs; what the test starts there is ended, and nothing may be left."""
+    """A new directory. Processes that the test starts there are ended, and nothing may be left."""
     use(monkeypatch, private_directories)
     helpers.disconnect()
     try:

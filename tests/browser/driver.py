@@ -1,6 +1,6 @@
-"""A process that uses the browser, for the tests: ``python -m tests.browser.driver look``, or ``drive SITE NAME SECONDS``.
+"""A process that uses the browser: ``python -m tests.browser.driver look``, or ``drive SITE NAME SECONDS``.
 
-It says "ready", begins when it reads a line, and prints one line of JSON at its end.
+It prints "ready", starts when it reads a line, and prints one line of JSON at its end.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ SCREENSHOT = 10
 
 
 def look() -> dict[str, Any]:
-    """Ask for the page and the daemon: the first use on a cold machine."""
+    """Query the page and the daemon: the first use on a cold machine."""
     url = helpers.page_info()["url"]
     client = helpers.connect()
     return {"url": url, "daemon": client.pid, "browser": client.request({"meta": "connection_status"})["pid"]}
 
 
 def drive(site: str, name: str, seconds: float) -> dict[str, Any]:
-    """Open a tab and work in it for `seconds`, and fail as soon as anything in it is not this process's own."""
+    """Open a tab and work in it for `seconds`. Fail if it shows anything of another process."""
     tab = helpers.new_tab()
     end = time.monotonic() + seconds
     rounds = screenshots = 0

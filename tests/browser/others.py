@@ -1,4 +1,4 @@
-"""Who is not the daemon: a browser that a test has started, and servers that are no browser, or half of one."""
+"""A browser started by a test, and servers that are not browsers, or incomplete ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = ["--no-first-run", "--no-default-browser-check", "--disable-background-n
 
 
 class OtherBrowser:
-    """A browser that is not the daemon's own, with its DevTools open at `port`: 0 has it choose one."""
+    """A browser that is not managed, with its DevTools open at `port`; 0 means any."""
 
     def __init__(self, process: psutil.Popen, profile: Path, port: int) -> None:
         self.process = process
@@ -57,7 +57,7 @@ class OtherBrowser:
         return {tab["id"]: tab["url"] for tab in self._get("list") if tab["type"] == "page"}
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Have the browser run `method`, by a connection of its own."""
+        """Call `method` of the browser over a new connection."""
         with connect(self.websocket, max_size=None, proxy=None) as websocket:
             websocket.send(json.dumps({"id": 1, "method": method, "params": params}))
             while (message := json.loads(websocket.recv(PATIENCE))).get("id") != 1:
@@ -67,7 +67,7 @@ class OtherBrowser:
 
 @contextlib.contextmanager
 def other_browser(base: Path, *, port: int = 0, profile: str = "theirs", **options: Any) -> Iterator[OtherBrowser]:
-    """Start a browser as a user does who wants others to attach to it; at the end it is killed, if it still runs.
+    """Start a browser with its DevTools open, as a user does; at the end it is killed if it still runs.
 
     `options` are those of `subprocess.Popen`.
     """
@@ -145,33 +145,33 @@ def answering(
 
 
 def http(status: str, body: str = "") -> bytes:
-    """Return a whole answer of an HTTP server."""
+    """Return a complete HTTP response."""
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
 
 
 def free_port() -> int:
-    """Return a port at which nobody listens now."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
 def refusing() -> Iterator[int]:
-    """Yield a port that is taken, and at which nobody listens."""
+    """Yield a bound port that does not listen."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
 
 class Relay:
-    """A port that leads to another one, until the connections are `cut`: as a network does."""
+    """A port that relays to another one, until the connections are `cut`."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.sockets: list[socket.socket] = []
 
     def cut(self) -> None:
-        """End all connections there are. Who connects again is let through."""
+        """End all connections. New ones are relayed."""
         while self.sockets:
             with contextlib.suppress(OSError):
                 self.sockets.pop().shutdown(socket.SHUT_RDWR)
@@ -179,7 +179,7 @@ class Relay:
 
 @contextlib.contextmanager
 def relaying(target: int) -> Iterator[Relay]:
-    """Yield a port that leads to the port `target`."""
+    """Yield a port that relays to the port `target`."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -209,7 +209,7 @@ def relaying(target: int) -> Iterator[Relay]:
 
 @contextlib.contextmanager
 def without_http(browser: OtherBrowser) -> Iterator[int]:
-    """Yield a port as Chrome opens it for its user's own profile: 404 for all HTTP, and the WebSocket at /devtools/browser."""
+    """Yield a port like that of a Chrome with its user's profile: 404 for HTTP, and the WebSocket at /devtools/browser."""
 
     def answer(connection: ServerConnection, request: Request) -> Response | None:
         return None if request.path == "/devtools/browser" else connection.respond(404, "")

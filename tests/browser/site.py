@@ -1,4 +1,4 @@
-"""The pages that the browser's tests visit, served on this machine: ``127.0.0.1`` and ``localhost`` are two sites of it."""
+"""The pages of the browser's tests, served on this machine: ``127.0.0.1`` and ``localhost`` are two sites."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ PAGES = {
 
 
 class LocalServer:
-    """An HTTP server of this machine at `url`. What waits in it ends when `release` is set, by `close` at last."""
+    """A local HTTP server at `url`. Waiting requests end when `release` is set, at the latest by `close`."""
 
     def __init__(self) -> None:
         self.release = threading.Event()
@@ -151,6 +151,6 @@ class Site(LocalServer):
 
 
 def visit(url: str) -> None:
-    """Go there, and wait until all of the page is there."""
+    """Go to a URL, and wait until the page has loaded."""
     goto_url(url, timeout=PATIENCE)
     assert wait_for_load(PATIENCE)

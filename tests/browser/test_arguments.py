@@ -1,4 +1,4 @@
-"""Arguments that a helper can't use: one line, in the caller's words, that says what to pass. Nothing is asked of a browser."""
+"""Invalid arguments of helpers: an error in one line that says what to pass, without a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `harness-browser` as a user runs it: what it prints, where, its exit status, and what it leaves."""
+"""The command `harness-browser`: its output, exit status, and processes and files that it leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The daemon, by its public channel: what it answers, what becomes of sessions, and what happens when something is killed."""
+"""The browser daemon over its channel: requests, sessions, events, and killed processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a browser is found and started: real ones, real servers that are none, and what is said when there is none to be had."""
+"""Finding and starting browsers: real ones, servers that are not browsers, and errors without a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of docs/browser.md, run as they stand there."""
+"""The examples of docs/browser.md."""
 
 from __future__ import annotations
 

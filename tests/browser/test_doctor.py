@@ -1,4 +1,4 @@
-"""What `harness-browser --doctor` finds in each state of daemon and browser; that it changes nothing, and its remedies do."""
+"""The findings of `harness-browser --doctor` in each state. Its remedies work, and it changes nothing."""
 
 from __future__ import annotations
 
@@ -505,7 +505,7 @@ def test_a_dialog_that_holds_the_page(page: str, site: Site) -> None:
         helpers.js("confirm('Sure\\n\\u001b[31m?')")
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "page", None)
-    text = f"{site.url}/dialog: a dialog holds it (confirm: 'Sure\\n\\x1b[31m?'); answer it with handle_dialog()"
+    text = f"{site.url}/dialog: a dialog blocks it (confirm: 'Sure\\n\\x1b[31m?'); answer it with handle_dialog()"
     assert trouble.text == text
     seen = harness_browser("--doctor")
     assert (seen.returncode, f"WARNING  page: {text}\n" in seen.stdout) == (0, True)

@@ -1,4 +1,4 @@
-"""Downloads that a page of a real browser begins: their names and places, and those that nobody waits for."""
+"""Downloads of a page in a real browser: names and folders, and downloads that nobody waits for."""
 
 from __future__ import annotations
 

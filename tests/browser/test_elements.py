@@ -1,4 +1,4 @@
-"""Acting on elements by selector, reference and node, and what is raised where that can't be."""
+"""Acting on elements by selector, reference and node, and errors."""
 
 from __future__ import annotations
 

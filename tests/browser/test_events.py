@@ -1,4 +1,4 @@
-"""Events of a tab: those that were kept, and those that come."""
+"""Events of a tab: buffered and streamed."""
 
 from __future__ import annotations
 

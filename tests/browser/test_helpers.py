@@ -1,4 +1,4 @@
-"""The helpers in a page of a real browser: where it is, and what is typed into it."""
+"""The helpers in a page of a real browser: page information and input."""
 
 from __future__ import annotations
 

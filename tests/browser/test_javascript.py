@@ -1,4 +1,4 @@
-"""`js` in a page of a real browser: the values of code, what it declares, what it throws, and what ends it."""
+"""`js` in a page of a real browser: values, declarations, exceptions and timeouts."""
 
 from __future__ import annotations
 

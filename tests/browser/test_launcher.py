@@ -1,4 +1,4 @@
-"""A managed browser of our own: no port, adopted in the middle of a message, private in its files, and refused to root."""
+"""A managed browser: no port, adoption in the middle of a message, private files, and refusal as root."""
 
 from __future__ import annotations
 

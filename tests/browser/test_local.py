@@ -1,4 +1,4 @@
-"""Ports of this machine at which another user listens, a real one; and servers of our own that lead elsewhere."""
+"""Local ports of another, real user, and our own servers that redirect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP logins: what a page gets that asks for one, and how a tab logs in."""
+"""HTTP logins: challenges and answers."""
 
 from __future__ import annotations
 

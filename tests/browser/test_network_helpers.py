@@ -1,4 +1,4 @@
-"""`http_get` and cookies: what is sent to which server, what comes back, and how it fails."""
+"""`http_get` and cookies: requests, responses and errors."""
 
 from __future__ import annotations
 

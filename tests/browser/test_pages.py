@@ -1,4 +1,4 @@
-"""The helpers with dialogs, frames, pictures, tabs and events of a real browser, and with what goes wrong there."""
+"""The helpers with dialogs, frames, pictures, tabs and events of a real browser, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DevTools by FIFOs: bytes and messages, transports with a browser that the test plays, and calls over any transport."""
+"""CDP over FIFOs: bytes and messages, transports with a simulated browser, and calls over any transport."""
 
 from __future__ import annotations
 

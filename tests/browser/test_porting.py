@@ -1,4 +1,4 @@
-"""The guide for users of browser-harness: its snippets, run as they stand in a page made for them, and the names it has."""
+"""The guide for users of browser-harness: its snippets, run in a page made for them, and its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command gets the browser that it asks for, or an error that names both."""
+"""A command gets the requested browser, or an error that names both."""
 
 from __future__ import annotations
 

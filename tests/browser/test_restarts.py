@@ -1,4 +1,4 @@
-"""A helper whose daemon was stopped goes on with the next one."""
+"""A helper continues with the next daemon after a stop."""
 
 from __future__ import annotations
 

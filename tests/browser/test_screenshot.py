@@ -1,4 +1,4 @@
-"""Screenshots and PDFs of a page of a real browser: what they show, what is done with them, and what the page notices."""
+"""Screenshots and PDFs of a page in a real browser: their content, files, and effects on the page."""
 
 from __future__ import annotations
 

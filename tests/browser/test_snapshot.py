@@ -1,4 +1,4 @@
-"""The page as text: what its lines say, and which nodes their references mean."""
+"""Snapshots: their lines, and the nodes of their references."""
 
 from __future__ import annotations
 

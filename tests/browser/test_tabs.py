@@ -1,4 +1,4 @@
-"""Who is in which tab: commands, threads, names, contexts; and what becomes of a tab when its client has gone."""
+"""The tab of each client: commands, threads, names, contexts; and tabs of ended clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other users of this machine, real ones, which only root can become. Run as a program, it is one.
+"""Other users of this machine, which only root can become. Run as a program, this is one.
 
 ``squat UID HOST PORT TARGET ACCEPTS IPV6_ONLY BACKLOG`` listens, and relays to the port `TARGET` if that is not 0.
 ``find HOME PORT`` looks for a browser there as the user `VICTIM`, and so does its doctor.
@@ -36,7 +36,7 @@ class Squat:
         self.port = int(process.stdout.readline())
 
     def received(self) -> list[str]:
-        """Return what came by each connection, once all have been closed. It is the end of the squatter."""
+        """Return the data of each connection, once all have been closed. Ends the squatter."""
         return [str(text) for text in json.loads(self._process.communicate(timeout=PATIENCE)[0])]
 
 
