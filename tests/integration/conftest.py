@@ -1,4 +1,4 @@
-"""What integration tests share."""
+"""Fixtures of the integration tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import DaemonProcess, serves, spawn_daemon
 
 @pytest.fixture
 def base(private_directories: Path) -> Iterator[Path]:
-    """Give the directory above the runtime directory, and end the test's daemons."""
+    """Yield the directory above the runtime directory; at the end, stop the test's daemons."""
     yield private_directories
     end_daemons(private_directories)
 
@@ -30,6 +30,6 @@ def daemon() -> Iterator[DaemonProcess]:
 
 @pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "pump"])
 def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Serve with each of the two drivers of connections: on Windows there is only the pump."""
+    """Run with each of the two drivers of connections; on Windows only with the pump."""
     monkeypatch.setattr(harness_ipc._server.server, "USE_PUMP", request.param == "pump")
     return str(request.param)

@@ -1,4 +1,4 @@
-"""Another user of the machine, a real one: no record, no connection, no place to squat. Run as a program, it is that user."""
+"""Another, real user gets no record, no connection and no name. Run as a program, this is that user."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ pytestmark = [needs_posix, needs_root]
 
 STRANGER = 12345
 NAME = "private"
-# How a connection ends whose other end was closed before it read anything.
+# The errors of a connection whose other end was closed before it read anything.
 RESET = ("ConnectionResetError", "BrokenPipeError")
 
 
 def try_raw(address: str) -> str:
-    """Say nothing, and return what the daemon says."""
+    """Send nothing, and return what the daemon sends."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE)
         sock.connect(address)
@@ -53,14 +53,14 @@ def try_raw(address: str) -> str:
 
 
 def try_with_the_key(address: str, authkey: str) -> None:
-    """Do what a client does, with a record that somebody gave away, but for its look at who is listening."""
+    """Act as a client with a known record, but without checking the peer."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(address)
         with Connection(sock.detach()) as connection:
             deliver_challenge(connection, role_key(bytes.fromhex(authkey), "daemon", address))
 
 
-# What the stranger may try, by name: each is done in a process of its own, and tells what it came to.
+# Attempts of the stranger, by name: each runs in a new process and prints its result.
 ATTEMPTS: dict[str, Callable[..., object]] = {
     "load": lambda: records.load(NAME).address,
     "request": lambda: request(NAME, {"method": "echo"}),
@@ -81,7 +81,7 @@ ATTEMPTS: dict[str, Callable[..., object]] = {
 
 
 def attempt(verb: str, *arguments: str) -> Any:
-    """Let the stranger try, and return what it got, or the names of the error and of its base classes."""
+    """Run an attempt, and return its result, or the names of the error and its base classes."""
     with spawn_python("-m", "tests.integration.test_access", verb, *arguments) as stranger:
         return json.loads(stranger.read_line())
 
@@ -122,7 +122,7 @@ def mode(path: Path, bits: int) -> Iterator[None]:
 
 @pytest.fixture(params=["closed", "searchable", "open"])
 def reach(request: pytest.FixtureRequest, private_directories: Path, daemon: DaemonProcess) -> Iterator[str]:
-    """Make more and more of the way to the runtime directory open to others, but for that directory itself."""
+    """Open the parent directories of the runtime directory to others, but not that directory itself."""
     outer = {"closed": 0o700, "searchable": 0o711, "open": 0o755}[request.param]
     with mode(private_directories, outer):
         yield request.param
@@ -156,7 +156,7 @@ def test_another_user_cannot_connect_to_a_known_socket() -> None:
 
 @pytest.fixture
 def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[records.Record]:
-    """Undo on purpose all that the file system does against others, and put it back."""
+    """Open all files to others, and restore the modes at the end."""
     record = records.load(NAME)
     with mode(private_directories, 0o755), mode(runtime_dir(), 0o711), mode(Path(record.address), 0o666):
         yield record
@@ -173,7 +173,7 @@ def test_other_uid_is_refused_before_a_byte_is_read(opened: records.Record) -> N
 
 
 def test_a_client_refuses_a_daemon_of_another_user(opened: records.Record) -> None:
-    """Here the stranger is the client, and we are the other user."""
+    """Here the stranger is the client, and this process the other user."""
     assert attempt("dial", opened.address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
 
 
@@ -206,7 +206,7 @@ def test_a_runtime_directory_of_another_user_is_refused(private_directories: Pat
         with pytest.raises((UnsafeDirectory, StartFailed), match=str(run)):
             run_daemon(App(), NAME)
         assert not list(elsewhere.iterdir())
-        # The remedy is what mends it.
+        # The remedy fixes it.
         os.system(caught.value.remedy.removeprefix("sudo "))
         with spawn_daemon(NAME):
             assert ping(NAME)

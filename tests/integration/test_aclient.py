@@ -1,4 +1,4 @@
-"""The client for coroutines, natively in the loop and over threads: each task gets its own reply or one typed error."""
+"""The asyncio client, in the loop and over threads: each task gets its own reply or a typed error."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, stopped, wait_until
 from tests.support.scripted import Served
 
-# It does not end by itself while a test runs.
+# Seconds, longer than any test.
 NEVER = 3600.0
 
 
 @pytest.fixture(params=[pytest.param("loop", marks=needs_posix), "threads"], autouse=True)
 def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two is used: on Windows only threads can be."""
+    """The I/O of the client; on Windows only threads."""
     if request.param == "threads":
         monkeypatch.setattr(_aclient, "_LOOP_IO", None)
     return str(request.param)

@@ -1,4 +1,4 @@
-"""Both drivers of a kept connection, the loop and the pump: the answers are the same."""
+"""Both drivers of a kept connection, the loop and the pump, behave the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("driver")
 
 
 class Handler:
-    """Echoes, and waits or gives a long reply if it is told to."""
+    """Echoes, waits, or sends a long reply."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

@@ -1,6 +1,6 @@
-"""Attacks from where somebody may stand: another uid, no key, the wire, a hand in the files, the key and a hostile message.
+"""Attacks by another user, without the key, on the wire, through files, and with the key and a hostile message.
 
-What is attacked serves an honest client afterwards. Run as a program, this is another user.
+Afterwards an honest client is served. Run as a program, this is another user.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ def requests_of(name: str = NAME) -> int:
 
 
 def plant(name: str, **changes: Any) -> records.Record:
-    """Write a record for `name` that is the victim's but for `changes`, as only somebody with our uid could."""
+    """Write the victim's record with `changes` as that of `name`, which requires our uid."""
     fields = {**json.loads(runtime_path(NAME, "json").read_bytes()), "name": name, **changes}
     files.write_private_file(str(runtime_path(name, "json")), json.dumps(fields).encode())
     return records.load(name)
 
 
-# The wire: somebody who sees and forwards all that is said, or says it again.
+# The wire: relaying and replaying.
 
 
 class Wire:
-    """A socket that notes what comes, and answers with what `answer` makes of it, or as the daemon at `forward_to` does."""
+    """A socket that records frames, and answers with `answer`, or like the daemon at `forward_to`."""
 
     def __init__(
         self, address: str, forward_to: str | None = None, answer: Callable[[socket.socket, bytes], None] | None = None
@@ -134,14 +134,14 @@ class Wire:
 
 
 def told(wire: Wire) -> list[bytes]:
-    """Return the frames that a client said, after a look that they are whole."""
+    """Return the frames of a client, after checking that they are complete."""
     frames, _ = targets.split_frames(bytes(wire.up), MIB)
     assert b"".join(map(frame, frames)) == wire.up
     return frames
 
 
 def told_nothing(frames: list[bytes]) -> bool:
-    """Whether a client said no more than its challenge and that it was not met."""
+    """Whether a client sent only its challenge and a failed verdict."""
     return not frames or (len(frames) <= 2 and frames[0].startswith(CHALLENGE) and frames[1:] in ([], [FAILURE]))
 
 
@@ -160,7 +160,7 @@ def dial_through(address: str, record: records.Record) -> FrameConnection:
 
 @needs_posix
 def test_a_relay_at_another_address_is_not_taken_for_the_daemon(victim: DaemonProcess, private_directories: Path) -> None:
-    """It has the daemon itself answer, and no key; the client was sent to it by a record with the right key."""
+    """The relay has no key, but lets the daemon answer; a record with the right key sends the client to it."""
     with Wire(str(private_directories / "relay"), forward_to=records.load(NAME).address) as wire:
         plant("relayed", address=wire.address)
         served = requests_of()
@@ -259,7 +259,7 @@ def test_a_record_that_points_to_another_daemon_reaches_none(victim: DaemonProce
 
 
 def listen(address: str) -> int:
-    """Be a daemon for whoever comes, and return how many bytes that tells."""
+    """Listen like a daemon, and return the number of bytes received."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         os.chmod(address, 0o777)
@@ -270,7 +270,7 @@ def listen(address: str) -> int:
 
 
 def each(plans: str) -> list[Any]:
-    """Try one after the other, and return what each came to."""
+    """Run the attempts in order, and return their results."""
     outcomes: list[Any] = []
     for verb, *arguments in json.loads(plans):
         try:
@@ -337,7 +337,7 @@ os._exit(0)
 @needs_root
 @pytest.mark.parametrize("squat", ["directory", "open directory", "link", "file"])
 def test_a_default_directory_of_another_user_is_refused(squat: str, private_directories: Path) -> None:
-    """A user that never logs in has it below /tmp, where anybody may make it."""
+    """A user who never logs in has it below /tmp, where anybody can create it."""
     uid = 2_000_000_000 + os.getpid()
     place = Path(f"/tmp/harness-ipc-runtime-{uid}")
     try:
@@ -436,7 +436,7 @@ DIGESTS = ["", "md5", "sha1", "sha256", "sha384", "sha512", "sha3_256", "MD5", "
 
 
 def prove(key: bytes, challenge: bytes, digest: str) -> bytes:
-    """Return the proof under that digest, or one of nonsense where there is none."""
+    """Return the proof with that digest, or an invalid one for an unknown digest."""
     prefix = b"{%s}" % digest.encode() if digest else b""
     try:
         return prefix + hmac.digest(key, challenge, digest or "md5")
@@ -467,7 +467,7 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
 
 
 def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
-    """The same steps with the key: they are the ones that open the connection."""
+    """The same steps succeed with the key."""
     record = records.load(NAME)
     with FrameConnection(record.address) as connection:
         connection.send_bytes(CHALLENGE + os.urandom(20))
@@ -500,17 +500,17 @@ def test_a_client_refuses_a_daemon_with_another_digest(victim: DaemonProcess, pr
         assert told_nothing(told(forged)), digest
 
 
-# Where the key could show.
+# Where the key could leak.
 
 
 def forms(key: bytes) -> Iterator[bytes]:
-    """Yield the key as it may be written."""
+    """Yield the key in various notations."""
     yield from (key, key.hex().encode(), key.hex().upper().encode(), repr(key)[2:-1].encode(), base64.b64encode(key)[:-2])
     yield from (key.hex(" ").encode(), str(list(key))[1:-1].encode(), str(int.from_bytes(key, "big")).encode())
 
 
 def shows_key(data: bytes | str, record: records.Record) -> bool:
-    """Whether the key, or one that is derived from it, or a part of one, is in there."""
+    """Whether `data` contains the key, a derived key, or a part of one."""
     data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
     keys = Keys(record.authkey, record.address)
     return any(
@@ -561,7 +561,7 @@ request(sys.argv[1], {})
 
 @needs_linux
 def test_the_key_shows_nowhere_but_in_the_record() -> None:
-    """Not on a command line, in an environment, a log, a report, an error, a traceback or any other file."""
+    """It is not in a command line, environment, log, report, error, traceback or other file."""
     cli = ["-m", "harness_ipc"]
     shown = [run_python(*cli, "start", "tests.support.processes:App", "--name", NAME, "--json")]
     try:
@@ -605,7 +605,7 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [a-z_.]+: ")
 
 
 def log_lines() -> list[str]:
-    """Return the lines of the log that claim to be the start of an entry, after a look that none steers a terminal."""
+    """Return the lines of the log that look like the start of an entry, after checking for control characters."""
     text = log_path(NAME).read_text(encoding="utf-8")
     assert all(c.isprintable() or c in "\n\t" for c in text), ascii(text)
     return [line for line in text.split("\n") if LOG_LINE.match(line)]
@@ -633,7 +633,7 @@ def test_text_of_unauthenticated_peers_is_not_logged(victim: DaemonProcess) -> N
 
 
 def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
-    """An exception's text is often made of what was sent, or of what a web page said."""
+    """The text of an exception often contains received text."""
     with spawn_daemon(NAME):
         with connect_daemon(NAME) as client:
             with pytest.raises(RemoteError) as caught:
@@ -682,7 +682,7 @@ def test_control_characters_in_arguments_are_escaped(words: list[str]) -> None:
 
 
 def test_control_characters_of_a_foreground_daemon_are_escaped(private_directories: Path) -> None:
-    """Its log goes to the terminal, with the texts of its handler's exceptions."""
+    """Its log, with the texts of exceptions, goes to the terminal."""
     source = f"async def handle(message): raise ValueError({EVIL!a})\n"
     (private_directories / "evil.py").write_text(source, encoding="ascii")
     serve = [sys.executable, "-m", "harness_ipc", "serve", "evil:handle", "--name", NAME, "--json"]
@@ -696,7 +696,7 @@ def test_control_characters_of_a_foreground_daemon_are_escaped(private_directori
     assert all(c.isprintable() or c in "\n\t" for c in shown.replace(os.linesep, "\n")), ascii(shown)
 
 
-# Messages that cost more than they weigh.
+# Messages that are small but expensive.
 
 # What the reply has for each: an error, an echo, or what the app says to a request that it does not look at.
 Bomb = tuple[str, Callable[[], bytes]]
@@ -738,7 +738,7 @@ def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: l
 
 @contextlib.contextmanager
 def being_honest() -> Iterator[None]:
-    """Ask and be answered all the time, on a connection of our own, and print the longest that it took."""
+    """Send requests all the time on another connection, and print the longest time of a reply."""
     over = threading.Event()
 
     def ask() -> float:

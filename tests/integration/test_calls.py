@@ -1,4 +1,4 @@
-"""What a call sends, and the items of a stream: parameters of any name, the time that is left, progress, and who ends it."""
+"""Calls and streams: parameters of any name, the remaining time, progress, and closing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, spawn_daemon
 from tests.support.scripted import Served, answer_all
 
-# A timeout that is meant to pass.
+# A timeout that is meant to expire.
 SHORT = 0.2
 ITEMS = [{"n": 0}, [1], "two", None]
 

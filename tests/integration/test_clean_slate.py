@@ -1,4 +1,4 @@
-"""What a daemon has of its starter: nothing by accident, whatever that is and whatever stands between the two."""
+"""A daemon inherits nothing by accident from any starter or wrapper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.processes import PATIENCE, run_python
 
 pytestmark = [needs_posix, pytest.mark.usefixtures("base")]
 
-# Answers what the process has, and opens a terminal device.
+# Returns inherited settings, and opens a terminal device.
 INSPECT = """
 import resource, signal, subprocess
 async def inspect(self, message):
@@ -60,7 +60,7 @@ ensure_daemon("test", json.loads(sys.argv[1]))
 
 
 def start_after(preparation: str) -> dict[str, Any]:
-    """Return what the daemon has whose starter did `preparation` first."""
+    """Return the settings of a daemon whose starter has run `preparation`."""
     done = run_python("-c", STARTER.format(preparation), json.dumps(command(then=INSPECT)))
     assert (done.returncode, done.stderr) == (0, "")
     return inspect()
@@ -118,7 +118,7 @@ def test_a_terminal_opened_by_the_app_is_not_controlling() -> None:
     assert inspect()["terminal"] is False
     os.close(slave)
     os.close(master)
-    # A hang-up would have ended it.
+    # SIGHUP would have ended it.
     assert inspect()["leads"] is False
     assert_one_daemon()
 
@@ -149,7 +149,7 @@ CLOSES = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returnco
 FORGETS = (
     "import os, subprocess, sys; os.environ.pop('HARNESS_IPC_START'); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
 )
-# stevens_daemon(): two forks, a session of its own, no descriptors.
+# stevens_daemon(): two forks, a new session, no descriptors.
 DAEMONIZES = """
 import os
 if os.fork(): os._exit(0)

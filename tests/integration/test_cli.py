@@ -1,4 +1,4 @@
-"""The command `harness-ipc` as a user runs it: what it prints, where, and its exit status."""
+"""The command `harness-ipc`: its output and exit status."""
 
 from __future__ import annotations
 

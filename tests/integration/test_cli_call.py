@@ -1,4 +1,4 @@
-"""`harness-ipc call` and `describe` as a user runs them: what goes to stdout, what to stderr, and what Ctrl-C does."""
+"""`harness-ipc call` and `describe`: stdout, stderr and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that start, watch and stop daemons, as a user runs them: what they print, where, and their exit status."""
+"""The commands that start, show and stop daemons: their output and exit status."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class Sick(Healthy):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Stand where the module "service" is; at the end, stop every daemon that was started."""
+    """Change to the directory of the module "service"; at the end, stop all daemons."""
     (tmp_path / "service.py").write_text(_SERVICE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    # What the commands print is read as UTF-8, also where the system's encoding is another.
+    # The output is read as UTF-8 even if the system's encoding is another.
     monkeypatch.setenv("PYTHONUTF8", "1")
     yield tmp_path
     if (private_directories / "run").exists():
@@ -103,7 +103,7 @@ def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         **options,
     )
-    # What takes more than a second says so, and on a loaded machine anything may.
+    # A command that takes more than a second reports that, as on a loaded machine.
     done.stderr = re.sub(r"harness-ipc: still \w+ing \S.*\n", "", done.stderr)
     return done
 

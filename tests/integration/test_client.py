@@ -1,4 +1,4 @@
-"""The clients, blocking and not: each caller gets its own reply or one typed error, from whatever thread, task or process."""
+"""Both clients: each caller, in any thread, task or process, gets its own reply or a typed error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, run_python, serves, spawn_daemon, spawn_python, wait_until
 from tests.support.scripted import Generation
 
-# What takes so long does not end by itself while a test runs.
+# Seconds, longer than any test.
 NEVER = 3600.0
 
 
@@ -334,7 +334,7 @@ def test_closing_from_another_thread_ends_requests(client: Client, waiting: int)
 
 
 class BeingEncoded(dict[str, int]):
-    """A part of a message that holds its encoding up: the request has begun, but nothing of it was sent."""
+    """A part of a message that blocks its encoding: the request has started, but nothing was sent."""
 
     def __init__(self) -> None:
         super().__init__(n=1)
@@ -372,14 +372,14 @@ def test_a_closed_client_is_closed(client: Client) -> None:
         assert not caught.value.maybe_executed
 
 
-# Daemons that are not what they should be.
+# Faulty daemons.
 
 
 Served: TypeAlias = "Connection[Any, Any]"
 
 
 def scripted_daemon(serve: Callable[[Served, Keys], None]) -> contextlib.AbstractContextManager[Generation]:
-    """Be a daemon that does with each connection what the test wants."""
+    """Run a daemon with scripted connections."""
     return scripted.daemon(lambda served: serve(served.connection, served.daemon.keys))
 
 
@@ -389,7 +389,7 @@ def prove(connection: Served, keys: Keys) -> None:
 
 
 def answer_all(connection: Served, keys: Keys) -> None:
-    """Be a daemon whose every result is 1, until the client goes away."""
+    """Answer each request with 1, until the client disconnects."""
     prove(connection, keys)
     while True:
         connection.recv_bytes()
@@ -582,7 +582,7 @@ def test_a_request_that_closing_ends_may_have_run(client: Client) -> None:
 
 
 class Reopening:
-    """A daemon that hangs up on its first client, and lets the next one wait for the proof until `may_go_on`."""
+    """A daemon that disconnects its first client, and delays the proof for the next one until `may_go_on`."""
 
     def __init__(self) -> None:
         self.hung_up = threading.Event()
@@ -679,7 +679,7 @@ def test_a_daemon_that_is_killed_kills_no_client() -> None:
         assert serves()
 
 
-# What a client costs.
+# Resources of a client.
 
 
 FRESH = """

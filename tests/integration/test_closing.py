@@ -1,6 +1,6 @@
-"""How a server closes: every request that has arrived is answered or ends in a typed error, and nothing hangs or stays.
+"""Closing a server: every received request is answered or ends with a typed error, and nothing hangs or stays.
 
-These tests use the public API alone, and a bare connection where a `Client` would not send what they need.
+These tests use the public API, and a bare connection for what a `Client` can't send.
 """
 
 from __future__ import annotations
@@ -196,11 +196,11 @@ def test_closing_during_requests_leaves_nobody_waiting() -> None:
     run(main)
 
 
-# What a handler raises.
+# Exceptions of handlers.
 
 
 class Ending(BaseException):
-    """One that is no Exception, as SystemExit is none."""
+    """A BaseException like SystemExit."""
 
 
 class ExitingReply(dict[str, Any]):
@@ -326,7 +326,7 @@ def test_an_app_ends_its_streams_when_the_daemon_drains() -> None:
 
 
 def test_a_server_may_be_closed_as_soon_as_it_serves() -> None:
-    """Also before its threads have taken their first step."""
+    """Even before its threads have started to run."""
 
     async def main() -> None:
         for _ in range(200):
@@ -392,7 +392,7 @@ def test_a_server_can_be_closed_while_the_interpreter_shuts_down(end: str, statu
 
 
 def test_a_server_whose_loop_has_ended_can_be_closed() -> None:
-    """Its clients are there, or have gone without its notice."""
+    """Its clients are connected, or have disconnected unnoticed."""
     before = threads()
 
     async def leave() -> tuple[DaemonServer, list[Client]]:

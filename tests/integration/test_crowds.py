@@ -1,4 +1,4 @@
-"""Many peers that misbehave cost no thread and delay no honest client; ends and restarts lose no request."""
+"""Many misbehaving peers need no threads and delay no honest client; stops and restarts lose no request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_no_peer_costs_a_thread(behave: Callable[[int], FrameConnection]) -> Non
 
 
 def command(directory: Path, idle_timeout: float | None) -> list[str]:
-    """Return what runs a daemon that notes each request that it runs."""
+    """Return the command line of a daemon that records its requests."""
     source = f"""
     from harness_ipc import run_daemon
 
@@ -85,7 +85,7 @@ def command(directory: Path, idle_timeout: float | None) -> list[str]:
 
 @pytest.fixture
 def race(private_directories: Path) -> Iterator[Path]:
-    """Give the directory of the notes, and end the daemon."""
+    """Yield the directory of the records; at the end, stop the daemon."""
     yield private_directories
     stop_daemon("race", timeout=5.0)
     kill_all()
@@ -185,7 +185,7 @@ def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path)
 
 
 def check_told(directory: Path) -> None:
-    """What got a result ran once, what did not run said so, and nothing ran twice or was lost."""
+    """Check that each request with a result ran once, and that no request ran twice or was lost."""
     ran = Counter((directory / "ran").read_text().split())
     told: Counter[str] = Counter()
     for file in directory.glob("told.*"):

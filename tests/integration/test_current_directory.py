@@ -1,4 +1,4 @@
-"""No command imports a module from the current directory, except the app that it is told to run there."""
+"""No command imports a module from the current directory, except the app that it runs."""
 
 from __future__ import annotations
 

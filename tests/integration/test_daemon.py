@@ -1,4 +1,4 @@
-"""A daemon's process from its first instruction to its last: what starts it, what ends it, and what it writes down."""
+"""A daemon's process: its start, its end and its log."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.support.processes import (
     wait_until,
 )
 
-# A period that no test waits for: what ends before it, ends for a better reason.
+# A period longer than any test.
 NEVER = 3600.0
 LOG_BYTES = 5 * 2**20
 
@@ -71,7 +71,7 @@ class StartsForEver(App):
 
 
 class StartsSlowly(App):
-    """Its start does not even give way to the loop."""
+    """Its start blocks the loop."""
 
     async def start(self) -> None:
         print("starting", flush=True)
@@ -106,14 +106,14 @@ async def function(message: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def spawn_app(app: str, *, until: str = "ready", **options: Any) -> Iterator[DaemonProcess]:
-    """Start an app of this module as the daemon "test", and yield it when it has said `until`."""
+    """Start an app of this module as the daemon "test", and yield it when it has printed `until`."""
     with spawn_python("-m", "tests.integration.test_daemon", app, json.dumps(options)) as daemon:
         assert daemon.read_line() == until
         yield daemon
 
 
 def assert_clean() -> None:
-    """Nothing is left of the daemon, and a successor serves."""
+    """Check that nothing is left of the daemon, and that a successor serves."""
     assert runtime_files() == []
     assert cleanup_endpoint("test")
     with spawn_daemon("test"):
@@ -245,7 +245,7 @@ async def handle(message): return {}
 
 
 def run_in_terminal(program: str) -> str:
-    """Run a program in a terminal of its own, and return what it prints there."""
+    """Run a program in a new terminal, and return its output."""
     import pty
 
     pid, terminal = pty.fork()

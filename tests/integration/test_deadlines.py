@@ -1,4 +1,4 @@
-"""Every call ends at its deadline, whatever the other side does or does not, and its late reply is nobody else's."""
+"""Every call ends at its deadline, and its late reply does not go to another call."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_the_first_request_may_come_late(daemon: DaemonProcess) -> None:
 
 
 def fill_queue(address: str) -> list[socket.socket]:
-    """Connect until nobody else can."""
+    """Connect until the accept queue is full."""
     connected: list[socket.socket] = []
     while True:
         sock = socket.socket(socket.AF_UNIX)
@@ -181,7 +181,7 @@ def test_a_full_accept_queue_is_a_timeout(call: Callable[[], object]) -> None:
 
 @pytest.fixture
 def many_signals() -> Iterator[None]:
-    """Interrupt whatever the main thread waits for, again and again, by a signal that has a handler."""
+    """Keep interrupting waits of the main thread by a signal with a handler."""
     assert sys.platform != "win32"
     over = threading.Event()
     main = threading.get_ident()
@@ -216,7 +216,7 @@ def test_signals_do_not_end_the_wait_for_a_stopped_daemon(daemon: DaemonProcess,
 
 
 class FakeDaemon:
-    """A daemon that behaves on each connection as the test says."""
+    """A daemon with scripted connections."""
 
     def __init__(self, behave: Behaviour) -> None:
         self.over = threading.Event()

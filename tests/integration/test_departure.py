@@ -1,4 +1,4 @@
-"""A client that goes away while its request runs: the handler is cancelled at once, and nothing else is disturbed."""
+"""A client that disconnects during its request: the handler is cancelled at once, and nothing else is affected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEVER = 3600.0
 
 
 class Handler:
-    """Waits, and tells what became of each request."""
+    """Waits, and records what happens to each request."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
@@ -171,7 +171,7 @@ def test_requests_that_were_sent_ahead_do_not_run() -> None:
 
 @pytest.mark.parametrize("size", [1000, 60_000, 300_000])
 def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
-    """Also above what is read ahead, where the end of the connection is not noticed before the reply."""
+    """Also above the read-ahead limit, where EOF is not noticed before the reply."""
 
     async def main() -> None:
         async with waiting() as (handler, connection):
@@ -199,7 +199,7 @@ def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
 
 @needs_posix
 def test_only_so_much_is_read_ahead_of_a_reply() -> None:
-    """A client that sends and sends fills the system's buffers, not the daemon's memory."""
+    """A client that keeps sending fills the system's buffers, not the daemon's memory."""
     most = 16 * 2**20
     frame = json.dumps({"n": 2, "text": "x" * 60_000}).encode()
 

@@ -1,4 +1,4 @@
-"""Daemons that drain at any instant, one after another: every request runs once, or its error says that it did not run."""
+"""Daemons that drain at any time, one after another: every request runs once, or its error says that it did not run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GENERATIONS = int(os.environ.get("HARNESS_TEST_DRAINS", "60"))
 
 
 class Generation:
-    """A daemon over the protocol alone, in one thread: it answers at once, and drains by the rule when it is told to."""
+    """A daemon that uses only the protocol, in one thread: it answers at once, and drains on request."""
 
     def __init__(self, ran: Counter[str]) -> None:
         self.ran = ran
@@ -60,7 +60,7 @@ class Generation:
                 self.accept() if sock is self.listener else self.read(sock)
 
     def drain(self, *, has_successor: bool) -> Generation | None:
-        """Leave, and return the generation that has taken the name before the goodbyes were said."""
+        """Drain, and return the generation that has acquired the name before the goodbyes were sent."""
         self.registration.release()
         successor = Generation(self.ran) if has_successor else None
         self.listener.close()
@@ -157,7 +157,7 @@ def test_requests_during_drains_of_servers_run_at_most_once() -> None:
 
 
 def ask_beside(serve: Callable[[], None], over: threading.Event) -> dict[str, Any]:
-    """Ask in several ways at once while `serve` runs, and return what became of each request."""
+    """Send requests in several ways while `serve` runs, and return their outcomes."""
     outcomes: dict[str, Any] = {}
 
     def note(number: Any, ask: Callable[[], dict[str, Any]]) -> None:

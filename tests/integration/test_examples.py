@@ -1,4 +1,4 @@
-"""The examples are programs that a user can copy: here each is copied, and run as it is."""
+"""The examples, each copied and run unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptors, threads, memory, disk, the accept queue run out: typed errors, one line in the log, all well afterwards."""
+"""Exhausted descriptors, threads, memory, disk and accept queue: typed errors, one log entry, and recovery."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def is_served(timeout: float = PATIENCE) -> bool:
 
 
 def becomes_served() -> bool:
-    """Whether an honest client is served now; a shortage that goes on is a typed error."""
+    """Whether an honest client is served now; during a shortage there is a typed error."""
     with contextlib.suppress(DaemonTimeout, ConnectionLost, Busy):
         return is_served(5.0)
     return False
 
 
 class Watched:
-    """A daemon whose limits can be changed while it runs, and which has to be as it was when they are lifted."""
+    """A daemon whose limits can be changed, and which has to recover when they are lifted."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self.daemon = daemon
@@ -117,7 +117,7 @@ def log_lines(*words: str) -> list[str]:
 
 @contextlib.contextmanager
 def watched(*python: str, **options: Any) -> Iterator[Watched]:
-    """Yield a daemon that serves at the end, with no more descriptors and threads than at the beginning."""
+    """Yield a daemon; at the end it must serve, without additional descriptors and threads."""
     with contextlib.ExitStack() as stack:
         if python:
             daemon = stack.enter_context(spawn_python(*python, NAME, json.dumps(options)))
@@ -134,7 +134,7 @@ def watched(*python: str, **options: Any) -> Iterator[Watched]:
 
 @contextlib.contextmanager
 def many_open_files() -> Iterator[None]:
-    """Allow us and our children what a crowd needs."""
+    """Raise the limits of this process and its children."""
     if sys.platform == "win32":
         # Handles have no such limit.
         yield
@@ -154,7 +154,7 @@ def many_open_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_crowd(count: int) -> Iterator[None]:
-    """Connect many times, as somebody would who knows nothing but the address, and say nothing."""
+    """Connect many times without the key, and send nothing."""
     address = records.load(NAME).address
     deadline = deadline_after(PATIENCE)
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def silent_crowd(count: int) -> Iterator[None]:
 
 
 def fate(action: Callable[[], object]) -> str:
-    """Return "answered", or which of our errors it was. Any other is the test's failure."""
+    """Return "answered", or the name of our error. Any other error fails the test."""
     try:
         action()
     except HarnessIPCError as error:
@@ -265,7 +265,7 @@ def test_descriptor_limit_does_not_flood_the_log() -> None:
 
 @contextlib.contextmanager
 def without_descriptors() -> Iterator[None]:
-    """Let this process open nothing more."""
+    """Keep this process from opening descriptors."""
     if sys.platform == "win32":
         raise AssertionError("for POSIX")
     import resource
@@ -461,7 +461,7 @@ def test_a_crowd_with_a_wrong_key_does_not_fill_the_log() -> None:
 
 
 def test_failing_requests_do_not_fill_the_log() -> None:
-    """Its tracebacks pushed everything else out of both files of the log within seconds."""
+    """Regression: tracebacks pushed everything else out of the log within seconds."""
     with watched(), connect_daemon(NAME) as client:
         for number in range(FAILURES):
             with pytest.raises(RemoteError):

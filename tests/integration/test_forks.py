@@ -1,4 +1,4 @@
-"""Children that an app forks hold nothing of its daemon's."""
+"""Forked children of an app hold no resources of the daemon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One daemon after the other under one name: what a dead one leaves, and that nobody takes a living one's."""
+"""Generations of one name: stale files of dead ones are removed, and files of a living one are not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def leave_dead_generation(name: str = "test") -> None:
 
 
 def assert_one_generation() -> None:
-    """What is there belongs to the living daemon, and it serves."""
+    """Check that all files belong to the living daemon, and that it serves."""
     assert runtime_files(".json") == ["test.json"]
     assert runtime_files(".tmp") == []
     assert len(runtime_files(".sock")) == SOCKETS

@@ -1,4 +1,4 @@
-"""A daemon that leaves: what did not run is asked of its successor, what may have run is never repeated."""
+"""Goodbyes: requests that did not run go to the successor, and those that may have run are never repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers without the key, with bad manners or about to die: the daemon drops them, keeps nothing of theirs and serves on."""
+"""Hostile, misbehaving and dying peers: the daemon drops them, frees their resources, and still serves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def serves(name: str, timeout: float = 5.0) -> bool:
 
 @contextlib.contextmanager
 def attacked_daemon(**options: Any) -> Iterator[DaemonProcess]:
-    """Yield a daemon that must serve at the end, have logged no key and have met nothing that its code did not expect."""
+    """Yield a daemon; at the end it must serve, without a key or an unexpected exception in its log."""
     with spawn_daemon("victim", **options) as daemon:
         assert serves("victim")
         yield daemon
@@ -66,7 +66,7 @@ def held_by(daemon: DaemonProcess) -> int:
 
 
 def raw_socket(data: bytes = b"") -> socket.socket:
-    """Connect as somebody would who knows nothing but the address, and send `data`."""
+    """Connect without the key, and send `data`."""
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(records.load("victim").address)
     sock.settimeout(PATIENCE)
@@ -75,7 +75,7 @@ def raw_socket(data: bytes = b"") -> socket.socket:
 
 
 def said(sock: socket.socket) -> bytes:
-    """Return all that the daemon says until it hangs up."""
+    """Return all that the daemon sends until it disconnects."""
     data = b""
     with contextlib.suppress(ConnectionResetError):  # it hung up without reading all that we said
         while piece := sock.recv(4096):
@@ -90,7 +90,7 @@ def dialled() -> Iterator[FrameConnection]:
 
 
 def is_dropped(connection: FrameConnection) -> bool:
-    """Whether the daemon hangs up without another word."""
+    """Whether the daemon disconnects without sending anything."""
     with pytest.raises(ConnectionLost):
         connection.recv_bytes(1 << 20)
     return True
@@ -132,7 +132,7 @@ def test_silent_peers_are_dropped_and_block_nobody(data: bytes) -> None:
 
 
 class Bomb:
-    """Makes a directory when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,7 +156,7 @@ def test_nothing_is_unpickled(victim: DaemonProcess, private_directories: Path) 
 
 
 class Recorder:
-    """A connection for the stock functions that notes what the daemon says, and lies as it is told."""
+    """A connection for the standard library's functions that records frames, and replaces some."""
 
     def __init__(self, connection: FrameConnection, lie: Callable[[bytes], bytes] = bytes) -> None:
         self.connection = connection
@@ -207,7 +207,7 @@ def test_a_client_with_a_wrong_answer_is_refused(victim: DaemonProcess, answer: 
 
 
 def test_the_daemons_own_answer_does_not_prove_a_client(victim: DaemonProcess) -> None:
-    """Somebody without the key has the daemon answer on one connection what it asks on another."""
+    """A reflection attack: the daemon's challenge on one connection is sent to it on another."""
     with dialled() as one, dialled() as other:
         one.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
         one.recv_bytes(256)
@@ -292,7 +292,7 @@ def test_a_client_that_dies_before_its_reply_leaves_nothing(victim: DaemonProces
 
 
 def mischief(number: int) -> Any:
-    """Open one of many kinds of bad connections, and return it still open."""
+    """Open one of many kinds of bad connections, and return it."""
     match number % 6:
         case 0:
             return raw_socket()

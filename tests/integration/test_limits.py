@@ -1,4 +1,4 @@
-"""What fits and what does not, in bytes, characters, types and connections; and what is in order and what at once."""
+"""Limits of bytes, characters, types and connections; order and concurrency."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_larger_limit_on_both_sides_lets_more_pass() -> None:
 
 
 def test_a_limit_below_the_channels_replies_hangs_nobody() -> None:
-    """The error that says that a reply is too large is too large itself."""
+    """The error for an oversized reply is oversized too."""
     with spawn_daemon("limits", max_message=100):
         for _ in range(2):
             with pytest.raises((RemoteError, ConnectionError)), connect_daemon("limits") as client:

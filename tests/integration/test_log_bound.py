@@ -1,4 +1,4 @@
-"""The log of a daemon: bounded whatever writes to it, and no reason to end where it can't be written."""
+"""The log of a daemon is bounded for all writers, and a failed write does not end the daemon."""
 
 from __future__ import annotations
 

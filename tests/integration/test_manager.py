@@ -1,4 +1,4 @@
-"""What a person or a program does with one daemon: start it, see its state, stop it, and what it then has and leaves."""
+"""Managing one daemon: start, state, health, versions, stop."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def test_a_daemon_that_drains_already_for_long_can_be_stopped(base: Path) -> Non
 
 
 def test_a_daemon_is_still_asked_to_stop_after_the_clock_was_set() -> None:
-    """The system tells the time of a process' creation by the clock of now: it seems to be another process."""
+    """The system reports creation times by the current clock, so the process seems to be another one."""
     pid = ensure().pid
     path = runtime_path("test", "json")
     record = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Places and users that are in a manager's way: a full, read-only or deleted runtime directory, and another user's."""
+"""A full, read-only or deleted runtime directory, and one of another user."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def small(private_directories: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def used_up(directory: Path, what: str) -> Iterator[None]:
-    """Take what a file system has to give, and give it back."""
+    """Fill a file system, and free it at the end."""
     if what == "writing":
         subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True, timeout=PATIENCE)
         try:
@@ -158,7 +158,7 @@ STRANGER = 12345
 
 
 def stranger(rounds: int) -> None:
-    """Become another user, try everything again and again, and print what it came to each time."""
+    """Become another user, repeat all attempts, and print their results."""
     for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil", "queue", "harness_ipc.manager"):
         importlib.import_module(module)
     if sys.platform == "win32":
@@ -207,7 +207,7 @@ def test_another_user_gets_nothing_and_blocks_nobody(base: Path, reach: int) -> 
 
 
 def watch(other: DaemonProcess, rounds: int) -> int:
-    """See what the stranger tells, ask the daemon all the time, and return how often it answered."""
+    """Check the stranger's results, send requests all the time, and return the number of replies."""
     answered = 0
     with ThreadPoolExecutor(1) as pool:
         told = pool.submit(lambda: [json.loads(other.read_line()) for _ in range(rounds)])

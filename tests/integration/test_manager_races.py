@@ -1,4 +1,4 @@
-"""Many managers at once, and daemons killed at every point: never two daemons, never one that nobody finds, nothing left."""
+"""Many managers at once, and daemons killed at every point: never two daemons or an unreachable one, and nothing left."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_a_killed_daemon_blocks_no_successor(base: Path, death: str) -> None:
 
 
 def test_a_daemon_killed_a_moment_ago_is_stale(base: Path) -> None:
-    """The system closes a killed process' sockets before that has ended: nobody answers there, and yet it lives."""
+    """The system closes the sockets of a killed process before the process has ended."""
     pids = []
     for _ in range(KILLS):
         status = ensure()

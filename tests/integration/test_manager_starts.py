@@ -1,4 +1,4 @@
-"""How a daemon is started by others: slowly, in vain, and detached from whoever started it."""
+"""Starts of a daemon: slow, failed and detached ones."""
 
 from __future__ import annotations
 
@@ -273,14 +273,14 @@ while True:
 
 @contextlib.contextmanager
 def lasting_starter(base: Path, argv: list[str]) -> Iterator[tuple[int, int]]:
-    """Yield the pids of a starter in a session of its own, which lives on without doing anything, and of its daemon."""
+    """Yield the pids of an idle starter in a new session, and of its daemon."""
     outer = "import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     with spawn_python("-c", outer, "-c", STARTER, json.dumps(argv), str(base / "opened")) as starter:
         yield starter.pid, int(starter.read_line())
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """Return what each descriptor of a running process leads to, without those that it closes meanwhile."""
+    """Return the target of each descriptor of a running process, without those that it closes meanwhile."""
     found = {}
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):

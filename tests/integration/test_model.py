@@ -1,6 +1,6 @@
-"""Two names and everything that users, crashes and other programs do to them, in random orders: what must hold, holds.
+"""Random operations of users, crashes and other programs on two names, with invariants.
 
-``HARNESS_TEST_EXAMPLES`` is how many orders are tried, 10 by default, and another choice of them each time if it is given.
+``HARNESS_TEST_EXAMPLES`` is the number of examples, 10 by default; if it is set, they are different each time.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ OFTEN = ["of a bystander"] * (len(DAMAGES) - 1) + sorted(DAMAGES)
 
 
 class Name:
-    """What is known of one name: "absent", "running", "suspended", or "unknown" since somebody damaged its files."""
+    """The state of one name: "absent", "running", "suspended", or "unknown" after its files were damaged."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -178,7 +178,7 @@ class Name:
 
 
 class Machine(RuleBasedStateMachine):
-    """Does something, and compares what comes of it with what is known of the name."""
+    """Performs operations, and compares the results with the state of the name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class Machine(RuleBasedStateMachine):
     # Requests.
 
     def check(self, name: Name, ask: Callable[[str], Any]) -> None:
-        """Ask for a tag, which has to come back, unless it is known why it can't."""
+        """Send a tag, which must come back, unless the state explains an error."""
         tag = f"{next(self.tags)}"
         answer = failure = None
         try:
@@ -361,7 +361,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(name.clients for name in self.names))
     @rule()
     def give_up(self) -> None:
-        """Ask, and wait for no answer: it must not be the next request's."""
+        """Send a request and give up: the reply must not go to the next request."""
         for name in self.names:
             for client in name.clients:
                 with contextlib.suppress(HarnessIPCError):
@@ -449,7 +449,7 @@ def test_random_operations_on_two_names() -> None:
 
 @pytest.mark.usefixtures("base")
 def test_a_copied_record_does_not_affect_its_daemon() -> None:
-    """It once did: what the record of a dead daemon names was removed, whoever it was."""
+    """Regression: the socket named in a stale record was removed even if a living daemon used it."""
     ensure("a")
     runtime_path("b", "json").touch(mode=0o600)
     runtime_path("b", "json").write_bytes(runtime_path("a", "json").read_bytes())

@@ -1,4 +1,4 @@
-"""Two applications with daemons of one name: each meets its own, whichever function or command it uses."""
+"""Two applications with daemons of the same name: all functions and commands find their own."""
 
 from __future__ import annotations
 

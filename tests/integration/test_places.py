@@ -1,4 +1,4 @@
-"""Where the files are: without a home, behind a squatter, and in the directories of another tool."""
+"""The directories without a home, with a squatter, and created by another tool."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ os._exit(0)
 
 @pytest.fixture
 def uid() -> Iterator[int]:
-    """A user without a passwd entry, and the end of his directory."""
+    """A user without a passwd entry; the directory is removed at the end."""
     uid = 2_100_000_000 + os.getpid()
     yield uid
     shutil.rmtree(f"/tmp/harness-ipc-runtime-{uid}", ignore_errors=True)

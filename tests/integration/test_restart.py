@@ -1,4 +1,4 @@
-"""A daemon's start command: checked before a restart stops anything, kept by it, and compared by `ensure_daemon`."""
+"""The start command: checked and kept by a restart, and compared by `ensure_daemon`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter on a loop of the test's own: what it promises while it serves, and that its end leaves nothing."""
+"""The server in the test's own event loop: serving, closing, and leaving nothing."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def serving(handler: Any = echo, **options: Any) -> AsyncIterator[DaemonSe
 
 
 class Waiting:
-    """A handler that tells when it began and waits until it may go on."""
+    """A handler that signals its start and waits."""
 
     def __init__(self) -> None:
         self.began = asyncio.Event()
@@ -108,7 +108,7 @@ class Waiting:
 
 
 class Unstoppable(Waiting):
-    """One that does not let itself be cancelled either."""
+    """A handler that ignores cancellation."""
 
     async def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
         while not self.may_go_on.is_set():
@@ -433,7 +433,7 @@ def test_context_variables_do_not_leak_between_requests() -> None:
 
 
 class Blocker:
-    """A handler that blocks its event loop when it is told to."""
+    """A handler that blocks its event loop on request."""
 
     def __init__(self) -> None:
         self.release = threading.Event()

@@ -1,4 +1,4 @@
-"""A `Service` over real connections: its methods, streams and threads, what it refuses, and what a departure does."""
+"""A `Service` over real connections: methods, streams, threads, errors and disconnects."""
 
 from __future__ import annotations
 
@@ -437,7 +437,7 @@ def test_a_child_that_a_thread_forks_and_lets_go_ends_there() -> None:
             assert os.waitstatus_to_exitcode(client.call("leave", fails=True)) == 1
 
 
-# Departure.
+# Disconnects.
 
 
 @pytest.mark.parametrize("name", ["wait_anyway", "items_anyway"])

@@ -1,4 +1,4 @@
-"""A client that starts its daemon: absent or leaving, it is there for the call, and nothing runs twice."""
+"""A client that starts its daemon if that is absent or stopping; no request runs twice."""
 
 from __future__ import annotations
 

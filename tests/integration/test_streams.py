@@ -1,4 +1,4 @@
-"""Handlers that send several replies, over real connections: items, progress, slow readers, departure, forgery."""
+"""Streams over real connections: items, progress, slow readers, disconnects, reserved keys."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def test_a_slow_reader_stops_the_producer() -> None:
 
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_leaving_a_stream_cancels_its_producer(size: int) -> None:
-    """Also one that waits for its reader."""
+    """Even if it waits for its reader."""
 
     def leave() -> None:
         with connect_daemon("test") as client:

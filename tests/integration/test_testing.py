@@ -1,4 +1,4 @@
-"""What users' tests are given: private namespaces, daemons that end with them, and the fixtures of pytest."""
+"""`harness_ipc.testing` and the pytest fixtures."""
 
 from __future__ import annotations
 

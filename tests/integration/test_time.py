@@ -1,4 +1,4 @@
-"""Clocks that are set, processes that are suspended, loops that are blocked: only monotonic time counts, and all comes back."""
+"""Clock changes, suspended processes and blocked loops: only monotonic time counts, and everything recovers."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_with_a_partial_proc_no_other_process_is_signalled(base: Path) -> None:
 
 
 class Asker:
-    """A client in a thread of its own, which asks again and again, each time something else, and takes only its own answer."""
+    """A client in a thread that keeps sending different requests, and checks that each gets its own reply."""
 
     def __init__(self, tag: str, kept: bool) -> None:
         self.tag = tag

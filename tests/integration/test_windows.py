@@ -1,6 +1,6 @@
-"""What is Windows' own: pipes and who may open them, files that somebody else holds open, jobs, redirectors, code pages.
+"""Behavior specific to Windows: access to pipes, open files, jobs, redirectors, code pages.
 
-What a daemon does is the same on every system, and most of it is tested beside this file, there as here.
+The other integration tests run on Windows too.
 """
 
 from __future__ import annotations
@@ -431,7 +431,7 @@ OPENING = pytest.mark.parametrize("opening", [reads, reads_without_sharing_remov
 
 @contextlib.contextmanager
 def let_go_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[list[OSError]]:
-    """Have whoever has the file open close it as soon as `os.<name>` has failed, and yield the failures."""
+    """Close the open file as soon as `os.<name>` has failed, and yield the failures."""
     real = getattr(os, name)
     failures: list[OSError] = []
 
@@ -726,7 +726,7 @@ def test_a_failed_start_behind_a_redirector_has_its_reason() -> None:
 
 @pytest.fixture
 def code_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have new processes speak in the system's code page, as they do unless they are told otherwise."""
+    """Let new processes use the system's code page, as by default."""
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
     said = run_python("-c", "import sys; print(sys.flags.utf8_mode, sys.stdout.encoding)").stdout.split()
