@@ -15,6 +15,7 @@ import pytest
 
 from harness_ipc import __version__, identify, request
 from harness_ipc._registry import records
+from tests.support.commands import run_here
 from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
 
@@ -113,17 +114,32 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
         (["call", "--timeout", "-1", "{}"], 2, "--timeout"),
         (["call", "--timeout", "nan", "{}"], 2, "--timeout"),
         (["ping", "--name", "a/b"], 2, "is not a daemon name"),
-        (["serve", "os"], 2, "is not MODULE:APP"),
         ([], 2, "COMMAND"),
         (["call", "{}"], 3, "no daemon 'default' is running"),
         (["ping"], 3, "no daemon 'default' is running"),
-        (["serve", "nosuchmodule:app"], 6, "nosuchmodule"),
-        (["serve", "os:nosuchapp"], 6, "nosuchapp"),
-        (["serve", "os:sep"], 6, "app must be an async function or an object with an async handle(), not str"),
     ],
 )
-def test_errors_are_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
-    result = _run(*arguments)
+def test_errors_are_one_line_and_a_status(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, words: str
+) -> None:
+    *found, error = run_here(capsys, *arguments)
+    assert found == [status, ""]
+    assert words in error
+    if not error.startswith("usage:"):
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("app", "status", "words"),
+    [
+        ("os", 2, "is not MODULE:APP"),
+        ("nosuchmodule:app", 6, "nosuchmodule"),
+        ("os:nosuchapp", 6, "nosuchapp"),
+        ("os:sep", 6, "app must be an async function or an object with an async handle(), not str"),
+    ],
+)
+def test_apps_that_can_not_be_served_are_one_line_and_a_status(app: str, status: int, words: str) -> None:
+    result = _run("serve", app)
     assert (result.returncode, result.stdout) == (status, "")
     assert words in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness_ipc import Namespace, connect_daemon
+from tests.support.commands import run_here
 from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python
 
@@ -56,8 +59,26 @@ run_daemon(Words(), "words", app_version="7", on_ready=lambda _: print("ready", 
 """
 
 
+@pytest.fixture(scope="module")
+def directory() -> Iterator[str]:
+    """The runtime directory of the daemon of all these tests."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("HARNESS_IPC_RUNTIME_DIR", directory)
+        patch.setenv("HARNESS_IPC_LOG_DIR", directory)
+        with spawn_words():
+            yield directory
+
+
 @pytest.fixture
-def words() -> Iterator[DaemonProcess]:
+def words(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", directory)
+
+
+@contextlib.contextmanager
+def spawn_words() -> Iterator[DaemonProcess]:
     with spawn_python("-c", SERVICE) as daemon:
         assert daemon.read_line() == "ready"
         yield daemon
@@ -79,7 +100,8 @@ def call(*arguments: str) -> tuple[int, list[str], list[str]]:
     return run("call", "--name", "words", *arguments)
 
 
-def test_a_result_is_one_line_of_json(words: DaemonProcess) -> None:
+@pytest.mark.usefixtures("words")
+def test_a_result_is_one_line_of_json() -> None:
     assert call("count", "text=a b=c") == (0, ["2"], [])
     assert call("count", "text=", "times:=3") == (0, ["0"], [])
     assert call("count", 'text:="a b"', "times:= 2 ") == (0, ["4"], [])
@@ -87,13 +109,15 @@ def test_a_result_is_one_line_of_json(words: DaemonProcess) -> None:
     assert call('{"method": "count", "params": {"text": "a"}}') == (0, ['{"result": 1}'], [])
 
 
-def test_a_stream_is_a_line_for_each_item(words: DaemonProcess) -> None:
+@pytest.mark.usefixtures("words")
+def test_a_stream_is_a_line_for_each_item() -> None:
     assert call("items", "n:=2") == (0, ['{"done": 0, "total": 2}', '{"done": 1, "total": 2}'], [])
     assert call("items", "n:=0") == (0, [], [])
     assert call('{"method": "items", "params": {"n": 1}, "more": true}') == (0, ['{"done": 0, "total": 1}'], [])
 
 
-def test_progress_goes_to_stderr(words: DaemonProcess) -> None:
+@pytest.mark.usefixtures("words")
+def test_progress_goes_to_stderr() -> None:
     status, out, errors = call("work")
     assert (status, out) == (0, ['"worked"'])
     assert [json.loads(line) for line in errors] == [*({"done": i, "total": 2} for i in range(3)), "nearly"]
@@ -102,7 +126,8 @@ def test_progress_goes_to_stderr(words: DaemonProcess) -> None:
 
 
 @needs_posix
-def test_progress_on_a_terminal_is_a_bar(words: DaemonProcess) -> None:
+@pytest.mark.usefixtures("words")
+def test_progress_on_a_terminal_is_a_bar() -> None:
     import pty
 
     terminal, end = pty.openpty()
@@ -139,18 +164,18 @@ def test_progress_on_a_terminal_is_a_bar(words: DaemonProcess) -> None:
         (["--timeout", "0.2", "hang"], 4, "timed out"),
     ],
 )
-def test_errors_are_one_line(words: DaemonProcess, arguments: list[str], status: int, text: str) -> None:
-    found, _, errors = call(*arguments)
-    assert (found, len(errors)) == (status, 1)
-    assert errors[0].startswith("harness-ipc: ")
-    assert text in errors[0]
+@pytest.mark.usefixtures("words")
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, text: str) -> None:
+    found, _, error = run_here(capsys, "call", "--name", "words", *arguments)
+    assert (found, error.count("\n")) == (status, 1)
+    assert error.startswith("harness-ipc: ")
+    assert text in error
 
 
 @needs_posix
-def test_ctrl_c_cancels_the_method_and_exits_with_130(words: DaemonProcess) -> None:
-    with subprocess.Popen(
-        command("call", "--name", "words", "hang"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+def test_ctrl_c_cancels_the_method_and_exits_with_130() -> None:
+    hang = command("call", "--name", "words", "hang")
+    with spawn_words() as words, subprocess.Popen(hang, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b'"begun"\n'
@@ -158,7 +183,7 @@ def test_ctrl_c_cancels_the_method_and_exits_with_130(words: DaemonProcess) -> N
         assert words.read_line() == "cancelled"
         assert process.wait(PATIENCE) == 130
         assert process.stderr.read() == b""
-    assert call("count", "text=a") == (0, ["1"], [])
+        assert call("count", "text=a") == (0, ["1"], [])
 
 
 @pytest.mark.parametrize("app", ["service:Words", "service:words"])
@@ -184,7 +209,8 @@ def test_methods_of_a_plain_handler() -> None:
 # What a daemon says of itself.
 
 
-def test_describe_shows_methods_and_versions(words: DaemonProcess) -> None:
+@pytest.mark.usefixtures("words")
+def test_describe_shows_methods_and_versions() -> None:
     status, out, errors = run("describe", "--name", "words")
     assert (status, errors) == (0, [])
     assert out[0].startswith("words: app 7, harness_ipc ")

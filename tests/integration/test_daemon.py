@@ -94,7 +94,7 @@ class Talkative(App):
                 warnings.warn("careful", stacklevel=1)
             case "log":
                 for _ in range(message["lines"]):
-                    logging.getLogger("talk").info("x" * 1000)
+                    logging.getLogger("talk").info("x" * 10_000)
             case "drop":  # an exception that nobody asks for
                 asyncio.get_running_loop().call_soon({"key": 1}.pop, "dropped")
         return {"result": None}
@@ -113,11 +113,9 @@ def spawn_app(app: str, *, until: str = "ready", **options: Any) -> Iterator[Dae
 
 
 def assert_clean() -> None:
-    """Check that nothing is left of the daemon, and that a successor serves."""
+    """Check that nothing is left of the daemon, nor of its lock."""
     assert runtime_files() == []
     assert cleanup_endpoint("test")
-    with spawn_daemon("test"):
-        assert serves()
 
 
 def the_log() -> str:
@@ -516,12 +514,12 @@ def test_a_long_log_is_rotated_and_one_predecessor_kept() -> None:
     predecessor = log.with_name("test.log.1")
     with spawn_app("Talkative") as daemon:
         for _ in range(3):
-            assert request("test", {"method": "log", "lines": 4000}, timeout=PATIENCE) == {"result": None}
+            assert request("test", {"method": "log", "lines": 400}, timeout=PATIENCE) == {"result": None}
         assert request("test", {"method": "echo"}) == {"result": None}
         request("test", {"meta": "shutdown"})
         assert daemon.wait() == 0
     assert sorted(path.name for path in log.parent.iterdir()) == ["test.log", "test.log.1"]
-    assert LOG_BYTES - 2000 < predecessor.stat().st_size <= LOG_BYTES
+    assert LOG_BYTES - 11_000 < predecessor.stat().st_size <= LOG_BYTES
     assert 0 < log.stat().st_size <= LOG_BYTES
     assert "stopped test" in the_log()
     if os.name == "posix":

@@ -47,7 +47,7 @@ from tests.support.processes import PATIENCE, runtime_files, spawn_python, wait_
 CALLERS = 32 if os.name == "posix" else 8
 ROUNDS = 10 if os.name == "posix" else 2
 KILLS = 25 if os.name == "posix" else 5
-STOPS = 12
+STOPS = 12 if os.name == "posix" else 6
 # Seconds for so many interpreters on a machine that has other things to do: what is above this hangs, or starts one by one.
 STAMPEDE = 90.0
 
