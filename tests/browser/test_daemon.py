@@ -25,7 +25,6 @@ from harness_ipc import (
     connect_daemon,
     daemon_status,
     process_identity,
-    request,
     stop_daemon,
 )
 from harness_ipc.browser import helpers
@@ -41,9 +40,6 @@ from tests.support.processes import PATIENCE, wait_until
 
 pytestmark = needs_chromium
 
-# Seconds that eight processes drive eight tabs.
-MINUTE = float(os.environ.get("HARNESS_TEST_MINUTE", "60"))
-PROCESSES = 8
 # What a page does once for each request that runs.
 COUNT = "window.count = (window.count || 0) + 1"
 
@@ -712,6 +708,49 @@ def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
     assert_serves(own)
 
 
+WAITS: list[Reply] = [
+    {"meta": "wait_for_element", "selector": "#never"},
+    {"meta": "wait_for_url", "pattern": "/never"},
+    {"meta": "wait_for_network_idle", "idle": PATIENCE},
+]
+
+
+def test_a_wait_ends_with_its_browser(own: Client) -> None:
+    session = own.request({"meta": "session"})["session_id"]
+    browser = own.request({"meta": "connection_status"})["pid"]
+    with ThreadPoolExecutor(len(WAITS)) as pool:
+        waits = [pool.submit(own.request, {**wait, "session_id": session, "timeout": PATIENCE}) for wait in WAITS]
+        assert value(evaluate(own, "6 * 7", session)) == 42
+        kill(browser)
+        # The browser is lost; for one that came late the tab is gone.
+        kinds = {wait.result(PATIENCE)["error"]["type"] for wait in waits}
+    assert kinds <= {"BrowserLost", "TabClosed"}
+    assert_serves(own)
+
+
+LEAVES = """
+from harness_ipc import connect_daemon
+with connect_daemon("browser") as daemon:
+    daemon.request({"meta": "wait_for_element", "selector": "#never", "timeout": 3600}, timeout=3600)
+"""
+
+
+def test_a_wait_ends_with_its_client(client: Client) -> None:
+    def is_idle() -> bool:
+        return bool(client.request({"meta": "ping"})["idle"] > 0)
+
+    # Being in a tab is a request in flight, too.
+    helpers.disconnect()
+    wait_until(is_idle)
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", LEAVES]) as waiting:
+        try:
+            wait_until(lambda: not is_idle())
+        finally:
+            waiting.kill()
+    wait_until(is_idle)
+    assert_serves(client)
+
+
 def test_helpers_raise_once_for_a_lost_tab(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill(own.request({"meta": "connection_status"})["pid"])
@@ -1000,68 +1039,3 @@ def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.M
     helpers.connect()
     with connected() as daemon:
         assert_serves(daemon)
-
-
-# Many processes.
-
-
-@contextlib.contextmanager
-def drivers(number: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start so many processes of `tests.browser.driver`; ``{}`` is each one's number. They wait for a line."""
-    pipe = subprocess.PIPE
-    processes = []
-    try:
-        for index in range(number):
-            words = [word.replace("{}", str(index)) for word in arguments]
-            command = [sys.executable, "-W", "error", "-m", "tests.browser.driver", *words]
-            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8"))
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        yield processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-def results(processes: list[subprocess.Popen[str]], patience: float) -> list[Any]:
-    """Let them begin, and return what each one said at its end."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    with ThreadPoolExecutor(len(processes)) as pool:
-        ends = list(pool.map(lambda process: process.communicate(timeout=patience), processes))
-    # Of a traceback, what it says.
-    assert [errors.splitlines()[-1:] for _, errors in ends] == [[]] * len(processes)
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return [json.loads(output) for output, _ in ends]
-
-
-def test_eight_first_uses_at_once_are_one_daemon_and_one_browser(fresh: Path) -> None:
-    with drivers(PROCESSES, "look") as processes:
-        assert not (fresh / "run").exists()
-        found = results(processes, PATIENCE)
-    assert found == [found[0]] * PROCESSES
-    assert found[0]["url"] == "about:blank"
-    assert main_processes(fresh) == {found[0]["browser"]}
-    assert helpers.connect().pid == found[0]["daemon"]
-    assert the_log("browser").count("INFO harness_ipc.daemon: starting browser") == 1
-    assert the_log("browser").count("started pid") == 1
-    with connected() as daemon:
-        assert_serves(daemon)
-
-
-@pytest.mark.timeout(MINUTE + 4 * PATIENCE)
-def test_eight_processes_drive_eight_tabs_at_once(client: Client, site: Site) -> None:
-    before = request("browser", {"meta": "connection_status"}, timeout=PATIENCE)
-    with drivers(PROCESSES, "drive", site.url, "driver-{}", str(MINUTE)) as processes:
-        found = results(processes, MINUTE + 2 * PATIENCE)
-    print([result["rounds"] for result in found])
-    assert len(found) == PROCESSES
-    assert all(result["rounds"] > 0 and result["screenshots"] > 0 for result in found)
-    after = request("browser", {"meta": "connection_status"}, timeout=PATIENCE)
-    assert (after["pid"], after["connected"]) == (before["pid"], True)
-    assert_serves(client)
