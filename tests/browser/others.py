@@ -105,9 +105,13 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = os.name == "posix"
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 @contextlib.contextmanager
-def _serving(handler: type[socketserver.BaseRequestHandler], port: int = 0) -> Iterator[int]:
-    with _Server(("127.0.0.1", port), handler) as server:
+def _serving(handler: type[socketserver.BaseRequestHandler], port: int = 0, host: str = "127.0.0.1") -> Iterator[int]:
+    with (_Server6 if ":" in host else _Server)((host, port), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
@@ -155,6 +159,14 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def has_ipv6() -> bool:
+    """Return whether this machine has ``::1``."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[int]:
     """Yield a bound port that does not listen."""
@@ -178,8 +190,8 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relaying(target: int) -> Iterator[Relay]:
-    """Yield a port that relays to the port `target`."""
+def relaying(target: int, host: str = "127.0.0.1") -> Iterator[Relay]:
+    """Yield a port of `host` that relays to the port `target` of 127.0.0.1."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -199,7 +211,7 @@ def relaying(target: int) -> Iterator[Relay]:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
 
-    with _serving(Handler) as port:
+    with _serving(Handler, host=host) as port:
         relay = Relay(port)
         try:
             yield relay

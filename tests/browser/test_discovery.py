@@ -28,7 +28,17 @@ from harness_ipc.browser.errors import BrowserNotFound
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import command_line, find_binary, has_display, is_root
 from tests.browser.conftest import harness_browser, kill, processes_of, suspended
-from tests.browser.others import OtherBrowser, answering, free_port, http, other_browser, refusing, without_http
+from tests.browser.others import (
+    OtherBrowser,
+    answering,
+    free_port,
+    has_ipv6,
+    http,
+    other_browser,
+    refusing,
+    relaying,
+    without_http,
+)
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
 from tests.support.marks import needs_chromium, needs_linux, needs_posix, needs_root
@@ -372,6 +382,29 @@ def test_secrets_of_an_address_are_in_no_message_or_log(variable: str, address: 
     assert "None" not in text
     assert SECRET not in text + the_log("browser")
     assert_own_browser_serves(monkeypatch, variable)
+
+
+@pytest.mark.parametrize("variable", ["BU_CDP_URL", "BU_CDP_WS"])
+def test_a_host_name_is_resolved_before_the_browser_sees_it(
+    variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+    names = {"browser.example": "127.0.0.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **kind: resolve(names.get(host, host), *more, **kind))
+    address = f"{'http' if variable == 'BU_CDP_URL' else 'ws'}://browser.example:{theirs.port}"
+    monkeypatch.setenv(variable, address if variable == "BU_CDP_URL" else f"{address}{theirs.path}")
+    assert find() == f"{variable}, {address}"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_a_browser_that_listens_on_ipv6_alone_is_found(
+    theirs: OtherBrowser, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with relaying(theirs.port, "::1") as relay:
+        monkeypatch.setattr(discovery, "PORTS", (relay.port,))
+        assert find() == f"port {relay.port}"
+        active_port.write_text(f"{relay.port}\n{theirs.path}")
+        assert find() == f"DevToolsActivePort of {active_port.parent}, port {relay.port}"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler
+
 import pytest
 
 from harness_ipc.browser.errors import CDPError, LoginFailed
@@ -12,8 +14,9 @@ from harness_ipc.browser.helpers import (
     js,
     page_info,
     switch_tab,
+    wait_for_load,
 )
-from tests.browser.site import Site, visit
+from tests.browser.site import LOGIN, LocalServer, Site, visit
 from tests.support.marks import needs_chromium
 from tests.support.processes import PATIENCE, wait_until
 
@@ -91,3 +94,34 @@ def test_requests_that_a_client_intercepts_are_its_own(site: Site) -> None:
     wait_until(is_paused)
     cdp("Fetch.fulfillRequest", requestId=seen[0], responseCode=200, body="")
     assert js("window.answer", timeout=PATIENCE) == ""
+
+
+@pytest.mark.usefixtures("page")
+def test_a_proxy_asks_for_a_login() -> None:
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["Proxy-Authorization"] == LOGIN
+            body = b"<!doctype html><title>Through</title>" if known else b"<!doctype html><title>Stop</title>"
+            self.send_response(200 if known else 407)
+            if not known:
+                self.send_header("Proxy-Authenticate", 'Basic realm="the proxy"')
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    proxy = LocalServer()
+    proxy.serve(Proxy)
+    try:
+        context = cdp("Target.createBrowserContext", proxyServer=proxy.url)["browserContextId"]
+        switch_tab(cdp("Target.createTarget", url="about:blank", browserContextId=context)["targetId"])
+        visit("http://harness.invalid/")
+        login = page_info()["login"]
+        assert (login["origin"], login["realm"], login["source"]) == (proxy.url, "the proxy", "Proxy")
+        with pytest.raises(LoginFailed, match="refused the user and the password"):
+            handle_login("Ada", "wrong", timeout=PATIENCE)
+        handle_login("Ada", "secret", timeout=PATIENCE)
+        assert wait_for_load(PATIENCE)
+        assert (page_info()["title"], "login" in page_info()) == ("Through", False)
+    finally:
+        proxy.close()
