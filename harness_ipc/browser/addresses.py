@@ -18,10 +18,10 @@ class UnusableProxy(ValueError):
 
 
 def is_local(url: str) -> bool:
-    """Return whether the host of `url` is a literal loopback address or localhost."""
-    host = address_of(url)[0]
+    """Return whether the host of `url` is a literal loopback address, localhost or a name below it (RFC 6761)."""
+    host = address_of(url)[0].removesuffix(".")
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

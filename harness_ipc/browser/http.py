@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from .addresses import is_local
 from .arguments import check_kind, check_seconds, check_text, check_url
 from .errors import BrowserError, BrowserTimeout, HTTPError
 
@@ -110,7 +111,7 @@ def _opener(tab: Tab, cookies: bool, timeout: float) -> OpenerDirector:
 
     class Proxy(urllib.request.ProxyHandler):
         def proxy_open(self, request: Request, *arguments: Any) -> Any:
-            return None if is_this_machine(request.host) else super().proxy_open(request, *arguments)
+            return None if is_local(request.full_url) else super().proxy_open(request, *arguments)
 
     class AnyStatus(urllib.request.HTTPErrorProcessor):
         def http_response(self, request: Request, response: Any) -> Any:
@@ -119,18 +120,6 @@ def _opener(tab: Tab, cookies: bool, timeout: float) -> OpenerDirector:
         https_response = http_response
 
     return urllib.request.build_opener(Redirect, Proxy, AnyStatus)
-
-
-def is_this_machine(host: str) -> bool:
-    """Return whether a host, perhaps with a port, is a loopback address."""
-    import ipaddress
-    from urllib.parse import urlsplit
-
-    try:
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _read(response: Any, deadline: float) -> bytes:

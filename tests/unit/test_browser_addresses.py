@@ -31,6 +31,8 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://localhost:1", True),
         ("ws://127.0.0.2/x", True),
         ("http://[::1]:9222", True),
+        ("http://a.b.LocalHost.:9222", True),
+        ("http://localhost.example", False),
         (REMOTE, False),
         ("http://[", False),
     ],
