@@ -119,8 +119,12 @@ def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     if error.get("executed") is False:
         return _NOT_EXECUTED.get(kind, RemoteError)(text, type=kind, data=data, maybe_executed=False)
     known = classes.get(kind, RemoteError)
-    # Not known(...): an application's class may have another signature.
-    made = known.__new__(known, text)
+    # Not known(...): an application's class may have another signature. Nor known.__new__: that is RuntimeError's, which Python
+    # refuses for an OSError.
+    base: Any = known
+    while "__new__" not in vars(base):
+        base = base.__base__
+    made: RemoteError = base.__new__(known, text)
     RemoteError.__init__(made, text, type=kind, data=data)
     return made
 

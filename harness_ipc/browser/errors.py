@@ -19,7 +19,8 @@ RemoteError (of harness_ipc)
     ├── CDPError                                  the browser answered with an error
     └── JavaScriptError                           code in the page threw an exception
 
-The daemon raises them, and the helpers raise the same class, text and data again (`from_reply`).
+The daemon raises them, and the helpers raise the same class, text and data again (`from_reply`; for streams, the channel knows
+`CLASSES`).
 """
 
 from __future__ import annotations
@@ -131,12 +132,13 @@ class JavaScriptError(BrowserError):
     """Code in the page threw an exception. The text has its message, and its stack if there is one."""
 
 
-_CLASSES = {kind.__name__: kind for kind in BrowserError.__subclasses__()}
+# By name.
+CLASSES = {kind.__name__: kind for kind in BrowserError.__subclasses__()}
 
 
 def is_ours(kind: str) -> bool:
     """Return whether `kind` is the name of an error of this module."""
-    return kind in _CLASSES
+    return kind in CLASSES
 
 
 def node_gone(name: str, **data: Any) -> ElementNotFound:
@@ -144,16 +146,11 @@ def node_gone(name: str, **data: Any) -> ElementNotFound:
     return ElementNotFound(f"the node of {name} is gone from the page: call snapshot() again", **data)
 
 
-def from_remote(error: RemoteError) -> RemoteError:
-    """Return the exception for an error of a stream, which the channel raises as a `RemoteError`."""
-    return from_reply({"type": error.type, "message": error.message, "data": error.data})
-
-
 def from_reply(error: Any) -> RemoteError:
     """Return the exception for the ``"error"`` of a reply: a `RemoteError` if its type is not one of this module."""
     if not isinstance(error, dict):
         return RemoteError(str(error))
-    kind, data = _CLASSES.get(str(error.get("type"))), error.get("data")
+    kind, data = CLASSES.get(str(error.get("type"))), error.get("data")
     message = str(error.get("message", error))
     if kind is None:
         return RemoteError(message, type=str(error.get("type", "")), data=data)

@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 
-from harness_ipc import ConnectionLost, DaemonNotRunning, HarnessIPCError, RemoteError, connect_daemon
+from harness_ipc import ConnectionLost, DaemonNotRunning, HarnessIPCError, connect_daemon
 
 from . import MAX_MESSAGE, check_extra, is_ours, not_ours
-from .errors import BrowserLost, from_remote, from_reply
+from .errors import CLASSES, BrowserLost, from_reply
 from .own_imports import without_program_directory
 from .requested import asked
 
@@ -56,11 +56,8 @@ class Place:
         self.client = client
         self.process = os.getpid()
         self._stream = client.stream("enter_tab", wanted, timeout=timeout)
-        try:
-            # The only item: the stream stays open until the place is left.
-            reply = next(self._stream)
-        except RemoteError as error:
-            raise from_remote(error) from None
+        # The only item: the stream stays open until the place is left.
+        reply = next(self._stream)
         self.generation = client.generation
         self.number: str = reply["place"]
         self.update(reply)
@@ -160,7 +157,7 @@ def _connect(name: str, timeout: float, on_progress: Callable[[Any], object] | N
 
 def _find(name: str, timeout: float) -> Client:
     """Return the client of a running daemon whose browser is connected, and is the one that the environment asks for."""
-    client = connect_daemon(name, max_message=MAX_MESSAGE)
+    client = connect_daemon(name, max_message=MAX_MESSAGE, errors=CLASSES.values())
     try:
         if not is_ours(client.app_version):
             raise not_ours(name)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 
-from harness_ipc import RemoteError
-
 from . import BROWSER_DOMAINS, LONGEST, TIMEOUT, daemon_name, javascript, pages
 from .arguments import check_seconds, check_text
-from .errors import CDPError, DialogOpen, TabClosed, from_remote, from_reply
+from .errors import CDPError, DialogOpen, TabClosed, from_reply
 from .own_imports import without_program_directory
 from .place import START_TIMEOUT, Connection, Place
 
@@ -273,11 +271,8 @@ class Tab:
         params = {name: value for name, value in message.items() if name != "meta"}
         if not params.get("session_id"):
             params["session_id"] = self.enter(timeout=timeout).session
-        try:
-            with self.browser.connect().stream(message["meta"], params, timeout=timeout) as items:
-                yield from items
-        except RemoteError as error:
-            raise from_remote(error) from None
+        with self.browser.connect().stream(message["meta"], params, timeout=timeout) as items:
+            yield from items
 
     def cdp(self, /, method: str, session_id: str | None = None, *, timeout: float = TIMEOUT, **params: Any) -> dict[str, Any]:
         """Call a method of the Chrome DevTools Protocol, and return its result.

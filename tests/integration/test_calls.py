@@ -161,7 +161,22 @@ class NotIndexed(RemoteError, LookupError):
         super().__init__(f"{folder} is not indexed", data=[folder, line])
 
 
+class NotThere(RemoteError, FileNotFoundError):
+    pass
+
+
 NOT_INDEXED = {"type": "NotIndexed", "message": "src is not indexed", "data": ["src", 3]}
+
+
+def test_a_registered_class_may_be_an_oserror() -> None:
+    reply = {"error": {"type": "NotThere", "message": "it is not there"}}
+    with (
+        scripted.daemon(produce(reply)),
+        connect_daemon("test", errors=[NotThere]) as client,
+        pytest.raises(FileNotFoundError) as caught,
+    ):
+        client.call("m")
+    assert (type(caught.value), str(caught.value)) == (NotThere, "NotThere: it is not there")
 
 
 def test_an_error_is_raised_as_the_registered_class_of_its_name() -> None:
