@@ -226,23 +226,24 @@ def _thrown(details: dict[str, Any], expression: str, prefix: str) -> JavaScript
     frame = next(iter(details.get("stackTrace", {}).get("callFrames", [])), None)
     place = frame or details
     line, column = place["lineNumber"], place["columnNumber"]
-    text = _exception_text(details)
+    text = exception_text(details)
     if line == 0 and not place.get("url") and not (frame and prefix.startswith(_IF_EVAL)):
         column -= len(prefix)
     if prefix and line > expression.count("\n"):
         # The closing brace is that of our block.
         text = text.replace("Unexpected token '}'", "Unexpected end of input")
         line, column = expression.count("\n"), len(expression.rpartition("\n")[2])
-    return JavaScriptError(escape_control(text, allow="\n\t"), line=line, column=column)
+    return JavaScriptError(text, line=line, column=column)
 
 
-def _exception_text(details: dict[str, Any]) -> str:
+def exception_text(details: dict[str, Any]) -> str:
+    """Return what was thrown as text, by CDP's ``exceptionDetails``, without control characters."""
     exception = details.get("exception") or {}
     text = exception.get("description")
     if text is None and "value" in exception:
         value = exception["value"]
         text = value if isinstance(value, str) else {None: "null", True: "true", False: "false"}.get(value, str(value))
-    return text or str(details.get("text", "the page's code threw"))
+    return escape_control(text or str(details.get("text", "the page's code threw")), allow="\n\t")
 
 
 def _unserializable(text: str) -> float | int:

@@ -19,6 +19,7 @@ from .errors import (
     JavaScriptError,
     node_gone,
 )
+from .javascript import exception_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ class Node:
         options = {"returnByValue": by_value, "awaitPromise": True, "userGesture": True, "objectGroup": self.group}
         reply = self.cdp("Runtime.callFunctionOn", functionDeclaration=declaration, arguments=values, **options)
         if (details := reply.get("exceptionDetails")) is not None:
-            exception = details.get("exception") or {}
-            text = str(exception.get("description") or details.get("text"))
-            raise JavaScriptError(escape_control(text, allow="\n\t"))
+            raise JavaScriptError(exception_text(details))
         result: dict[str, Any] = reply["result"]
         return result
 
