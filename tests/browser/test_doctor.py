@@ -379,9 +379,6 @@ def test_an_invalid_address(fresh: Path, monkeypatch: pytest.MonkeyPatch, variab
     # Nor does a command stumble over it.
     refused = harness_browser("-c", "1")
     assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)
-    monkeypatch.delenv(variable)
-    assert troubles() == []
-    assert serves()
 
 
 def test_a_profile_that_another_daemon_uses(warm: tuple[int, int]) -> None:
