@@ -27,10 +27,12 @@ NEED_EXTRA = [
     "test_cli.py",
     "test_daemon.py",
     "test_doctor.py",
+    "test_downloads.py",
     "test_launcher.py",
     "test_local.py",
     "test_pipe.py",
     "test_requested.py",
+    "test_restarts.py",
     "test_tabs.py",
 ]
 collect_ignore = [] if importlib.util.find_spec("websockets") else NEED_EXTRA
