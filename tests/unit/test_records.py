@@ -183,7 +183,8 @@ def test_no_record_is_no_daemon(run: Path) -> None:
 def test_every_torn_record_is_no_daemon(ready: Registration, run: Path) -> None:
     key = ready.record.authkey.hex()
     whole = (run / "d.json").read_bytes().rstrip()
-    for size in range(len(whole)):
+    # Under Wine each takes 20 ms.
+    for size in range(0, len(whole), 1 if os.name == "posix" else 7):
         write(run / "d.json", whole[:size])
         assert type(load_error(key)) is DaemonNotRunning, size
     write(run / "d.json", whole)

@@ -127,9 +127,10 @@ def install(cache: Path, version: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         pinned = Path(__file__).with_name(f"requirements-{version}.txt")
         _pip("--target", str(home), "--require-hashes", "-r", str(pinned))
-        if (wmi := home / "DLLs" / "_wmi.pyd").exists():
-            # Whatever asks `platform` would end the process on Wine 8.
-            wmi.rename(wmi.with_suffix(".off"))
+        # Whatever asks `platform` would end the process on Wine 8. OpenSSL, which nothing here needs, loads Wine's fonts.
+        for name in ("_wmi", "_ssl", "_hashlib"):
+            if (extension := home / "DLLs" / f"{name}.pyd").exists():
+                extension.rename(extension.with_suffix(".off"))
         # Setuptools would be imported by every process.
         (home / "Lib" / "site-packages" / "distutils-precedence.pth").unlink(missing_ok=True)
         (home / "ready").touch()
