@@ -176,6 +176,18 @@ def test_a_start_that_takes_long_says_so_on_a_terminal(fresh: Path, monkeypatch:
             assert process.wait(PATIENCE) == 6
 
 
+def test_a_warm_command_imports_only_what_it_needs(warm: Path) -> None:
+    program = (
+        # What measures coverage is there already.
+        "import sys; before = set(sys.modules); from harness_ipc.browser import cli; "
+        "cli.main(['-c', 'print(page_info()[\"w\"])']); "
+        "print({'argparse', 'asyncio', 'shlex', 'shutil', 'subprocess', 'traceback'} & (set(sys.modules) - before))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    width, heavy = run.stdout.splitlines()
+    assert (int(width) > 0, heavy, run.stderr) == (True, "set()", "")
+
+
 # What is run.
 
 
