@@ -182,7 +182,7 @@ class Soak:
         return False
 
     def summary(self) -> bool:
-        """Print the summary, and return whether all is well."""
+        """Print the summary, and return whether nothing failed."""
         served = self.is_served()
         lost = self.asked - self.fates.total()
         failures = {"lost": lost, "crossed": self.crossed, "hung": self.hung, "unexpected": len(self.unexpected)}
