@@ -18,9 +18,11 @@ from .requested import asked
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Literal
+    from typing import Any, Literal, TypeVar
 
     from harness_ipc import Client
+
+    _T = TypeVar("_T")
 
 # Seconds for the daemon to start, including its browser, whose user may have to allow the connection.
 START_TIMEOUT = 60.0
@@ -107,8 +109,7 @@ class Connection:
 
     def enter(self, wanted: dict[str, Any], timeout: float) -> Place:
         """Return a new place in the tab that is `wanted`. `connect` first."""
-        assert self.client is not None, "used before `connect`"
-        place = Place(self.client, wanted, timeout)
+        place = self._with_daemon(lambda client: Place(client, wanted, timeout))
         if place.own:
             if not self._own:
                 atexit.register(self.close)
@@ -116,15 +117,19 @@ class Connection:
         return place
 
     def ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Return the daemon's reply. If the daemon ended before it got the message, start it again."""
+        """Return the daemon's reply."""
+        return self._with_daemon(lambda client: client.request(message, timeout=timeout))
+
+    def _with_daemon(self, send: Callable[[Client], _T]) -> _T:
+        """Return what `send` does. If the daemon ended before it got the message, start it again."""
         assert self.client is not None, "used before `connect`"
         try:
-            return self.client.request(message, timeout=timeout)
+            return send(self.client)
         except (ConnectionLost, DaemonNotRunning) as error:
             if error.maybe_executed:
                 raise
             start_daemon(self.client.name)
-        return self.client.request(message, timeout=timeout)
+        return send(self.client)
 
     def leave(self, place: Place) -> None:
         """Leave a tab; it is closed if it was opened for this process."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _GRACE = 2.0
 
 # Requests that are safe in a tab other than the one expected.
-_GOES_ELSEWHERE = {"Page.navigate", "current_tab", "drain_events", "pending_dialog", "session"}
+_GOES_ELSEWHERE = {"Page.navigate", "current_tab", "drain_events", "pending_dialog"}
 
 
 class Browser:
@@ -270,7 +270,8 @@ class Tab:
         check_seconds("timeout", timeout)
         params = {name: value for name, value in message.items() if name != "meta"}
         if not params.get("session_id"):
-            params["session_id"] = self.enter(timeout=timeout).session
+            # If the daemon has ended, this starts it and returns to the tab.
+            params["session_id"] = self.request({"meta": "session"}, timeout=timeout)["session_id"]
         with self.browser.connect().stream(message["meta"], params, timeout=timeout) as items:
             yield from items
 

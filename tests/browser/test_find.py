@@ -78,7 +78,7 @@ def test_iframes_are_searched(page: str, site: Site) -> None:
 
 
 def test_criteria_that_can_not_be_used(page: str) -> None:
-    with pytest.raises(TypeError, match="takes a role, a name, a text"):
+    with pytest.raises(TypeError, match="needs a role, name, text"):
         find()
     with pytest.raises(TypeError, match=r"find\(\): role must be str, not int: 5"):
         find(role=5)  # type: ignore[arg-type]

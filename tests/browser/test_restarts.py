@@ -11,6 +11,7 @@ from harness_ipc.browser import helpers
 from harness_ipc.browser.errors import TabClosed
 from tests.browser.others import other_browser
 from tests.support.marks import needs_chromium
+from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 
@@ -41,3 +42,21 @@ def test_after_a_restart_a_page_can_be_gone_to_at_once() -> None:
     assert stop_daemon("browser")
     helpers.goto_url("data:text/html,<title>next</title>")
     assert helpers.page_info()["title"] == "next"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_tab_is_entered_in_the_next_daemon() -> None:
+    helpers.connect()
+    assert stop_daemon("browser")
+    assert helpers.page_info()["url"] == "about:blank"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_events_of_a_lost_tab_raise_before_those_of_another() -> None:
+    helpers.js("window.kept = 42")
+    assert stop_daemon("browser")
+    with pytest.raises(TabClosed):
+        helpers.events("Page.loadEventFired")
+    with helpers.events("Page.loadEventFired", timeout=PATIENCE) as events:
+        helpers.goto_url("data:text/html,<title>next</title>")
+        assert next(events)["method"] == "Page.loadEventFired"
