@@ -270,7 +270,7 @@ def test_thirty_servers_one_after_the_other_leave_nothing() -> None:
         before = os.listdir("/proc/self/fd")
         for _ in range(30):
             await live()
-        assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
         assert os.listdir(runtime_dir()) == ["test.lock"]
 
     run(main)
