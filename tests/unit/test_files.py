@@ -318,8 +318,11 @@ def test_a_parent_that_the_users_own_group_can_write_is_safe(
     import grp
     import pwd
 
+    # It may be looked up, and kept, first here.
+    home = pwd.getpwuid(os.geteuid()).pw_dir
+
     def account(name: str, uid: int, gid: int) -> SimpleNamespace:
-        return SimpleNamespace(pw_name=name, pw_uid=uid, pw_gid=gid)
+        return SimpleNamespace(pw_name=name, pw_uid=uid, pw_gid=gid, pw_dir=home)
 
     ada = account("ada", os.geteuid(), STRANGER)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: ada)
