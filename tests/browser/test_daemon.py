@@ -850,13 +850,15 @@ def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowse
 
 @needs_posix
 def test_a_browser_whose_port_another_program_has_is_lost_once(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    helpers.connect()
+    # In a tab, which is lost with the browser.
+    helpers.page_info()
     pid = daemon_status("browser", timeout=PATIENCE).pid
     assert pid is not None
     with contextlib.ExitStack() as stack:
         with suspended(pid):
             kill_browser(theirs.process)
             stack.enter_context(answering(http("404 Not Found"), port=theirs.port))
+        wait_until(lambda: not helpers.connect().request({"meta": "connection_status"})["connected"])
         with pytest.raises(BrowserLost, match="answered 404"):
             helpers.page_info()
         wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
