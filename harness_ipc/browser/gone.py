@@ -50,7 +50,7 @@ class GoneBrowser(Part):
 
     def _watch(self) -> None:
         if not self._ending and self.app.own_browser is None and (self._look is None or self._look.done()):
-            self._look = asyncio.create_task(self._end_if_gone())
+            self._look = self.start(self._end_if_gone())
 
     async def _end_if_gone(self) -> None:
         # The browser may still run. Do not reconnect without a request: its user may have to allow that.
@@ -58,6 +58,7 @@ class GoneBrowser(Part):
             await asyncio.sleep(seconds)
             if not self._ending and self.app.address is not None and await _refuses(*self.app.address):
                 self._end()
+                return
 
     def _end(self) -> None:
         if not self._ending and self.app.own_browser is None:
