@@ -51,6 +51,7 @@ def test_a_page_that_requires_a_login_is_reported(site: Site) -> None:
     login = {"origin": site.url, "realm": "/private", "scheme": "basic", "source": "Server"}
     assert page_info()["login"].items() >= login.items()
     handle_login("Ada", "secret", timeout=PATIENCE)
+    assert wait_for_load(PATIENCE)
     assert (page_info()["title"], "login" in page_info()) == ("Private", False)
 
 
@@ -60,6 +61,7 @@ def test_a_login_that_is_refused_is_an_error(site: Site) -> None:
     with pytest.raises(LoginFailed, match="refused the user and the password"):
         handle_login("Ada", "wrong", timeout=PATIENCE)
     handle_login("Ada", "secret", timeout=PATIENCE)
+    assert wait_for_load(PATIENCE)
     assert page_info()["title"] == "Private"
 
 

@@ -463,6 +463,7 @@ def test_closing_a_tab_that_there_is_not(page: str) -> None:
 
 def test_a_tab_that_is_closed_under_the_process(page: str, site: Site) -> None:
     new_tab(f"{site.url}/")
+    assert wait_for_load(PATIENCE)
     switch_tab(page)
     with another_process() as other:
         other.call("Target.closeTarget", targetId=page)

@@ -41,6 +41,7 @@ def test_after_a_restart_a_page_can_be_gone_to_at_once() -> None:
     helpers.js("window.kept = 42")
     assert stop_daemon("browser")
     helpers.goto_url("data:text/html,<title>next</title>")
+    assert helpers.wait_for_load(PATIENCE)
     assert helpers.page_info()["title"] == "next"
 
 

@@ -52,8 +52,11 @@ def test_tabs_of_a_program_are_apart_and_closed_at_its_end(page: str) -> None:
     with Browser() as browser:
         one = browser.new_tab("data:text/html,<title>one</title>")
         with browser.new_tab("data:text/html,<title>two</title>", isolated=True) as two:
+            assert one.wait_for_load(PATIENCE)
+            assert two.wait_for_load(PATIENCE)
             assert (one.page_info()["title"], two.page_info()["title"]) == ("one", "two")
             two.goto_url("data:text/html,<title>three</title>")
+            assert two.wait_for_load(PATIENCE)
             assert (one.js("document.title"), two.js("document.title")) == ("one", "three")
         assert len(targets()) == len(before) + 1
         assert helpers.current_tab()["targetId"] == page

@@ -25,6 +25,7 @@ from harness_ipc.browser.helpers import (
     new_tab,
     page_info,
     switch_tab,
+    wait_for_load,
 )
 from tests.browser.conftest import harness_browser
 from tests.browser.others import other_browser
@@ -254,6 +255,7 @@ def test_a_forked_child_does_not_keep_its_parent_in_the_tab(page: str) -> None:
 def test_a_thread_that_opens_a_tab_stays_in_it(page: str) -> None:
     def work(number: int) -> bool:
         mine = new_tab(f"data:text/html,<title>{number}</title>")
+        assert wait_for_load(PATIENCE)
         opened.wait(PATIENCE)
         return all((here(), page_info()["title"]) == (mine, str(number)) for _ in range(5))
 
