@@ -21,7 +21,7 @@ from harness_ipc.browser import helpers
 from tests.browser.site import Site
 from tests.support.processes import PATIENCE, lives, wait_until
 
-# Without the extra, these modules can't be imported.
+# These modules import websockets, which the extra installs.
 NEED_EXTRA = [
     "test_discovery.py",
     "test_cli.py",
@@ -50,7 +50,7 @@ VARIABLES = (
 
 
 def use(patch: pytest.MonkeyPatch, base: Path) -> None:
-    """Keep all files of daemon and browser below `base`, and hide other browsers, for this process and its children."""
+    """Place all files of daemon and browser below `base`, and hide other browsers, for this process and its children."""
     for variable in VARIABLES:
         patch.delenv(variable, raising=False)
     patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
@@ -58,9 +58,9 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
     patch.setenv("HARNESS_CHROME_OWN", "1")
     patch.setenv("HARNESS_CHROME_ROOT", "1")
-    # A killed browser leaves a directory there.
+    # A killed browser leaves a temporary directory behind.
     patch.setenv("TMPDIR", str(base))
-    # Headless on any machine.
+    # Without a display, the browser is headless on every machine.
     patch.delenv("DISPLAY", raising=False)
     patch.delenv("WAYLAND_DISPLAY", raising=False)
 
@@ -78,19 +78,19 @@ def processes_of(base: Path) -> list[psutil.Process]:
 
 
 def main_processes(base: Path) -> dict[int, list[str]]:
-    """Return the command lines of these processes, without children of a browser."""
+    """Return the command lines of `processes_of(base)` by pid, without the children of a browser."""
     found = {}
     for process in processes_of(base):
         with contextlib.suppress(psutil.NoSuchProcess):
             line = process.cmdline()
             ancestors = [word for parent in process.parents() for word in parent.cmdline()]
-            # The second is the crash handler, which is not a child.
+            # The crash handler is no child of the browser.
             if not any(word.startswith("--user-data-dir=") for word in ancestors) and "crashpad" not in " ".join(line):
                 found[process.pid] = line
     return found
 
 
-# `harness-browser`, with warnings as errors.
+# The command `harness-browser`, with warnings as errors.
 COMMAND = [sys.executable, "-W", "error", "-m", "harness_ipc.browser.cli"]
 
 
@@ -101,14 +101,14 @@ def harness_browser(*arguments: str, stdin: str = "", **options: Any) -> subproc
 
 
 def kill(pid: int) -> None:
-    """Kill this one process, and wait until it has ended."""
+    """Kill the process, and wait until it has ended."""
     psutil.Process(pid).kill()
     wait_until(lambda: not lives(pid))
 
 
 @contextlib.contextmanager
 def suspended(pid: int) -> Iterator[None]:
-    """Suspend the process, and wait until it is suspended; resume it at the end, if it still exists."""
+    """Suspend the process while the context is entered. It may end meanwhile."""
     process = psutil.Process(pid)
     process.suspend()
     wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
@@ -140,14 +140,14 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def slow(site: Site) -> Iterator[Site]:
-    """The site; its slow paths are answered when the test sets `release`, or at its end."""
+    """The site. Its slow paths are answered when the test sets `release`, or at the end of the test."""
     site.paths.clear()
     yield site
     released, site.release = site.release, threading.Event()
     released.set()
 
 
-# The usual profile of a Chromium, below the home directory.
+# Chromium's default profile, relative to the home directory.
 USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Application Support/Chromium"}.get(
     sys.platform, ".config/chromium"
 )
@@ -155,9 +155,9 @@ USUAL = {"win32": "AppData/Local/Chromium/User Data", "darwin": "Library/Applica
 
 @pytest.fixture
 def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """DevToolsActivePort of the user's own Chromium, which does not exist yet. No usual port is checked.
+    """The path of DevToolsActivePort in the user's default profile; the file does not exist yet.
 
-    A managed browser is not required any more.
+    The usual ports are not checked, and a managed browser is not required.
     """
     from harness_ipc.browser import discovery
 
@@ -168,7 +168,7 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
-    # The usual ports may be in use.
+    # A browser of this machine may use them.
     monkeypatch.setattr(discovery, "PORTS", ())
     return usual / "DevToolsActivePort"
 
@@ -189,7 +189,7 @@ def shared_browser() -> Iterator[Path]:
 
 @pytest.fixture
 def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The targetId of a new tab of the shared browser, which this process is in."""
+    """The targetId of a new tab of the shared browser. It is the current tab of this process."""
     use(monkeypatch, shared_browser)
     helpers.disconnect()
     target = helpers.new_tab()
@@ -202,7 +202,7 @@ def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 @pytest.fixture
 def fresh(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new directory. Processes that the test starts there are ended, and nothing may be left."""
+    """A new directory for daemon and browser. They are stopped at the end; a process that is left fails the test."""
     use(monkeypatch, private_directories)
     helpers.disconnect()
     try:

@@ -17,13 +17,13 @@ from typing import Any
 from harness_ipc.browser import helpers
 from harness_ipc.browser.tab import Browser
 
-# Rounds between two screenshots, and between two looks at another tab.
+# Take a screenshot every 10 rounds, and switch to another tab every 3.
 SCREENSHOT = 10
 EXCURSION = 3
 
 
 def look() -> dict[str, Any]:
-    """Query the page and the daemon: the first use on a cold machine."""
+    """Return the page and the pids of daemon and browser. It may start both."""
     url = helpers.page_info()["url"]
     client = helpers.connect()
     return {"url": url, "daemon": client.pid, "browser": client.request({"meta": "connection_status"})["pid"]}
@@ -78,7 +78,7 @@ def drive(tab: Any, site: str, name: str, end: float) -> int:
         if rounds % SCREENSHOT == 0:
             clip = {"x": 0, "y": 0, "width": 240, "height": 130, "scale": 0.5}
             picture = base64.b64decode(tab.cdp("Page.captureScreenshot", format="png", clip=clip)["data"])
-            # Its size is in its head (PNG specification, 11.2.2).
+            # Width and height are in the header (PNG specification, 11.2.2).
             check((picture[:8], picture[16:24]), (b"\x89PNG\r\n\x1a\n", (120).to_bytes(4) + (65).to_bytes(4)))
         if rounds % EXCURSION == 0:
             other = f"{site}/inner?{name}-{rounds}"

@@ -1,4 +1,4 @@
-"""A browser started by a test, and servers that are not browsers, or incomplete ones."""
+"""Browsers that a test starts itself, and servers that answer like none or only like a part of one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from websockets.sync.server import ServerConnection, serve
 from harness_ipc.browser.program import find_binary, has_display, is_root
 from tests.support.processes import PATIENCE, wait_until
 
-# Of a browser with nothing to ask.
+# No dialog of the browser and no traffic of its own.
 FLAGS = ["--no-first-run", "--no-default-browser-check", "--disable-background-networking", "--password-store=basic"]
 
 
 class OtherBrowser:
-    """A browser that is not managed, with its DevTools open at `port`; 0 means any."""
+    """A browser that is not managed, with DevTools at `port`; 0 means any."""
 
     def __init__(self, process: psutil.Popen, profile: Path, port: int) -> None:
         self.process = process
@@ -42,7 +42,7 @@ class OtherBrowser:
 
     def _is_open(self) -> bool:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            # Chrome does not write it for a port that was given.
+            # Chrome does not write the file if the port was given.
             self.port = self.port or int(self.active_port.read_text().split()[0])
             return bool(self._get("version"))
         return False
@@ -67,9 +67,9 @@ class OtherBrowser:
 
 @contextlib.contextmanager
 def other_browser(base: Path, *, port: int = 0, profile: str = "theirs", **options: Any) -> Iterator[OtherBrowser]:
-    """Start a browser with its DevTools open, as a user does; at the end it is killed if it still runs.
+    """Start a browser with open DevTools, as a user does. It is killed at the end if it still runs.
 
-    `options` are those of `subprocess.Popen`.
+    `options` are passed to `subprocess.Popen`.
     """
     binary = find_binary()
     assert binary is not None
@@ -87,7 +87,7 @@ def other_browser(base: Path, *, port: int = 0, profile: str = "theirs", **optio
 
 
 def kill_browser(process: psutil.Process) -> None:
-    """Kill the browser with this main process, and wait until it and its own children have ended."""
+    """Kill the main process of a browser, and wait until it and its children have ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [*process.children(recursive=True), process]
         for member in family:
@@ -125,9 +125,9 @@ def _serving(handler: type[socketserver.BaseRequestHandler], port: int = 0, host
 def answering(
     answer: bytes | None, *, version: bytes | None = None, heard: list[bytes] | None = None, port: int = 0
 ) -> Iterator[int]:
-    """Yield a port, of its own if it is 0, at which all is answered with these bytes, or nothing ever if `answer` is None.
+    """Yield a port of a server that answers each request with `answer`, or never if it is None.
 
-    `version` is what ``/json/version`` is answered with, if that is something else. What comes is `heard`.
+    `version` is the answer to ``/json/version`` instead. `heard` collects the requests. `port` is the port; 0 means any.
     """
 
     class Handler(socketserver.BaseRequestHandler):
@@ -176,14 +176,14 @@ def refusing() -> Iterator[int]:
 
 
 class Relay:
-    """A port that relays to another one, until the connections are `cut`."""
+    """A port that relays to another one."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.sockets: list[socket.socket] = []
 
     def cut(self) -> None:
-        """End all connections. New ones are relayed."""
+        """Close all connections. New ones are relayed."""
         while self.sockets:
             with contextlib.suppress(OSError):
                 self.sockets.pop().shutdown(socket.SHUT_RDWR)
@@ -221,7 +221,7 @@ def relaying(target: int, host: str = "127.0.0.1") -> Iterator[Relay]:
 
 @contextlib.contextmanager
 def without_http(browser: OtherBrowser) -> Iterator[int]:
-    """Yield a port like that of a Chrome with its user's profile: 404 for HTTP, and the WebSocket at /devtools/browser."""
+    """Yield a port like that of a Chrome with its default profile: 404 for HTTP, a WebSocket at /devtools/browser."""
 
     def answer(connection: ServerConnection, request: Request) -> Response | None:
         return None if request.path == "/devtools/browser" else connection.respond(404, "")

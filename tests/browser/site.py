@@ -1,4 +1,4 @@
-"""The pages of the browser's tests, served on this machine: ``127.0.0.1`` and ``localhost`` are two sites."""
+"""The pages of the browser's tests. ``127.0.0.1`` and ``localhost`` are two sites."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for (let i = 0; i < image.data.length; i += size) crypto.getRandomValues(image.d
 for (let i = 3; i < image.data.length; i += 4) image.data[i] = 255;
 context.putImageData(image, 0, 0)</script>"""
 
-# It has scrollbars, and keeps account of what happens to it.
+# It has scrollbars, and records its events.
 TALL = """<!doctype html><title>Tall</title><style>body {margin: 0} body > div {height: 1000px}</style>
 <div style="background: rgb(200, 0, 0); height: 100vh"></div><div style="background: rgb(0, 200, 0)"></div>
 <div id=box style="overflow: auto; height: 100px; width: 50%"><div style="height: 500px"></div></div>
@@ -49,7 +49,7 @@ const layout = () => [scrollX, scrollY, innerWidth, innerHeight, devicePixelRati
   ...[root, document.body, box].flatMap(e => [e.scrollWidth, e.scrollHeight, e.clientWidth, e.clientHeight])];
 </script>"""
 
-# What lets Ada in, whose password is "secret".
+# The Authorization header of the user "Ada" with the password "secret".
 LOGIN = "Basic QWRhOnNlY3JldA=="
 
 PAGES = {
@@ -59,14 +59,14 @@ PAGES = {
     "/keys": KEYS,
     "/noise": NOISE,
     "/tall": TALL,
-    # It waits for its picture.
+    # It has not loaded before its picture has.
     "/picture": "<!doctype html><title>Picture</title><img src=/slow-picture>",
     "/leave": "<!doctype html><title>Leave</title><input style='position:absolute;left:0;top:0;width:200px;height:40px'>"
     "<script>addEventListener('beforeunload', event => event.preventDefault())</script>",
-    # One iframe of its own site and one of the other.
+    # One iframe of the same site and one of another site.
     "/frames": "<!doctype html><title>Frames</title><iframe id=near src=/inner?near></iframe><iframe id=far></iframe>"
     "<script>far.src = `http://localhost:${location.port}/inner?far`</script>",
-    # It leads elsewhere: its form and its link to what is slow.
+    # Its form and its link lead to slow pages.
     "/start": "<!doctype html><title>Start</title><style>* {position: absolute; left: 0; height: 40px; width: 200px}</style>"
     "<form action=/slow-answer><input style='top: 0'><button style='top: 60px'>Send</button></form>"
     "<a href=/slow-link style='top: 120px'>Go</a><a href=/slow-tab target=_blank style='top: 180px'>Open</a>"
@@ -88,8 +88,8 @@ class LocalServer:
         self.release = threading.Event()
 
     def serve(self, handler: type[BaseHTTPRequestHandler]) -> None:
-        """Answer with `handler`, in threads."""
-        # A test's output is the test's.
+        """Answer requests with `handler`, each in a thread."""
+        # No access log in the output of the tests.
         handler.log_message = lambda *_: None  # type: ignore[method-assign]
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -104,9 +104,9 @@ class LocalServer:
 
 
 class Site(LocalServer):
-    """A server of `pages`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` is for Ada.
+    """A server of `PAGES`. ``/slow…`` waits until `release` is set, ``/endless`` ends then, ``/private…`` requires a login.
 
-    ``/empty`` has no content. `paths` are those that were asked for.
+    ``/empty`` has no content. `paths` are the requested paths.
     """
 
     def __init__(self) -> None:

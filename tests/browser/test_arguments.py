@@ -1,4 +1,4 @@
-"""Invalid arguments of helpers: an error in one line that says what to pass, without a browser."""
+"""Invalid arguments of helpers: errors in one line that say what to pass. No browser is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `harness-browser`: its output, exit status, and processes and files that it leaves."""
+"""The command `harness-browser`: its output, its exit status, and the processes and files that it leaves."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.support.processes import PATIENCE, lives, runtime_files, spawn_daemon
 pytestmark = needs_chromium
 
 PACKAGE = str(Path(harness_ipc.__file__).parent)
-# Where the system says which programs there are by their names alone.
+# On Linux, browsers are found by their names on PATH alone.
 needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
 
 ARGV = "import sys; print(sys.argv)"
-# What hides the extra from a process that is started with it.
+# `python -c` with this is the command without the extra installed.
 WITHOUT_WEBSOCKETS = (
     "import sys; sys.modules['websockets'] = None\n"
     "from harness_ipc.browser.cli import main\n"
@@ -45,7 +45,7 @@ WITHOUT_WEBSOCKETS = (
 
 @pytest.fixture
 def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of the daemon that the module's tests share, which this process and its children use."""
+    """The directory of the shared daemon. This process and its children use that daemon."""
     use(monkeypatch, shared_browser)
     helpers.disconnect()
     yield shared_browser
@@ -53,14 +53,14 @@ def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def who(name: str = "browser") -> tuple[int, int, str]:
-    """Return the pids of the daemon and of its browser, and the tab: the same as long as nothing is started anew."""
+    """Return the pids of the daemon and of its browser, and the targetId of the current tab."""
     with connect_daemon(name) as client:
         tab = client.request({"meta": "session"})["target_id"]
         return client.pid, client.request({"meta": "connection_status"})["pid"], tab
 
 
 def serves(*arguments: str) -> bool:
-    """Return whether the next command is answered by the browser."""
+    """Return whether a command with these options is answered by the browser."""
     return harness_browser(*arguments, "-c", "print(js('6 * 7'))").stdout == "42\n"
 
 
@@ -69,12 +69,12 @@ def daemons(base: Path) -> list[int]:
 
 
 def browsers(base: Path) -> list[int]:
-    """Return the main processes of own browsers."""
+    """Return the pids of the managed browsers, without their children."""
     return [pid for pid, line in main_processes(base).items() if f"--user-data-dir={base / 'profile'}" in line]
 
 
 def assert_nothing_left(base: Path) -> None:
-    """No process, no record, no socket, and no word in the profile of a browser that uses it."""
+    """Assert that there is no process, no record, no socket, and no lock in the profile."""
     wait_until(lambda: not processes_of(base))
     assert [name for name in runtime_files() if not name.endswith(".start")] == []
     words = ("DevToolsActivePort", "harness-browser.json", "harness-browser.tmp")
@@ -82,7 +82,7 @@ def assert_nothing_left(base: Path) -> None:
 
 
 def lock_of(base: Path) -> Path:
-    """Return the link that keeps other browsers out of the profile."""
+    """Return the symlink by which Chromium locks its profile."""
     return base / "profile" / "SingletonLock"
 
 
@@ -143,7 +143,7 @@ def test_eight_commands_at_once_start_one_daemon_and_one_browser(fresh: Path) ->
 
 @needs_posix
 def test_a_start_that_waits_for_the_user_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It takes connections, and never answers.
+    # It accepts connections, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = f"ws://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("BU_CDP_WS", f"{place}/secret")
@@ -178,7 +178,7 @@ def test_a_start_that_takes_long_says_so_on_a_terminal(fresh: Path, monkeypatch:
 
 def test_a_warm_command_imports_only_what_it_needs(warm: Path) -> None:
     program = (
-        # What measures coverage is there already.
+        # Coverage may have imported modules before.
         "import sys; before = set(sys.modules); from harness_ipc.browser import cli; "
         "cli.main(['-c', 'print(page_info()[\"w\"])']); "
         "print({'argparse', 'asyncio', 'shlex', 'shutil', 'subprocess', 'traceback'} & (set(sys.modules) - before))"
@@ -188,7 +188,7 @@ def test_a_warm_command_imports_only_what_it_needs(warm: Path) -> None:
     assert (int(width) > 0, heavy, run.stderr) == (True, "set()", "")
 
 
-# What is run.
+# Programs.
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_modules_are_looked_for_as_by_python_itself(
     words = ["-c", source] if way == "-c" else [file_of(tmp_path, source)]
     python = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", timeout=PATIENCE)
     assert harness_browser(*words).stdout == python.stdout
-    # The command's own folder is no place for modules.
+    # Modules beside the command itself are not importable.
     script = "import sys; from harness_ipc.browser.cli import main; sys.exit(main())"
     (tmp_path / "bin").mkdir()
     command = [sys.executable, file_of(tmp_path / "bin", script, "harness-browser"), *words]
@@ -315,7 +315,7 @@ def test_a_file_that_can_not_be_read(fresh: Path, tmp_path: Path) -> None:
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith(f"harness-browser: {tmp_path} can't be read: ")
     assert run.stderr.count("\n") == 1
-    # For these, nothing is started.
+    # These errors come before a daemon is started.
     assert list(fresh.iterdir()) == processes_of(fresh) == []
     assert serves()
 
@@ -404,7 +404,7 @@ def test_help_names_every_exit_status(fresh: Path) -> None:
     assert list(fresh.iterdir()) == []
 
 
-# How it ends.
+# Exit status, errors and output.
 
 ENDS = {
     "functions": "def f(x):\n    return 1 / x\n\n\ndef g():\n    f(\n        0)\n\n\nprint('before')\ng()\n",
@@ -450,7 +450,7 @@ def test_a_program_ends_as_with_python_itself(warm: Path, tmp_path: Path, monkey
     file_of(tmp_path, "1 +\n", "invalid.py")
     path = file_of(tmp_path, ENDS[end])
     ours = harness_browser(path)
-    # Python's own output is in the console's encoding.
+    # Python writes UTF-8 only in this mode, harness-browser always.
     monkeypatch.setenv("PYTHONUTF8", "1")
     python = [sys.executable, "-W", "error", path]
     theirs = subprocess.run(python, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
@@ -564,7 +564,7 @@ def test_ctrl_c_ends_the_command_and_not_the_daemon(warm: Path, busy: str) -> No
 
 
 def into_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command with an output that nobody reads any more."""
+    """Run the command with a standard output whose reader has closed it."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [*COMMAND, *arguments]
@@ -642,7 +642,7 @@ def test_an_invalid_path(warm: Path, tmp_path: Path) -> None:
     assert '\\udce9.py", line 2, in <module>\n    1 / 0\n' in run.stderr
 
 
-# What a page may make of its texts: it fills the clipboard, clears the screen, colors it and reorders it.
+# Texts of a page that would write to the clipboard, clear the screen, color it and reorder it.
 STEERING = "\x1b]52;c;eA==\x07\x1b[2J\x9b31m\u202e\u2066\ud800"
 OF_THE_PAGE = f"text = js({json.dumps(STEERING)!r})\n"
 IN_THREAD = """
@@ -704,7 +704,7 @@ def test_two_names_are_two_daemons_with_two_browsers(fresh: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, " two\n", "")
     first, second = who("one"), who("two")
     assert all(ours != theirs for ours, theirs in zip(first, second, strict=True))
-    # What is said in the command counts more.
+    # An option overrides the variable.
     assert harness_browser("--name", "one", "-c", "print(js('window.name'))", env={**one, "BU_NAME": "two"}).stdout == "mine\n"
     assert harness_browser("--name", "two", "--reload", env=two).stdout == "two: stopped\n"
     assert who("one") == first
@@ -720,18 +720,18 @@ def test_two_names_can_not_have_one_profile(fresh: Path) -> None:
     assert first.startswith(f"harness-browser: the daemon 'two' did not start: the profile {fresh / 'profile'} is in use by ")
     assert f"pid {daemon}" in first
     assert "set HARNESS_CHROME_PROFILE to another directory" in first
-    # Nor is the other's browser ended.
+    # The browser of the other daemon is not ended.
     run = harness_browser("--name", "two", "--reload")
     assert (run.returncode, run.stdout, run.stderr) == (0, "two: was not running\n", "")
     assert serves()
     assert who() == (daemon, browser, tab)
 
 
-# What keeps it from running.
+# Errors before the program runs.
 
 
 def assert_refused(run: subprocess.CompletedProcess[str], status: int, words: str, *, log: bool) -> None:
-    """One line that says what to do, and, if the daemon had begun, the end of its log."""
+    """Assert that the error is one line that says what to do, followed by the end of the daemon's log if `log`."""
     assert (run.returncode, run.stdout) == (status, "")
     first, *tail = run.stderr.splitlines()
     assert first.startswith("harness-browser: ")
@@ -781,7 +781,7 @@ def test_without_the_extra(fresh: Path) -> None:
     run = run_without_websockets("-c", "print('never')")
     assert_refused(run, 6, f"run {sys.executable} -m pip install 'harness-ipc[browser]'", log=False)
     assert processes_of(fresh) == []
-    # Who only asks does not need it.
+    # A client of a running daemon does not need the extra.
     assert serves()
     run = run_without_websockets("-c", "print(js('6 * 7'))")
     assert (run.returncode, run.stdout, run.stderr) == (0, "42\n", "")
@@ -892,7 +892,7 @@ def test_reload_does_not_end_a_foreign_browser(fresh: Path, monkeypatch: pytest.
         harness_browser("--reload")
 
 
-# A profile that a browser has left without a word.
+# Profiles that a killed browser has left locked.
 
 
 @needs_posix
@@ -912,9 +912,9 @@ def test_a_lock_of_a_renamed_machine(fresh: Path) -> None:
     assert serves()
 
 
-# What is in the current directory.
+# Modules in the current directory.
 
-# Built-in modules only: what the program itself imports comes from there, as with Python itself.
+# Built-in modules only: an import of the program itself does look there, as with Python.
 # It kills the daemon, so that the next helper starts another while the program runs.
 RESTARTS = """
 import posix

@@ -23,7 +23,7 @@ from tests.support.processes import PATIENCE
 
 pytestmark = needs_chromium
 
-# Seconds that tabs are driven: HARNESS_TEST_MINUTE is for a longer run.
+# Duration of the run: HARNESS_TEST_MINUTE makes it longer.
 SECONDS = 60.0 if os.environ.get("HARNESS_TEST_MINUTE") else 6.0
 PROCESSES = 8
 THREADS = 8
@@ -31,7 +31,7 @@ THREADS = 8
 
 @contextlib.contextmanager
 def drivers(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start a process of `tests.browser.driver` for each command. They wait for a line."""
+    """Start a process of `tests.browser.driver` for each command. Each waits for a line."""
     pipe = subprocess.PIPE
     processes = []
     try:
@@ -50,14 +50,14 @@ def drivers(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def results(processes: list[subprocess.Popen[str]], patience: float) -> list[Any]:
-    """Let them begin, and return what each one said at its end."""
+    """Have the processes begin, and return the JSON that each one prints at its end."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     with ThreadPoolExecutor(len(processes)) as pool:
         ends = list(pool.map(lambda process: process.communicate(timeout=patience), processes))
-    # Of a traceback, what it says.
+    # The last line is the error of a traceback.
     assert [errors.splitlines()[-1:] for _, errors in ends] == [[]] * len(processes)
     assert [process.returncode for process in processes] == [0] * len(processes)
     return [json.loads(output) for output, _ in ends]

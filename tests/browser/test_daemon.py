@@ -40,27 +40,27 @@ from tests.support.processes import PATIENCE, wait_until
 
 pytestmark = needs_chromium
 
-# What a page does once for each request that runs.
+# It counts how often a request has run in the page.
 COUNT = "window.count = (window.count || 0) + 1"
 
 Reply = dict[str, Any]
 
 
 def connected() -> Client:
-    """Return a connection of the test's own, beside that of the helpers."""
+    """Return a new connection, not that of the helpers."""
     return connect_daemon("browser", request_timeout=PATIENCE)
 
 
 @pytest.fixture
 def client(page: str) -> Iterator[Client]:
-    """A connection to the daemon whose browser the tests share; its default session is that of `page`."""
+    """A connection to the shared daemon. Its default session is that of `page`."""
     with connected() as daemon:
         yield daemon
 
 
 @pytest.fixture
 def own(fresh: Path) -> Iterator[Client]:
-    """A connection to a daemon of the test's own, which has a browser of its own."""
+    """A connection to a new daemon with a new browser."""
     helpers.connect()
     with connected() as daemon:
         yield daemon
@@ -68,7 +68,7 @@ def own(fresh: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def theirs(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OtherBrowser]:
-    """A browser that somebody else has started, and that the daemon will attach to."""
+    """A browser that the daemon did not start, and attaches to."""
     with other_browser(fresh) as browser:
         monkeypatch.setenv("BU_CDP_WS", browser.websocket)
         yield browser
@@ -90,7 +90,7 @@ def value(reply: Reply) -> Any:
 
 
 def error_of(reply: Reply, kind: str) -> Any:
-    """Return the error in `reply`, which is of that kind, with a text in one line."""
+    """Return the error in `reply`. Its type is `kind`, its message one line."""
     assert list(reply) == ["error"], reply
     error = reply["error"]
     assert error["type"] == kind, error
@@ -99,19 +99,19 @@ def error_of(reply: Reply, kind: str) -> Any:
 
 
 def new_tab(daemon: Client) -> tuple[str, str]:
-    """Open a tab and return its targetId and a session of it. It becomes the default, as for everybody who switches."""
+    """Open a tab, make its session the default one, and return targetId and session."""
     target = ask(daemon, "Target.createTarget", url="about:blank")["result"]["targetId"]
     return target, daemon.request({"meta": "set_session", "target_id": target})["session_id"]
 
 
 def kill_daemon(pid: int) -> None:
-    """Kill the daemon, and wait until nobody can connect any more."""
+    """Kill the daemon, and wait until connections are refused."""
     kill(pid)
     wait_until(lambda: daemon_status("browser").state == "stale")
 
 
 def main_processes(base: Path) -> set[int]:
-    """Return the pids of the browsers, not of their own children, that run below `base`."""
+    """Return the pids of the browsers that run below `base`, without their children."""
     found = set()
     for process in processes_of(base):
         with contextlib.suppress(psutil.Error):
@@ -131,7 +131,7 @@ def assert_serves(daemon: Client) -> None:
 
 @contextlib.contextmanager
 def in_flight(session: str | None = None, *, expression: str = "new Promise(() => {})") -> Iterator[Future[Reply]]:
-    """Have a page run an expression that does not end, and yield the reply to come, once it runs."""
+    """Run an expression that does not end. Yield the future of its reply once it runs."""
 
     def run() -> Reply:
         with connected() as daemon:
@@ -143,7 +143,7 @@ def in_flight(session: str | None = None, *, expression: str = "new Promise(() =
 
 
 def at_once(number: int, what: Any) -> list[Any]:
-    """Have so many threads do `what` at the same time, each with a connection of its own. Return what they return."""
+    """Call `what` in `number` threads at once, each with a connection of its own. Return the results."""
     barrier = threading.Barrier(number)
 
     def run(_: int) -> Any:
@@ -156,7 +156,7 @@ def at_once(number: int, what: Any) -> list[Any]:
         return list(pool.map(run, range(number)))
 
 
-# Which page it is in.
+# The first page.
 
 
 def test_it_opens_a_page_if_there_are_only_the_browsers_own(theirs: OtherBrowser) -> None:
@@ -167,7 +167,7 @@ def test_it_opens_a_page_if_there_are_only_the_browsers_own(theirs: OtherBrowser
     tab = helpers.current_tab()
     assert tab["url"] == "about:blank"
     assert theirs.tabs() == {internal: "chrome://version/", tab["targetId"]: "about:blank"}
-    # Also when that one is closed.
+    # The same after it was closed.
     helpers.close_tab()
     after = helpers.current_tab()
     assert (after["url"], after["targetId"] == tab["targetId"]) == ("about:blank", False)
@@ -238,7 +238,7 @@ def test_the_current_tab_is_where_the_page_is(client: Client, site: Site) -> Non
     for number in range(20):
         url = f"{site.url if number % 2 else site.other_url}/form?{number}"
         ask(client, "Page.navigate", url=url)
-        # With nothing in between that would take time.
+        # At once: the new URL may come later than the reply to Page.navigate.
         assert client.request({"meta": "current_tab"})["url"] == url
         assert value(evaluate(client, "location.href")) == url
     assert_serves(client)
@@ -302,7 +302,7 @@ def test_optional_keys_of_a_request_may_be_null(client: Client) -> None:
 
 
 def test_a_timeout_may_be_longer_than_anybody_can_wait(client: Client) -> None:
-    # One that is no float, too.
+    # 10**400 does not fit in a float.
     for timeout in (1e9, 1e308, 10**400):
         assert value(client.request({**EVALUATE, "timeout": timeout})) == 42
 
@@ -328,7 +328,7 @@ def test_a_request_that_names_a_session_goes_to_that_session(client: Client, pag
     assert "only supported on the browser" in ask(client, "SystemInfo.getInfo", session)["error"]["message"]
     of_browser = ask(client, "Target.attachToBrowserTarget")["result"]["sessionId"]
     assert "gpu" in ask(client, "SystemInfo.getInfo", of_browser)["result"]
-    # Of one page, it is nobody else's: a tab that is opened then is not paused.
+    # In the session of a page, it does not pause the tabs that others open.
     attach: Reply = {"autoAttach": True, "waitForDebuggerOnStart": True, "flatten": True}
     assert "result" in ask(client, "Target.setAutoAttach", session, **attach)
     with connected() as other:
@@ -338,7 +338,7 @@ def test_a_request_that_names_a_session_goes_to_that_session(client: Client, pag
         assert "would change all tabs" in refused["error"]["message"]
 
 
-# Sessions, side by side.
+# Several sessions.
 
 
 def test_a_request_with_a_session_is_unaffected_by_switches(client: Client, page: str) -> None:
@@ -347,7 +347,7 @@ def test_a_request_with_a_session_is_unaffected_by_switches(client: Client, page
     with connected() as other:
         target, theirs = new_tab(other)
         assert value(evaluate(other, "document.title = 'theirs'")) == "theirs"
-        # Who names none is where the last one went.
+        # Requests without a session go to the session that was selected last.
         assert value(evaluate(client, "document.title")) == "theirs"
         reply = evaluate(client, "document.title", mine)
         assert (value(reply), reply["session_id"]) == ("mine", mine)
@@ -392,7 +392,7 @@ def test_a_slow_request_blocks_nobody(client: Client) -> None:
 
 
 def logged(reply: Reply) -> list[Any]:
-    """Return what was written to the pages' consoles, in its order."""
+    """Return what the pages wrote to their consoles, in order."""
     events = [event for event in reply["events"] if event["method"] == "Runtime.consoleAPICalled"]
     return [event["params"]["args"][0]["value"] for event in events]
 
@@ -409,7 +409,7 @@ def test_events_are_kept_for_each_session_until_they_are_drained(client: Client)
     assert {event["session_id"] for event in reply["events"]} == {one}
     assert logged(client.request({"meta": "drain_events", "session_id": one})) == []
     evaluate(client, "console.log(20)", one)
-    # Without a session: all there are, in the order in which they came.
+    # Without a session: all events, in the order of their arrival.
     assert logged(client.request({"meta": "drain_events"})) == [*range(1, 20, 2), 20]
     assert logged(client.request({"meta": "drain_events"})) == []
     assert logged(client.request({"meta": "drain_events", "session_id": two})) == []
@@ -434,12 +434,12 @@ def test_the_last_500_events_are_kept(client: Client) -> None:
 
 
 def bind(daemon: Client, session: str) -> None:
-    """Have the page's `tell(text)` send an event that is kept whole."""
+    """Define `tell(text)` in the page. It sends an event that the daemon does not truncate."""
     ask(daemon, "Runtime.addBinding", session, name="tell")
 
 
 def told(reply: Reply) -> list[str]:
-    """Return the beginning of what was told."""
+    """Return the first three characters of each text passed to `tell`."""
     return [event["params"]["payload"][:3] for event in reply["events"] if event["method"] == "Runtime.bindingCalled"]
 
 
@@ -449,7 +449,7 @@ def test_the_last_16_mebibytes_of_events_are_kept(client: Client) -> None:
     for session, sign in (one, "a"), (two, "b"):
         bind(client, session)
         value(evaluate(client, f"for (let i = 10; i < 17; i++) tell('{sign}' + i + 'x'.repeat(3e6))", session))
-    # Both together are more than one reply brings: a drain loses none that it leaves out.
+    # All together exceed the size of one reply: the rest stays for the next drain.
     drained = [told(client.request({"meta": "drain_events"})) for _ in range(3)]
     assert drained == [[f"a{number}" for number in range(12, 17)], [f"b{number}" for number in range(12, 17)], []]
     value(evaluate(client, "for (let i = 10; i < 17; i++) tell('c' + i + 'x'.repeat(3e6))", one))
@@ -467,7 +467,7 @@ def test_a_noisy_page_takes_little_memory(own: Client) -> None:
     with in_flight(loud, expression=f"(async () => {{ for (let i = 10; i < {lines + 10}; i++) {{ {line} }} }})()") as job:
         answers = 0
         while not job.done():
-            # Others are served meanwhile.
+            # The other session is served meanwhile.
             assert value(evaluate(own, "6 * 7", other)) == 42
             answers += 1
         assert "result" in job.result()
@@ -508,7 +508,7 @@ def test_the_default_session_is_attached_again_to_the_same_tab(client: Client, p
 
 def test_a_named_session_that_has_ended_leads_to_its_successor(client: Client, page: str) -> None:
     names = [client.request({"meta": "session"})["session_id"]]
-    # Elsewhere than the default.
+    # The default session is in another tab.
     new_tab(client)
     for number in range(1, 4):
         ask(client, "Target.detachFromTarget", sessionId=names[-1])
@@ -521,7 +521,7 @@ def test_a_named_session_that_has_ended_leads_to_its_successor(client: Client, p
         assert (value(reply), reply["session_id"]) == (3, names[-1])
         assert client.request({"meta": "current_tab", "session_id": name})["targetId"] == page
         assert client.request({"meta": "session", "session_id": name})["session_id"] == names[-1]
-    # The successor reports its events, as its predecessor did.
+    # Events are reported as before.
     client.request({"meta": "drain_events"})
     evaluate(client, "console.log('heard')", names[0])
     assert logged(client.request({"meta": "drain_events", "session_id": names[0]})) == ["heard"]
@@ -582,7 +582,7 @@ def test_the_session_of_a_closed_tab_is_never_another_tab(client: Client) -> Non
         error = error_of(client.request({**message, "session_id": session}), "TabClosed")
         assert "list_tabs()" in error["message"]
     error_of(client.request({"meta": "set_session", "target_id": target}), "TabClosed")
-    # The others' are what they were, and who names none is in another page.
+    # Other sessions are unaffected, and the default session is in another page.
     assert value(evaluate(client, COUNT, other)) == 1
     reply = evaluate(client, "6 * 7")
     assert (value(reply), reply["session_id"] == session) == (42, False)
@@ -615,7 +615,7 @@ def test_a_request_ends_after_its_timeout_and_the_page_goes_on(client: Client) -
     assert "Runtime.evaluate within 0.25 s" in error["message"]
     assert "may still run" in error["message"]
     assert value(evaluate(client, "window.count", timeout=PATIENCE)) == 1
-    # Also what the browser itself is asked.
+    # The same for requests to the browser itself.
     for asked in ({"method": "Target.getTargets"}, {"meta": "snapshot"}):
         error_of(client.request({**asked, "timeout": 0}), "BrowserTimeout")
     assert_serves(client)
@@ -624,14 +624,14 @@ def test_a_request_ends_after_its_timeout_and_the_page_goes_on(client: Client) -
 def test_a_dialog_is_reported_until_it_is_answered(client: Client) -> None:
     session = client.request({"meta": "session"})["session_id"]
     assert client.request({"meta": "pending_dialog"})["dialog"] is None
-    # What opened it has run; what comes later has not.
+    # The request that opened the dialog has run; later ones have not.
     opened = error_of(evaluate(client, f"{COUNT}, window.said = confirm('Sure?')"), "DialogOpen")["data"]
     assert opened["ran"] is True
     assert (opened["dialog"]["type"], opened["dialog"]["message"]) == ("confirm", "Sure?")
     refused = error_of(evaluate(client, COUNT), "DialogOpen")["data"]
     assert refused["ran"] is False
     assert client.request({"meta": "pending_dialog"}) == {"dialog": opened["dialog"], "session_id": session}
-    # Another session of the tab is held as well, another tab is not.
+    # Another session of the tab is blocked as well, another tab is not.
     other = ask(client, "Target.attachToTarget", targetId=client.request({"meta": "session"})["target_id"], flatten=True)
     held = other["result"]["sessionId"]
     assert error_of(evaluate(client, COUNT, held), "DialogOpen")["data"]["ran"] is False
@@ -686,17 +686,17 @@ def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
     with in_flight(old) as job:
         kill(first)
         assert "may have run" in error_of(job.result(PATIENCE), "BrowserLost")["message"]
-    # To look mends nothing.
+    # A health check does not restart the browser.
     status = daemon_status("browser", timeout=PATIENCE)
     assert status.state == "running"
     assert status.health is not None
     error_of(status.health, "BrowserLost")
-    # Its process is there until the last of its threads has ended.
+    # The process exists until its last thread has ended.
     wait_until(lambda: own.request({"meta": "connection_status"})["pid"] is None)
     found = own.request({"meta": "connection_status"})
     assert (found["connected"], found["own"], found["tab"]) == (False, True, None)
     assert "lost" in found["problem"]
-    # Many at once have one browser, in which nothing of the old one is taken for anything.
+    # Concurrent requests start one browser, and nothing of the old one is reused.
     replies = at_once(8, lambda daemon: evaluate(daemon, COUNT))
     assert sorted(map(value, replies)) == list(range(1, 9))
     second = own.request({"meta": "connection_status"})
@@ -722,7 +722,7 @@ def test_a_wait_ends_with_its_browser(own: Client) -> None:
         waits = [pool.submit(own.request, {**wait, "session_id": session, "timeout": PATIENCE}) for wait in WAITS]
         assert value(evaluate(own, "6 * 7", session)) == 42
         kill(browser)
-        # The browser is lost; for one that came late the tab is gone.
+        # BrowserLost, or TabClosed for a wait that began after the browser's end.
         kinds = {wait.result(PATIENCE)["error"]["type"] for wait in waits}
     assert kinds <= {"BrowserLost", "TabClosed"}
     assert_serves(own)
@@ -739,7 +739,7 @@ def test_a_wait_ends_with_its_client(client: Client) -> None:
     def is_idle() -> bool:
         return bool(client.request({"meta": "ping"})["idle"] > 0)
 
-    # Being in a tab is a request in flight, too.
+    # The helpers' connection has a request in flight as long as they are in a tab.
     helpers.disconnect()
     wait_until(is_idle)
     with subprocess.Popen([sys.executable, "-W", "error", "-c", LEAVES]) as waiting:
@@ -762,7 +762,7 @@ def test_helpers_raise_once_for_a_lost_tab(own: Client) -> None:
             told.append(type(error))
         else:
             break
-    # Lost, if it was sent before the daemon had seen the end; then closed, since nothing goes to another tab unseen.
+    # BrowserLost only if the daemon had not noticed the end yet; TabClosed, since no request goes to another tab silently.
     assert told in ([TabClosed], [BrowserLost, TabClosed])
     assert_serves(own)
 
@@ -838,7 +838,7 @@ def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowse
         with in_flight(session) as job:
             kill_browser(theirs.process)
             error_of(job.result(PATIENCE), "BrowserLost")
-        # The daemon is handed out to nobody: it ends, and another one looks for the browser.
+        # The daemon refuses clients and ends; the next one looks for the browser again.
         wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
         with pytest.raises(DaemonNotRunning):
             daemon.request(EVALUATE)
@@ -850,7 +850,7 @@ def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowse
 
 @needs_posix
 def test_a_browser_whose_port_another_program_has_is_lost_once(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a tab, which is lost with the browser.
+    # Enter a tab, which is lost with the browser.
     helpers.page_info()
     pid = daemon_status("browser", timeout=PATIENCE).pid
     assert pid is not None
@@ -864,7 +864,7 @@ def test_a_browser_whose_port_another_program_has_is_lost_once(theirs: OtherBrow
         wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
         with pytest.raises(StartFailed, match="answered 404"):
             helpers.page_info()
-        # Without the variable, it is another browser's turn.
+        # Without the variable, another browser is used.
         monkeypatch.delenv("BU_CDP_WS")
         monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
         with pytest.raises(TabClosed):
@@ -907,7 +907,7 @@ def test_after_a_cut_connection_each_session_finds_its_tab(theirs: OtherBrowser,
             successors = {tuple(answer["session_id"] for answer in answers) for answers in replies}
             assert len(successors) == 1
             assert not set(*successors) & {session for _, session in tabs}
-            # Who names none is where it was.
+            # The default session is in the same tab as before.
             assert value(evaluate(daemon, "[window.number, window.count].join()")) == "2,1"
             assert_serves(daemon)
 
@@ -924,14 +924,14 @@ def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: 
         wait_until(lambda: value(evaluate(own, "window.count || 0")) == 1)
         kill_daemon(daemon)
         assert isinstance(job.exception(PATIENCE), ConnectionLost)
-    # Now another one, with the same browser. Nothing was repeated.
+    # The next daemon has the same browser. The request was not repeated.
     assert helpers.current_tab() == tab
     assert helpers.js("window.count") == 1
     found = helpers.connect().request({"meta": "connection_status"})
     assert (found["own"], found["pid"]) == (True, browser)
     assert helpers.connect().pid != daemon
     assert "the browser of an earlier daemon is still there" in the_log("browser")
-    # It is this one's now.
+    # The browser belongs to this daemon now, and ends with it.
     helpers.disconnect()
     assert stop_daemon("browser")
     wait_until(lambda: browser not in main_processes(fresh))
@@ -943,7 +943,7 @@ def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: 
 def test_a_helper_restarts_a_killed_daemon(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill_daemon(own.pid)
-    # In the tab in which it was.
+    # In the same tab as before.
     assert helpers.js(COUNT) == 2
     with connected() as successor:
         assert_serves(successor)
@@ -956,7 +956,7 @@ def test_a_browser_is_adopted_after_a_kill_during_its_start(fresh: Path) -> None
         starting_pid = daemon_status("browser").pid
         assert starting_pid is not None
         kill(starting_pid)
-        # Or it was ready just before.
+        # The start may also have succeeded just before.
         with contextlib.suppress(StartFailed, DaemonNotRunning, ConnectionLost):
             starting.result(PATIENCE)
     helpers.disconnect()
@@ -1011,7 +1011,7 @@ def test_a_foreign_note_signals_nobody(kind: str, fresh: Path) -> None:
         place.write_text(note)
         place.chmod(0o600)
         assert ManagedBrowser("browser").pid() is None
-        # A daemon that starts does the same check: one is enough.
+        # A daemon does the same check at its start: one case is enough.
         if kind == "another time":
             helpers.connect()
             with connected() as daemon:

@@ -46,16 +46,15 @@ from tests.support.processes import PATIENCE, lives, wait_until
 
 pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh")]
 
-# The profile of the user's own Chromium, below the home directory.
-# What no message, no log and no status may have of a browser's address.
+# A part of addresses that must not appear in messages, logs and status.
 SECRET = "hush"
-# A server of something else.
+# The banner of another protocol's server.
 NO_HTTP = b"SSH-2.0-Server\r\n"
 PAGE = http("200 OK", "<!doctype html><title>Some page</title>")
 FORBIDDEN = http("403 Forbidden")
-# A server in the tests' process stands for a browser, without being one.
+# In the daemon: accept servers of the tests' process as browsers.
 IN_THE_TESTS = "discovery.local.is_browser = lambda port: None"
-# What runs in a profile only, and what is of use only to find it.
+# Files in the profile of a running browser that are to be removed at its end.
 TRACES = {
     "DevToolsActivePort",
     "SingletonCookie",
@@ -72,19 +71,19 @@ needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the
 
 @pytest.fixture
 def profile(fresh: Path) -> Path:
-    """The profile of the own browser."""
+    """The profile of the managed browser."""
     return fresh / "profile"
 
 
 @pytest.fixture
 def theirs(fresh: Path) -> Iterator[OtherBrowser]:
-    """A browser that somebody else runs."""
+    """A browser that is not managed."""
     with other_browser(fresh) as browser:
         yield browser
 
 
 def start(first: str = "", name: str = "browser") -> None:
-    """Start the daemon `name` as the helpers do, but looking at no port, and after the statements `first`."""
+    """Start the daemon `name` as the helpers do, but run `first` in it before, and check no usual port."""
     module = "runpy.run_module('harness_ipc.browser.daemon', run_name='__main__', alter_sys=True)"
     imports = "import runpy\nfrom harness_ipc.browser import connection, discovery, launcher"
     program = f"{imports}\ndiscovery.PORTS = ()\n{first}\n{module}"
@@ -92,7 +91,7 @@ def start(first: str = "", name: str = "browser") -> None:
 
 
 def why_not(first: str | None = None) -> str:
-    """Return why the daemon does not start: one line, without a traceback in the log."""
+    """Return the error of a start that fails: one line, without a traceback in the log."""
     with pytest.raises(StartFailed) as caught:
         helpers.connect() if first is None else start(first)
     text = str(caught.value)
@@ -108,7 +107,7 @@ def status() -> dict[str, Any]:
 
 
 def assert_own_browser_serves(patch: pytest.MonkeyPatch, *without: str) -> None:
-    """The next helper has a browser of its own, once the variables `without` are unset."""
+    """Assert that the next helper uses a managed browser once the variables `without` are unset."""
     for variable in without:
         patch.delenv(variable)
     patch.setenv("HARNESS_CHROME_OWN", "1")
@@ -117,14 +116,14 @@ def assert_own_browser_serves(patch: pytest.MonkeyPatch, *without: str) -> None:
 
 
 def kill_daemon(name: str = "browser") -> None:
-    """Kill the daemon that this process is connected to, and wait until nobody can connect any more."""
+    """Kill the daemon that this process is connected to, and wait until connections are refused."""
     kill(helpers.connect().pid)
     helpers.disconnect()
     wait_until(lambda: daemon_status(name).state == "stale")
 
 
 def find() -> str:
-    """Find a browser in this process, use it, let it go, and return how it was found."""
+    """Find a browser in this process, use and release it, and return how it was found."""
 
     async def run() -> str:
         source, connection = await discovery.find("browser", lambda *_: None)
@@ -138,13 +137,13 @@ def find() -> str:
 
 
 def script(path: Path, text: str) -> str:
-    """Write a program for a POSIX shell."""
+    """Write an executable shell script, and return its path."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o700)
     return str(path)
 
 
-# Browsers of others.
+# Browsers that are not managed.
 
 
 @pytest.mark.parametrize("way", ["websocket", "url", "url with a slash", "profile", "port", "port without HTTP"])
@@ -177,9 +176,9 @@ def test_a_browser_that_runs_is_attached_to_and_left_running(
         helpers.goto_url(f"{site.url}/")
         assert helpers.wait_for_load()
         tabs = {helpers.current_tab()["targetId"]: f"{site.url}/"}
-        # It tells a little later.
+        # The browser reports new URLs with a delay.
         wait_until(lambda: theirs.tabs() == tabs)
-        # Who knows the path of the WebSocket has the browser.
+        # The path of the WebSocket is a secret: it gives control of the browser.
         assert theirs.path.rpartition("/")[2] not in the_log("browser") + json.dumps(daemon_status("browser").to_json())
         helpers.disconnect()
         assert stop_daemon("browser")
@@ -202,7 +201,7 @@ def test_the_order_of_named_found_and_managed_browsers(
         assert find().startswith("our own browser")
         monkeypatch.setenv("BU_CDP_URL", theirs.url)
         assert find().startswith("BU_CDP_URL")
-        # Nothing else will do then.
+        # There is no fallback to the other sources.
         monkeypatch.setenv("BU_CDP_URL", f"http://127.0.0.1:{dead}")
         with pytest.raises(BrowserNotFound, match="BU_CDP_URL"):
             find()
@@ -251,7 +250,7 @@ def test_a_stale_port_file_is_skipped_and_logged(
         assert active_port.exists()
         helpers.disconnect()
         stop_daemon("browser")
-        # It is also said when there is no other.
+        # The error names it if no other browser is found.
         monkeypatch.setenv("HARNESS_CHROME", str(fresh / "nothing"))
         text = why_not("")
         assert f"also seen: DevToolsActivePort of {active_port.parent}" in text
@@ -277,7 +276,7 @@ def test_a_port_of_another_server_is_skipped(answer: bytes, active_port: Path, m
     assert_own_browser_serves(monkeypatch)
 
 
-# Browsers of others that are not to be had: each has its own words, and says what to do.
+# Unusable browsers that are not managed: each error gives a reason and a remedy.
 
 MEND = "start that browser with --remote-debugging-port, fix {}, or unset it to use another browser"
 ALLOW = "click Allow in the browser's window if it asks, then try again"
@@ -339,7 +338,7 @@ def test_a_silent_named_browser_may_be_asking_its_user(variable: str, monkeypatc
 def test_a_found_browser_that_must_be_allowed_is_not_skipped(
     way: str, answer: bytes | None, said: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without HTTP, as Chrome is where it asks.
+    # A Chrome that asks its user answers HTTP requests with 404.
     with answering(answer, version=http("404 Not Found")) as port:
         first = f"{IN_THE_TESTS}\nconnection.OPEN_TIMEOUT = 0.25"
         if way == "profile":
@@ -437,7 +436,7 @@ def test_secrets_of_an_address_are_sent_to_its_server(
     assert_own_browser_serves(monkeypatch, variable)
 
 
-# No browser to start.
+# Browsers that cannot be started.
 
 
 @needs_path
@@ -489,7 +488,7 @@ def test_a_program_that_ends_at_once_is_quoted(
 
 @needs_posix
 def test_a_program_that_never_opens_its_devtools_is_ended(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It holds out against SIGTERM, and so does its child.
+    # The program and its child ignore SIGTERM.
     program = script(fresh / "program", "trap '' TERM; echo not today >&2; sleep 3600 & while :; do wait; done")
     monkeypatch.setenv("HARNESS_CHROME", program)
     text = why_not("launcher.START_TIMEOUT = 0.5")
@@ -556,7 +555,7 @@ def test_a_port_that_stands_in_the_profile_is_not_believed(fresh: Path, profile:
         assert not word.exists()
         helpers.disconnect()
         stop_daemon("browser")
-        # Nor one that comes with the browser.
+        # The same if the browser's own program writes the port.
         find_profile = "for word; do case $word in --user-data-dir=*) profile=${word#*=};; esac; done"
         write = f'printf "{port}\\n/devtools/browser/{SECRET}" > "$profile/DevToolsActivePort"'
         monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f"{find_profile}; {write}; sleep 3600"))
@@ -574,7 +573,7 @@ def test_arguments_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME_ARGS")
 
 
-# Our own.
+# Managed browsers.
 
 
 def test_a_managed_browser_is_private_and_leaves_nothing(fresh: Path, profile: Path) -> None:
@@ -600,7 +599,7 @@ def test_without_its_sandbox_the_log_warns(fresh: Path, monkeypatch: pytest.Monk
     assert "running as root: the browser's sandbox is off (--no-sandbox)" in warning
     helpers.disconnect()
     stop_daemon("browser")
-    # It is not for convenience: Chromium's own word.
+    # Without that option, Chromium refuses to run as root.
     binary = shlex.quote(find_binary() or "")
     words = 'for word; do shift; test "$word" = --no-sandbox || set -- "$@" "$word"; done'
     monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f'{words}; exec {binary} "$@"'))
@@ -661,7 +660,7 @@ def test_without_a_usable_display_a_browser_is_headless(fresh: Path, monkeypatch
     assert run.stderr == f"harness-browser: {gone}: the browser does not use it, and is headless\n"
     assert f"headless, since {gone}" in harness_browser("--doctor").stdout
     stop_daemon("browser")
-    # One that takes connections, and answers none.
+    # A display that accepts connections, and does not answer.
     with display("DISPLAY", fresh) as name:
         monkeypatch.setenv("DISPLAY", name)
         quits = "for word; do case $word in --headless*) ok=1;; esac; done; test $ok || { echo Missing X server >&2; exit 1; }"
@@ -720,7 +719,7 @@ def test_a_profile_belongs_to_the_running_daemon(fresh: Path, profile: Path, mon
     assert (helpers.connect().pid, status()["pid"]) == (daemon, browser)
     assert (profile / "harness-browser.json").exists()
     helpers.disconnect()
-    # Once that one has ended, it is free.
+    # The profile is free once that daemon has ended.
     stop_daemon("browser")
     elsewhere.setenv("HARNESS_IPC_RUNTIME_DIR", str(fresh / "other run"))
     try:
@@ -732,7 +731,7 @@ def test_a_profile_belongs_to_the_running_daemon(fresh: Path, profile: Path, mon
     assert_own_browser_serves(monkeypatch)
 
 
-# Between the look at the profile and the start of the browser, wait a while for the other daemon to be there, too.
+# Between the check of the profile and the start of the browser, wait for the other daemon to get there as well.
 MEET = """
 import os, time
 from pathlib import Path
@@ -757,7 +756,7 @@ def test_of_two_daemons_that_start_at_once_one_gets_the_profile(profile: Path, m
     assert f"the profile {profile} is in use by " in str(failed[loser])
     monkeypatch.setenv("BU_NAME", winner)
     assert helpers.js("6 * 7") == 42
-    # The browser is known to be the winner's: the one that comes after it takes it over.
+    # The browser is recorded as the winner's: the next daemon adopts it.
     browser = status()["pid"]
     kill_daemon(winner)
     assert status()["pid"] == browser
@@ -770,7 +769,7 @@ def test_a_profile_of_another_running_browser_is_not_used(fresh: Path, profile: 
         assert browser.process.poll() is None
         assert list(browser.tabs().values()) == ["about:blank"]
         assert browser.active_port.exists()
-    # One that does not say where its DevTools are.
+    # Chrome does not write DevToolsActivePort if the port was given.
     with other_browser(fresh, profile="profile", port=free_port()) as browser:
         assert "is in use by a browser that is not ours" in why_not()
         assert browser.process.poll() is None
@@ -781,7 +780,7 @@ def test_a_profile_of_another_running_browser_is_not_used(fresh: Path, profile: 
 @needs_path
 def test_a_profile_locked_by_another_host_is_used(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile.mkdir(mode=0o700)
-    # Chromium would not start: it takes it for a living one.
+    # Chromium does not start with a lock of another host, which it takes for valid.
     (profile / "SingletonLock").symlink_to("another-host-1")
     assert_own_browser_serves(monkeypatch)
 
@@ -801,7 +800,7 @@ def test_the_lock_of_a_killed_daemon_may_outlive_it_for_a_moment(fresh: Path, pr
     helpers.connect()
     pid = status()["pid"]
     kill_daemon()
-    # What the system may do: the process counts as ended, and something that it held is not yet released.
+    # The system may release the locks of a process after its exit was reported.
     held = FileLock(profile / "harness-browser.lock", thread_local=False)
     held.acquire(PATIENCE)
     release = threading.Timer(0.1, held.release)
@@ -822,7 +821,7 @@ def test_a_wrapper_of_the_browser_ends_with_it(fresh: Path, profile: Path, monke
     assert stop_daemon("browser")
     wait_until(lambda: not processes_of(fresh))
     assert not TRACES & set(os.listdir(profile))
-    # Also if nobody can ask the browser to end.
+    # The same after a kill, where no daemon asks the browser to exit.
     helpers.connect()
     kill_daemon()
     assert ManagedBrowser("browser").end()
@@ -836,14 +835,14 @@ def test_a_browser_of_a_dead_daemon_that_hangs_is_ended(fresh: Path, monkeypatch
     pid = status()["pid"]
     with suspended(pid):
         kill_daemon()
-        # Long enough for a browser that does not hang.
+        # Long enough for a browser that responds.
         start("connection.OPEN_TIMEOUT = 5.0")
         wait_until(lambda: pid not in [process.pid for process in processes_of(fresh)])
     assert status()["pid"] != pid
     assert_own_browser_serves(monkeypatch)
 
 
-# Between the look at the pages and the choice of one, wait a while for the other daemon to look, too.
+# Between the list of pages and the choice of one, wait for the other daemon to list them as well.
 LOOK_TOGETHER = """
 import asyncio, os, time
 from pathlib import Path

@@ -27,15 +27,14 @@ from tests.support.processes import PATIENCE, spawn_daemon, wait_until
 pytestmark = needs_chromium
 
 RELOAD = "harness-browser --name=browser --reload"
-# Where Chromium keeps its user's profile.
-# Where the system says which programs there are by their names alone.
+# On Linux, browsers are found by their names on PATH alone.
 needs_path = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there, browsers are found by their places")
 
 
 def state(base: Path) -> set[tuple[object, ...]]:
-    """Return what a doctor must not change: all files but those that daemon and browser write themselves, and all processes.
+    """Return what a doctor must not change: all processes, and all files but those that daemon and browser write.
 
-    Not the one between a starter and its daemon: it ends by itself, a moment after the starter.
+    The intermediate process of a start is left out: it exits on its own shortly after the start.
     """
     roots = [base, *base.glob("home"), *base.glob("run")]
     files = [path for root in roots for path in root.iterdir()]
@@ -50,9 +49,9 @@ def state(base: Path) -> set[tuple[object, ...]]:
 
 
 def examine(*arguments: str) -> list[Finding]:
-    """Return what the doctor finds in a process of its own. Its shape and its status are right, and it has changed nothing."""
+    """Return the doctor's findings. Assert that its exit status and output fit them, and that it has changed nothing."""
     base = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
-    # A browser forks now and then, and a child looks like another browser until it is told what it is.
+    # Wait for a stable state: a child that the browser has just forked has the command line of a browser.
     while (before := state(base)) != state(base):
         continue
     seen = harness_browser(*arguments, "--doctor", "--json")
@@ -81,7 +80,7 @@ def found(topic: str, *arguments: str) -> Finding:
 
 
 def apply(remedy: str | None) -> None:
-    """Do what a person does who was told to."""
+    """Apply a remedy as a user does."""
     assert remedy is not None
     words = shlex.split(remedy)
     if words[0] == "harness-browser":
@@ -103,30 +102,30 @@ def pids() -> tuple[int, int]:
 
 @pytest.fixture
 def warm(fresh: Path) -> tuple[int, int]:
-    """A daemon with its browser of the test's own. Their pids."""
+    """The pids of a new daemon and of its new browser."""
     assert serves()
     return pids()
 
 
 def kill_browser(base: Path, daemon: int, browser: int) -> None:
-    """Kill the daemon's own browser, and wait until all its processes have noticed."""
+    """Kill the daemon's managed browser, and wait until all its processes have ended."""
     kill(browser)
     wait_until(lambda: [process.pid for process in processes_of(base)] == [daemon])
 
 
 def start(change: str, name: str = "browser") -> None:
-    """Start a daemon whose module the statements `change` have changed."""
+    """Start a daemon that runs the statements `change` before it serves."""
     program = f"from harness_ipc.browser import daemon\n{change}\ndaemon.main()"
     ensure_daemon(name, [sys.executable, "-W", "error", "-c", program, name])
 
 
-# Well.
+# No problems.
 
 
 def test_nothing_runs(fresh: Path) -> None:
     seen = harness_browser("--doctor")
     assert (seen.returncode, seen.stderr) == (0, "")
-    # It has made nothing.
+    # The doctor creates no file and no process.
     assert list(fresh.iterdir()) == processes_of(fresh) == []
     lines = seen.stdout.splitlines()
     assert [line[:9] for line in lines] == ["OK       "] * len(lines)
@@ -173,7 +172,7 @@ def test_a_daemon_that_starts(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> N
         try:
             wait_until(lambda: daemon_status("browser").state == "starting")
             pid = daemon_status("browser").pid
-            # The program runs: it reads.
+            # Once the program has opened the FIFO, the daemon is starting.
             with open(go, "w", encoding="utf-8"):
                 findings = examine()
             assert command.wait(PATIENCE) == 6
@@ -233,7 +232,6 @@ def test_a_browser_that_a_killed_daemon_has_left(warm: tuple[int, int]) -> None:
     assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "browser", RELOAD)
     assert trouble.text == f"pid {warm[1]} was left by a daemon that was killed; the next one takes it"
     assert found("daemon browser").text.startswith("it was killed: the next command starts it; its log is ")
-    # So it does.
     assert serves()
     daemon, browser = pids()
     assert (daemon != warm[0], browser) == (True, warm[1])
@@ -283,7 +281,7 @@ def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert serves()
 
 
-# Browsers of others.
+# Browsers that are not managed.
 
 
 @needs_posix
@@ -330,7 +328,7 @@ def test_a_browser_of_the_user_that_runs(fresh: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
 def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    # No other is needed.
+    # No program to start is needed.
     with other_browser(fresh) as other:
         monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
         address = other.websocket if variable == "BU_CDP_WS" else other.url
@@ -343,10 +341,10 @@ def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.M
         (own,) = troubles()
         assert own.topic == "own browser"
         assert f", {variable}, {place}; it answers the daemon in " in found("browser").text
-        # Whoever knows the path has the browser.
+        # The path of the WebSocket is a secret: it gives control of the browser.
         secret = other.path.rpartition("/")[2]
         assert secret not in harness_browser("--doctor").stdout
-    # The daemon ends with a browser that was not its own.
+    # The daemon ends with a browser that is not managed.
     wait_until(lambda: daemon_status("browser").state == "absent")
     (_, trouble) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", None)
@@ -376,7 +374,7 @@ def test_an_invalid_address(fresh: Path, monkeypatch: pytest.MonkeyPatch, variab
     assert (trouble.level, trouble.topic) == ("failure", "browser")
     assert trouble.text.startswith(f"{variable}: ")
     assert trouble.text.endswith(f"fix {variable}, or unset it to use another browser")
-    # Nor does a command stumble over it.
+    # A command reports it without a traceback.
     refused = harness_browser("-c", "1")
     assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)
 
@@ -521,7 +519,7 @@ def test_a_tab_that_was_closed(page: str) -> None:
 
 
 def test_control_characters_of_a_page_are_escaped(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The browser itself makes spaces of some.
+    # Characters that the browser does not replace by spaces in a title.
     title = "a\x9b31m\u2028\u202e é 😀"
     helpers.js(f"document.title = {json.dumps(title)}")
     assert found("page").text == f"{title}, about:blank"
@@ -542,7 +540,7 @@ def test_long_texts_are_truncated(page: str) -> None:
     helpers.handle_dialog()
 
 
-# The install.
+# The installation.
 
 
 def test_without_the_extra(page: str) -> None:

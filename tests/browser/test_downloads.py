@@ -1,4 +1,4 @@
-"""Downloads of a page in a real browser: names and folders, and downloads that nobody waits for."""
+"""Downloads of a page in a real browser: names, folders, and downloads that no helper waits for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = needs_chromium
 
 
 def save(name: str, url: str = "data:application/octet-stream,bytes") -> None:
-    """Click a link that is a download, as a page would."""
+    """Have the page click a link that is a download."""
     js(f"{{const link = document.createElement('a'); link.href = {url!r}; link.download = {name!r}; link.click()}}")
 
 
@@ -59,7 +59,7 @@ def test_a_name_does_not_lead_out_of_the_folder(page: str, site: Site, tmp_path:
 
 
 def test_tabs_have_downloads_of_their_own(page: str, site: Site, tmp_path: Path) -> None:
-    """One that is begun in another tab, where nobody waits, is denied as before."""
+    """A download in another tab, which no helper waits for, is denied as before."""
     visit(f"{site.url}/")
     new_tab(f"{site.url}/")
     other = next(tab for tab in list_tabs() if tab["targetId"] != page)

@@ -1,4 +1,4 @@
-"""Acting on elements by selector, reference and node, and errors."""
+"""Actions on elements by selector, reference and node, and their errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
 
-# Notes what happens: [type, id of the element] of each event.
+# `log` has [type, id of the element] for each event.
 LOG = """<script>const log = [];
 for (const kind of ['click', 'dblclick', 'contextmenu', 'mouseover', 'input', 'change'])
   addEventListener(kind, e => log.push([kind, e.composedPath()[0].id]), true)</script>"""
@@ -78,7 +78,7 @@ def test_a_node_of_cdp(page: str, site: Site, node: Any) -> None:
     one_button(site)
     target = node()
     click(target)
-    # It is still the caller's.
+    # The helper does not release the caller's object.
     click(target)
     assert logged("click") == ["a", "a"]
 
@@ -314,7 +314,7 @@ def test_text_is_appended(page: str, site: Site) -> None:
 
 
 def test_a_framework_that_watches_the_value_notices(page: str, site: Site) -> None:
-    # As React does: a property of the element, and an event that counts if the value is not the one that was set through it.
+    # As React does: it overrides the `value` property, and ignores an input event if the value was set through that.
     show(
         site,
         """<input id=a><script>const proto = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value');

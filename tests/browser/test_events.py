@@ -13,7 +13,7 @@ from tests.support.processes import PATIENCE
 pytestmark = [needs_chromium, pytest.mark.usefixtures("page")]
 
 CONSOLE = "Runtime.consoleAPICalled"
-# Of one event. What a page logs is cut, what it binds is not.
+# Size of one event. Console events are truncated, those of bindings are not.
 LARGE = 1024 * 1024
 
 
@@ -49,7 +49,7 @@ def test_a_stream_ends_with_its_tab() -> None:
 def test_a_slow_reader_gets_the_number_of_dropped_events() -> None:
     cdp("Runtime.addBinding", name="tell")
     with events("Runtime.bindingCalled", timeout=PATIENCE) as stream:
-        # More than what the daemon keeps and the connection holds.
+        # More than the buffers of the daemon and of the connection together.
         js(f"for (let n = 0; n < 40; n++) tell(n + ' '.repeat({LARGE}))", timeout=PATIENCE)
         js("tell('last')")
         read: list[str] = []

@@ -13,7 +13,7 @@ from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
 
-# Each element that can be found says by its id what it is.
+# The ids tell the elements apart.
 PAGE = """<h1 id=h1>Save  the
 date</h1><button id=save>Save</button><button id=saveall>save all</button><button id=hidden hidden>Save hidden</button>
 <button id=icon aria-label="Close it">x</button><div id=div><p id=p>Some <b id=b>bold</b> words</p></div>
@@ -25,7 +25,7 @@ date</h1><button id=save>Save</button><button id=saveall>save all</button><butto
 
 
 def id_of(name: str) -> str:
-    """Return the id of the element that a reference means."""
+    """Return the id of the element of a reference."""
     node = _send({"meta": "resolve_reference", "reference": name})
     where = {"objectId": node["objectId"], "session_id": node["node_session"], "returnByValue": True}
     return str(cdp("Runtime.callFunctionOn", functionDeclaration="function() { return this.id }", **where)["result"]["value"])

@@ -38,7 +38,7 @@ from tests.support.processes import PATIENCE, wait_until
 pytestmark = needs_chromium
 
 ALT, CONTROL, META, SHIFT = 1, 2, 4, 8
-# Places in the pages: the field and the button of /form, the text of /keys.
+# Positions: the field and the button of /form, the text of /keys.
 FIELD, SEND, TEXT = (100, 35), (100, 100), (150, 50)
 
 
@@ -46,7 +46,7 @@ def serves() -> bool:
     return bool(js("6 * 7", timeout=PATIENCE) == 42)
 
 
-# Where it is.
+# Page information and loading.
 
 
 def test_page_info_has_values_of_the_page(page: str, site: Site) -> None:
@@ -93,7 +93,7 @@ def test_a_page_that_is_late(page: str, slow: Site) -> None:
 
 @contextlib.contextmanager
 def once_it_waits(session: str, act: Callable[[Callable[[str], Any]], object]) -> Iterator[None]:
-    """As another process: `act`, with a function that evaluates, once somebody waits for the page of `session` to load."""
+    """In another process, call `act(evaluate)` once a wait for the page of `session` has begun."""
 
     def run() -> None:
         with connect_daemon(daemon_name()) as other:
@@ -139,7 +139,7 @@ def test_time_passes() -> None:
     assert time.monotonic() - begun >= 0.2
 
 
-# What is typed into it.
+# Input.
 
 
 def test_a_form_is_sent_with_the_enter_key(page: str, site: Site) -> None:

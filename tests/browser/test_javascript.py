@@ -56,7 +56,7 @@ def serves() -> bool:
     ],
 )
 def test_a_value_of_javascript(page: str, expression: str, value: object) -> None:
-    # Of nan and -0.0, == says nothing.
+    # repr: nan != nan, and -0.0 == 0.
     assert repr(js(expression)) == repr(value)
 
 
@@ -142,7 +142,7 @@ def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
         "let n = 0; for (;;) n++",
         "await null; for (;;);",
         "(async () => { await null; for (;;); })()",
-        # Chrome's own limit ends with the first real wait.
+        # The timeout of Runtime.evaluate no longer applies after a real wait.
         "await new Promise(done => setTimeout(done, 1)); for (;;);",
     ],
 )

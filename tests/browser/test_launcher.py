@@ -1,4 +1,4 @@
-"""A managed browser: no port, adoption in the middle of a message, private files, and refusal as root."""
+"""Managed browsers: no port, adoption in the middle of a message, private files, and refusal as root."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if sys.platform != "win32":
 pytestmark = [needs_chromium, needs_posix, pytest.mark.usefixtures("fresh")]
 
 STRANGER = 12345
-# Bytes: more than a pipe takes at once.
+# Bytes: more than a pipe holds.
 LARGE = 20 * 1024 * 1024
 
 
@@ -51,14 +51,14 @@ def browser_pid() -> int:
 
 
 def kill_daemon() -> None:
-    """Kill the daemon of this process, and wait until that is known."""
+    """Kill the daemon of this process, and wait until connections are refused."""
     kill(helpers.connect().pid)
     helpers.disconnect()
     wait_until(lambda: daemon_status("browser").state == "stale")
 
 
 def waiting_bytes(fifo: Path) -> int:
-    """Return how many bytes wait in a FIFO."""
+    """Return the number of unread bytes in a FIFO."""
     descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -104,7 +104,7 @@ def test_large_messages_go_both_ways() -> None:
     assert helpers.js(f"'{'x' * LARGE}'.length", timeout=PATIENCE) == LARGE
     assert helpers.js(f"'y'.repeat({LARGE})", timeout=PATIENCE) == "y" * LARGE
     pid = browser_pid()
-    # One after which the browser would read nothing more is refused.
+    # The browser would stop reading after such a message, so it is refused.
     with pytest.raises(BrowserError, match="too large: the browser accepts"):
         helpers.js(f"'{'x' * 100 * 1024 * 1024}'.length", timeout=PATIENCE)
     assert (helpers.js("6 * 7"), browser_pid()) == (42, pid)
@@ -117,7 +117,7 @@ def test_a_browser_is_usable_after_a_daemon_killed_while_writing(profile: Path) 
     helpers.js("window.kept = 42")
     pid, daemon = browser_pid(), helpers.connect().pid
     with suspended(pid), in_thread(helpers.js, f"window.half = '{'x' * LARGE}'.length", timeout=PATIENCE) as job:
-        # The pipe is full, and nobody reads it.
+        # Wait until the pipe is full.
         wait_until(lambda: waiting_bytes(profile / "harness-browser.in") >= 64 * 1024)
         kill(daemon)
         assert isinstance(job.exception(PATIENCE), ConnectionLost)
@@ -126,7 +126,7 @@ def test_a_browser_is_usable_after_a_daemon_killed_while_writing(profile: Path) 
     assert browser_pid() == pid
 
 
-# Each has a number; long enough that a pipe that is full ends within one.
+# Messages so long that a full pipe ends in the middle of one.
 FLOOD = "window.kept = 42; var n = 0, flood = setInterval(() => console.log(n++, 'x'.repeat(99991)), 1)"
 
 
@@ -135,20 +135,20 @@ def test_a_browser_is_usable_after_a_daemon_killed_while_reading(profile: Path) 
     pid, daemon = browser_pid(), helpers.connect().pid
     before = len(psutil.Process(daemon).net_connections("inet"))
     with suspended(daemon):
-        # No write of Chrome's fits in the rest.
+        # Wait until no further write of Chrome fits.
         wait_until(lambda: waiting_bytes(profile / "harness-browser.out") > 2 * 64 * 1024 and is_full(profile))
         kill(daemon)
     helpers.disconnect()
     assert helpers.js("clearInterval(flood), window.kept") == 42
     assert (browser_pid(), before) == (pid, 0)
-    # Of each event, one: the sessions of the dead daemon have ended.
+    # Each event comes once: the sessions of the dead daemon have ended.
     helpers.drain_events()
     helpers.js("console.log('the last')")
     wait_until(lambda: "the last" in json.dumps(events := helpers.drain_events()) and count_logs(events) == 1)
 
 
 def is_full(profile: Path) -> bool:
-    """Return whether the number of bytes that wait does not change any more."""
+    """Return whether the number of unread bytes stays the same."""
     before = waiting_bytes(profile / "harness-browser.out")
     time.sleep(0.2)
     return waiting_bytes(profile / "harness-browser.out") == before
@@ -183,7 +183,7 @@ def test_many_daemons_that_are_killed_leave_one_root_session(profile: Path) -> N
 
 
 def test_a_browser_with_a_port_is_driven_and_adopted_as_well(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows."""
+    """The same as on Windows, where there are no FIFOs."""
     monkeypatch.setattr("harness_ipc.browser.program.USES_PIPE", False)
 
     async def main() -> None:
@@ -224,7 +224,7 @@ def test_roots_browser_is_refused_unless_it_is_accepted(fresh: Path, profile: Pa
         "FAILURE  browser: no br",
     ]
     monkeypatch.setenv("HARNESS_CHROME_ROOT", "1")
-    # One that was accepted can be ended without it.
+    # A running browser can be stopped without the variable.
     pid = browser_pid()
     kill_daemon()
     monkeypatch.delenv("HARNESS_CHROME_ROOT")
@@ -268,7 +268,7 @@ def test_no_process_of_the_browser_has_the_agents_keys(fresh: Path, monkeypatch:
         assert "sk-hush" not in "".join(process.cmdline())
     assert family[0].environ()["WANTED"] == "one=two=\u00e4"
     assert "TMPDIR" in family[0].environ()
-    # The daemon itself has what its starter had.
+    # The daemon itself inherits the full environment.
     assert psutil.Process(helpers.connect().pid).environ()["SOME_API_KEY"] == "sk-hush"
 
 
@@ -288,8 +288,8 @@ def download(name: str) -> None:
 
 
 def end_of_download(name: str) -> str:
-    """Download a file of this name, and return how that ends."""
-    # A page that has downloaded once is asked about the next one.
+    """Download a file of this name, and return the final state of the download."""
+    # Chrome asks before a second download of the same page.
     helpers.new_tab()
     download(name)
     deadline = time.monotonic() + PATIENCE
@@ -301,7 +301,7 @@ def end_of_download(name: str) -> str:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Return the text of each whole file in a folder that may not be there."""
+    """Return the text of each complete file in a folder, by name. The folder may be missing."""
     found = {}
     if folder.exists():
         for path in folder.iterdir():
@@ -316,7 +316,7 @@ def test_downloads_are_denied_unless_a_folder_is_named(fresh: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(home))
     assert end_of_download("denied") == "canceled"
     kill_daemon()
-    # One that was adopted.
+    # The same for an adopted browser.
     assert end_of_download("denied") == "canceled"
     assert [path for path in home.rglob("*") if "denied" in path.name] == []
 
@@ -333,7 +333,7 @@ def test_downloads_go_to_the_folder_that_is_named(fresh: Path, monkeypatch: pyte
     helpers.switch_tab(helpers.cdp("Target.createTarget", url="about:blank", browserContextId=context)["targetId"])
     download("two")
     wait_until(lambda: files(folder) == {"one": "hello", "two": "hello"})
-    # While no daemon is there, too.
+    # The same while no daemon runs.
     helpers.cdp("Runtime.evaluate", expression=f"setInterval(() => {{ {DOWNLOAD.replace('NAME', 'three')} }}, 2000)")
     kill_daemon()
     wait_until(lambda: "three" in files(folder))
@@ -386,7 +386,6 @@ def test_a_profile_that_is_not_private_is_refused(
     (failure,) = (finding for finding in json.loads(doctor.stdout)["findings"] if finding["level"] == "failure")
     assert (failure["topic"], failure["remedy"]) == ("browser", remedy)
     assert harness_browser("--reload").returncode == 5
-    # It is what helps.
     subprocess.run(remedy or f"rmdir {profile}", shell=True, check=True)
     assert harness_browser("-c", "print(6 * 7)").stdout == "42\n"
 
@@ -460,7 +459,7 @@ def test_a_planted_note_signals_nobody(kind: str, fresh: Path, profile: Path) ->
 
 
 def test_our_note_is_read(profile: Path) -> None:
-    """So that the rows above fail for their reason."""
+    """Otherwise, the planted notes might be ignored for another reason."""
     profile.mkdir(mode=0o700)
     note = profile / "harness-browser.json"
     with spawn_bystander() as stranger:
@@ -474,7 +473,7 @@ def test_our_note_is_read(profile: Path) -> None:
 
 
 def test_a_foreign_browser_in_the_profile_is_detected(fresh: Path, profile: Path) -> None:
-    """Chrome's sign of a living browser; its process may have any name, and a dead one's socket refuses."""
+    """SingletonSocket tells: the process may have any name, and the socket of a dead one refuses connections."""
     profile.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(fresh / "socket"))

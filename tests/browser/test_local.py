@@ -1,4 +1,4 @@
-"""Local ports of another, real user, and our own servers that redirect."""
+"""Local ports of another, real user, and servers of this user that redirect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def home(fresh: Path) -> Path:
 
 
 def why_not() -> str:
-    """Look for a browser in this process, and return why there is none."""
+    """Look for a browser in this process, and return the error."""
     with pytest.raises(BrowserNotFound) as caught:
         asyncio.run(discovery.find("browser", lambda *_: None))
     return str(caught.value)
@@ -162,7 +162,7 @@ def test_a_user_does_not_find_a_port_of_another_user(accepts: bool, home: Path, 
             f"not usable, port {squat.port}: {problem}, and was sent nothing; if you trust it, name it in BU_CDP_URL"
         ]
         assert found["findings"][0].startswith(f"warning: port {squat.port} is not used: {problem}")
-        # The command's connection, and the doctor's.
+        # Both the command and the doctor connect, and send nothing.
         assert set(squat.received()) == {""}
 
 
@@ -272,7 +272,7 @@ def test_which_addresses_are_local(url: str, here: bool) -> None:
     assert is_local(url) is here
 
 
-# Servers of ours that lead elsewhere.
+# Servers of this user that redirect.
 
 
 def version_answer(url: str) -> bytes:
@@ -313,7 +313,7 @@ def redirect(location: str) -> bytes:
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[int, list[bytes]]]:
-    """A server that nothing may be sent to: its port, and what it received."""
+    """The port of a server that must not be contacted, and the requests that it received."""
     received: list[bytes] = []
     with answering(version_answer("ws://127.0.0.1:1/path"), heard=received) as port:
         yield port, received
@@ -358,12 +358,12 @@ def test_a_redirect_in_the_handshake_is_not_followed(target: str, has_socket: bo
     assert len(received) == 1
 
 
-# Answers without an end.
+# Endless answers.
 
 
 @contextlib.contextmanager
 def trickling(piece: bytes) -> Iterator[int]:
-    """Yield a port that answers with this again and again."""
+    """Yield the port of a server that sends `piece` again and again."""
     stop = threading.Event()
 
     def serve(listener: socket.socket) -> None:

@@ -27,7 +27,7 @@ FETCH = "fetch('/private/api').then(reply => reply.status)"
 
 @pytest.fixture
 def alone(page: str) -> None:
-    """A tab with no login of another test: the browser itself remembers those of its context."""
+    """A tab in its own context: the browser remembers the logins of a context."""
     context = cdp("Target.createBrowserContext")["browserContextId"]
     target = cdp("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
     switch_tab(target)
@@ -39,7 +39,7 @@ def test_a_fetch_gets_its_401(site: Site) -> None:
     drain_events()
     assert js(FETCH, timeout=PATIENCE) == 401
     assert "login" not in page_info()
-    # What asks the browser for it is not the client's to see.
+    # The daemon's own interception is invisible to clients.
     assert [event["method"] for event in drain_events() if event["method"].startswith("Fetch.")] == []
     handle_login("Ada", "secret")
     assert js(FETCH, timeout=PATIENCE) == 200

@@ -1,4 +1,4 @@
-"""Waiting in a real browser: for what a click, a key or a script has begun, and not for what begins nothing."""
+"""Waits in a real browser: for navigations and requests that a click, a key or a script has begun, not for others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.processes import PATIENCE, wait_until
 
 pytestmark = needs_chromium
 
-# Places in /start.
+# Positions in /start.
 FIELD, SEND, LINK, OPEN, NOTHING = (100, 20), (100, 80), (100, 140), (100, 200), (100, 260)
 
 
@@ -57,7 +57,7 @@ def in_thread(act: Callable[..., Any], *arguments: Any) -> Iterator[Future[Any]]
 
 
 def call_in(session: str, method: str, **params: Any) -> None:
-    """As another process, call a method of CDP in the page of `session`."""
+    """In another process, call a method of CDP in the page of `session`."""
     with connect_daemon(daemon_name(), request_timeout=PATIENCE) as other:
         other.request({"method": method, "session_id": session, "params": params})
 
@@ -168,7 +168,7 @@ def test_an_element_that_becomes_visible(page: str, site: Site) -> None:
     js(f"{LATER}; document.head.insertAdjacentHTML('beforeend', '<style id=hides>#late {{display: none}}</style>')")
     assert wait_for_element("#late", timeout=PATIENCE) is True
     assert wait_for_element("#late", visible=True, timeout=0.2) is False
-    # No mutation of the document.
+    # Without a mutation of the document.
     js("setTimeout(() => hides.sheet.disabled = true, 50)")
     assert wait_for_element("#late", visible=True, timeout=PATIENCE) is True
 
@@ -268,7 +268,7 @@ def test_requests_of_a_document_that_was_left(page: str, slow: Site) -> None:
     assert wait_for_network_idle(0.1, timeout=PATIENCE) is True
 
 
-# What ends a wait.
+# Ends of a wait.
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_dialog_ends_each_wait(page: str, site: Site, wait: Callable[[], bool]
 
 @contextlib.contextmanager
 def waiting_for_a_picture(page: str, slow: Site) -> Iterator[tuple[str, Future[Any]]]:
-    """In a page that has not loaded yet: its session, and a wait for it in a thread."""
+    """In a page that has not loaded, wait for that in a thread. Yield the session and the future."""
     goto_url(f"{slow.url}/picture")
     session = switch_tab(page)
     with in_thread(wait_for_load, PATIENCE) as waiting:
@@ -329,7 +329,7 @@ def test_a_page_that_crashes_ends_the_wait(page: str, slow: Site) -> None:
 
 
 def visit_iframes(site: Site) -> None:
-    """Two iframes, of the page's own site and of the other, with what leads to other documents in them."""
+    """Visit a page with an iframe of its own site and one of another. In both are links and forms to other documents."""
     site.pages["/linked"] = "<!doctype html><a id=on href=/slow-on>On</a>"
     site.pages["/links"] = (
         f"<!doctype html><iframe id=near name=near src=/linked?near></iframe>"

@@ -31,7 +31,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 class Server(LocalServer):
-    """Remembers what it is asked. Each path has its status, headers and body."""
+    """A server that records its requests. Each path has a status, headers and a body."""
 
     def __init__(self) -> None:
         super().__init__()

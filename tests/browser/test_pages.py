@@ -1,4 +1,4 @@
-"""The helpers with dialogs, frames, pictures, tabs and events of a real browser, and errors."""
+"""The helpers with dialogs, frames, screenshots, tabs and events of a real browser, and their errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.support.processes import PATIENCE, run_python, wait_until
 
 pytestmark = needs_chromium
 
-# Places in the pages: the buttons of /dialog, the field of /leave and of /keys.
+# Positions: the buttons of /dialog, the field of /leave and of /keys.
 CONFIRM, PROMPT, ALERT, FIELD = (50, 25), (50, 85), (50, 145), (100, 20)
 
 
@@ -143,7 +143,7 @@ def test_a_prompt_of_any_length(page: str) -> None:
         default = caught.value.dialog["defaultPrompt"]
         assert default[:16_384] == "x" * 16_384
         if length > 16_384:
-            # An answer that is not all of the default would be another one.
+            # A truncated default must not be sent as the answer.
             assert default[16_384:] == f"… ({length - 16_384} more characters were left out)"
             with pytest.raises(ValueError, match="16384 characters"):
                 handle_dialog()
@@ -155,7 +155,7 @@ def test_a_prompt_of_any_length(page: str) -> None:
 
 def test_leaving_a_page_that_asks_first(page: str, site: Site) -> None:
     visit(f"{site.url}/leave")
-    # Chrome asks only whoever has touched the page.
+    # Chrome asks only after a user gesture in the page.
     click_at_xy(*FIELD)
     press_key("x")
     with pytest.raises(DialogOpen, match="beforeunload"):
@@ -271,11 +271,11 @@ def test_an_iframe_is_one_of_this_page(page: str, site: Site) -> None:
     assert iframe_target("inner?far") is None
 
 
-# Pictures, and large answers.
+# Screenshots and large replies.
 
 
 def size(png: bytes) -> tuple[int, int]:
-    """Return width and height, as the header of the PNG has them."""
+    """Return width and height from the header of the PNG."""
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png[12:16] == b"IHDR"
     width, height = struct.unpack(">II", png[16:24])
@@ -322,7 +322,7 @@ def test_a_screenshot_in_a_directory_that_others_write_to(page: str, tmp_path: P
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    # Names that another user may guess, and the picture's own.
+    # The file itself, and names that another user could guess.
     names = [f".harness-browser-{os.getpid()}.tmp", "shot.png", "shot.png.tmp", ".shot.png.tmp"]
     for name in names:
         (shared / name).symlink_to(victim)
@@ -404,7 +404,7 @@ def test_switching_to_a_tab(page: str, site: Site, form: Callable[[dict[str, str
     session = switch_tab(form(tab))
     assert js("document.title") == "A form"
     new_tab()
-    # Its session can be named from elsewhere.
+    # Its session can be used from another tab.
     assert cdp("Runtime.evaluate", session, expression="document.title")["result"]["value"] == "A form"
     assert js("location.href") == "about:blank"
 
@@ -509,7 +509,7 @@ def test_a_page_of_the_browser_is_left_for_a_real_one(page: str, site: Site) -> 
 
 
 def test_a_tab_has_an_address_at_any_time(page: str, site: Site) -> None:
-    # Each time, it takes a moment.
+    # The URL of a new document may come with a delay: try it several times.
     for number in range(20):
         goto_url(f"{site.url}/?{number}")
         assert current_tab()["url"] == f"{site.url}/?{number}"
@@ -540,7 +540,7 @@ def test_the_last_500_events_are_kept(page: str) -> None:
     assert len(events) == 500
     numbers = logged(events)
     assert numbers == list(range(700 - len(numbers), 700))
-    # The page may have had others to tell.
+    # Drain the events that were still in flight.
     wait_until(lambda: drain_events() == [])
 
 
@@ -553,7 +553,7 @@ def test_the_first_events_of_a_process_are_those_of_its_tab(page: str) -> None:
     assert logged(drain_events()) == ["in the other"]
 
 
-# What goes wrong.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_cookies_refused_by_the_browser(page: str, method: str, params: dict[str
 def test_a_session_that_there_is_not(page: str) -> None:
     with pytest.raises(TabClosed):
         cdp("Runtime.evaluate", "nonsense", expression="1")
-    # It was not the process's own.
+    # The session of the process is unaffected.
     assert current_tab()["targetId"] == page
     assert serves()
 
@@ -590,7 +590,7 @@ def test_a_page_that_has_crashed(page: str, site: Site) -> None:
     visit(f"{site.url}/form")
     crash()
     for act in (page_info, capture_screenshot, lambda: js("1"), lambda: press_key("x"), lambda: click_at_xy(1, 1)):
-        # Without the daemon's word, each would take all of its timeout.
+        # Each raises at once, not after its timeout.
         with pytest.raises(CDPError, match="the page has crashed: reload it with goto_url"):
             act()
     visit(f"{site.url}/form")

@@ -25,7 +25,7 @@ if sys.platform != "win32":
     from harness_ipc.browser.pipe import PipeTransport, create_fifos, open_pipe
 
 STRANGER = 12345
-# More than any pipe takes at once.
+# Bytes: more than a pipe holds.
 LARGE = 3 * 1024 * 1024
 
 
@@ -94,7 +94,7 @@ class Peer:
 
 @contextlib.asynccontextmanager
 async def connected(base: Path, pid: int = 0) -> AsyncIterator[Peer]:
-    """Yield what plays the browser, whose process is `pid`, by default this one."""
+    """Yield a simulated browser. Its process is `pid`; 0 means this one."""
     places = str(base / "in"), str(base / "out")
     with create_fifos(*places) as (reader, writer):
         transport = open_pipe(*places, pid or os.getpid())
@@ -136,7 +136,7 @@ def test_a_sender_waits_while_the_browser_does_not_read(private_directories: Pat
         second = asyncio.create_task(peer.transport.send("second"))
         done, _ = await asyncio.wait({first, second}, timeout=0.1)
         assert done == set()
-        # What is not sent yet is dropped, and what is half sent is sent to its end.
+        # A message that was not begun is dropped, one that was is sent completely.
         first.cancel()
         second.cancel()
         await asyncio.wait({first, second})
@@ -302,7 +302,7 @@ def test_only_a_fifo_of_ours_with_a_browser_is_opened(kind: str, direction: str,
 
 
 class Script:
-    """A transport that a test feeds."""
+    """A transport whose messages come from the test."""
 
     def __init__(self, *messages: str | bytes) -> None:
         self.sent: asyncio.Queue[str] = asyncio.Queue()
@@ -342,7 +342,7 @@ async def adopt(transport: Script, events: Events) -> Connection:
     """Enter the root session "root", where an earlier daemon had "stale"."""
     connection = Connection(transport, None, adopted=True)
     entering = asyncio.create_task(connection.enter_root_session("stale", lambda *event: events.append(event[:3])))
-    # The end of a message that was half written.
+    # It completes a message that the earlier daemon may have half written.
     assert await transport.sent.get() == ""
     detached = await transport.answer()
     assert (detached["method"], detached["params"]) == ("Target.detachFromTarget", {"sessionId": "stale"})
@@ -398,7 +398,7 @@ def test_replies_and_events_of_an_earlier_daemon_are_not_ours() -> None:
         call = asyncio.create_task(connection.call("Runtime.evaluate", session="child"))
         sent = json.loads(await transport.sent.get())
         assert sent["sessionId"] == "child"
-        # The same id, in a session of the earlier daemon.
+        # A reply with the same id in a session of the earlier daemon is ignored.
         transport.feed(id=sent["id"], result={"theirs": True}, sessionId="stale child")
         transport.feed(id=sent["id"], result={"ours": True}, sessionId="child")
         assert await call == {"ours": True}
@@ -434,7 +434,7 @@ def test_two_connections_number_their_calls_differently() -> None:
             await call
             await connection.close()
         assert len(numbers) == 20
-        # Chrome's are 32 bits with a sign.
+        # Chrome's ids are signed 32-bit integers.
         assert all(0 < number < 2**31 for number in numbers)
 
     asyncio.run(main())

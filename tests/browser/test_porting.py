@@ -1,4 +1,4 @@
-"""The guide for users of browser-harness: its snippets, run in a page made for them, and its names."""
+"""The porting guide for users of browser-harness: its snippets run, and its names exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ far.src = `http://localhost:${location.port}/inner`</script>"""
 
 
 def run(snippet: str, namespace: dict[str, Any]) -> str:
-    """Run a snippet, and return what it prints."""
+    """Run a snippet, and return its output."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(compile(snippet, "snippet", "exec"), namespace)
     return output.getvalue()

@@ -20,7 +20,7 @@ REPLACE = "run harness-browser --name=browser --reload to replace it, or choose 
 
 
 def refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return why a process with this in its environment does not get the daemon's browser."""
+    """Return the error of a process with these variables in its environment."""
     with monkeypatch.context() as patch:
         for variable, value in environment.items():
             patch.setenv(variable, value)
@@ -67,7 +67,7 @@ def test_another_named_browser_is_a_mismatch(fresh: Path, monkeypatch: pytest.Mo
         text = refused({"BU_CDP_URL": "http://127.0.0.1:1"}, monkeypatch)
         assert f"holds BU_CDP_URL, {theirs.url}, but this command asks for BU_CDP_URL, http://127.0.0.1:1: " in text
         assert "holds BU_CDP_URL" in refused({"BU_CDP_URL": "", "HARNESS_CHROME_OWN": "1"}, monkeypatch)
-        # The same one, by other words, and by none.
+        # The same browser with another variable, in another form, and without one.
         for words in ({"BU_CDP_WS": theirs.websocket}, {"BU_CDP_URL": f"http://localhost:{theirs.port}/"}, {"BU_CDP_URL": ""}):
             with monkeypatch.context() as patch:
                 for variable, value in words.items():
@@ -75,7 +75,7 @@ def test_another_named_browser_is_a_mismatch(fresh: Path, monkeypatch: pytest.Mo
                 helpers.disconnect()
                 helpers.page_info()
         kill_browser(theirs.process)
-    # Its daemon is of no use to anybody any more.
+    # A daemon whose browser has ended makes room for one with other settings.
     monkeypatch.delenv("BU_CDP_URL")
     monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
     monkeypatch.setenv("HARNESS_CHROME_PROFILE", str(fresh / "profile"))
@@ -89,7 +89,7 @@ def test_a_browser_that_was_started_otherwise_is_not_adopted(fresh: Path, monkey
     helpers.disconnect()
     monkeypatch.setenv("HARNESS_CHROME_ARGS", "--user-agent='Robot 7'")
     monkeypatch.chdir(fresh)
-    # A path of the command's own directory.
+    # A relative path is resolved against the command's directory.
     monkeypatch.setenv("HARNESS_CHROME_PROFILE", "profile")
     assert helpers.js("navigator.userAgent") == "Robot 7"
     assert "was started with other settings" in the_log("browser")

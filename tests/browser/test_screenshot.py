@@ -20,12 +20,12 @@ from tests.support.processes import PATIENCE
 pytestmark = needs_chromium
 
 RED, GREEN = (200, 0, 0), (0, 200, 0)
-# Two frames, and what they are for.
+# Wait until the page is rendered: two frames.
 SETTLED = "await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def left_edge(picture: bytes) -> list[tuple[int, ...]]:
-    """Return the colour of the first pixel of each row, which no filter makes depend on another but the one above it."""
+    """Return the color of the first pixel of each row. Filters of PNG make it depend only on the one above it."""
     width, _ = struct.unpack_from(">II", picture, 16)
     pixel = {2: 3, 6: 4}[picture[25]]
     place, data = 8, b""
@@ -45,7 +45,7 @@ def left_edge(picture: bytes) -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def tall(page: str, site: Site) -> Site:
-    """The tall page, scrolled, with scrollbars; what has happened to it by now is forgotten."""
+    """The tall page, scrolled, with scrollbars. Its recorded events are cleared."""
     visit(f"{site.url}/tall")
     js(f"scrollTo(0, 300); box.scrollTop = 40; {SETTLED}; seen.length = 0")
     return site

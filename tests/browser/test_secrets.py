@@ -1,4 +1,4 @@
-"""What the log of the daemon never has, at whatever level: an address's query, what is typed, cookies and passwords."""
+"""Secrets are not logged at any level: queries of URLs, typed text, cookies and passwords."""
 
 from __future__ import annotations
 

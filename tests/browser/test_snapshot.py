@@ -31,7 +31,7 @@ def reference(text: str, what: str) -> str:
 
 
 def text_of(name: str) -> str:
-    """Return the text of the node that a reference means."""
+    """Return the text of the node of a reference."""
     node = _send({"meta": "resolve_reference", "reference": name})
     function = "function() { return this.textContent }"
     where = {"objectId": node["objectId"], "session_id": node["node_session"]}
@@ -99,7 +99,7 @@ def test_a_node_keeps_its_reference(page: str, site: Site) -> None:
 
 def test_a_later_command_understands_a_reference(page: str, site: Site) -> None:
     name = reference(show(site, "<button>One</button>"), "One")
-    # It begins in the tab that was switched to last, once nobody is in it.
+    # Leave the tab: the next command begins in the last one that is not in use.
     helpers.disconnect()
     run = harness_browser("-c", "print(snapshot())")
     assert (run.stderr, reference(run.stdout, "One")) == ("", name)

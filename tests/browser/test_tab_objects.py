@@ -33,7 +33,7 @@ def test_a_helper_is_documented_as_its_method(name: str) -> None:
 
 def test_importing_the_helpers_imports_only_what_page_info_needs() -> None:
     program = (
-        # What measures coverage is there already.
+        # Coverage may have imported modules before.
         "import sys; before = set(sys.modules); from harness_ipc.browser.helpers import *; "
         "heavy = 'asyncio dataclasses logging subprocess tempfile typing'.split(); "
         "deferred = 'dialogs keyboard mouse screenshot _files'.split(); "
@@ -68,7 +68,7 @@ def test_a_tab_to_keep_stays(page: str) -> None:
         kept = browser.new_tab(keep=True).current_tab()["targetId"]
     assert kept in targets()
     helpers.disconnect()
-    # A program's tabs are not where commands begin.
+    # Commands do not begin in a tab that a program opened.
     assert helpers.current_tab()["targetId"] == page
 
 

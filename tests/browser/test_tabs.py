@@ -33,7 +33,7 @@ from tests.browser.site import Site
 from tests.support.processes import PATIENCE, wait_until
 
 WHERE = "print(current_tab()['targetId'])"
-# Is in a tab until its standard input ends.
+# A client that is in a tab until its standard input is closed.
 STAYS = "from harness_ipc.browser.helpers import *\nprint(current_tab()['targetId'], flush=True)\nimport sys; sys.stdin.read()"
 
 
@@ -54,7 +54,7 @@ def where(*options: str) -> str:
 
 @pytest.fixture
 def free(page: str) -> str:
-    """The tab that was switched to last, in which nobody is."""
+    """The targetId of the tab that was switched to last. No client is in it."""
     helpers.disconnect()
     return page
 
@@ -79,7 +79,7 @@ def test_a_command_in_a_new_tab_closes_it_unless_it_is_to_keep(free: str) -> Non
     assert tabs() == before
     kept = where("--new-tab", "--keep-tab")
     assert tabs() == before | {kept}
-    # As after a switch.
+    # The next command begins there, as after a switch.
     assert where() == kept
 
 
@@ -88,7 +88,7 @@ def test_a_command_chooses_a_tab_by_id_url_or_as_the_current_one(free: str, site
     switch_tab(free)
     assert where("--tab", other) == other
     assert where("--tab", "/form") == other
-    # It shares it.
+    # "current" shares a tab that is in use.
     assert where("--tab", "current") == free == here()
 
 
@@ -151,7 +151,7 @@ def test_a_named_tab_in_use_is_an_error_that_names_the_process(page: str) -> Non
         run = harness_browser("--tab-name", "work", "-c", "print('ran')")
         assert (run.returncode, run.stdout) == (5, "")
         assert f"the process {process.pid} is in the tab 'work'" in run.stderr
-        # The way that it names.
+        # The error recommends --tab.
         assert where("--tab", tab) == tab
     assert where("--tab-name", "work") == tab
 
@@ -162,12 +162,12 @@ def test_a_named_tab_that_was_closed_is_opened_anew(free: str) -> None:
     assert where("--tab-name", "work") not in (work, free)
 
 
-# Clients that go.
+# Clients that end.
 
 
 @contextlib.contextmanager
 def spawned(program: str, **environment: str) -> Any:
-    """A process that runs the program, and the first line that it prints."""
+    """Run the program in a process. Yield the process and the first line that it prints."""
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
@@ -329,7 +329,7 @@ def test_daemons_on_one_browser_have_tabs_of_their_own(fresh: Path, monkeypatch:
         assert second != users == where("--name", "one")
         with spawned(GOES_ON, BU_NAME="one", BU_TAB_NAME="work") as (process, tab):
             assert tab not in (users, second)
-            # It does not wait for those who are in a tab.
+            # A stop does not wait for clients that are in a tab.
             assert harness_browser("--name", "one", "--reload").stderr == ""
             print(file=process.stdin, flush=True)
             assert process.stdout.readline() == f"{tab} mine\n"

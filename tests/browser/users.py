@@ -1,7 +1,7 @@
-"""Other users of this machine, which only root can become. Run as a program, this is one.
+"""Other users of this machine. It requires root. Run as a program, it acts as such a user:
 
 ``squat UID HOST PORT TARGET ACCEPTS IPV6_ONLY BACKLOG`` listens, and relays to the port `TARGET` if that is not 0.
-``find HOME PORT`` looks for a browser there as the user `VICTIM`, and so does its doctor.
+``find HOME PORT`` looks for a browser there as the user `VICTIM`, with the helpers' code and the doctor's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Squat:
         self.port = int(process.stdout.readline())
 
     def received(self) -> list[str]:
-        """Return the data of each connection, once all have been closed. Ends the squatter."""
+        """End the squatter, and return the data of each connection once all are closed."""
         return [str(text) for text in json.loads(self._process.communicate(timeout=PATIENCE)[0])]
 
 
@@ -51,14 +51,14 @@ def squatting(
     ipv6_only: bool = False,
     backlog: int = 16,
 ) -> Iterator[Squat]:
-    """Have the user `uid` listen at `host`. If it is not to accept yet, it does so when it is asked what it received."""
+    """Have the user `uid` listen at `host`. Without `accepts`, it accepts connections only in `received`."""
     words = [str(word) for word in (uid, host, port, target, int(accepts), int(ipv6_only), backlog)]
     with _running("squat", *words) as process:
         yield Squat(process)
 
 
 def find_as_victim(home: Path, port: int) -> dict[str, Any]:
-    """Return what the user `VICTIM` finds at `port`: `how` or the `error`, the `log`, and the doctor's `findings`."""
+    """Return the result for the user `VICTIM`: `how` or `error`, the `log`, and the doctor's `findings`."""
     os.chown(home, VICTIM, VICTIM)
     with _running("find", str(home), str(port)) as process:
         return dict(json.loads(process.communicate(timeout=PATIENCE)[0]))
@@ -97,7 +97,7 @@ def squat(uid: str, host: str, port: str, target: str, accepts: str, ipv6_only: 
 
 
 def receive(listener: socket.socket, target: int) -> list[bytes]:
-    """Accept and relay until standard input and all connections have ended, and return what came by each."""
+    """Accept and relay until standard input and all connections are closed. Return the data of each connection."""
     received: dict[socket.socket, bytes] = {}
     others: dict[socket.socket, socket.socket | None] = {}
     asked = False
@@ -134,12 +134,12 @@ def relay(source: Any, others: dict[socket.socket, socket.socket | None], receiv
 
 
 def find(home: str, port: str) -> None:
-    # Everything is imported before: this user may have no access to this interpreter's library.
+    # Import before the switch: that user may have no access to the interpreter's library.
     for module in ("harness_ipc.manager", "harness_ipc.browser.doctor", "pwd"):
         importlib.import_module(module)
     from harness_ipc.browser import discovery, doctor
 
-    # It reads the library, too.
+    # It would read the library as well.
     importlib.metadata.version = lambda distribution_name: distribution_name
     become(VICTIM)
     os.environ |= {"HOME": home, "HARNESS_CHROME": "/nonexistent"}
