@@ -15,14 +15,14 @@ from tests.support.processes import DaemonProcess, serves, spawn_daemon
 
 @pytest.fixture
 def base(private_directories: Path) -> Iterator[Path]:
-    """Yield the directory above the runtime directory; at the end, stop the test's daemons."""
+    """The directory above the runtime directory. The test's daemons are stopped at the end."""
     yield private_directories
     end_daemons(private_directories)
 
 
 @pytest.fixture
 def daemon() -> Iterator[DaemonProcess]:
-    """The daemon `test`, which must serve at the end."""
+    """The daemon `test`. It must still serve at the end."""
     with spawn_daemon("test") as daemon:
         yield daemon
         assert serves()

@@ -40,7 +40,7 @@ pytestmark = [needs_posix, needs_root]
 
 STRANGER = 12345
 NAME = "private"
-# The errors of a connection whose other end was closed before it read anything.
+# Errors of a connection whose peer closed it without reading.
 RESET = ("ConnectionResetError", "BrokenPipeError")
 
 
@@ -87,7 +87,7 @@ def attempt(verb: str, *arguments: str) -> Any:
 
 
 def main(verb: str, *arguments: str) -> None:
-    # Everything is imported before: the stranger may have no access to this interpreter's library.
+    # Import before the switch: the stranger may have no access to the interpreter's library.
     for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil"):
         importlib.import_module(module)
     if sys.platform == "win32":
@@ -163,11 +163,11 @@ def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[records
 
 
 def test_other_uid_is_refused_before_a_byte_is_read(opened: records.Record) -> None:
-    # It said nothing, the handshake has an hour: it was refused for who it is.
+    # The peer sent nothing and the handshake may take an hour, so its uid is the reason of the refusal.
     assert attempt("raw", opened.address) == ""
     assert attempt("with the key", opened.address, opened.authkey.hex())[0] in ("EOFError", *RESET)
     log = log_path(NAME).read_text(encoding="utf-8")
-    # One line stands for both.
+    # The log is rate-limited: one line for both.
     assert log.count(f"belongs to uid {STRANGER}, not to 0") == 1
     assert opened.authkey.hex() not in log
 
@@ -206,7 +206,6 @@ def test_a_runtime_directory_of_another_user_is_refused(private_directories: Pat
         with pytest.raises((UnsafeDirectory, StartFailed), match=str(run)):
             run_daemon(App(), NAME)
         assert not list(elsewhere.iterdir())
-        # The remedy fixes it.
         os.system(caught.value.remedy.removeprefix("sudo "))
         with spawn_daemon(NAME):
             assert ping(NAME)

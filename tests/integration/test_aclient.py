@@ -30,7 +30,7 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, stopped, wait_until
 from tests.support.scripted import Served
 
-# Seconds, longer than any test.
+# Seconds: longer than any test.
 NEVER = 3600.0
 
 
@@ -43,7 +43,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def run(main: Callable[[AsyncClient], Awaitable[None]], *, refuse_threads: bool = True) -> None:
-    """Run `main` with a client, in a loop whose default executor refuses to work; no thread may stay afterwards."""
+    """Run `main` with a client, in a loop whose default executor raises. Assert that no thread is left."""
 
     class Refusing(ThreadPoolExecutor):
         def submit(self, *_: Any, **__: Any) -> Any:
@@ -57,7 +57,7 @@ def run(main: Callable[[AsyncClient], Awaitable[None]], *, refuse_threads: bool 
 
     before = set(threading.enumerate())
     asyncio.run(in_time())
-    # A cancelled call waits for no thread; it ends a moment later.
+    # A cancelled call does not wait for its thread, which ends shortly after.
     wait_until(lambda: set(threading.enumerate()) == before)
 
 
@@ -89,14 +89,14 @@ def test_coroutines_at_once_each_get_their_own_reply(daemon: DaemonProcess) -> N
 def test_the_loop_turns_while_a_request_waits(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
         async with await aconnect_daemon("test") as other:
-            # Neither is answered before both have been asked.
+            # Neither is answered before both have been sent.
             assert sum(await asyncio.gather(client.call("meet", tag=1), other.call("meet", tag=2))) == 3
 
     run(main)
 
 
 async def begin(client: AsyncClient, tag: str) -> asyncio.Task[Any]:
-    """Return the task of a request that does not end, once it runs in the daemon."""
+    """Send a request that does not end, and return its task once it runs in the daemon."""
     task = asyncio.create_task(client.call("sleep", seconds=NEVER, tag=tag, timeout=NEVER))
     async with await aconnect_daemon("test") as observer:
         while ["begin", tag] not in await observer.call("log"):
@@ -121,7 +121,7 @@ def test_a_cancelled_request_blocks_nobody(daemon: DaemonProcess) -> None:
 
 def test_one_client_runs_calls_at_once(daemon: DaemonProcess) -> None:
     async def main(client: AsyncClient) -> None:
-        # None is answered before all have been asked.
+        # None is answered before all have been sent.
         calls = [client.call("meet", tag=n, of=50) for n in range(50)]
         assert sum(await asyncio.gather(*calls)) == sum(range(50))
 
@@ -154,7 +154,7 @@ def test_cancellation_at_the_deadline_keeps_turns_apart(daemon: DaemonProcess) -
         late = asyncio.create_task(client.call("echo", timeout=0.1))
         await asyncio.sleep(0)
         asyncio.get_running_loop().call_later(0.15, late.cancel)
-        # Both are due in one iteration of the loop.
+        # The reply and the cancellation are due in the same iteration of the loop.
         time.sleep(0.2)
         await asyncio.wait({late})
         assert late.cancelled()
@@ -443,7 +443,7 @@ def test_a_daemon_that_accepts_nothing_does_not_block_the_loop(daemon: DaemonPro
                 await asyncio.sleep(0.01)
                 turns += 1
             assert {type(task.exception()) for task in waiting} == {DaemonTimeout}
-        # About 200; a connection that blocked would let all 200 end in one or two.
+        # Usually about 200. With a blocking connect, there would be one or two.
         assert turns > 5
 
     run(main)

@@ -20,7 +20,7 @@ from tests.support.processes import PATIENCE, wait_until
 from tests.support.wire import FrameConnection, dial_daemon
 
 MIB = 2**20
-# A period that no test waits for.
+# Seconds: longer than any test.
 NEVER = 3600.0
 
 
@@ -76,7 +76,7 @@ def frame_of(**message: Any) -> bytes:
 
 @contextlib.contextmanager
 def kept_connection(server: DaemonServer) -> Iterator[FrameConnection]:
-    """A connection that has been used enough to be left to the loop, if that is how it is served."""
+    """A connection after enough requests that the loop driver has adopted it."""
     with dial_daemon("test") as connection:
         for n in range(3):
             assert exchange(connection, frame_of(n=n)) == {"result": {"n": n}}
@@ -159,7 +159,7 @@ def test_requests_sent_ahead_are_answered_in_order() -> None:
             connection = await asyncio.to_thread(stack.enter_context, kept_connection(server))
             assert await asyncio.to_thread(send_all) == [10, 11, 12]
             assert handler.seen == [0, 1, 2, 10, 11, 12]
-            # Let alone again, it is served as before.
+            # Once they are answered, the connection is served as before.
             assert await asyncio.to_thread(exchange, connection, frame_of(n=13)) == {"result": {"n": 13}}
 
     run(talk)
@@ -206,7 +206,7 @@ def test_a_hundred_connections_leak_no_descriptor() -> None:
 
         with ThreadPoolExecutor(4) as pool:
             before = count()
-            # The numbers of closed descriptors are used again: a watch that was left would disturb the next connection.
+            # Descriptor numbers are reused: a watch that was not removed would affect the next connection.
             await asyncio.to_thread(lambda: list(pool.map(converse, range(100))))
             await asyncio.to_thread(wait_until, lambda: not server.connections and count() <= before)
 

@@ -1,6 +1,6 @@
-"""Attacks by another user, without the key, on the wire, through files, and with the key and a hostile message.
+"""Attacks by another user, without the key, on the wire, through files, and by expensive messages with the key.
 
-Afterwards an honest client is served. Run as a program, this is another user.
+After each attack, a normal client is served. Run as a program, this acts as another user.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def victim() -> Iterator[DaemonProcess]:
 
 
 def requests_of(name: str = NAME) -> int:
-    """Return how many requests the daemon has answered."""
+    """Return the number of requests that the daemon has answered."""
     return int(request(name, {"meta": "ping"}, timeout=PATIENCE)["requests"])
 
 
 def plant(name: str, **changes: Any) -> records.Record:
-    """Write the victim's record with `changes` as that of `name`, which requires our uid."""
+    """Write the victim's record with `changes` as that of `name`. This requires the victim's uid."""
     fields = {**json.loads(runtime_path(NAME, "json").read_bytes()), "name": name, **changes}
     files.write_private_file(str(runtime_path(name, "json")), json.dumps(fields).encode())
     return records.load(name)
@@ -134,7 +134,7 @@ class Wire:
 
 
 def told(wire: Wire) -> list[bytes]:
-    """Return the frames of a client, after checking that they are complete."""
+    """Return the frames of a client. Assert that they are complete."""
     frames, _ = targets.split_frames(bytes(wire.up), MIB)
     assert b"".join(map(frame, frames)) == wire.up
     return frames
@@ -146,7 +146,7 @@ def told_nothing(frames: list[bytes]) -> bool:
 
 
 def dial_through(address: str, record: records.Record) -> FrameConnection:
-    """Connect to `address` as a client does that takes it for the daemon's."""
+    """Connect to `address` like a client that has it in a record."""
     connection = FrameConnection(address)
     try:
         connection.prove(Keys(record.authkey, record.address))
@@ -175,19 +175,19 @@ def test_a_relay_at_another_address_is_not_taken_for_the_daemon(victim: DaemonPr
 def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProcess, private_directories: Path) -> None:
     record = records.load(NAME)
     relay = str(private_directories / "relay")
-    # A wire is no attack: it goes through, and is on record.
+    # A transparent relay is allowed: the handshake succeeds and is recorded.
     with Wire(relay, forward_to=record.address) as wire, dial_through(relay, record) as connection:
         assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
     assert HONEST_FRAME in wire.up
     assert b'"result"' in wire.down
     served = requests_of()
-    # To the daemon, which asks something else this time.
+    # Replayed to the daemon, whose challenge is different this time.
     with raw_socket(bytes(wire.up)) as again:
         answer = said(again)
     assert answer.endswith(frame(FAILURE))
     assert b'"result"' not in answer
     assert requests_of() == served
-    # To a client, which does, too.
+    # Replayed to a client, whose challenge is different as well.
     down, recorded = bytes(wire.down), str(private_directories / "recorded")
     with Wire(recorded, answer=lambda peer, _: peer.sendall(down)) as daemon:
         with pytest.raises((AuthenticationFailed, ConnectionLost)):
@@ -231,7 +231,7 @@ def test_a_record_that_points_elsewhere_is_a_typed_error(victim: DaemonProcess, 
             assert type(caught.value) is AuthenticationFailed
             wait_until(lambda: len(peer.up) > 0)
             assert told_nothing(told(peer))
-        # The process that it names lives.
+        # The process that the record names is running.
         assert cleanup_endpoint("odd") is False
         assert elsewhere.exists() is (kind != "nothing")
         assert kind != "a file" or elsewhere.read_text() == "precious"
@@ -242,7 +242,7 @@ def test_a_record_that_points_elsewhere_is_a_typed_error(victim: DaemonProcess, 
 def test_a_record_that_points_to_another_daemon_reaches_none(victim: DaemonProcess, key: str) -> None:
     with spawn_daemon("second"):
         second = records.load("second")
-        # The other daemon's whole record would be that daemon: here one of both is wrong.
+        # Address and key of the other daemon would be its valid record: here only one of both is its own.
         changes = {"address": second.address} if key == "the first's" else {"authkey": second.authkey.hex()}
         plant("odd", **changes)
         served = [requests_of(NAME), requests_of("second")]
@@ -337,7 +337,7 @@ os._exit(0)
 @needs_root
 @pytest.mark.parametrize("squat", ["directory", "open directory", "link", "file"])
 def test_a_default_directory_of_another_user_is_refused(squat: str, private_directories: Path) -> None:
-    """A user who never logs in has it below /tmp, where anybody can create it."""
+    """Without a login session the directory is below /tmp, where any user can create it."""
     uid = 2_000_000_000 + os.getpid()
     place = Path(f"/tmp/harness-ipc-runtime-{uid}")
     try:
@@ -348,7 +348,7 @@ def test_a_default_directory_of_another_user_is_refused(squat: str, private_dire
                 place.mkdir()
                 place.chmod(0o777)
             case "link":
-                # To what is the user's own and private.
+                # The link leads to a private directory of the user.
                 private_directories.chmod(0o755)
                 target = private_directories / "target"
                 target.mkdir(0o700)
@@ -360,7 +360,7 @@ def test_a_default_directory_of_another_user_is_refused(squat: str, private_dire
         done = run_python("-c", AS_USER, str(uid))
         assert done.stdout.startswith(f"refused {place} ") or f"StartFailed: {place} is a file" in done.stderr, done
         if not place.is_file():
-            # The remedy, by root.
+            # The remedy requires root.
             os.system(done.stdout.rstrip().removeprefix(f"refused {place} ").removeprefix("sudo "))
         else:
             place.unlink()
@@ -401,7 +401,7 @@ def test_another_user_can_plant_no_link_and_make_none(victim: DaemonProcess, pri
     ("kind", "ext"),
     [
         *(("symbolic", ext) for ext in ("json", "lock", "start", "starting", "draining")),
-        # Not those of the locks: to filelock before 4, a file of ours that is linked there is the lock, and is emptied.
+        # Locks are left out: filelock before 4 opens a hard-linked file of the user as the lock, and empties it.
         *(("hard", ext) for ext in ("json", "starting", "draining")),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_link_that_is_there_before_the_daemon_harms_nothing(kind: str, ext: st
     (path.symlink_to if kind == "symbolic" else path.hardlink_to)(precious)
     argv = [sys.executable, "-W", "error", "-m", "tests.support.processes", NAME, "{}"]
     try:
-        # It is replaced, or refused in a typed error that names it.
+        # The daemon replaces the link, or refuses it with a typed error that names it.
         text = str(path)
         try:
             ensure_daemon(NAME, argv, timeout=PATIENCE)
@@ -430,7 +430,7 @@ def test_a_link_that_is_there_before_the_daemon_harms_nothing(kind: str, ext: st
     assert precious.read_text() == "precious"
 
 
-# A weaker digest: what CPython 3.11 has no choice of, later versions let the peer choose.
+# Weaker digests. On CPython 3.11 the digest is fixed; later versions let the peer choose it.
 
 DIGESTS = ["", "md5", "sha1", "sha256", "sha384", "sha512", "sha3_256", "MD5", "no such"]
 
@@ -452,9 +452,9 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
             prefix = b"{%s}" % digest.encode() if digest else b""
             connection.send_bytes(CHALLENGE + prefix + os.urandom(20))
             verdicts = []
-            # Or it is dropped, for a digest that the daemon does not have.
+            # The daemon drops a peer whose digest it does not support.
             with contextlib.suppress(EOFError, OSError):
-                # Its proof, which helps nobody without the key, and its own challenge.
+                # The daemon's proof, which is useless without the key, and its challenge.
                 connection.recv_bytes(256)
                 challenge = connection.recv_bytes(256)
                 assert challenge.startswith(CHALLENGE), digest
@@ -467,14 +467,14 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
 
 
 def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
-    """The same steps succeed with the key."""
+    """The same steps succeed with the key, so its lack is what fails above."""
     record = records.load(NAME)
     with FrameConnection(record.address) as connection:
         connection.send_bytes(CHALLENGE + os.urandom(20))
         proof = connection.recv_bytes(256)
         challenge = connection.recv_bytes(256).removeprefix(CHALLENGE)
         connection.send_bytes(WELCOME)
-        # The daemon's own proof is none of a client, nor is one for another challenge.
+        # A client's proof depends on the role and on the challenge.
         mine = role_key(record.authkey, "client", record.address)
         assert proof != prove(mine, challenge, "")
         connection.send_bytes(prove(mine, challenge, ""))
@@ -500,7 +500,7 @@ def test_a_client_refuses_a_daemon_with_another_digest(victim: DaemonProcess, pr
         assert told_nothing(told(forged)), digest
 
 
-# Where the key could leak.
+# Leaks of the key.
 
 
 def forms(key: bytes) -> Iterator[bytes]:
@@ -561,7 +561,7 @@ request(sys.argv[1], {})
 
 @needs_linux
 def test_the_key_shows_nowhere_but_in_the_record() -> None:
-    """It is not in a command line, environment, log, report, error, traceback or other file."""
+    """The key is not in a command line, environment, log, report, error, traceback or other file."""
     cli = ["-m", "harness_ipc"]
     shown = [run_python(*cli, "start", "tests.support.processes:App", "--name", NAME, "--json")]
     try:
@@ -587,7 +587,7 @@ def test_the_key_shows_nowhere_but_in_the_record() -> None:
             assert not shows_key(done.stdout + done.stderr, record), done.args
         assert not shows_key(repr([daemon_status(NAME), list_daemons(), record, record.public()]), record)
         assert serves(NAME)
-        # What is left is the logs, the locks and the socket.
+        # Only the record has the key: check all other files.
         files = [path for folder in (runtime_dir(), log_path(NAME).parent) for path in folder.iterdir() if path.is_file()]
         assert {path.name for path in files} >= {f"{NAME}.json", f"{NAME}.lock", f"{NAME}.start", f"{NAME}.log"}
         assert [path.name for path in files if shows_key(path.read_bytes(), record)] == [f"{NAME}.json"]
@@ -638,7 +638,7 @@ def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
         with connect_daemon(NAME) as client:
             with pytest.raises(RemoteError) as caught:
                 client.call("raise", text=EVIL)
-            # Whoever asked gets it as it is.
+            # The client gets the text unescaped.
             assert caught.value.message == EVIL
         assert serves(NAME)
         assert "all is well" in log_path(NAME).read_text(encoding="utf-8")
@@ -667,7 +667,7 @@ def test_control_characters_of_a_daemon_are_escaped(private_directories: Path) -
     assert "\r" not in shown.decode().replace(os.linesep, "")
 
 
-# No argument has a NUL or a lone surrogate.
+# Arguments cannot contain a NUL or a lone surrogate.
 EVIL_WORD = EVIL.replace("\0", "").replace("\ud800", "")
 
 
@@ -682,7 +682,7 @@ def test_control_characters_in_arguments_are_escaped(words: list[str]) -> None:
 
 
 def test_control_characters_of_a_foreground_daemon_are_escaped(private_directories: Path) -> None:
-    """Its log, with the texts of exceptions, goes to the terminal."""
+    """The log goes to the terminal as well. It contains the texts of exceptions."""
     source = f"async def handle(message): raise ValueError({EVIL!a})\n"
     (private_directories / "evil.py").write_text(source, encoding="ascii")
     serve = [sys.executable, "-m", "harness_ipc", "serve", "evil:handle", "--name", NAME, "--json"]
@@ -696,9 +696,9 @@ def test_control_characters_of_a_foreground_daemon_are_escaped(private_directori
     assert all(c.isprintable() or c in "\n\t" for c in shown.replace(os.linesep, "\n")), ascii(shown)
 
 
-# Messages that are small but expensive.
+# Small but expensive messages.
 
-# What the reply has for each: an error, an echo, or what the app says to a request that it does not look at.
+# The expected key of the reply ("error", "result", or "raw" for a request that the app does not parse), and the message.
 Bomb = tuple[str, Callable[[], bytes]]
 NESTED: list[Bomb] = [
     ("error", lambda: b'{"a":' * MIB),
@@ -708,7 +708,7 @@ NESTED: list[Bomb] = [
 NUMBERS: list[Bomb] = [
     ("error", lambda: b'{"a":' + b"9" * 10_000_000 + b"}"),
     ("raw", lambda: b'{"a":1.' + b"9" * 10_000_000 + b"}"),
-    # Infinity, which the echo can't be.
+    # It is parsed as infinity, which cannot be sent back.
     ("error", lambda: b'{"a":1e' + b"9" * 1_000_000 + b"}"),
     ("raw", lambda: b'{"a":[' + b",".join([b"9" * 4000] * 500) + b"]}"),
 ]
@@ -727,7 +727,7 @@ def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: l
         with being_honest(), dial_daemon(NAME) as connection:
             connection.send_bytes(data)
             reply = json.loads(connection.recv_bytes(64 * MIB))
-            # The connection goes on, whatever came of it.
+            # The connection is usable in any case.
             connection.send_bytes(HONEST_FRAME)
             assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
         assert list(reply) == [kind], data[:20]
@@ -738,7 +738,7 @@ def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: l
 
 @contextlib.contextmanager
 def being_honest() -> Iterator[None]:
-    """Send requests all the time on another connection, and print the longest time of a reply."""
+    """Send requests on another connection meanwhile, and print the longest time of a reply."""
     over = threading.Event()
 
     def ask() -> float:
@@ -760,7 +760,7 @@ def being_honest() -> Iterator[None]:
         print(f"the longest request of somebody else took {honest.result(PATIENCE):.3f} s")
 
 
-# What the fuzzers found worth keeping, said to a real daemon; and descriptors, which a socket carries, too.
+# The corpus of the fuzzers, sent to a real daemon; and descriptors sent with a message.
 
 
 def duplicate(connection: FrameConnection) -> socket.socket:
@@ -795,7 +795,7 @@ def test_descriptors_that_come_with_a_message_are_not_kept(victim: DaemonProcess
         for _ in range(10):
             socket.send_fds(sock, [frame(HONEST_FRAME)], [null.fileno()] * 100)
             assert json.loads(connection.recv_bytes(MIB)) == {"result": HONEST["params"]}
-        # The connections themselves, and what the daemon may open for a moment.
+        # Allow for the connections themselves and for files that are open briefly.
         assert process.num_fds() < before + 100
     wait_until(lambda: process.num_fds() <= before)
 

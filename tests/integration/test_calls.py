@@ -31,7 +31,7 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, spawn_daemon
 from tests.support.scripted import Served, answer_all
 
-# A timeout that is meant to expire.
+# Seconds: a timeout that expires.
 SHORT = 0.2
 ITEMS = [{"n": 0}, [1], "two", None]
 
@@ -128,7 +128,7 @@ def test_a_stream_gives_its_items_and_then_its_result() -> None:
                 assert list(stream) == ITEMS
                 assert stream.result == "done"
                 assert list(stream) == []
-        # The connection is used again.
+        # The connection is reused.
         assert daemon.connections == 1
         assert daemon.requests[-1].pop("timeout") > 59
         assert daemon.requests[-1] == {"method": "m", "params": {"a": 1, "b": 2}, "more": True}
@@ -273,7 +273,7 @@ def be_closed_by_a_signal_handler(client: Client) -> None:
     timer = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
     try:
         timer.start()
-        # None if the signal was early.
+        # None if the signal arrived before the call.
         with contextlib.suppress(ClientClosed):
             assert next(stream, None) is None
     finally:
@@ -368,12 +368,12 @@ def test_an_item_in_place_of_the_one_reply_is_an_error() -> None:
         with pytest.raises(ProtocolError, match="stream") as caught:
             client.call("m")
         assert caught.value.maybe_executed
-        # What is left of that reply is nobody else's.
+        # The rest of that reply does not reach the next request.
         assert list(client.stream("m")) == [1]
         assert daemon.connections == 2
 
 
-# A daemon's own loop.
+# Calls in the daemon's own event loop.
 
 
 def test_a_blocking_call_in_the_daemons_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +385,7 @@ def test_a_blocking_call_in_the_daemons_loop_is_refused(monkeypatch: pytest.Monk
             with pytest.raises(RuntimeError, match="to_thread"):
                 ask()
         assert daemon.connections == 0
-        # Another thread's loop is no obstacle, and a kept connection is none to the check.
+        # A loop of another thread is allowed, also with a kept connection.
         monkeypatch.setitem(_transport.serving_threads, address, -1)
         assert client.call("m") == client.generation
         monkeypatch.setitem(_transport.serving_threads, address, threading.get_ident())

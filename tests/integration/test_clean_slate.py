@@ -22,7 +22,7 @@ from tests.support.processes import PATIENCE, run_python
 
 pytestmark = [needs_posix, pytest.mark.usefixtures("base")]
 
-# Returns inherited settings, and opens a terminal device.
+# Methods that return inherited settings and open a terminal device.
 INSPECT = """
 import resource, signal, subprocess
 async def inspect(self, message):
@@ -83,7 +83,7 @@ def inspect() -> dict[str, Any]:
 )
 def test_signals_have_their_default_effect(preparation: str) -> None:
     found = start_after(preparation)
-    # CPython ignores these two in each process, for itself.
+    # CPython ignores these two signals in each process.
     assert set(found["ignored"]) <= {signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)}
     assert found["blocked"] == []
     assert found["exit"] == 7
@@ -118,7 +118,7 @@ def test_a_terminal_opened_by_the_app_is_not_controlling() -> None:
     assert inspect()["terminal"] is False
     os.close(slave)
     os.close(master)
-    # SIGHUP would have ended it.
+    # As the controlling terminal, its end would have sent SIGHUP.
     assert inspect()["leads"] is False
     assert_one_daemon()
 
@@ -145,11 +145,11 @@ os.waitpid(pid, 0)
 
 
 CLOSES = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
-# Keeps the pipe open, and hides the variable that names it.
+# It keeps the pipe open, and removes the variable that names it.
 FORGETS = (
     "import os, subprocess, sys; os.environ.pop('HARNESS_IPC_START'); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
 )
-# stevens_daemon(): two forks, a new session, no descriptors.
+# The classic double fork: a new session, all descriptors closed.
 DAEMONIZES = """
 import os
 if os.fork(): os._exit(0)
@@ -175,7 +175,7 @@ def test_a_daemon_without_its_pipe_is_found_by_its_record(kind: str, base: Path)
     with at_once():
         status = ensure_daemon("test", INDIRECT[kind]())
     assert status.state == "running"
-    # Nothing was written to the files that have the pipe's number now.
+    # The descriptor number of the pipe is that of a file now: nothing was written to it.
     assert [path.name for path in base.glob("data*") if path.stat().st_size] == []
     assert stop_daemon("test") is True
     assert_none_left()
@@ -188,7 +188,7 @@ def test_a_failure_behind_a_wrapper_is_reported_at_once() -> None:
         ensure_daemon("test", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
 
 
-# A patched interpreter: nothing blocks a thread, and blocking calls go to a hub.
+# Patched interpreters, where blocking calls yield to a hub.
 PATCHED = """
 import warnings; warnings.simplefilter("ignore")
 {}
@@ -217,7 +217,7 @@ else:
 )
 def test_a_start_is_bounded_in_a_patched_interpreter(patch: str) -> None:
     library = patch.split()[1].strip(";").partition(".")[0]
-    # Not imported here: eventlet warns of every later fork.
+    # Not imported here: eventlet warns of each later fork.
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library}: it is not installed")
     silent = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -61,7 +61,7 @@ run_daemon(Words(), "words", app_version="7", on_ready=lambda _: print("ready", 
 
 @pytest.fixture(scope="module")
 def directory() -> Iterator[str]:
-    """The runtime directory of the daemon of all these tests."""
+    """The runtime directory of the daemon that the module's tests share."""
     with (
         tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=True) as directory,
         pytest.MonkeyPatch.context() as patch,
@@ -105,7 +105,7 @@ def test_a_result_is_one_line_of_json() -> None:
     assert call("count", "text=a b=c") == (0, ["2"], [])
     assert call("count", "text=", "times:=3") == (0, ["0"], [])
     assert call("count", 'text:="a b"', "times:= 2 ") == (0, ["4"], [])
-    # A message is sent as it is, and the reply is printed whole.
+    # A message is sent unchanged, and its reply is printed unchanged.
     assert call('{"method": "count", "params": {"text": "a"}}') == (0, ['{"result": 1}'], [])
 
 
@@ -137,7 +137,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
         try:
             while chunk := os.read(terminal, 4096):
                 shown += chunk
-        except OSError:  # Linux: nobody has the other end any more
+        except OSError:  # Linux raises EIO once the terminal's last writer has closed it
             pass
         finally:
             os.close(terminal)
@@ -206,7 +206,7 @@ def test_methods_of_a_plain_handler() -> None:
         assert call("raise", "text=so") == (1, [], ["harness-ipc: ValueError: so"])
 
 
-# What a daemon says of itself.
+# The description of a daemon.
 
 
 @pytest.mark.usefixtures("words")

@@ -35,10 +35,10 @@ from harness_ipc._cli.arguments import parse_arguments
 from tests.support.marks import needs_posix, needs_root
 from tests.support.processes import PATIENCE, lives, wait_until
 
-# A directory that nobody removes.
+# A directory that always exists.
 ROOT = os.environ["SYSTEMROOT"] if sys.platform == "win32" else "/"
 
-# `gate` is a file that the test makes: what waits for it lasts as long as the test needs.
+# Requests, starts and stops wait until the test creates the file `gate`.
 _SERVICE = f"""
 import asyncio, os, time
 from pathlib import Path
@@ -103,14 +103,14 @@ def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         **options,
     )
-    # A command that takes more than a second reports that, as on a loaded machine.
+    # On a loaded machine, a command may take more than a second and report that.
     done.stderr = re.sub(r"harness-ipc: still \w+ing \S.*\n", "", done.stderr)
     return done
 
 
 @contextlib.contextmanager
 def _running(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run the command beside the test, and end it with the block if it has not ended."""
+    """Run the command in the background. It is killed at the end of the block if it still runs."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     with subprocess.Popen(_command(*arguments), stdin=subprocess.DEVNULL, text=True, encoding="utf-8", **pipes) as process:
         try:
@@ -151,10 +151,10 @@ def test_a_second_start_keeps_the_first_daemon(here: Path) -> None:
     assert "was started differently: its command line is" in again.stderr
     reply = request("twice", {"params": {"x": 21}})
     assert (reply["result"], reply["pid"]) == (42, pid)
-    # Where it was started, which it does not hold.
+    # The status has the directory of the start; the daemon itself has left it.
     assert (daemon_status("twice").cwd, reply["cwd"]) == (os.path.realpath(here), ROOT)
     log = log_path("twice").read_text(encoding="utf-8")
-    # Not once more by a console's handler.
+    # A console handler would log the line twice.
     assert log.count("ready at") == 1
 
 
@@ -212,7 +212,7 @@ def test_a_long_start_is_reported_once(here: Path) -> None:
     with _running("start", "service:Slow", "--name", "slow") as start:
         assert start.stderr is not None
         assert start.stderr.readline() == f"harness-ipc: still starting slow; its log is {log_path('slow')}\n"
-        # Its first instructions may take longer than the second after which we say so.
+        # The daemon's first record may come later than the report, which comes after a second.
         wait_until(lambda: _run("status", "--name", "slow").stdout.startswith("slow: starting"))
         assert _state("slow") == (3, "starting")
         wait_until(lambda: daemon_status("slow").progress is not None)
@@ -225,7 +225,7 @@ def test_a_long_start_is_reported_once(here: Path) -> None:
 
 
 def test_a_start_continues_after_its_timeout(here: Path) -> None:
-    # Long enough for a loaded machine to get as far as to start it.
+    # Long enough to spawn the daemon on a loaded machine.
     late = _run("start", "service:Slow", "--name", "late", "--timeout", "2" if os.name == "posix" else "8")
     assert (late.returncode, late.stdout) == (4, "")
     assert late.stderr.count("\n") == 1
@@ -244,7 +244,7 @@ def test_on_a_terminal_the_progress_is_one_line_that_goes_away(here: Path) -> No
                 shown += os.read(terminal, 1024)
             (here / "gate").touch()
             assert start.wait(PATIENCE) == 0
-            # Linux answers EIO when the last writer has gone, others an end.
+            # After the last writer has closed it, Linux raises EIO; other systems report EOF.
             with contextlib.suppress(OSError):
                 while data := os.read(terminal, 1024):
                     shown += data
@@ -273,7 +273,7 @@ def test_the_status_of_a_running_daemon() -> None:
     assert [line.split()[0] for line in lines[1:]] == [
         *("uptime", "version", "requests", "loop", "health", "command", "directory", "log")
     ]
-    # Aligned: two spaces, the title, and the text from the same column on.
+    # All texts are aligned in one column.
     assert all(re.match(r"  \w[\w ]{8} \S", line) for line in lines[1:])
     assert '  health    healthy: {"upstream": "fine"}' in lines
     assert "  requests  1 answered, 1 with an error; connections: 1" in lines
@@ -297,7 +297,7 @@ def test_a_daemon_that_does_not_answer_is_unresponsive() -> None:
     try:
         wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
         assert _state("frozen", "--timeout", "0.3") == (4, "unresponsive")
-        # It lives: it is neither started again nor ended.
+        # A daemon that is alive is neither replaced nor killed.
         started = _run("start", "service:handle", "--name", "frozen", "--timeout", "10")
         assert (started.returncode, started.stdout) == (0, f"frozen: pid {pid} is running\n")
         assert started.stderr.splitlines()[-1].startswith(f"harness-ipc: pid {pid} is alive but does not answer")
@@ -362,7 +362,7 @@ def test_the_list_is_a_table_and_the_statuses_as_json() -> None:
         *("NAME", "STATE", "PID", "UPTIME", "REQUESTS", "ERRORS", "VERSION", "APP", "HEALTH OR PROBLEM")
     ]
     assert [row.split()[:2] for row in rows] == [["a", "stale"], ["b-healthy", "running"]]
-    # Aligned: numbers to the right, texts to the left.
+    # Numbers are right-aligned, texts left-aligned.
     assert rows[1][: head.index("PID") + 3].endswith(str(healthy))
     for title in ("STATE", "VERSION", "HEALTH"):
         column = head.index(title)
@@ -575,7 +575,7 @@ def test_following_a_log_through_its_rotation() -> None:
         _append(path, b"four \xc3")
         _append(path, b"\xbc\n")
         assert logs.stdout.readline() == "four ü\n"
-        # As a daemon does it.
+        # Rotate the log as a daemon does.
         _append(path, b"the last of the old\n")
         _append(path.with_name("followed.log.1"), path.read_bytes())
         os.truncate(path, 0)

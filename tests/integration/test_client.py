@@ -1,4 +1,4 @@
-"""Both clients: each caller, in any thread, task or process, gets its own reply or a typed error."""
+"""The blocking client: each caller, in any thread or process, gets its own reply or a typed error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, run_python, serves, spawn_daemon, spawn_python, wait_until
 from tests.support.scripted import Generation
 
-# Seconds, longer than any test.
+# Seconds: longer than any test.
 NEVER = 3600.0
 
 
@@ -87,7 +87,7 @@ def test_a_reply_is_a_result_or_one_error(client: Client, reply: dict[str, Any],
             client.call("reply", reply=reply)
     else:
         assert client.call("reply", reply=reply) == outcome
-    # The raw reply is nobody's error, and the connection is still good.
+    # `request` returns the reply unchanged, and the connection is still usable.
     assert client.request({"method": "reply", "params": {"reply": reply}}) == reply
 
 
@@ -115,7 +115,7 @@ def test_an_invalid_timeout_is_refused(client: Client, timeout: float) -> None:
 @pytest.mark.parametrize("timeout", [60, 60.0, 30 * 86400.0, 1e10, 1e300, math.inf])
 def test_a_timeout_may_be_as_long_as_one_likes(daemon: DaemonProcess, timeout: float) -> None:
     with connect_daemon("test", timeout=timeout, request_timeout=timeout) as client:
-        # The sleep makes it wait for the reply.
+        # With a sleep, the client has to wait for the reply.
         assert client.call("sleep", seconds=0.01, tag=1) == 1
         assert client.call("sleep", seconds=0.01, tag=2, timeout=timeout) == 2
     assert ping("test", timeout)
@@ -158,9 +158,9 @@ def test_threads_that_share_a_client_each_get_their_own_reply(client: Client) ->
 
 def test_threads_that_share_a_client_are_answered_at_once(client: Client) -> None:
     with ThreadPoolExecutor(16) as pool:
-        # None is answered before all have been asked.
+        # None is answered before all have been sent.
         assert sum(pool.map(lambda n: client.call("meet", tag=n, of=16), range(16))) == sum(range(16))
-    # The next calls use one of the connections again.
+    # The next calls reuse one of the connections.
     before = daemon_status("test").connections
     assert before is not None
     assert before <= 8 + 1
@@ -251,7 +251,7 @@ def test_signal_handler_exception_leaks_no_connection(client: Client) -> None:
     before = psutil.Process().num_fds()
     interrupted = True
     while interrupted:
-        # Each begins with a connection that was kept.
+        # Each round begins with a kept connection.
         assert client.call("echo", n=0) == {"n": 0}
         left = moment = moment + 1
         with contextlib.suppress(Interrupt):
@@ -334,7 +334,7 @@ def test_closing_from_another_thread_ends_requests(client: Client, waiting: int)
 
 
 class BeingEncoded(dict[str, int]):
-    """A part of a message that blocks its encoding: the request has started, but nothing was sent."""
+    """A part of a message that blocks its encoding: the request has begun, but nothing was sent."""
 
     def __init__(self) -> None:
         super().__init__(n=1)
@@ -427,7 +427,7 @@ def test_the_proof_travels_with_the_first_request() -> None:
         served.send({"result": 1})
 
     def delay(*_: object) -> None:
-        # Two writes would be read one after the other.
+        # Separate writes would be read separately.
         time.sleep(0.001)
 
     with scripted.daemon(serve):
@@ -497,7 +497,7 @@ def replying(reply: bytes) -> Callable[[Served], None]:
     return serve
 
 
-# Set when the client has given up.
+# Set once the client has timed out.
 given_up = threading.Event()
 SMALL = {"text": "x"}
 LARGE = {"text": "x" * 40_000_000}
@@ -507,7 +507,7 @@ LARGE = {"text": "x" * 40_000_000}
     ("serve", "params", "kind", "maybe_executed"),
     [
         (hang_up_after_request, SMALL, ConnectionLost, True),
-        # Its last byte was never taken.
+        # The daemon did not receive the last byte.
         pytest.param(hang_up_in_request, LARGE, ConnectionLost, False, marks=needs_posix),
         pytest.param(read_nothing, LARGE, DaemonTimeout, False, marks=needs_posix),
         (read_nothing, SMALL, DaemonTimeout, True),
@@ -640,7 +640,7 @@ with connect_daemon("test") as client:
 def test_a_daemon_that_disconnects_does_not_cause_sigpipe() -> None:
     def serve(connection: Served, keys: Keys) -> None:
         prove(connection, keys)
-        # More of the request will not fit into the socket: the client is in the middle of sending it.
+        # The socket's buffer is full: the client is in the middle of sending.
         assert connection.poll(PATIENCE)
 
     with scripted_daemon(serve):

@@ -1,6 +1,6 @@
-"""Closing a server: every received request is answered or ends with a typed error, and nothing hangs or stays.
+"""Closing a server: every received request is answered or fails with a typed error, and nothing hangs or is left.
 
-These tests use the public API, and a bare connection for what a `Client` can't send.
+These tests use the public API, and a raw connection for messages that a `Client` cannot send.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("driver")
 def test_a_request_cancelled_before_it_starts_is_answered(closing: bool) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        # Otherwise it begins at once, from 3.12 on.
+        # An eager task would begin at once (3.12 and later).
         loop.set_task_factory(lambda loop, run, **options: asyncio.Task(run, loop=loop, **options))
         async with serving(grace_period=NEVER) as server:
             client = await asyncio.to_thread(connect_daemon, "test")
@@ -63,7 +63,7 @@ def test_a_request_cancelled_before_it_starts_is_answered(closing: bool) -> None
             known = asyncio.all_tasks()
 
             def cancel_new_tasks() -> None:
-                # At each turn of the loop, before any task that was created in the last one takes its first step.
+                # In each iteration of the loop, cancel new tasks before their first step.
                 new = asyncio.all_tasks(loop) - known
                 for task in new:
                     task.cancel()
@@ -386,13 +386,13 @@ def test_a_server_can_be_closed_while_the_interpreter_shuts_down(end: str, statu
     assert "atexit" not in done.stderr
     with pytest.raises(DaemonNotRunning):
         request("test", {})
-    # The interpreter waits for no daemon thread: the record may be left, of a process that is gone.
+    # The interpreter does not wait for daemon threads, so a stale record may be left.
     assert cleanup_endpoint("test")
     assert runtime_files(".json") == []
 
 
 def test_a_server_whose_loop_has_ended_can_be_closed() -> None:
-    """Its clients are connected, or have disconnected unnoticed."""
+    """With connected clients, and with some whose disconnect was not noticed."""
     before = threads()
 
     async def leave() -> tuple[DaemonServer, list[Client]]:
@@ -413,7 +413,7 @@ def test_a_server_whose_loop_has_ended_can_be_closed() -> None:
 @needs_posix
 def test_no_thread_outlives_the_server() -> None:
     def delay_end(frame: Any, event: str, _: object) -> None:
-        # The thread has done its work, and still runs.
+        # The thread has finished its work, but is still running.
         if event == "return" and frame.f_code is threading.Thread.run.__code__:
             time.sleep(0.1)
 
@@ -424,7 +424,7 @@ def test_no_thread_outlives_the_server() -> None:
             await handler(message)
             return {"result": "x" * 1_000_000}
 
-        # Sending the long reply takes a thread, which is started while the server closes.
+        # A long reply is sent by a thread, which starts while the server closes.
         async with serving(fill, grace_period=NEVER) as server:
             in_flight = asyncio.create_task(ask())
             await handler.began.wait()

@@ -1,4 +1,4 @@
-"""Many misbehaving peers need no threads and delay no honest client; stops and restarts lose no request."""
+"""Many misbehaving peers cost no threads and delay no other client; stops and restarts lose no request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.processes import PATIENCE, spawn_daemon, spawn_python, wait_u
 from tests.support.wire import FrameConnection, dial_daemon
 
 CROWD = 200
-# Seconds of the tests of races: HARNESS_TEST_MINUTE is for a longer run.
+# Duration of the race tests: HARNESS_TEST_MINUTE makes it longer.
 SECONDS = 60.0 if os.environ.get("HARNESS_TEST_MINUTE") else 8.0
 
 
@@ -99,7 +99,7 @@ def test_a_request_at_the_moment_of_an_idle_end_is_answered(race: Path) -> None:
     deadline = time.monotonic() + SECONDS
     with connect_daemon("race", start=start) as client:
         while time.monotonic() < deadline:
-            # Around the idle end, which is what this test is about.
+            # The idle timeout is 0.2 s: send requests around its expiry.
             time.sleep(rng.uniform(0.19, 0.21))
             message = {"n": asked}
             reply = client.request(message) if asked % 2 else request("race", message, start=start)
@@ -138,7 +138,7 @@ def test_threads_beside_restarts_lose_nothing(race: Path) -> None:
             thread.join(PATIENCE)
     assert failures == []
     assert stops > 0
-    # Each once: what was answered ran, and nothing twice.
+    # Each answered request has run exactly once.
     assert sorted(int(line) for line in (race / "ran").read_text().split()) == sorted(answered)
 
 
@@ -148,7 +148,7 @@ def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path)
     failures: list[BaseException] = []
 
     def census() -> tuple[int, int, int]:
-        """Return how many tasks, threads and descriptors the daemon has, with one client."""
+        """Return the numbers of the daemon's tasks, threads and descriptors, with one client."""
         with connect_daemon(crowd.NAME, start=crowd.start_command(race, driver), timeout=PATIENCE) as client:
             tasks, threads = client.call("census")
             return tasks, threads, psutil.Process(client.pid).num_fds()
@@ -175,10 +175,10 @@ def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path)
     assert failures == []
     assert stops > 0
     check_told(race)
-    # Each thread of a pump that accepts stays.
+    # A pump keeps its accepting threads.
     warm = 8 if driver == "pump" else 0
     wait_until(lambda: all(map(operator.le, census(), (tasks, threads + warm, descriptors))))
-    # A starter that dies leaves its daemon to the next one, whose own may then come second.
+    # The daemon of a killed starter may win against that of the next starter, which then logs AlreadyRunning.
     log = log_path(crowd.NAME).read_text(encoding="utf-8")
     assert log.count("Traceback") == log.count("AlreadyRunning: "), log
     stop_daemon(crowd.NAME, timeout=PATIENCE)
@@ -193,7 +193,7 @@ def check_told(directory: Path) -> None:
         fates = {words[1]: words for words in lines}
         told.update(words[0] for words in fates.values())
         for name, (word, _, *error) in fates.items():
-            # A start may fail beside starters that die and daemons that are stopped while they start.
+            # A start may fail if the starter is killed or the daemon is stopped during its start.
             assert word in ("begin", "result", "left") or error[:2] == ["StartFailed", "False"], (name, word, error)
             assert ran[name] in {"result": [1], "error": [0]}.get(word, [0, 1]), (name, word)
     assert max(ran.values()) == 1

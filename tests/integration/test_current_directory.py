@@ -23,9 +23,9 @@ async def handle(message):
     import sibling  # not before it is needed
     return {"result": sibling.VALUE}
 """
-# Seconds for a command. The demo's three thousand requests take ten, and minutes on an overloaded machine.
+# Seconds for a command. The demo's requests take about ten, and minutes on an overloaded machine.
 TOUR = 5 * PATIENCE
-# As pip makes it for an entry point.
+# The script that pip creates for an entry point.
 SCRIPT = "import sys\nfrom harness_ipc.cli import main\nsys.exit(main())\n"
 
 
@@ -123,7 +123,7 @@ def test_the_error_for_a_wrong_module_names_its_file(checkout: Path, command: st
 
 @pytest.mark.parametrize("words", [["status"], ["list"], ["doctor"], ["start", "app:handle"]])
 def test_as_a_module_it_imports_nothing_from_there_once_it_runs(checkout: Path, words: list[str]) -> None:
-    """`python -m` puts the current directory first: Python itself decides what is imported before the command runs."""
+    """`python -m` puts the current directory on the path, which affects only imports before the command runs."""
     source = "import json, sys, runpy, harness_ipc.__main__; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(run_python("-P", "-c", source).stdout))
     later = {name for name in imported_names() - loaded if name not in sys.builtin_module_names and find_spec(name)}
@@ -136,7 +136,7 @@ def test_as_a_module_it_imports_nothing_from_there_once_it_runs(checkout: Path, 
 
 
 def test_the_process_is_identified_without_the_current_directory(planted: PlantedModules, command: str) -> None:
-    """A stale record has its process looked for, which imports psutil."""
+    """Checking the process of a stale record imports psutil."""
     with spawn_python(command, "serve", "app:handle") as daemon:
         assert daemon.read_line().startswith("default: pid ")
         identity = processes.process_identity(daemon.process.pid)

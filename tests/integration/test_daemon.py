@@ -1,4 +1,4 @@
-"""A daemon's process: its start, its end and its log."""
+"""The process of a daemon: start, end and log."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.support.processes import (
     wait_until,
 )
 
-# A period longer than any test.
+# Seconds: longer than any test.
 NEVER = 3600.0
 LOG_BYTES = 5 * 2**20
 
@@ -95,7 +95,7 @@ class Talkative(App):
             case "log":
                 for _ in range(message["lines"]):
                     logging.getLogger("talk").info("x" * 10_000)
-            case "drop":  # an exception that nobody asks for
+            case "drop":  # an exception in a callback of the loop
                 asyncio.get_running_loop().call_soon({"key": 1}.pop, "dropped")
         return {"result": None}
 
@@ -113,7 +113,7 @@ def spawn_app(app: str, *, until: str = "ready", **options: Any) -> Iterator[Dae
 
 
 def assert_clean() -> None:
-    """Check that nothing is left of the daemon, nor of its lock."""
+    """Assert that no file of the daemon is left, and that its name is free."""
     assert runtime_files() == []
     assert cleanup_endpoint("test")
 
@@ -250,7 +250,7 @@ def run_in_terminal(program: str) -> str:
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", program])
     shown = b""
-    # Linux answers EIO when the last writer has gone, others an end.
+    # After the last writer has closed it, Linux raises EIO; other systems report EOF.
     with contextlib.suppress(OSError):
         while data := os.read(terminal, 4096):
             shown += data
@@ -267,7 +267,7 @@ def test_in_a_terminal_the_log_is_shown_too() -> None:
     assert lines[0].startswith("INFO harness_ipc.daemon: ready at ")
     assert lines[1:] == ["INFO app: red \\x1b[31m", "INFO harness_ipc.daemon: idle for 0 s", *lines[3:]]
     assert "\x1b" not in shown
-    # Once in the file, which has all of it.
+    # The log file has each line once.
     assert the_log().count("ready at") == 1
     assert the_log().count("starting test: pid") == 1
 
@@ -328,7 +328,7 @@ def test_idle_it_ends_by_itself_and_only_then() -> None:
         # Longer than the idle timeout.
         assert kept.call("sleep", seconds=3.0, tag="slept") == "slept"
         assert serves()
-        # Neither pings nor a kept connection are use.
+        # Pings and kept connections do not count as use.
         wait_until(lambda: not ping("test"))
         assert daemon.wait() == 0
         assert daemon.read_line() == "stopped"
@@ -348,7 +348,7 @@ def test_a_second_daemon_is_refused_with_the_first_pid() -> None:
         second = run_python("-m", "tests.support.processes", "test", "{}")
         assert second.returncode != 0
         assert f"pid {daemon.pid}" in second.stderr
-        assert second.stdout == ""  # neither ready nor stopped: it has not come so far
+        assert second.stdout == ""  # it printed neither "ready" nor "stopped"
         assert serves()
 
 

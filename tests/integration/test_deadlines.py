@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     Asking = Callable[[dict[str, Any], float], None]
 
 TIMEOUT = 0.2
-# Seconds by which a loaded machine may be late.
+# Seconds that a loaded machine may add.
 MARGIN = 30.0
-# Seconds between two ticks of Windows' clock, which time.monotonic() reads up to 3.12.
+# Resolution in seconds of time.monotonic() on Windows up to 3.12.
 TICK = 0.016
 ECHO = {"method": "echo", "params": {}}
 
@@ -70,7 +70,7 @@ async def aconnect() -> None:
 
 
 CALLS: dict[str, Callable[[], object]] = {
-    # The first answer is the daemon's proof: a stopped daemon does not get as far.
+    # Connecting waits for the daemon's proof, which a stopped daemon does not send.
     "connect_daemon": lambda: connect_daemon("late", timeout=TIMEOUT),
     "aconnect_daemon": lambda: asyncio.run(aconnect()),
     "request": lambda: request("late", ECHO, timeout=TIMEOUT),
@@ -127,7 +127,7 @@ def test_after_a_timeout_the_next_request_gets_its_own_reply(daemon: DaemonProce
         with times_out():
             client.call("sleep", seconds=2 * TIMEOUT, tag="late", timeout=TIMEOUT)
         assert client.call("echo", n=1) == {"n": 1}
-        # The slow one was cancelled.
+        # The slow request was cancelled: it does not end later.
         time.sleep(2 * TIMEOUT)
         assert client.call("log") == [["begin", "late"]]
     with times_out():
@@ -144,7 +144,7 @@ def test_request_timeout_is_the_default_timeout(daemon: DaemonProcess) -> None:
 
 def test_the_first_request_may_come_late(daemon: DaemonProcess) -> None:
     with connect_daemon("late", timeout=1.0) as client:
-        time.sleep(1.1)  # the time that was for connecting is over
+        time.sleep(1.1)  # longer than the timeout for connecting
         assert client.call("echo", n=1) == {"n": 1}
 
 
@@ -170,7 +170,7 @@ def full_queue(daemon: DaemonProcess) -> Iterator[None]:
         yield
 
 
-# Elsewhere a full queue refuses at once.
+# On other systems a full queue refuses connections at once.
 @needs_linux
 @pytest.mark.usefixtures("full_queue")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -22,7 +22,7 @@ NEVER = 3600.0
 
 
 class Handler:
-    """Waits, and records what happens to each request."""
+    """A handler that waits, and records the events of each request."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
@@ -47,7 +47,7 @@ class Handler:
         self.changed.set()
 
     async def until(self, *events: tuple[str, Any]) -> None:
-        """Wait until just these events have come."""
+        """Wait until the recorded events are exactly these."""
         while len(self.events) < len(events):
             self.changed.clear()
             await self.changed.wait()
@@ -56,7 +56,7 @@ class Handler:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, **options: Any) -> AsyncIterator[None]:
-    """Serve `handler`; at the end another client is still served, and no task is left."""
+    """Serve `handler`. Assert at the end that another client is served and no task is left."""
     server, _ = await start_daemon_server(handler, "test", **options)
     tasks = asyncio.all_tasks()
     async with asyncio.timeout(PATIENCE), server:
@@ -68,7 +68,7 @@ async def serving(handler: Handler, **options: Any) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def waiting() -> AsyncIterator[tuple[Handler, FrameConnection]]:
-    """Serve a handler, and yield it with the connection of a client for whom it waits."""
+    """Serve a handler. Yield it and a connection whose request it is waiting in."""
     handler = Handler()
     async with serving(handler):
         connection = await asyncio.to_thread(dial_daemon, "test")
@@ -113,7 +113,7 @@ async def ask_and_be_cancelled(handler: Handler) -> None:
         await handler.until(("began", 1))
         asking.cancel()
         await asyncio.wait([asking])
-        # The client itself goes on.
+        # The client is still usable.
         assert await client.request({"n": 2}) == {"result": 2}
         handler.events.remove(("answered", 2))
 
@@ -182,7 +182,7 @@ def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
                     connection.send_bytes(frame)
 
             sending = asyncio.create_task(asyncio.to_thread(send_all))
-            # The loop is not kept busy by what it leaves unread.
+            # Unread data does not keep the loop busy.
             before = os.times()
             await asyncio.sleep(0.3)
             after = os.times()
@@ -199,7 +199,7 @@ def test_requests_that_were_sent_ahead_are_answered_in_order(size: int) -> None:
 
 @needs_posix
 def test_only_so_much_is_read_ahead_of_a_reply() -> None:
-    """A client that keeps sending fills the system's buffers, not the daemon's memory."""
+    """A client that sends without reading fills the system's buffers, not the daemon's memory."""
     most = 16 * 2**20
     frame = json.dumps({"n": 2, "text": "x" * 60_000}).encode()
 
@@ -207,11 +207,11 @@ def test_only_so_much_is_read_ahead_of_a_reply() -> None:
         sent, before = 0, -1
         while before < sent < most:
             before = sent
-            # Also the rest of the last one.
+            # Send the rest of the last frame as well.
             while sent < most and connection.connection.send_now([]):
                 connection.connection.send_now(connection.framing.encode([frame]))
                 sent += len(frame)
-            # Several turns of the loop, in which it could read.
+            # The loop has several iterations in which it could read.
             for n in range(20):
                 assert request("test", {"n": n}, timeout=PATIENCE) == {"result": n}
         return sent
@@ -263,7 +263,7 @@ def test_many_departures_and_replies_at_once_lose_nothing() -> None:
             for start in range(0, 400, 40):
                 assert all(await asyncio.gather(*map(ask, range(start, start + 40))))
             began = [tag for event, tag in handler.events if event == "began"]
-            # Each at most once, and those that were not cancelled once.
+            # Each ran at most once, and those that were not cancelled exactly once.
             assert len(began) == len(set(began))
             assert set(range(0, 400, 2)) <= set(began)
             del handler.events[:]

@@ -30,11 +30,11 @@ _JSON_TYPES = {
     str: "string",
     type(None): "null",
 }
-# Its snippets are run by tests/browser/test_porting.py.
+# tests/browser/test_porting.py runs its snippets.
 _PORTING = "porting-browser-harness.md"
-# Run with a browser, in tests/browser.
+# tests/browser runs these.
 _WITH_BROWSER = {"tabs.py", "visit.py"}
-# Imported or run by the tests of their own below.
+# Separate tests below run or import these.
 _TESTED_APART = {"ask.py", "careful.py", "index.py", "service.py", "test_texts.py", "texts.py", "wire.py", "words.py"}
 
 
@@ -158,7 +158,7 @@ def _json_of(*arguments: str) -> Any:
 
 
 def _documented(command: str) -> dict[str, str]:
-    """Return the type of each field in the table of what the command prints, in its order."""
+    """Return the fields in the table of the command's output, in order, with their types."""
     table = page("cli.md").partition(f"<!-- json: {command} -->\n")[2].partition("\n\n")[0]
     return dict(re.findall(r"^\| `(\S+)` \| ([a-z ]+) \|", table, re.MULTILINE))
 
@@ -172,14 +172,14 @@ def _assert_documented(command: str, *told: dict[str, Any]) -> None:
 
 
 def test_json_output_matches_the_docs(snippets: Path) -> None:
-    # Before any daemon, one that is healthy, one that has no health, and the end.
+    # In several states: absent, healthy, without a health check, stopped.
     _assert_documented("status", _json_of("status", "--name", "words"))
     for name, script in ("words", "service.py"), ("index", "index.py"):
         ensure_daemon(name, [sys.executable, str(snippets / script)])
     words, index = (_json_of("status", "--name", name, "--timeout", str(PATIENCE)) for name in ("words", "index"))
     assert [(status["state"], status["problem"]) for status in (words, index)] == [("running", None)] * 2
     _assert_documented("status", words, index, *_json_of("list"))
-    # Null only if no app gives it, or the start is over.
+    # These are null without an app version, without a problem and after a start.
     assert {field for field, value in index.items() if value is None} == {"app_version", "problem", "progress"}
     assert words["health"] is None
     assert index["health"] == {"words": 2}
@@ -233,7 +233,7 @@ def test_the_set_up_command_on_a_fresh_checkout(tmp_path: Path) -> None:
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, tmp_path / name)
-    # `python3` is the interpreter under test, found as a user's is.
+    # `python3` on PATH is the interpreter under test.
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
     environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}

@@ -73,7 +73,7 @@ def troubles() -> list[Finding]:
 
 
 def everything(directory: Path) -> list[tuple[str, int, int]]:
-    """Return the path, time and mode of all that is in `directory`, except logs, which daemons write."""
+    """Return path, time and mode of each file in `directory`, without logs, which daemons write."""
     paths = [path for path in sorted(directory.rglob("*")) if path.suffix != ".log"]
     return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_mode) for path in paths]
 
@@ -117,7 +117,7 @@ def draft(run: Path, content: dict[str, Any] | str, name: str = "svc") -> Path:
 
 
 class Setting(NamedTuple):
-    """The machine of a row: a directory, patches, and a stack whose contexts end with the test."""
+    """The fixtures of a row: a directory, patches, and a stack of contexts that end with the test."""
 
     base: Path
     patch: pytest.MonkeyPatch
@@ -141,7 +141,7 @@ class Setting(NamedTuple):
 Words = dict[str, object]
 
 
-# What is set up: each function returns the words of its row.
+# Arrangements: each function returns the words for the texts of its row.
 
 
 def killed(setting: Setting) -> Words:
@@ -207,7 +207,7 @@ def socket_without_record(setting: Setting) -> Words:
     setting.set_runtime_dir(run)
     address = listen.new_address(str(run), records.new_generation_id())
     listener = listen.Listener(address)
-    # A listening socket is not stale: its daemon may have just withdrawn its record.
+    # A listening socket is not stale: a draining daemon withdraws its record first.
     assert troubles() == []
     os.rename(address, run / "kept")
     listener.close()
@@ -355,15 +355,14 @@ def row(
     also: Sequence[str] = (),
     marks: Sequence[pytest.MarkDecorator] = (),
 ) -> ParameterSet:
-    """Return the row of one finding. `text` is a part of its text; it and `remedy` may have words of `arrange` in braces.
+    """Return the row of one finding. `text` is a part of its text. `text` and `remedy` may have words of `arrange` in braces.
 
-    If `fixed`, running the remedy leaves only findings that are ok. `also` are the topics of other findings that are not ok.
+    With `fixed`, all findings are ok after the remedy. `also` are the topics of other findings that are not ok.
     """
     return pytest.param(arrange, level, topic, text, remedy, fixed, also, id=name, marks=marks)
 
 
 RUNTIME, LOG = "runtime directory", "log directory"
-# Rows that need POSIX, root as well, or Windows.
 POSIX, ROOT, WINDOWS = [needs_posix], [needs_posix, needs_root], [needs_windows]
 STOP = "harness-ipc stop --name svc"
 SET_RUNTIME, SET_LOG = "export HARNESS_IPC_RUNTIME_DIR=", "export HARNESS_IPC_LOG_DIR="

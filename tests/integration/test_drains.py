@@ -60,7 +60,7 @@ class Generation:
                 self.accept() if sock is self.listener else self.read(sock)
 
     def drain(self, *, has_successor: bool) -> Generation | None:
-        """Drain, and return the generation that has acquired the name before the goodbyes were sent."""
+        """Drain, and return the successor, which acquires the name before the goodbyes are sent."""
         self.registration.release()
         successor = Generation(self.ran) if has_successor else None
         self.listener.close()
@@ -134,7 +134,7 @@ def test_requests_during_drains_run_at_most_once() -> None:
     check(ran, ask_beside(serve, over))
 
 
-# On Windows a reader may keep a record from being removed, and this process, which lives, from serving again.
+# On Windows an open record cannot be removed, and this process then cannot serve the name again.
 @needs_posix
 @pytest.mark.usefixtures("driver")
 def test_requests_during_drains_of_servers_run_at_most_once() -> None:
@@ -165,7 +165,7 @@ def ask_beside(serve: Callable[[], None], over: threading.Event) -> dict[str, An
             outcomes[number] = ask()["result"] == number
         except HarnessIPCError as error:
             outcomes[number] = error
-            # Not to keep the next daemon from its start.
+            # Leave the next daemon time to start.
             time.sleep(0.005)
 
     def ids(worker: int) -> Any:
@@ -204,7 +204,7 @@ def check(ran: Counter[str], outcomes: dict[str, Any]) -> None:
     assert len(outcomes) > GENERATIONS
     for number, outcome in outcomes.items():
         if isinstance(outcome, HarnessIPCError):
-            # Between two records there is no daemon.
+            # After one record is removed and before the next is written, there is no daemon.
             assert isinstance(outcome, (DaemonNotRunning, ConnectionLost)), (number, outcome)
             assert not outcome.maybe_executed, (number, outcome)
             assert ran[number] == 0

@@ -36,7 +36,7 @@ def examples(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give the caller's directory."""
+    """The current directory of the caller."""
     (tmp_path / "folder").mkdir()
     return tmp_path / "folder"
 
@@ -52,7 +52,7 @@ def only_daemon() -> DaemonStatus:
 
 
 def wait_until_idle(name: str) -> None:
-    """Wait until no request is in flight. The look itself does not count."""
+    """Wait until no request is in flight, apart from the status request itself."""
     wait_until(lambda: bool(daemon_status(name).idle))
 
 
@@ -115,7 +115,7 @@ def test_two_virtual_environments_have_a_formatter_each(examples: Path, folder: 
     (folder / "a.json").write_text("{}\n")
     other = tmp_path / "other"
     venv.create(other, symlinks=True)
-    # It has what this one has.
+    # Make the packages of this environment importable there.
     [packages] = other.glob("lib/python*/site-packages")
     (packages / "this.pth").write_text("\n".join(filter(os.path.isabs, sys.path)))
     for python in (sys.executable, str(other / "bin" / "python"), sys.executable):
