@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 NAME = "scarce"
 MIB = 2**20
 NEVER = 3600.0
-# Threads that may stay to accept when others have come and gone.
+# A pump keeps up to this number of accepting threads.
 WARM = 8
-# Lines of the log on one shortage, however many it hits: it may end and begin again a few times.
+# Permitted log entries of one shortage, which may end and begin again a few times.
 FEW = 10
-# Far more than the bound of connections that have not proved themselves.
+# Far above the limit of pending handshakes.
 CROWD = 1000
-# Those that exchange a word with it, which takes longer on Windows.
+# Peers that exchange frames with the daemon, which takes longer on Windows.
 INTRUDERS = 1000 if os.name == "posix" else 100
-# Requests that fail.
+# Number of failing requests.
 FAILURES = 1000
-# The daemon's threads are so large that a limit of its memory can forbid another one and leave room for all else.
+# With stacks this large, a memory limit can prevent another thread and nothing else.
 STACK = 64 * MIB
 LARGE_THREADS = f"""
 import runpy, threading
@@ -70,14 +70,14 @@ def is_served(timeout: float = PATIENCE) -> bool:
 
 
 def becomes_served() -> bool:
-    """Whether an honest client is served now; during a shortage there is a typed error."""
+    """Return whether a normal client is served now. During a shortage, it gets a typed error."""
     with contextlib.suppress(DaemonTimeout, ConnectionLost, Busy):
         return is_served(5.0)
     return False
 
 
 class Watched:
-    """A daemon whose limits can be changed, and which has to recover when they are lifted."""
+    """A daemon whose resource limits can be changed. It has to recover once they are raised again."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self.daemon = daemon
@@ -87,7 +87,7 @@ class Watched:
         self.threads = self.process.num_threads() + WARM
 
     def held(self) -> int:
-        """Return how many descriptors it has; on Windows, where its threads have handles too, how many connections."""
+        """Return the number of its descriptors. On Windows, where threads have handles too, that of its connections."""
         if sys.platform == "win32":
             return int(request(NAME, {"meta": "ping"}, timeout=PATIENCE)["connections"])
         return self.process.num_fds()
@@ -117,7 +117,7 @@ def log_lines(*words: str) -> list[str]:
 
 @contextlib.contextmanager
 def watched(*python: str, **options: Any) -> Iterator[Watched]:
-    """Yield a daemon; at the end it must serve, without additional descriptors and threads."""
+    """Yield a daemon. Assert at the end that it serves, without additional descriptors and threads."""
     with contextlib.ExitStack() as stack:
         if python:
             daemon = stack.enter_context(spawn_python(*python, NAME, json.dumps(options)))
@@ -136,7 +136,7 @@ def watched(*python: str, **options: Any) -> Iterator[Watched]:
 def many_open_files() -> Iterator[None]:
     """Raise the limits of this process and its children."""
     if sys.platform == "win32":
-        # Handles have no such limit.
+        # The number of handles has no such limit.
         yield
         return
     import resource
@@ -163,13 +163,13 @@ def silent_crowd(count: int) -> Iterator[None]:
                 stack.enter_context(FrameConnection(address))
                 count -= 1
             except DaemonNotRunning:
-                # Where a full queue refuses at once.
+                # On some systems, a full queue refuses connections at once.
                 remaining(deadline)
         yield
 
 
 def fate(action: Callable[[], object]) -> str:
-    """Return "answered", or the name of our error. Any other error fails the test."""
+    """Return "answered", or the name of the package's error. Any other error fails the test."""
     try:
         action()
     except HarnessIPCError as error:
@@ -178,7 +178,7 @@ def fate(action: Callable[[], object]) -> str:
 
 
 def ask_many(count: int, timeout: float = PATIENCE) -> Counter[str]:
-    """Ask from eight threads, each time with another tag, and count how it went: an answer is the own one."""
+    """Send requests with different tags from eight threads. Count the outcomes, and check each reply's tag."""
 
     def ask(tag: int) -> str:
         def one() -> None:
@@ -194,7 +194,7 @@ def ask_many(count: int, timeout: float = PATIENCE) -> Counter[str]:
 
 
 def fill_up(stack: contextlib.ExitStack) -> list[Client]:
-    """Return as many connected clients as the daemon has descriptors for; `stack` closes them."""
+    """Connect clients until the daemon has no descriptor left, and return them. `stack` closes them."""
     inside: list[Client] = []
     for _ in range(100):
         client = stack.enter_context(connect_daemon(NAME, request_timeout=PATIENCE))
@@ -223,7 +223,7 @@ def test_more_clients_than_descriptors_get_busy() -> None:
             assert len(log_lines("can't accept connections for now", "limit 64 (ulimit -n)")) == 1
         wait_until(becomes_served)
         assert daemon_status(NAME, timeout=PATIENCE).problem is None
-        # All of them, at the same limit, which is one for each moment.
+        # All later requests are answered at the same limit: it applies to simultaneous connections.
         assert ask_many(200) == {"answered": 200}
 
 
@@ -254,7 +254,7 @@ def test_descriptor_limit_does_not_flood_the_log() -> None:
     with watched() as daemon, contextlib.ExitStack() as stack:
         kept = [stack.enter_context(connect_daemon(NAME)) for _ in range(40)]
         assert all(client.call("echo", n=1) == {"n": 1} for client in kept)
-        # So few are left that eight at once reach the limit again and again.
+        # Two descriptors for eight clients: they reach the limit again and again.
         with daemon.limited("RLIMIT_NOFILE", daemon.process.num_fds() + 2):
             outcomes = ask_many(200)
             assert set(outcomes) <= {"answered", "Busy"}
@@ -297,7 +297,7 @@ def test_a_client_without_descriptors_gets_resource_exhausted() -> None:
                 with pytest.raises(ResourceExhausted, match=os.strerror(errno.EMFILE)) as caught:
                     call()
                 assert not caught.value.maybe_executed
-            # A connection needs no more of them.
+            # A connected client needs no further descriptor.
             assert inside.call("echo", n=1) == {"n": 1}
 
 
@@ -331,7 +331,7 @@ def test_long_request_without_a_thread_fails_alone() -> None:
 # Memory.
 
 
-# What the daemon may take of it, in sizes of the message: too little to receive it, to decode it, to answer it.
+# Available memory in sizes of the message: too little to receive, to decode or to answer it.
 @needs_address_limit
 @pytest.mark.parametrize("room", [1.5, 2.5, 3.5])
 def test_out_of_memory_is_a_typed_error(room: float) -> None:
@@ -341,14 +341,14 @@ def test_out_of_memory_is_a_typed_error(room: float) -> None:
         for method, params in (("echo", {"text": text}), ("fill", {"size": len(text)})):
             with daemon.limited("RLIMIT_AS", daemon.memory() + int(room * len(text))):
                 outcomes = {fate(lambda: client.call(method, timeout=PATIENCE, **params)) for _ in range(2)}  # noqa: B023
-                # Memory is reserved for threads in pieces that are larger than the message: the largest room may be enough.
+                # Thread stacks reserve memory in larger pieces than the message, so the largest room may be enough.
                 may_be_answered = method == "fill" or room > 3
                 assert outcomes <= {"ConnectionLost", "RemoteError"} | ({"answered"} if may_be_answered else set()), outcomes
                 failed |= outcomes - {"answered"}
                 assert client.call("echo", n=1) == {"n": 1}
                 assert is_served()
         assert not failed or log_lines("MemoryError") or log_lines("the reply can't be sent")
-        # With enough of it, the same is no matter.
+        # With enough memory, the same request is answered.
         assert client.call("echo", text=text, timeout=PATIENCE) == {"text": text}
 
 
@@ -391,7 +391,7 @@ def write_no_log(base: Path, shortage: Callable[[Path, Watched], contextlib.Abst
                 client.call("log this", text="x" * 1000)
             assert is_served()
             assert not log_lines("x" * 1000) or log_path(NAME).stat().st_size < 100_000
-        # It writes again, and the same file.
+        # With free space, the same log file is written again.
         client.call("log this", text="afterwards")
         assert log_lines("ERROR tests.app: afterwards")
         assert is_served()
@@ -420,14 +420,14 @@ def test_stopped_daemon_times_out_200_clients_and_recovers() -> None:
         with stopped(daemon.daemon):
             jobs = [pool.submit(fate, lambda: request(NAME, ask, timeout=1.0)) for _ in range(200)]
             fates = Counter(job.result(PATIENCE) for job in jobs)
-        # Where a full queue refuses at once, it seems that nobody is there.
+        # A system that refuses connections at a full queue makes the daemon look absent.
         assert set(fates) <= ({"DaemonTimeout"} if sys.platform == "linux" else {"DaemonTimeout", "DaemonNotRunning"})
         wait_until(becomes_served)
-        # Nobody had proved itself, so nothing of theirs ran.
+        # No handshake was complete, so no request ran.
         assert request(NAME, {"method": "log"}, timeout=PATIENCE) == {"result": []}
 
 
-# A crowd without the key, of the same user.
+# Many connections of the same user, without the key.
 
 
 @needs_posix
@@ -437,14 +437,14 @@ def test_a_thousand_silent_connections_block_nobody() -> None:
         with silent_crowd(CROWD):
             assert is_served()
             assert inside.call("echo", n=2) == {"n": 2}
-            # They are bounded.
+            # Pending handshakes are bounded.
             assert daemon.held() < daemon.before + CROWD // 2
             assert daemon.process.num_threads() < CROWD // 2
 
 
 def give_a_wrong_key(address: str) -> None:
     with FrameConnection(address) as connection:
-        # The daemon's proof is taken for granted.
+        # The daemon's proof is not checked.
         connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
         connection.recv_bytes(256)
         connection.send_bytes(b"#WELCOME#")
@@ -470,12 +470,12 @@ def test_failing_requests_do_not_fill_the_log() -> None:
                 client.call("return", what="nan")
             with pytest.raises(RemoteError):
                 client.call("return", what="list")
-        # All kinds are told, with their tracebacks, and what came before is still there.
+        # Each kind of error is in the log, with a traceback, and so are earlier entries.
         assert log_lines("starting ")
         assert log_lines("ValueError: failure 0")
         assert log_lines("the reply can't be sent")
         assert log_lines("TypeError: the handler returned list")
-        # A loaded machine takes longer than the ten seconds for which one of each kind stands.
+        # Each kind is logged once in ten seconds, and a loaded machine takes longer.
         assert len(log_lines("the handler failed")) < FAILURES // 10
         assert len(log_lines("the reply can't be sent")) < FAILURES // 10
         assert log_path(NAME).stat().st_size < 100_000

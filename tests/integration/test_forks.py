@@ -28,7 +28,7 @@ from tests.support.processes import PATIENCE, lives, wait_until
 
 pytestmark = needs_posix
 
-# "fork" makes a child that sleeps, in one way; "ask" is answered while such children live.
+# Its methods fork children in several ways; "ask" replies while they run.
 PROGRAM = """
 import asyncio, multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -91,7 +91,7 @@ COMMAND = [sys.executable, "-c", PROGRAM]
 
 @pytest.fixture
 def daemon(private_directories: Path) -> Iterator[int]:
-    """Start the daemon, give its pid, and end it and all its children."""
+    """The pid of a daemon. At the end, it and all its children are killed."""
     pid = ensure_daemon("test", COMMAND).pid
     assert pid is not None
     try:
@@ -111,7 +111,7 @@ def test_name_of_a_killed_daemon_is_free_while_its_workers_live(daemon: int, way
         with at_once():
             with pytest.raises((ConnectionLost, DaemonNotRunning)):
                 kept.call("ask", timeout=PATIENCE)
-            # A thread of the killed process may hold its socket for a moment after the first has ended.
+            # Other threads of the killed process may hold its socket a little longer than the main thread.
             with pytest.raises((ConnectionLost, DaemonNotRunning)):
                 request("test", {"method": "ask"}, timeout=PATIENCE)
             assert daemon_status("test").state == "stale"
@@ -143,10 +143,10 @@ def test_worker_has_no_socket_and_no_lock(daemon: int) -> None:
         def has_ours() -> bool:
             try:
                 files = [os.readlink(link) for link in folder.iterdir()]
-            except FileNotFoundError:  # it is just closing them
+            except FileNotFoundError:  # the child is closing descriptors
                 return True
             sockets = [file for file in files if file.startswith("socket:")]
-            # The pairs that wake the child's copies of the event loops are asyncio's own.
+            # Up to two socket pairs are asyncio's own, which wake the child's copies of the event loops.
             return len(sockets) > 4 or any(file.startswith(str(runtime_dir())) for file in files)
 
         wait_until(lambda: not has_ours())
@@ -160,6 +160,6 @@ def test_a_child_that_leaves_its_handler_ends(daemon: int, how: object, status: 
     log = log_path("test").read_text(encoding="utf-8")
     assert "a child says this" in log
     assert ("Traceback" in log) is (how == "raise")
-    # The daemon's loop is still woken by its threads.
+    # The threads of the daemon can still wake its loop.
     with at_once():
         assert stop_daemon("test")

@@ -1,4 +1,4 @@
-"""Generations of one name: stale files of dead ones are removed, and files of a living one are not."""
+"""Generations of one name: stale files are removed, those of a running daemon are not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def leave_dead_generation(name: str = "test") -> None:
 
 
 def assert_one_generation() -> None:
-    """Check that all files belong to the living daemon, and that it serves."""
+    """Assert that all files belong to the running daemon, and that it serves."""
     assert runtime_files(".json") == ["test.json"]
     assert runtime_files(".tmp") == []
     assert len(runtime_files(".sock")) == SOCKETS
@@ -81,7 +81,7 @@ def test_a_start_removes_files_of_a_killed_daemon() -> None:
             attempt()
     assert ping("test") is False
     assert identify("test") is None
-    # Clients clear nothing away.
+    # Clients do not remove stale files.
     assert len(runtime_files()) == 1 + SOCKETS
     with spawn_daemon("test") as daemon:
         living = records.load("test")
@@ -108,7 +108,7 @@ def test_death_before_publishing_leaves_nothing() -> None:
     assert not ping("test")
     assert daemon_status("test").state == "stale"
     with spawn_daemon("test"):
-        # Those of another name are not its own to remove.
+        # Files of another name are not removed.
         assert runtime_files(".json") == ["test-2.json", "test.json"]
         assert len(runtime_files(".sock")) == 2 * SOCKETS
         assert cleanup_endpoint("test-2")
@@ -120,7 +120,7 @@ def test_a_damaged_record_is_replaced(content: bytes) -> None:
     leave_dead_generation()
     runtime_path("test", "json").write_bytes(content)
     if b"99" in content:
-        # Its daemon may well run: only a version that knows the schema can tell.
+        # The daemon may be running: only a version that knows the schema can tell.
         with pytest.raises(IncompatibleDaemon):
             ping("test")
     else:
@@ -257,7 +257,7 @@ def test_a_kept_client_works_after_a_restart(asked: bool) -> None:
 
 @contextlib.contextmanager
 def in_flight(client: Client) -> Iterator[Future[Any]]:
-    """Send a request that does not end, and yield its outcome once it has begun."""
+    """Send a request that does not end. Yield its future once it has begun."""
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(client.call, "sleep", seconds=NEVER, tag="once", timeout=NEVER)
         wait_until(lambda: log() == [["begin", "once"]])

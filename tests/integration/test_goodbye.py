@@ -58,7 +58,7 @@ ASKING = pytest.mark.parametrize("ask", [ask_once, ask_kept, ask_async])
 
 
 class Succession:
-    """A first generation with a script, and a second one, which takes the name when the first one withdraws."""
+    """A scripted first generation, and a second one, which acquires the name when the first one withdraws."""
 
     def __init__(self, first: Callable[[Served], None]) -> None:
         self.second: Generation | None = None
@@ -81,7 +81,7 @@ class Succession:
 
 @contextlib.contextmanager
 def succession(script: Callable[[Served, Callable[[], None]], None]) -> Iterator[Succession]:
-    """Run a first generation with `script`, which gets what has the second one take the name."""
+    """Run a first generation with `script(connection, succeed)`. Calling `succeed` starts the second generation."""
     generations = Succession(lambda served: script(served, lambda: generations.succeed()))
     try:
         yield generations
@@ -89,7 +89,7 @@ def succession(script: Callable[[Served, Callable[[], None]], None]) -> Iterator
         generations.close()
 
 
-# Where nothing ran: the successor is asked.
+# Requests that did not run go to the successor.
 
 
 def leave_before_the_answer(served: Served, succeed: Callable[[], None]) -> None:
@@ -133,9 +133,9 @@ def die_in_the_middle_of_the_request(served: Served, succeed: Callable[[], None]
         (leave_in_place_of_the_verdict, MESSAGE),
         (leave_in_place_of_the_reply, MESSAGE),
         (leave_without_reading, MESSAGE),
-        # The client is in the middle of sending it: what it reads then is the goodbye, not the broken connection.
+        # The client is still sending: it must read the goodbye before it reports a broken connection.
         pytest.param(leave_without_reading, LARGE, marks=needs_posix),
-        # Its last byte was never taken.
+        # The daemon did not receive the last byte.
         pytest.param(die_in_the_middle_of_the_request, LARGE, marks=needs_posix),
     ],
 )
@@ -167,7 +167,7 @@ def test_an_idle_connection_that_was_said_goodbye_to_is_not_used() -> None:
         assert [message["method"] for message in generations.second.requests] == ["second"]
 
 
-# Where there is no successor.
+# Without a successor.
 
 
 @ASKING
@@ -184,7 +184,7 @@ def test_a_goodbye_without_a_successor_is_not_running(ask: Asking, has_record: b
         with pytest.raises(DaemonNotRunning) as caught:
             ask(MESSAGE)
         assert not caught.value.maybe_executed
-        # Never twice to one generation.
+        # The request is not sent again to the same generation.
         assert daemon.connections == len(daemon.requests) == 1
 
 
@@ -204,7 +204,7 @@ def test_after_a_goodbye_other_connections_are_not_tried() -> None:
         assert [message["method"] for message in daemon.requests] == ["open"] * 3 + ["last"]
 
 
-# Where it may have run, nothing is repeated.
+# Requests that may have run are not repeated.
 
 
 def hang_up(served: Served) -> None:
@@ -261,7 +261,7 @@ def test_requests_that_may_have_run_are_not_repeated(
         assert type(caught.value) is kind
         assert caught.value.maybe_executed is maybe_executed
         assert generations.second is not None
-        # The next call is the successor's.
+        # The next call goes to the successor.
         assert client.call("third") == generations.second.registration.record.generation
         assert [message["method"] for message in generations.second.requests] == ["third"]
 

@@ -1,4 +1,4 @@
-"""Hostile, misbehaving and dying peers: the daemon drops them, frees their resources, and still serves."""
+"""Hostile, misbehaving and killed peers: the daemon drops them, frees their resources, and still serves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-# No peer is dropped for its slowness by a daemon with this handshake timeout: what it drops, it drops for a reason.
+# Handshake timeout in seconds: longer than any test, so no peer is dropped for being slow.
 NEVER = 3600.0
 HONEST = {"method": "echo", "params": {"n": 1}}
 HONEST_FRAME = json.dumps(HONEST).encode()
@@ -41,7 +41,7 @@ def serves(name: str, timeout: float = 5.0) -> bool:
 
 @contextlib.contextmanager
 def attacked_daemon(**options: Any) -> Iterator[DaemonProcess]:
-    """Yield a daemon; at the end it must serve, without a key or an unexpected exception in its log."""
+    """Yield a daemon. Assert at the end that it serves, without a key or an unexpected exception in its log."""
     with spawn_daemon("victim", **options) as daemon:
         assert serves("victim")
         yield daemon
@@ -59,7 +59,7 @@ def victim() -> Iterator[DaemonProcess]:
 
 
 def held_by(daemon: DaemonProcess) -> int:
-    """Return how many descriptors the daemon has; on Windows, where its threads have handles too, how many connections."""
+    """Return the number of the daemon's descriptors. On Windows, where threads have handles too, that of its connections."""
     if sys.platform == "win32":
         return int(request("victim", {"meta": "ping"}, timeout=PATIENCE)["connections"])
     return psutil.Process(daemon.pid).num_fds()
@@ -77,7 +77,7 @@ def raw_socket(data: bytes = b"") -> socket.socket:
 def said(sock: socket.socket) -> bytes:
     """Return all that the daemon sends until it disconnects."""
     data = b""
-    with contextlib.suppress(ConnectionResetError):  # it hung up without reading all that we said
+    with contextlib.suppress(ConnectionResetError):  # the daemon closed the connection with unread data
         while piece := sock.recv(4096):
             data += piece
     return data
@@ -90,7 +90,7 @@ def dialled() -> Iterator[FrameConnection]:
 
 
 def is_dropped(connection: FrameConnection) -> bool:
-    """Whether the daemon disconnects without sending anything."""
+    """Return whether the daemon disconnects without sending anything."""
     with pytest.raises(ConnectionLost):
         connection.recv_bytes(1 << 20)
     return True
@@ -132,7 +132,7 @@ def test_silent_peers_are_dropped_and_block_nobody(data: bytes) -> None:
 
 
 class Bomb:
-    """Creates a directory when it is unpickled."""
+    """An object that creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,7 +143,7 @@ class Bomb:
 
 def test_nothing_is_unpickled(victim: DaemonProcess, private_directories: Path) -> None:
     data = pickle.dumps(Bomb(private_directories / "boom"))
-    assert len(data) <= 256  # as a challenge may be: it is read
+    assert len(data) <= 256  # the maximum size of a challenge: the daemon reads it
     with dialled() as connection:
         connection.send_bytes(data)
         assert is_dropped(connection)
@@ -194,7 +194,7 @@ ANSWERS: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_a_client_with_a_wrong_answer_is_refused(victim: DaemonProcess, answer: Callable[[bytes], bytes]) -> None:
     with dialled() as connection:
-        # A stock challenge, whose answer is not even looked at.
+        # A valid challenge; the daemon's answer to it is not checked.
         connection.send_bytes(b"#CHALLENGE#{sha256}" + os.urandom(32))
         assert connection.recv_bytes(256)
         connection.send_bytes(b"#WELCOME#")
@@ -225,7 +225,7 @@ def test_a_client_that_refuses_the_daemons_proof_is_dropped(victim: DaemonProces
         recorder: Any = Recorder(connection)
         with pytest.raises(AuthenticationError):
             deliver_challenge(recorder, role_key(record.authkey, "client", record.address))
-        # It has sent its own challenge together with its answer.
+        # The daemon has sent its own challenge together with its answer.
         assert connection.recv_bytes(256).startswith(b"#CHALLENGE#")
         assert is_dropped(connection)
 
@@ -292,7 +292,7 @@ def test_a_client_that_dies_before_its_reply_leaves_nothing(victim: DaemonProces
 
 
 def mischief(number: int) -> Any:
-    """Open one of many kinds of bad connections, and return it."""
+    """Open a bad connection of a kind that depends on `number`, and return it."""
     match number % 6:
         case 0:
             return raw_socket()
@@ -314,9 +314,9 @@ def mischief(number: int) -> Any:
 
 @contextlib.contextmanager
 def many_open_files() -> Iterator[None]:
-    """Allow us and our children 1024 descriptors, where the default is fewer (256 on macOS)."""
+    """Allow this process and its children 1024 descriptors. The default is 256 on macOS."""
     if sys.platform == "win32":
-        # Handles have no such limit.
+        # The number of handles has no such limit.
         yield
         return
     import resource
@@ -348,7 +348,7 @@ def test_two_hundred_hostile_clients_block_no_honest_one() -> None:
             stack.callback(over.set)
             for number in range(200):
                 stack.enter_context(mischief(number))
-            # The silent and the half-said third, and those with the key, are still there.
+            # Silent peers, those with half a frame, and those with the key are still connected.
             assert process.num_fds() >= before + 100
             assert all(serves("victim") for _ in range(50))
         assert all(job.result(PATIENCE) for job in honest)
@@ -361,7 +361,7 @@ def test_silent_clients_above_the_bound_block_no_honest_one() -> None:
         silent = [stack.enter_context(dialled()) for _ in range(300)]
         for _ in range(3):
             assert serves("victim", timeout=30.0)
-        # The bound holds, and it is the oldest that made room.
+        # The number is bounded: the oldest connection was dropped.
         assert held_by(daemon) < before + 300
         assert is_dropped(silent[0])
         assert not silent[-1].is_readable()

@@ -35,7 +35,7 @@ MIB = 2**20
 LIMIT = 64 * MIB
 # Seconds: longer than any test.
 NEVER = 3600.0
-# What a reply of "fill" has around its text.
+# Bytes of a reply to "fill" besides the text.
 ENVELOPE = len(b'{"result":""}')
 
 
@@ -48,9 +48,9 @@ def daemon() -> Iterator[DaemonProcess]:
 
 @contextlib.contextmanager
 def one_connection() -> Iterator[Client]:
-    """Yield a connected client that can't connect again, because it looks for the record elsewhere, and works to the end."""
+    """Yield a connected client that cannot reconnect, since it finds no record. Its connection must survive."""
     with connect_daemon("limits", request_timeout=PATIENCE) as client, pytest.MonkeyPatch.context() as patched:
-        # Not the record itself: a daemon that nobody can find any more ends.
+        # Removing the record would end the daemon.
         patched.setenv("HARNESS_IPC_RUNTIME_DIR", f"{runtime_dir()}-elsewhere")
         yield client
         assert client.call("echo", after="all") == {"after": "all"}
@@ -88,7 +88,7 @@ def test_the_limit_is_exact() -> None:
         padding = 1000 - len(json.dumps(message, separators=(",", ":")))
         message["params"]["text"] = "x" * padding
         assert client.request(message) == {"result": []}
-        # Learnt from the record: nothing was sent.
+        # The limit is in the record: the request is not sent.
         with pytest.raises(MessageTooLarge, match="of 1001 bytes is above the limit of 1000 bytes"):
             client.request({"method": "log", "params": {"text": "x" * (padding + 1)}})
 
@@ -124,7 +124,7 @@ VALUES: list[Any] = [0, -0.0, 2**64 + 1, -(2**63), 1e308, 5e-324, 0.1, True, Non
 def test_every_json_value_survives_a_round_trip(daemon: DaemonProcess) -> None:
     with one_connection() as client:
         params = {**{text: text for text in TEXTS}, "values": VALUES}
-        # Their repr: True is not 1 then, and -0.0 not 0.
+        # repr: True == 1, and -0.0 == 0.
         assert repr(client.call("echo", params=params)) == repr({"params": params})
 
 
@@ -186,7 +186,7 @@ def test_a_reply_that_cannot_be_read_is_an_error_too(daemon: DaemonProcess) -> N
 def test_an_exception_text_above_the_limit_is_an_error() -> None:
     above = pytest.raises(RemoteError, match="above the limit of 1000 bytes")
     with spawn_daemon("limits", max_message=1000), one_connection() as client, above:
-        result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}), {})  # 998 bytes, and 1004 in the reply
+        result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}), {})  # 998 bytes, 1004 in the reply
 
 
 def is_served() -> bool:
@@ -207,7 +207,7 @@ def test_requests_above_max_connections_are_busy() -> None:
                     third.call("sleep", seconds=0, tag="must not run")
             assert ping("limits")
             assert identify("limits") == records.load("limits").pid
-            # The ones inside notice nothing, and the one outside gets in when there is room.
+            # Connected clients are unaffected, and another one is admitted once there is room.
             assert second.call("log") == []
             first.close()
             wait_until(is_served)

@@ -97,7 +97,7 @@ def test_prints_and_entries_are_in_the_log_in_their_order(daemon: int) -> None:
 
 @contextlib.contextmanager
 def small_disk(directory: Path) -> Iterator[Path]:
-    """Mount a disk of 128 KiB at `directory`, and give the path of a file to fill it with."""
+    """Mount a disk of 128 KiB at `directory`, and yield the path of a file to fill it with."""
     directory.mkdir(mode=0o700, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k,mode=700", "none", str(directory)], check=True)
     try:

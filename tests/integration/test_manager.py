@@ -1,4 +1,4 @@
-"""Managing one daemon: start, state, health, versions, stop."""
+"""The manager with one daemon: start, state, health, versions, stop."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from tests.support.processes import PATIENCE, serves, spawn_daemon, stopped, wai
 pytestmark = pytest.mark.usefixtures("base")
 
 
-# Its state.
+# State.
 
 
 def test_queries_on_a_fresh_machine_create_nothing(base: Path) -> None:
@@ -177,7 +177,7 @@ def test_list_of_daemons_in_several_states(base: Path) -> None:
     assert [stop_daemon(name) for name in ("killed", "running", "starting", "torn")] == [False, True, True, False]
 
 
-# One that does not answer.
+# Unresponsive daemons.
 
 
 def wedge(base: Path) -> None:
@@ -201,10 +201,10 @@ def test_wedged_daemon_is_unresponsive_and_can_be_stopped(base: Path) -> None:
     status = daemon_status("test")
     assert (status.state, status.pid, status.alive, status.health) == ("unresponsive", pid, True, None)
     assert status.problem is not None
-    # Since when is known, though nobody asked before; half a second for what the message takes.
+    # The daemon itself knows since when its loop is blocked. Allow half a second for the message.
     assert status.since is not None
     assert before <= status.since <= after + 0.5
-    # A missed answer kills nothing and starts nothing.
+    # An unresponsive daemon is neither killed nor replaced.
     assert ensure().pid == pid == identify("test")
     with at_once():
         assert stop_daemon("test", timeout=0.2) is True
@@ -231,7 +231,7 @@ def test_a_daemon_after_sigstop_is_unresponsive() -> None:
     assert_none_left()
 
 
-# Its health.
+# Health.
 
 ILL = """
 async def health(self):
@@ -250,7 +250,7 @@ def test_an_unhealthy_daemon_is_accepted_or_restarted_once(base: Path) -> None:
     (base / "ill").touch()
     assert ensure_daemon("test", argv).pid == first.pid
     second = ensure_daemon("test", argv, on_unhealthy="restart")
-    # It is as ill, and still the one that this call has started.
+    # The new daemon is unhealthy as well, but is not restarted again.
     assert started(base) == [first.pid, second.pid]
     assert daemon_status("test").healthy is False
     assert_one_daemon()
@@ -277,7 +277,7 @@ def test_a_daemon_that_does_not_answer_is_not_unhealthy(base: Path) -> None:
         assert stop_daemon("test", timeout=0.2) is True
 
 
-# Versions, and starting again.
+# Versions and restarts.
 
 
 def test_another_app_version_is_refused_replaced_or_accepted(base: Path) -> None:
@@ -296,7 +296,7 @@ def test_another_app_version_is_refused_replaced_or_accepted(base: Path) -> None
     assert second.pid != first.pid
     assert (second.app_version, second.pid) == ("2", identify("test"))
     assert started(base) == [first.pid, second.pid]
-    # Not again and again: what this command line starts has its version.
+    # It restarts only once: this command line always starts version 1.
     with pytest.raises(IncompatibleDaemon, match="has version 1, not 3"):
         ensure_daemon("test", command(options="app_version='1'"), version="3", on_mismatch="restart")
     assert len(started(base)) == 3
@@ -319,7 +319,7 @@ def test_a_restart_keeps_command_line_directory_and_environment(base: Path, monk
     assert request("test", {"method": "where"})["result"] == where
     assert (second.argv, second.cwd, second.environment) == (first.argv, str(place), ["COLOUR"])
     assert_one_daemon()
-    # Also the killed one.
+    # The same after a kill.
     psutil.Process(second.pid).kill()
     wait_until(lambda: daemon_status("test").state == "stale")
     stale = daemon_status("test")
@@ -332,12 +332,12 @@ def test_a_restart_keeps_command_line_directory_and_environment(base: Path, monk
         restart_daemon("test")
 
 
-# Its end.
+# Stop.
 
 
 @contextlib.contextmanager
 def in_flight(base: Path) -> Iterator[Future[Any]]:
-    """Send a request that does not end, and yield its outcome once it has begun."""
+    """Send a request that does not end. Yield its future once it has begun."""
     with in_thread(request, "test", {"method": "hang"}, timeout=PATIENCE) as job:
         wait_until((base / "hanging").exists)
         yield job
@@ -368,7 +368,7 @@ def test_a_daemon_that_drains_already_for_long_can_be_stopped(base: Path) -> Non
 
 
 def test_a_daemon_is_still_asked_to_stop_after_the_clock_was_set() -> None:
-    """The system reports creation times by the current clock, so the process seems to be another one."""
+    """Creation times depend on the current clock, so the process looks like another one."""
     pid = ensure().pid
     path = runtime_path("test", "json")
     record = json.loads(path.read_bytes())

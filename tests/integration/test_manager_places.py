@@ -49,7 +49,7 @@ from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_pytho
 pytestmark = pytest.mark.usefixtures("base")
 
 
-# A directory that takes nothing more, or has gone.
+# Full and deleted directories.
 
 
 def mount(directory: Path | str, options: str) -> bool:
@@ -60,7 +60,7 @@ def mount(directory: Path | str, options: str) -> bool:
 
 
 def unmount(directory: Path | str) -> None:
-    # Lazily: a test that failed may have left somebody there.
+    # Lazily: a process of a failed test may still use it.
     subprocess.run(["umount", "--lazy", str(directory)], check=True, capture_output=True, timeout=PATIENCE)
 
 
@@ -122,7 +122,7 @@ def fill(paths: list[Path], data: bytes) -> None:
 @pytest.mark.parametrize("what", ["room", "files", "writing"])
 def test_a_full_runtime_directory_is_a_typed_error(small: Path, what: str, used: str) -> None:
     if used == "after a daemon":
-        # Its locks are there already.
+        # The lock files exist already.
         ensure()
         assert stop_daemon("test") is True
     with used_up(small, what):
@@ -158,7 +158,7 @@ STRANGER = 12345
 
 
 def stranger(rounds: int) -> None:
-    """Become another user, repeat all attempts, and print their results."""
+    """Become another user, make all attempts `rounds` times, and print their results."""
     for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil", "queue", "harness_ipc.manager"):
         importlib.import_module(module)
     if sys.platform == "win32":
@@ -207,7 +207,7 @@ def test_another_user_gets_nothing_and_blocks_nobody(base: Path, reach: int) -> 
 
 
 def watch(other: DaemonProcess, rounds: int) -> int:
-    """Check the stranger's results, send requests all the time, and return the number of replies."""
+    """Check the stranger's results while sending requests, and return the number of replies."""
     answered = 0
     with ThreadPoolExecutor(1) as pool:
         told = pool.submit(lambda: [json.loads(other.read_line()) for _ in range(rounds)])

@@ -1,4 +1,4 @@
-"""Many managers at once, and daemons killed at every point: never two daemons or an unreachable one, and nothing left."""
+"""Many managers at once, and daemons killed at any point: never two daemons, none unreachable, nothing left."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from tests.support.managed import (
 )
 from tests.support.processes import PATIENCE, runtime_files, spawn_python, wait_until
 
-# A process costs several times as much on Windows.
+# Starting a process takes several times as long on Windows.
 CALLERS = 32 if os.name == "posix" else 8
 ROUNDS = 10 if os.name == "posix" else 2
 KILLS = 25 if os.name == "posix" else 5
 STOPS = 12 if os.name == "posix" else 6
-# Seconds for so many interpreters on a machine that has other things to do: what is above this hangs, or starts one by one.
+# Seconds for this number of interpreters on a loaded machine. A longer run hangs, or is serialized.
 STAMPEDE = 90.0
 
 
 pytestmark = pytest.mark.usefixtures("base")
 
 
-# Many at once.
+# Many managers at once.
 
 CALLER = """
 import json, sys
@@ -72,7 +72,7 @@ for line in sys.stdin:
 
 @contextlib.contextmanager
 def spawn_callers(count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Yield processes that are ready to call `ensure_daemon` with each command line that they are told."""
+    """Yield processes that call `ensure_daemon` with each command line that they read."""
     with contextlib.ExitStack() as stack:
         callers = []
         for _ in range(count):
@@ -109,7 +109,7 @@ def test_many_at_once_make_one_daemon_again_and_again(base: Path) -> None:
             outcomes = call_all(callers, argv)
             assert time.monotonic() - begin < STAMPEDE
             assert outcomes == [["running", identify("test")]] * CALLERS
-            # No other was even spawned.
+            # No other daemon was spawned.
             assert len(started(base)) == rounds
             assert started(base)[-1] == identify("test")
             assert {process.pid for process in live_processes()} - own == {identify("test")}
@@ -123,7 +123,7 @@ ONCE = "import json, sys, harness_ipc\nprint(harness_ipc.ensure_daemon('test', j
 
 
 def run_at_once(*arguments: str) -> tuple[float, list[str]]:
-    """Run many interpreters at once, and return the seconds until the last one has ended, and what they print."""
+    """Run many interpreters at once. Return the seconds until the last one has ended, and their outputs."""
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(spawn_python(*arguments)) for _ in range(CALLERS)]
@@ -199,17 +199,17 @@ def test_racing_stops_and_starts_leave_at_most_one_daemon(base: Path) -> None:
         outcomes = json.loads(one.read_line()) + json.loads(two.read_line())
         assert (one.wait(), two.wait()) == (0, 0)
     assert [outcome for outcome in outcomes if outcome.startswith("unexpected")] == []
-    # A start that somebody stops has failed, and nothing else has.
+    # Only starts that a concurrent stop ended have failed.
     failed = [outcome for outcome in outcomes if outcome.startswith("StartFailed")]
     ensured, stopped, none = (outcomes.count(outcome) for outcome in ("ensured", "stopped", "none"))
     print(f"{len(started(base))} daemons, {ensured} ensured, {len(failed)} failed, {stopped} stops, {none} of nothing")
     print("\n".join(sorted(set(failed))))
     assert stopped + none == 2 * STOPS
     assert len(outcomes) > 2 * STOPS
-    # Some started, and some were stopped; which ones is a matter of the moment.
+    # The numbers depend on timing.
     assert min(stopped, len(started(base))) >= 2
     assert not (base / "two at once").exists()
-    # Who is left is whom the record names.
+    # The process that is left is that of the record.
     found = [identify("test")] if daemon_status("test").state == "running" else []
     wait_until(lambda: [process.pid for process in live_processes()] == found)
     ensure()
@@ -218,7 +218,7 @@ def test_racing_stops_and_starts_leave_at_most_one_daemon(base: Path) -> None:
     assert_none_left()
 
 
-# Killed.
+# Killed daemons.
 
 DIE = "\nimport psutil; psutil.Process().kill()\n"
 UNPUBLISHED = """
@@ -268,7 +268,7 @@ def test_a_killed_daemon_blocks_no_successor(base: Path, death: str) -> None:
 
 
 def test_a_daemon_killed_a_moment_ago_is_stale(base: Path) -> None:
-    """The system closes the sockets of a killed process before the process has ended."""
+    """The system closes the sockets of a killed process before its pid is gone."""
     pids = []
     for _ in range(KILLS):
         status = ensure()
@@ -290,7 +290,7 @@ def test_a_pid_that_is_somebody_elses_now_is_never_signalled(verb: str) -> None:
     with spawn_bystander() as bystander:
         path = runtime_path("test", "json")
         record = json.loads(path.read_bytes())
-        # The same moment of another boot is another process as well.
+        # The process was created at another time than the record says.
         record.update(pid=bystander.pid, create_time=psutil.Process(bystander.pid).create_time() - 60)
         path.write_text(json.dumps(record))
         assert daemon_status("test").state == "stale"

@@ -45,7 +45,7 @@ from tests.support.processes import PATIENCE, serves, spawn_daemon, spawn_python
 pytestmark = pytest.mark.usefixtures("base")
 
 
-# Its start.
+# Starts.
 
 
 CALLER = """
@@ -70,7 +70,7 @@ def test_a_slow_start_is_waited_for_by_all_and_repeated_by_none(base: Path, bloc
             with pytest.raises(DaemonTimeout, match="starting") as caught:
                 ensure_daemon("test", argv, timeout=2.0)
             assert "\n" not in str(caught.value)
-            # It is no reason to give up.
+            # The start continues.
             assert daemon_status("test").state == "starting"
         finally:
             (base / "go").touch()
@@ -104,7 +104,7 @@ def test_progress_of_a_start_reaches_all_waiting_processes(base: Path) -> None:
     ):
         try:
             wait_until((base / "waiting").exists)
-            # The last report of the first second is recorded when that is over.
+            # The last report of a second is recorded at the end of that second.
             wait_until(lambda: daemon_status("test").progress == {"loaded": 4})
             assert daemon_status("test").state == "starting"
             wait_until(lambda: {"loaded": 4} in reports and {"loaded": 4} in others)
@@ -115,7 +115,7 @@ def test_progress_of_a_start_reaches_all_waiting_processes(base: Path) -> None:
     by_pipe, by_record = sorted([reports, others], key=len, reverse=True)
     if sys.platform != "win32":
         assert by_pipe == all_of_them
-    # At most one a second, in their order.
+    # At most one report in a second is recorded, in order.
     assert by_record == [report for report in all_of_them if report in by_record]
     assert len(by_record) <= 3
     assert daemon_status("test").progress is None
@@ -158,7 +158,7 @@ class App(App):
 """
     with pytest.raises(DaemonTimeout, match="starting"):
         ensure_daemon("test", command(then=busy), timeout=3.0, on_progress=lambda progress: None)
-    # On a busy machine it may have given up before its child had the name.
+    # On a loaded machine, the timeout may expire before the child has acquired the name.
     wait_until(lambda: daemon_status("test").state == "starting")
     (base / "go").touch()
     assert ensure(then=busy).pid == identify("test")
@@ -169,7 +169,7 @@ def test_a_start_continues_after_its_first_caller_times_out(base: Path) -> None:
     argv = command(then=waits_for_go())
     with pytest.raises(DaemonTimeout, match="starting"):
         ensure_daemon("test", argv, timeout=3.0)
-    # On a busy machine it may have given up before its child had the name.
+    # On a loaded machine, the timeout may expire before the child has acquired the name.
     wait_until(lambda: daemon_status("test").state == "starting")
     with in_thread(ensure_daemon, "test", argv) as second:
         (base / "go").touch()
@@ -229,7 +229,7 @@ def test_a_failed_start_has_its_reason_and_is_logged(failure: str) -> None:
             assert reason in logs[-1][len(logs[-2]) :]
         wait_until(lambda: not live_processes())
     assert daemon_status("test").state == "absent"
-    # On Windows, to be told to end is to be ended: the other daemon's record is left.
+    # On Windows, terminating the other daemon leaves its record.
     assert stop_daemon("other") is False
     assert_none_left()
     ensure()
@@ -256,7 +256,7 @@ def test_an_unexecutable_program_is_a_failed_start(base: Path, program: str) -> 
     assert_one_daemon()
 
 
-# What it has from its starter, and how it outlives that.
+# Inheritance from the starter, and independence of it.
 
 STARTER = """
 import json, os, sys
@@ -280,7 +280,7 @@ def lasting_starter(base: Path, argv: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """Return the target of each descriptor of a running process, without those that it closes meanwhile."""
+    """Return the target of each descriptor of a process. Those that it closes meanwhile are left out."""
     found = {}
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -294,7 +294,7 @@ def test_a_daemon_inherits_nothing_and_prints_to_the_log(base: Path) -> None:
     with lasting_starter(base, argv) as (starter, daemon):
         of_starter = set(descriptors(starter).values()) - {os.devnull}
         assert str(base / "opened") in of_starter
-        # It says that it is ready before it closes the pipe for that word.
+        # The daemon closes the pipe shortly after it has reported that it is ready.
         wait_until(lambda: not [target for target in descriptors(daemon).values() if target.startswith("pipe:")])
         found = descriptors(daemon)
         assert (found[0], found[1], found[2]) == (os.devnull, *[str(log_path("test"))] * 2)
@@ -338,7 +338,7 @@ def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, mon
     )
     with pytest.raises(StartFailed, match=r"starts the daemon 'test' in .*elsewhere, not 'test' in .*: give run_daemon"):
         ensure_daemon("test", program)
-    # The one that was started by mistake has been told to end; on Windows it has left its record.
+    # The daemon in the wrong namespace was terminated; on Windows that leaves its record.
     wait_until(
         lambda: (
             daemon_status("test", namespace=elsewhere).state in ("absent", "stale")
@@ -358,7 +358,7 @@ def test_a_daemon_in_another_namespace_is_not_taken_for_this_one(base: Path, mon
     assert_one_daemon()
 
 
-# The texts.
+# Texts of errors.
 
 
 @pytest.mark.parametrize("argv", ["python -m index", b"python", Path("python"), [], ["python", 3]])

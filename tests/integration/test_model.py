@@ -44,20 +44,20 @@ from harness_ipc._registry import files, records
 from tests.support.managed import command, ensure, kill_all, live_processes, spawn_bystander
 from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, wait_until
 
-# What hypothesis writes, it writes where nobody finds it.
+# Keep files of hypothesis out of the working directory.
 _HOME = tempfile.mkdtemp(prefix="hi-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 hypothesis.configuration.set_hypothesis_home_dir(_HOME)
 
-# A process takes a second to start on Windows.
+# Starting a process takes a second on Windows.
 EXAMPLES = 10 if os.name == "posix" else 2
 STEPS = 12
 NAMES = ("a", "b")
 ENDS = ("stopped", "restarted", "killed")
-# Seconds for a call that will not be answered.
+# Seconds: the timeout of a call that is not answered.
 SHORT = 0.1
 
-# An answer has the tag of its request, at once or later.
+# Each reply has the tag of its request.
 TAGGED = """
 class App(App):
     async def handle(self, message):
@@ -72,16 +72,16 @@ def tagged(tag: str, seconds: float = 0.0) -> dict[str, Any]:
     return {"method": "tag", "params": {"tag": tag, "seconds": seconds}}
 
 
-# What can be wrong with a record. Each returns whether it could be done.
+# Ways to damage a record. Each returns whether it was possible.
 Damage = Callable[[Path, dict[str, Any], Path], bool]
-# Its pid would be obeyed if it named the time of its creation too.
+# An unrelated process. Records get its pid without its creation time, so it must not be signalled.
 bystander: DaemonProcess | None = None
 
 
 def delete(path: Path, record: dict[str, Any], other: Path) -> bool:
     if not path.exists():
         return False
-    # Somebody may be reading it, which is in the way on Windows.
+    # On Windows, a file that is being read cannot be removed.
     files.retry_on_sharing_violation(os.unlink, path)
     return True
 
@@ -94,7 +94,7 @@ def write(content: bytes) -> Damage:
 
 
 def overwrite(path: Path, content: bytes) -> bool:
-    # There may be no directory yet.
+    # The directory may not exist yet.
     if path.parent.exists():
         path.touch(mode=0o600)
         path.write_bytes(content)
@@ -120,7 +120,7 @@ def change_generation(path: Path, record: dict[str, Any], other: Path) -> bool:
 
 
 def delete_socket(path: Path, record: dict[str, Any], other: Path) -> bool:
-    # Its own, if the record is.
+    # Only if the record names a socket of its own name.
     if (record.get("family"), record.get("name")) != ("AF_UNIX", path.stem) or not os.path.exists(record["address"]):
         return False
     os.unlink(record["address"])
@@ -137,7 +137,7 @@ DAMAGES: dict[str, Damage] = {
     "of another generation": change_generation,
     "without a socket": delete_socket,
 }
-# As often as all others together: whoever signals by a record must not take its word for it.
+# As often as all others together, since a wrong signal is the worst consequence.
 OFTEN = ["of a bystander"] * (len(DAMAGES) - 1) + sorted(DAMAGES)
 
 
@@ -178,28 +178,28 @@ class Name:
 
 
 class Machine(RuleBasedStateMachine):
-    """Performs operations, and compares the results with the state of the name."""
+    """It performs operations, and compares the results with the expected state of each name."""
 
     def __init__(self) -> None:
         super().__init__()
         global bystander
         self.stack = contextlib.ExitStack()
-        # Before it would count as one that was started in the machine's own directory.
+        # Started before the variables are set, so it does not count as a daemon of the test.
         bystander = self.stack.enter_context(spawn_bystander())
         self.patch = pytest.MonkeyPatch()
         self.directory = tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt")
         self.base = Path(self.directory.name)
         self.patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(self.base / "run"))
         self.patch.setenv("HARNESS_IPC_LOG_DIR", str(self.base / "log"))
-        # A suspended process does not hear that it should terminate.
+        # A suspended process does not react to SIGTERM, so do not wait for it.
         self.patch.setattr(manager, "_TERMINATE_PERIOD", SHORT)
         self.names = [Name(name) for name in NAMES]
         self.tags = itertools.count()
-        # Sockets of daemons that nobody may have been able to find any more: who kills such a one leaves it.
+        # Sockets whose record was damaged. They may be left, since only the record named them.
         self.lost: set[str] = set()
 
     def settle(self, name: Name, status: Any) -> None:
-        """Take note of what a start says."""
+        """Update the state after a start."""
         assert status.alive
         if status.state == "running" and name.state != "running":
             with contextlib.suppress(HarnessIPCError):
@@ -237,7 +237,7 @@ class Machine(RuleBasedStateMachine):
             assert not name.suspended
             name.state = "running"
         else:
-            # It was told who is first.
+            # The start was refused, since the name is taken.
             assert name.state != "absent"
             assert process.wait(PATIENCE) == 1
 
@@ -253,7 +253,7 @@ class Machine(RuleBasedStateMachine):
 
     def stop(self, name: Name) -> None:
         if name.suspended and name.state == "unknown":
-            return  # nobody knows its process: it would take all the time that a stop has
+            return  # without a valid record its process is unknown, and the stop would take its whole timeout
         assert stop_daemon(name.name, timeout=name.patience()) or name.state in ("absent", "unknown")
         assert not runtime_path(name.name, "json").exists()
         wait_until(lambda: not name.processes())
@@ -300,7 +300,7 @@ class Machine(RuleBasedStateMachine):
     def damage(self, index: int, damage: str, then: str) -> None:
         self.damage_record(index, damage)
         if then != "nothing":
-            # At once: a daemon notices the damage within two seconds, and ends.
+            # At once, since a daemon notices the damage within two seconds and ends.
             self.end(index=index, how=then)
 
     def damage_record(self, index: int, damage: str) -> None:
@@ -319,7 +319,7 @@ class Machine(RuleBasedStateMachine):
     # Requests.
 
     def check(self, name: Name, ask: Callable[[str], Any]) -> None:
-        """Send a tag, which must come back, unless the state explains an error."""
+        """Send a tag. The reply must have it, unless the state explains an error."""
         tag = f"{next(self.tags)}"
         answer = failure = None
         try:
@@ -361,7 +361,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(name.clients for name in self.names))
     @rule()
     def give_up(self) -> None:
-        """Send a request and give up: the reply must not go to the next request."""
+        """Send a request that times out. Its reply must not go to the next request."""
         for name in self.names:
             for client in name.clients:
                 with contextlib.suppress(HarnessIPCError):
@@ -377,12 +377,12 @@ class Machine(RuleBasedStateMachine):
             assert status.state in ("absent", "stale")
             assert pid is None
         elif name.state == "running":
-            # A loaded machine's loop may take longer than it should.
+            # On a loaded machine, the daemon may look unresponsive.
             assert status.alive
             assert status.pid == records.load(name.name).pid
             assert pid == (None if name.suspended else status.pid)
 
-    # What holds always, and in the end.
+    # Invariants, and the end.
 
     @invariant()
     def each_gets_its_own_answer(self) -> None:
@@ -400,7 +400,7 @@ class Machine(RuleBasedStateMachine):
     def there_is_one_of_a_name_at_most(self) -> None:
         assert not (self.base / "two at once").exists()
         for name in self.names:
-            # One that was told that there is another one already may not have ended yet.
+            # A daemon that was refused the name may not have ended yet.
             wait_until(lambda: len(name.processes()) <= 1)  # noqa: B023
 
     def teardown(self) -> None:
@@ -409,7 +409,7 @@ class Machine(RuleBasedStateMachine):
                 name.resume()
                 for client in name.clients:
                     client.close()
-                # An honest user of it.
+                # Normal use recovers from any damage.
                 assert ensure_daemon(name.name, name.argv).alive
                 wait_until(lambda: name.serves())  # noqa: B023
                 stop_daemon(name.name)
@@ -438,9 +438,9 @@ def test_random_operations_on_two_names() -> None:
         derandomize=not given,
         database=None,
         deadline=None,
-        # It is about processes: all of it is slow.
+        # Starting processes is slow.
         suppress_health_check=list(HealthCheck),
-        # The smallest order that fails is looked for only by who has the time.
+        # Shrink only in long runs.
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if given else [])],
         print_blob=True,
     )

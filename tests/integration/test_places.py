@@ -21,7 +21,7 @@ from tests.support.processes import run_python
 
 STRANGER = 12345
 
-# As another user, whose daemon is a forked child: he may have no access to this interpreter, and all is imported before.
+# Run as another user, with a forked child as the daemon. Modules are imported before, since that user may have no access.
 AS_USER = """
 import importlib, json, os, sys, time, traceback
 for module in "asyncio filelock platformdirs psutil queue shlex tempfile harness_ipc._server.pump encodings.ascii".split():

@@ -87,7 +87,7 @@ def test_a_restart_stops_nothing_if_the_interpreter_is_gone(base: Path) -> None:
         assert stop_daemon("test") is True
 
 
-# Windows removes no directory that a process is in, and a daemon's console is started in the daemon's.
+# On Windows, the directory cannot be removed: the daemon's console process is in it.
 @needs_posix
 def test_a_restart_stops_nothing_if_the_directory_is_gone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = base / "place"
@@ -95,7 +95,7 @@ def test_a_restart_stops_nothing_if_the_directory_is_gone(base: Path, monkeypatc
     script(place)
     monkeypatch.chdir(place)
     status = ensure_daemon("test", [sys.executable, "service.py", "test"])
-    # It does not hold its directory.
+    # The daemon has left the directory of its start.
     assert (status.cwd, where()[0]) == (os.path.realpath(place), root())
     monkeypatch.chdir(base)
     shutil.rmtree(place)
@@ -153,7 +153,7 @@ def test_daemon_started_by_another_command(base: Path, monkeypatch: pytest.Monke
     assert "other values of COLOUR, EXTRA" in text
     assert "red" not in text
     assert "secret" not in text
-    # Its directory matters only to a module.
+    # The directory matters only to a command line with a module.
     monkeypatch.chdir("/")
     assert "directory" not in problem([sys.executable, str(base / "service.py"), "test"], COLOUR="green", SIZE="1")
 

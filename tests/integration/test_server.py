@@ -41,9 +41,9 @@ from tests.support.wire import FrameConnection, dial_daemon
 
 pytestmark = pytest.mark.usefixtures("driver")
 
-# A period that no test waits for: what ends before it, ends for a better reason.
+# Seconds: longer than any test.
 NEVER = 3600.0
-# A period that a test waits out.
+# Seconds: a period that expires during a test.
 SOON = 0.2
 
 
@@ -68,13 +68,13 @@ async def serves(name: str = "test") -> bool:
 
 
 def threads() -> set[threading.Thread]:
-    """Return the living threads but those in which the tests ask."""
+    """Return the running threads, without those of `asyncio.to_thread`."""
     return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
 
 
 @contextlib.asynccontextmanager
 async def serving(handler: Any = echo, **options: Any) -> AsyncIterator[DaemonServer]:
-    """Serve as the daemon "test". When it has closed, nothing may be left of it and a successor must serve."""
+    """Serve as the daemon "test". Assert at the end that nothing is left and that a successor can serve."""
     before = threads()
     server, address = await start_daemon_server(handler, "test", **options)
     assert address == server.record.address == records.load("test").address
@@ -120,7 +120,7 @@ class Unstoppable(Waiting):
 # The handshake.
 
 
-# In a pipe, the proof and the request are messages of their own.
+# In a pipe of Windows, frames are separate messages.
 @needs_posix
 def test_the_verdict_travels_with_the_first_reply() -> None:
     def begin() -> FrameConnection:
@@ -239,7 +239,7 @@ def test_serve_forever_ends(way: str) -> None:
             await asyncio.wait({forever})
             assert forever.cancelled() == (way == "cancel")
             assert not server.is_serving()
-            # All of it is done, not only begun.
+            # Closing is complete, not only begun.
             assert cleanup_endpoint("test")
             assert runtime_files() == []
 
@@ -266,7 +266,7 @@ def test_thirty_servers_one_after_the_other_leave_nothing() -> None:
                 assert await asyncio.to_thread(kept.request, {"n": 2}) == {"result": {"n": 2}}
 
     async def main() -> None:
-        await live()  # and import what is imported late
+        await live()  # with lazy imports
         before = os.listdir("/proc/self/fd")
         for _ in range(30):
             await live()
@@ -447,7 +447,7 @@ class Blocker:
 
     @contextlib.contextmanager
     def blocking(self) -> Iterator[None]:
-        """Have a client ask for that, and release the loop at the end of the block, if `release` is not set before."""
+        """Block the loop by a client's request until the end of the block, or until `release` is set."""
         asking = threading.Thread(target=request, args=("test", {"block": True}), kwargs={"timeout": PATIENCE})
         asking.start()
         try:
@@ -493,7 +493,7 @@ def test_blocked_loop_still_answers_pings() -> None:
                 pong = json.loads(connection.recv_bytes(2**20))
                 assert (pong["pong"], pong["responsive"]) == (True, False)
                 lags.append(pong["loop_lag"])
-            # Of one moment: when the loop was asked, and has not answered since.
+            # The lag grows: it is measured from the first unanswered check of the loop.
             assert 0 < lags[0] < lags[1]
             blocker.release.set()
             replies = [json.loads(connection.recv_bytes(2**20)) for _ in range(3)]
@@ -525,7 +525,7 @@ def test_connections_that_have_ended_leave_nothing_to_collect() -> None:
     run(main)
 
 
-# From 3.12 on an app may have tasks begin at once.
+# From 3.12 on, an app may use eager tasks.
 task_factories = pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
 
 
@@ -553,7 +553,7 @@ def test_answered_requests_leave_no_task(factory: Any) -> None:
 
 
 def answers(connection: FrameConnection, count: int) -> list[int]:
-    """Return the numbers in the next replies, to requests that were sent without waiting for them."""
+    """Return the numbers in the next `count` replies."""
     return [json.loads(connection.recv_bytes(1000))["result"]["n"] for _ in range(count)]
 
 
@@ -606,7 +606,7 @@ def test_clients_are_admitted_while_the_loop_is_blocked() -> None:
                 blocker = pool.submit(request, "test", {"n": -1, "block": True}, timeout=PATIENCE)
                 assert blocked.wait(PATIENCE)
                 asked = [pool.submit(request, "test", {"n": n}, timeout=PATIENCE) for n in range(20)]
-                # Proved and admitted, all of them, by the pings as well.
+                # All clients have finished their handshake; each ping needs one as well.
                 wait_until(lambda: server.connections >= 21)
                 assert all(ping("test", PATIENCE) for _ in range(5))
                 assert seen == []

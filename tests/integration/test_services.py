@@ -212,7 +212,7 @@ async def test_a_service_describes_itself_to_both_clients() -> None:
         assert (described["name"], described["version"]) == ("test", __version__)
         assert {"name": "count", "signature": "count(text: str) -> int", "doc": "", "stream": False} in described["methods"]
         assert [found["name"] for found in described["methods"] if found["stream"]] == STREAMS
-        # It is a built-in request.
+        # Built-in requests do not reset the idle time.
         assert server.idle_seconds > 0
 
 
@@ -322,7 +322,7 @@ async def test_other_methods_run_in_daemon_threads_that_are_kept() -> None:
     async with serving() as (_, _, client):
         told = [await client.call("who") for _ in range(20)]
         assert all((name, is_daemon) == ("who", True) for name, is_daemon, _ in told)
-        # The next call may come a moment before the last one's thread waits again.
+        # A call may come just before the previous thread is idle again and start another one.
         threads = {thread for _, _, thread in told}
         assert len(threads) < 20
         assert threading.get_ident() not in threads
@@ -466,7 +466,7 @@ async def test_other_methods_are_cancelled() -> None:
 @in_loop
 async def test_a_request_that_is_sent_and_forgotten_runs() -> None:
     async with serving() as (words, server, client):
-        # The client's own connection is the only other one.
+        # Connect `client` first: its connection is the only one at the end.
         assert await client.call("count", text="") == 0
 
         def send() -> None:

@@ -1,4 +1,4 @@
-"""A client that starts its daemon if that is absent or stopping; no request runs twice."""
+"""Clients start a daemon that is absent or stopping; no request runs twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 
 
 class Daemon:
-    """The command line of a daemon, and the numbers of the requests that it has run, in whatever generation."""
+    """The command line of a daemon, and the numbers of the requests that its generations have run."""
 
     def __init__(self, directory: Path, **options: Any) -> None:
         self._log = directory / "ran"
@@ -64,7 +64,7 @@ class Daemon:
 
 @pytest.fixture(autouse=True)
 def ended(private_directories: Path) -> Iterator[None]:
-    """Leave no daemon."""
+    """Stop all daemons at the end of the test."""
     yield
     stop_daemon("test", timeout=5.0)
     kill_all()
@@ -104,7 +104,7 @@ def test_an_absent_daemon_is_started_and_a_running_one_is_used(ask: Any, tmp_pat
 @ALL
 def test_a_daemon_stopped_during_its_start_is_started_again(ask: Any, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
-    # The first one never gets ready.
+    # The first daemon never becomes ready.
     begun = tmp_path / "begun"
     once = f"sleep(0 if os.path.exists({str(begun)!r}) else open({str(begun)!r}, 'w').close() or 3600)"
     slow = daemon.program.replace("sleep(0.0)", once)
@@ -188,7 +188,7 @@ def test_another_version_is_an_error_or_replaced(ask: Any, form: Any, tmp_path: 
     second = ask(new, 3, version="2", on_mismatch="restart")
     assert second != pid
     assert ask(new, 4, version="2", on_mismatch="restart") == second
-    # What is started has still another one.
+    # The command line starts yet another version.
     with pytest.raises(IncompatibleDaemon, match="has version 1, not 3"):
         ask(old, 5, version="3", on_mismatch="restart")
     assert Daemon(tmp_path).ran == [1, 3, 4]

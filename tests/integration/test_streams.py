@@ -55,7 +55,7 @@ class Countdown:
 
 
 class Service:
-    """Streams `n` items of `size` characters, reports progress, or answers; `made` and `ended` tell how far it came."""
+    """An app with streams, progress and replies. `made` counts the produced items, `ended` has the ends of its streams."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -98,7 +98,7 @@ class Service:
 
     async def yield_many(self) -> AsyncIterator[int]:
         yield 0
-        # The loop is blocked: it can't notice the departure before the next item.
+        # The loop is blocked, so it notices the departure only after the next item.
         self.has_left.wait(PATIENCE)
         for i in range(10_000):
             yield i
@@ -332,7 +332,7 @@ def test_a_slow_reader_stops_the_producer() -> None:
     async def main() -> None:
         async with serving() as service:
             connection = await asyncio.to_thread(ask)
-            # It stands still once the system's buffers and ours are full.
+            # It stops producing once all buffers are full.
             made = -1
             while made != service.made or not made:
                 made = service.made
@@ -354,7 +354,7 @@ def test_a_slow_reader_stops_the_producer() -> None:
 
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_leaving_a_stream_cancels_its_producer(size: int) -> None:
-    """Even if it waits for its reader."""
+    """Also while it waits for a slow reader."""
 
     def leave() -> None:
         with connect_daemon("test") as client:

@@ -33,7 +33,7 @@ pytest_plugins = "pytester"
 
 Run = Callable[[str], pytest.RunResult]
 
-# A module of a user's: the daemon's app.
+# The module of a user's app.
 MODULE = """
 import os, signal, subprocess, sys
 
@@ -58,7 +58,7 @@ async def app(message):
 
 
 class Counter:
-    """An app that notes what was called."""
+    """An app that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -79,7 +79,7 @@ class Counter:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give the name of an app in a module that only this process's path leads to."""
+    """The name of an app in a module that only this process can import."""
     (tmp_path / "users_daemon.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     return "users_daemon:app"
@@ -108,7 +108,7 @@ def test_a_long_temporary_directory_is_not_used(tmp_path: Path, monkeypatch: pyt
 def test_a_daemon_that_ignores_signals_and_is_wedged_ends(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "STOP_TIMEOUT", 0.2)
     with testing.private_namespace() as namespace:
-        # As the code under test does: nothing of the fixtures knows of it.
+        # Started like a daemon of the code under test, without the fixtures.
         command = [sys.executable, "-P", "-m", "harness_ipc", "serve", module, "--name=other"]
         env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         pid = ensure_daemon("other", command, namespace=namespace, env=env).pid
@@ -239,7 +239,7 @@ def test_a_server_that_a_test_has_forgotten_is_named() -> None:
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Give a function that runs a user's tests, in a process, with warnings as errors and no variable of ours."""
+    """A function that runs a user's tests in a process, with warnings as errors and without this suite's variables."""
     monkeypatch.delenv("HARNESS_IPC_RUNTIME_DIR")
     monkeypatch.delenv("HARNESS_IPC_LOG_DIR")
     pytester.makepyfile(users_daemon=MODULE)

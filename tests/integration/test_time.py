@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 YEAR = 366 * 86400
-# Seconds of a deadline that is meant to pass.
+# Seconds: a deadline that passes.
 SHORT = 0.2
 
-# Run first in a process: its wall clock is set by a year, forward or back again, each time that somebody looks at it.
+# Run first in a process: each read of its wall clock sets it forward by a year, or back again.
 JUMPING = f"""
 import random, time
 jumps, wall, wall_ns = random.Random(1), time.time, time.time_ns
@@ -55,7 +55,7 @@ jump = lambda: jumps.choice([0, {YEAR}, -{YEAR}])
 time.time = lambda: wall() + jump()
 time.time_ns = lambda: wall_ns() + jump() * 10**9
 """
-# A daemon then looks often whether it is idle: each time is another chance to be wrong.
+# The daemon checks more often whether it is idle, so a clock change is more likely to be noticed.
 OFTEN = "import harness_ipc.daemon\nharness_ipc.daemon._LOOK_INTERVAL = 0.02\n"
 RUN = '\nimport runpy\nrunpy.run_module("tests.support.processes", run_name="__main__", alter_sys=True)\n'
 
@@ -68,14 +68,14 @@ def jumping_daemon(**options: Any) -> Iterator[DaemonProcess]:
 
 
 def run_client(first: str, program: str, *arguments: str) -> Any:
-    """Run `program` in a process whose clock is set by `first`, and return what it prints as JSON."""
+    """Run `first` and `program` in a process, and return the JSON that it prints."""
     with spawn_python("-c", f"{first}\nimport json, sys\nfrom harness_ipc import *\n{program}", *arguments) as client:
         line = client.read_line()
         assert client.wait() == 0
     return json.loads(line)
 
 
-# The clock is set.
+# Clock changes.
 
 CLIENT = """
 client = connect_daemon("test", timeout=60)
@@ -115,12 +115,12 @@ def test_clock_changes_do_not_affect_the_idle_timeout() -> None:
             served += 1
         timer.join()
         assert daemon.process.poll() is None
-        # And then it ends by itself.
+        # It still ends by its idle timeout.
         assert daemon.wait() == 0
     assert "idle for 1.5 s" in log_path("test").read_text(encoding="utf-8")
 
 
-# What a setting of the clock does to a system that tells when a process was created by the time of the boot: that is moved.
+# Some systems derive creation times from the boot time, which moves with the clock.
 SET = """
 import time, psutil
 wall = time.time
@@ -176,7 +176,7 @@ def test_an_unresponsive_daemon_survives_a_clock_change(base: Path, verb: str) -
     assert_one_daemon()
 
 
-# Where somebody may see processes, but not the rest of /proc.
+# Processes are visible, but other files of /proc are not readable.
 CLOSED = """
 import builtins
 really_open = builtins.open
@@ -205,7 +205,7 @@ def test_with_a_partial_proc_no_other_process_is_signalled(base: Path) -> None:
     assert_one_daemon()
 
 
-# A daemon is suspended.
+# Suspended daemons.
 
 
 class Asker:
@@ -227,7 +227,7 @@ class Asker:
         except DaemonTimeout:
             self.late += 1
         except ConnectionLost:
-            # It had not proved itself when the daemon's own deadline for that passed.
+            # The daemon's timeout for the handshake expired first.
             pass
         else:
             assert answer == params["tag"]
@@ -245,7 +245,7 @@ class Asker:
 def test_a_resumed_daemon_answers_each_request() -> None:
     askers = [Asker(f"{number}", kept=number % 2 == 0) for number in range(8)]
     over = threading.Event()
-    # Its own deadlines pass too: a handshake's, for those who connect just then.
+    # The timeout for handshakes expires meanwhile as well.
     with spawn_daemon("test", handshake_timeout=SHORT, idle_timeout=3600.0) as daemon, ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(asker.run, over) for asker in askers]
         try:
@@ -266,12 +266,12 @@ def test_a_resumed_daemon_answers_each_request() -> None:
             job.result(PATIENCE)
         assert daemon_status("test").state == "running"
         log = request("test", {"method": "log"}, timeout=PATIENCE)["result"]
-        # What was late may have run, once.
+        # Requests that timed out ran at most once.
         begun = [tag for what, tag in log if what == "begin"]
         assert len(begun) == len(set(begun)) >= sum(asker.answered for asker in askers)
 
 
-# A client is suspended.
+# Suspended clients.
 
 HANDSHAKE = """
 import os, signal
@@ -311,11 +311,11 @@ def test_a_suspended_client_delays_nobody() -> None:
             os.waitpid(client.pid, os.WUNTRACED)
             for n in range(50):
                 assert request("test", {"method": "echo", "params": {"n": n}}, timeout=PATIENCE) == {"result": {"n": n}}
-            # Longer than the daemon waits for a proof.
+            # Longer than the handshake timeout.
             time.sleep(1.0)
             psutil.Process(client.pid).resume()
             assert client.read_line() in ("ConnectionLost", "AuthenticationFailed")
-            # In the middle of a request.
+            # Suspend it in the middle of a request.
             assert client.read_line() == "hanging"
             with stopped(client):
                 assert request("test", {"method": "echo", "params": {"n": 0}}, timeout=PATIENCE) == {"result": {"n": 0}}
@@ -326,7 +326,7 @@ def test_a_suspended_client_delays_nobody() -> None:
         wait_until(lambda: request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"] <= before)
 
 
-# A loop is blocked.
+# Blocked loops.
 
 BLOCKING = """
 class App(App):
@@ -355,7 +355,7 @@ def test_after_a_blocked_loop_replies_go_to_their_requests(base: Path) -> None:
                     kept.call("echo", n=n, timeout=SHORT)
                 with pytest.raises(DaemonTimeout):
                     request("test", {"method": "echo", "params": {"n": -n}}, timeout=SHORT)
-            # Nobody takes it for dead.
+            # The manager does not take it for dead.
             assert ensure_daemon("test", argv).pid == pid == identify("test")
             assert daemon_status("test").state == "unresponsive"
         finally:

@@ -72,20 +72,20 @@ else:
 pytestmark = [needs_windows, pytest.mark.usefixtures("base")]
 
 MIB = 2**20
-# What a daemon does not wait for in these tests.
+# Seconds: longer than any test.
 NEVER = 3600.0
-# Outside of the code page of Western Europe, inside of it, and with a space.
+# Characters inside and outside of the code page of Western Europe, and spaces.
 FOREIGN = "Zoë Müller 日本"
 REQUEST = b'{"method": "echo", "params": {"text": "more than the sixty-four bytes that it is cut to, each in turn"}}'
 
 
 def connections() -> int:
-    """Return how many clients have proved themselves to the daemon, this question's among them."""
+    """Return the number of authenticated connections, including that of this request."""
     return int(request("test", {"meta": "ping"}, timeout=PATIENCE)["connections"])
 
 
 def write(connection: FrameConnection, data: bytes) -> Any:
-    """Begin to write one message to the pipe, past everything that makes a frame of it."""
+    """Begin to write one raw message to the pipe, without framing."""
     return _winapi.WriteFile(connection.fileno(), data, overlapped=True)[0]
 
 
@@ -95,11 +95,11 @@ def dialled() -> Iterator[FrameConnection]:
         yield connection
 
 
-# Pipes, and who may open them.
+# Access to pipes.
 
 
 class Calls:
-    """Notes how `_winapi` was called to make and to open pipes, and what the system then says who may open them."""
+    """A record of the calls of `_winapi` that create and open pipes, and of the access lists of created pipes."""
 
     def __init__(self, patched: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[Any, ...]] = []
@@ -122,7 +122,7 @@ class Calls:
 
 
 def protection_of(handle: int) -> str:
-    """Return the owner and the access list of a pipe, as the system gives them back ("Security Descriptor String Format")."""
+    """Return owner and access list of a pipe in the system's "Security Descriptor String Format"."""
     kernel_object, owner, access_list = 6, 1, 4
     descriptor = ctypes.c_void_p()
     asked = [ctypes.c_void_p(handle), kernel_object, owner | access_list, None, None, None, None, ctypes.byref(descriptor)]
@@ -160,7 +160,7 @@ def user_sid() -> str:
 
 @contextlib.contextmanager
 def pipe_with(text: str | None) -> Iterator[int]:
-    """Make a pipe with the security descriptor that `text` describes, or with the system's default. Yield its handle."""
+    """Create a pipe with the security descriptor `text`, or with the default one. Yield its handle."""
     layout = struct.Struct("IPi0P")
     attributes = ctypes.create_string_buffer(layout.pack(layout.size, to_descriptor(text).value if text else 0, 0))
     handle = _winapi.CreateNamedPipe(
@@ -192,7 +192,7 @@ def test_every_pipe_instance_is_closed_to_others() -> None:
     with pytest.MonkeyPatch.context() as patched:
         calls = Calls(patched)
         asyncio.run(main())
-    # A pipe that the test makes shows that what the system says depends on what it was told.
+    # A pipe with the default descriptor has another access list: the check can fail.
     with pipe_with(None) as open_pipe:
         assert protection_of(open_pipe) != calls.protection[0]
 
@@ -204,9 +204,9 @@ def test_every_pipe_instance_is_closed_to_others() -> None:
     for arguments, protection in zip(calls.made, calls.protection, strict=True):
         assert arguments[2] & reject_remote_clients
         assert arguments[-1]
-        # Nothing is inherited, and the one entry allows all to this user: GA, "generic all", is FA for a file.
+        # Nothing is inherited. The only entry gives this user full access: "generic all", GA, becomes FA for files.
         assert re.sub(r";(FA|0x1f01ff);", ";GA;", protection) == expected
-    # Whoever is at the other end may learn who we are, and not act in our name.
+    # The server of a pipe may identify its client, but not impersonate it.
     pipes = [arguments for arguments in calls.opened if arguments[0].startswith("\\\\.\\pipe\\")]
     assert len(pipes) > 5
     assert all(arguments[5] & identification == identification for arguments in pipes)
@@ -247,7 +247,7 @@ def test_a_pipe_that_others_can_open_is_refused(text: str | None, problem: str |
 
 
 def test_accepting_threads_wait_on_the_oldest_instances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client gets the oldest free instance of a pipe: one that no thread waits on has to be younger than the others."""
+    """A client gets the oldest free instance of a pipe, so a thread has to wait on each older one."""
     files.create_private_dir(Namespace().runtime_dir)
     listener = listen.Listener(listen.new_address("", records.new_generation_id()))
     make, second_began = _winapi.CreateNamedPipe, threading.Event()
@@ -256,7 +256,7 @@ def test_accepting_threads_wait_on_the_oldest_instances(monkeypatch: pytest.Monk
     def create_named_pipe(*arguments: Any) -> int:
         handle: int = make(*arguments)
         calls.append(handle)
-        # The first thread is slow after it has made its instance, and the second one overtakes it if it can.
+        # Delay the first thread after it has created its instance, so the second one could overtake it.
         if len(calls) == 1:
             second_began.wait(0.5)
         else:
@@ -343,7 +343,7 @@ def test_sixty_peers_without_the_key_keep_no_honest_one_waiting() -> None:
             stack.callback(over.set)
             for number in range(60):
                 stack.enter_context(kinds[number % len(kinds)](number // len(kinds)))
-            # The silent ones and the half-proved are still there.
+            # Silent peers and unfinished handshakes are still connected.
             for _ in range(10):
                 assert serves()
         assert all(job.result(PATIENCE) for job in honest)
@@ -381,7 +381,7 @@ with dial_daemon("test") as connection:
 def test_a_client_killed_while_sending_leaves_nothing() -> None:
     with spawn_daemon("test"):
         for _ in range(3):
-            # It does not even read: sooner or later the daemon waits for it, and it for the daemon.
+            # The client does not read, so in the end client and daemon wait for each other to read.
             with spawn_python("-c", SENDS) as client:
                 assert client.read_line() == "sends"
                 assert serves()
@@ -394,7 +394,7 @@ def test_a_client_killed_while_sending_leaves_nothing() -> None:
 
 def test_a_client_that_does_not_read_times_out() -> None:
     with spawn_daemon("test"), dial_daemon("test") as connection:
-        # A request whose reply nobody reads, one that the daemon reads ahead, and one that it does not read.
+        # A request whose reply is not read, one that the daemon reads ahead, and one that it does not read.
         connection.send_bytes(b'{"method": "fill", "params": {"size": 1000000}}')
         connection.send_bytes(bytes(8 * MIB))
         connection.connection.deadline = deadline_after(0.2)
@@ -406,16 +406,16 @@ def test_a_client_that_does_not_read_times_out() -> None:
         assert serves()
 
 
-# Files that somebody else has open.
+# Files that another program has open.
 
 
 def reads(path: Path) -> Callable[[], None]:
-    """Open a file as most programs do, and return what closes it."""
+    """Open a file as most programs do, and return a function that closes it."""
     return open(path, "rb").close
 
 
 def holds(path: Path) -> Callable[[], None]:
-    """Open a file so that nobody else can do anything with it: virus scanners and backups do."""
+    """Open a file without sharing it, like virus scanners and backups. Return a function that closes it."""
     handle = _winapi.CreateFile(str(path), _winapi.GENERIC_READ, 0, 0, _winapi.OPEN_EXISTING, 0, 0)
     return lambda: _winapi.CloseHandle(handle)
 
@@ -463,7 +463,7 @@ def assert_a_daemon_serves() -> None:
 @OPENING
 def test_a_record_open_elsewhere_is_replaced(opening: Callable[[Path], Callable[[], None]]) -> None:
     registration = acquire_name("test")
-    # Whose record it is has to be read, too.
+    # The daemon also reads the record, to see whose it is.
     call = "open" if opening is holds else "replace"
     with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
         registration.publish(app_version=None, max_message=MIB)
@@ -597,7 +597,7 @@ def test_a_child_has_a_console_of_its_own_that_nobody_sees() -> None:
     assert not spawn_kwargs()["creationflags"] & _winapi.DETACHED_PROCESS
 
 
-# Says what its standard input, output and error are: GetFileType tells a disk's file (1) from a device (2) and a pipe (3).
+# A request returns the types of the standard streams (GetFileType): 1 is a disk file, 2 a device, 3 a pipe.
 STREAMS = """
 import ctypes, _winapi
 async def streams(self, message):
@@ -635,8 +635,8 @@ def test_without_breakaway_a_daemon_starts_in_the_job(monkeypatch: pytest.Monkey
     assert_one_daemon()
 
 
-# Puts itself into a job object that ends with it, and all that is in it (JOBOBJECT_EXTENDED_LIMIT_INFORMATION and "Job Objects"
-# in the Win32 documentation), as terminals and agents do with what they run.
+# The starter enters a job object whose processes are killed when it is closed ("Job Objects" and
+# JOBOBJECT_EXTENDED_LIMIT_INFORMATION in the Win32 documentation). Terminals and agents run programs like this.
 STARTER = """
 import ctypes, json, struct, sys, threading
 from harness_ipc import ensure_daemon
@@ -661,14 +661,14 @@ def test_daemon_outlives_its_starter_and_its_job(may_leave: bool) -> None:
         starter.process.kill()
         starter.wait()
     if not may_leave:
-        # As its status has said.
+        # Without breakaway, the daemon is killed with the job.
         wait_until(lambda: daemon_status("test").state == "stale")
         ensure()
     assert (identify("test") == pid) is may_leave
     assert_one_daemon()
 
 
-# What a venv's python.exe is on Windows: it starts the real interpreter with all that it has inherited, and waits for it.
+# Like a venv's python.exe on Windows: it starts the real interpreter with its own handles, and waits for it.
 REDIRECTOR = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
 
 
@@ -689,7 +689,7 @@ def test_a_daemon_behind_a_redirector_is_known_by_its_own_pid() -> None:
     restarted = restart_daemon("test")
     assert restarted.pid == identify("test") != status.pid
     redirector.wait(PATIENCE)
-    # It was started as the first one was, by the whole command.
+    # A restart runs the whole command line, with the redirector.
     assert redirector_of(restarted.pid).pid != redirector.pid
     assert stop_daemon("test") is True
     assert_none_left()
@@ -721,12 +721,12 @@ def test_a_failed_start_behind_a_redirector_has_its_reason() -> None:
     assert_a_daemon_serves()
 
 
-# Text and places.
+# Text and directories.
 
 
 @pytest.fixture
 def code_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let new processes use the system's code page, as by default."""
+    """Have new processes use the system's code page, which is the default."""
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
     said = run_python("-c", "import sys; print(sys.flags.utf8_mode, sys.stdout.encoding)").stdout.split()
@@ -735,7 +735,7 @@ def code_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_command(*arguments: str) -> tuple[int, bytes, bytes]:
-    """Return the command's exit status, and what it printed in whatever encoding."""
+    """Return the exit status, and the bytes of stdout and stderr."""
     argv = [sys.executable, "-W", "error", "-m", "harness_ipc", *arguments]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
@@ -746,7 +746,7 @@ def test_logs_and_commands_take_any_text_in_any_code_page(code_page: None) -> No
         with connect_daemon("test", request_timeout=PATIENCE) as client, pytest.raises(RemoteError, match=FOREIGN):
             client.call("raise", text=FOREIGN)
         assert f"ValueError: {FOREIGN}" in log_path("test").read_text(encoding="utf-8")
-        # The message as an argument, which has no code page.
+        # Arguments are Unicode, whatever the code page.
         status, out, err = run_command(
             "call", "--name", "test", json.dumps({"method": "echo", "params": {"t": FOREIGN}}, ensure_ascii=False)
         )
@@ -755,7 +755,7 @@ def test_logs_and_commands_take_any_text_in_any_code_page(code_page: None) -> No
         assert (status, json.loads(out)["error"]["message"]) == (1, FOREIGN)
         status, out, err = run_command("logs", "--name", "test")
         assert (status, err) == (0, b"")
-        # What the code page does not have is shown by its number.
+        # Characters outside of the code page are escaped.
         assert b"\\u65e5\\u672c" in out
         assert serves()
 
@@ -771,7 +771,7 @@ def test_output_of_a_failing_daemon_is_logged_as_utf8(code_page: None) -> None:
 
 @contextlib.contextmanager
 def directories(runtime: Path, log: Path) -> Iterator[None]:
-    """Have daemons use these directories, and end the one that is left."""
+    """Have daemons use these directories, and stop the daemon at the end."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HARNESS_IPC_RUNTIME_DIR", str(runtime))
         patched.setenv("HARNESS_IPC_LOG_DIR", str(log))
@@ -809,7 +809,7 @@ def test_directories_may_have_any_name(base: Path, encoding: str, request: pytes
 
 
 def test_a_directory_may_have_a_long_path(base: Path) -> None:
-    """The system's own limit is 260 characters, unless it was set up to have none."""
+    """The default limit of the system is 260 characters."""
     for length in (200, 400):
         name = "x" * ((length - len(str(base))) // 2 - 1)
         problem = None

@@ -1,4 +1,4 @@
-"""The command line run by the test's own process, for tests of what it prints rather than of a process."""
+"""Runs the command line in the test's process, for tests of its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness_ipc.cli import main
 
 
 def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Return the exit status, and what was written to stdout and stderr."""
+    """Return the exit status, stdout and stderr."""
     try:
         status = main(arguments)
     except SystemExit as end:

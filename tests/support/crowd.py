@@ -164,7 +164,7 @@ class Asker:
             while time.monotonic() < deadline:
                 self.chance.choice([self.die, *ways * 20])(client)
         if not self.is_dying:
-            # A thread that started the daemon for a coroutine may still be ending.
+            # A thread in which a coroutine started the daemon may still be ending.
             wait_until(lambda: (threading.active_count(), psutil.Process().num_fds()) == (1, before))
 
 

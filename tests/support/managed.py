@@ -1,4 +1,4 @@
-"""Daemons started by `ensure_daemon`: their program, checks, and their end."""
+"""Daemons started by `ensure_daemon`: their program, checks and cleanup."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from harness_ipc import (
 from harness_ipc._registry import records
 from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, spawn_python, wait_until
 
-# Seconds for "at once": otherwise it would take the 60 s of a start's timeout.
+# Seconds: below the 60 s timeout of a start, far above the time that it takes.
 AT_ONCE = 45.0
 # On Windows, a pipe has no file.
 SOCKETS = 1 if os.name == "posix" else 0
@@ -116,10 +116,10 @@ def live_processes() -> list[psutil.Process]:
 
 
 def assert_one_daemon(name: str = "test") -> None:
-    """Check that there is one process, one record, one socket and nothing else, and that the daemon serves."""
+    """Assert that there are only one process, one record and one socket, and that the daemon serves."""
     assert serves(name)
     assert identify(name) == records.load(name).pid
-    # Another process may be ending.
+    # Another process may still be ending.
     wait_until(lambda: [process.pid for process in live_processes()] == [identify(name)])
     files = [file for file in runtime_files() if not file.endswith(".start")]
     sockets = [file for file in files if file.endswith(".sock")]
@@ -128,7 +128,7 @@ def assert_one_daemon(name: str = "test") -> None:
 
 
 def assert_none_left() -> None:
-    """Check that there is no process, and no file except locks."""
+    """Assert that there is no process, and no file except locks."""
     wait_until(lambda: not live_processes())
     assert [file for file in runtime_files() if not file.endswith(".start")] == []
 
@@ -169,7 +169,7 @@ def in_thread(function: Any, *arguments: Any, **options: Any) -> Iterator[Future
         try:
             yield pool.submit(function, *arguments, **options)
         except BaseException:
-            # The thread waits for them.
+            # The thread waits for these processes.
             kill_all()
             raise
 
@@ -183,7 +183,7 @@ def spawn_bystander() -> Iterator[DaemonProcess]:
 
 
 def waits_for_go(*, blocking: bool = False) -> str:
-    """Return a change of the program: its start waits until the test has created the file "go"."""
+    """Return statements for `then` of `command`: the start waits until the test has created the file "go"."""
     wait = "time.sleep(0.01)" if blocking else "await asyncio.sleep(0.01)"
     return f"""
 class App(App):

@@ -26,11 +26,11 @@ def _need(name: str, met: bool, reason: str) -> pytest.MarkDecorator:
 
 _POSIX = sys.platform != "win32"
 
-# AF_UNIX, file modes, signals that stop a process.
+# AF_UNIX, file modes, SIGSTOP.
 needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals are POSIX")
-# Named pipes, sharing violations of the record, flags of a new process.
+# Named pipes, sharing violations, flags of new processes.
 needs_windows = _need("windows", not _POSIX, "named pipes and their handles are Windows'")
-# Another uid, to attack from.
+# Switching to another uid.
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.
 needs_linux = _need("linux", sys.platform == "linux", "the test reads /proc")
@@ -47,7 +47,7 @@ def _shows_sockets() -> bool:
         return any(found.laddr == listener.getsockname() for found in psutil.Process().net_connections("tcp"))
 
 
-# The owner of a browser's port, on systems that show only our own sockets.
+# Finding the process that owns a port.
 needs_socket_table = _need("socket-table", _shows_sockets(), "the system does not show a process's sockets (Wine)")
 
 

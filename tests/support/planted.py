@@ -10,7 +10,6 @@ from pathlib import Path
 import harness_ipc
 
 PACKAGE = Path(harness_ipc.__file__).parent
-# A name that only the directory has.
 _SOURCE = """
 with open({marker!r}, "a") as file:
     file.write(f"{{__name__}}\\n")

@@ -20,7 +20,7 @@ import psutil
 from harness_ipc import current_request, request, run_daemon, runtime_dir
 from harness_ipc._registry import records
 
-# Seconds, far above the time of a start or an end on a loaded machine.
+# Seconds: far above the time of a start or a stop on a loaded machine.
 PATIENCE = 60.0
 
 
@@ -74,12 +74,12 @@ class App:
                 size = params.get("of", 2)
                 await self.meetings.setdefault(size, asyncio.Barrier(size)).wait()
                 return {"result": params.get("tag")}
-            case "block":  # the loop itself
+            case "block":  # block the event loop
                 import time
 
                 time.sleep(params["seconds"])
                 return {"result": None}
-            case "reply":  # just this
+            case "reply":  # the given reply
                 return dict(params["reply"])
             case "fill":
                 return {"result": "x" * params["size"]}
@@ -140,14 +140,14 @@ def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
         line = daemon.read_line()
         assert line == "ready", f"the daemon said {line!r}"
         if sys.platform == "win32":
-            # On Windows, the python.exe of a venv starts the real one, and waits for it.
+            # The python.exe of a venv is another process, which starts the interpreter.
             daemon.pid = records.load(name).pid
         yield daemon
 
 
 @contextlib.contextmanager
 def spawn_python(*arguments: str) -> Iterator[DaemonProcess]:
-    """Start this interpreter with `arguments`, warnings as errors; its standard error goes to the test's."""
+    """Start this interpreter with `arguments`, with warnings as errors. Standard error is that of the test."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", *arguments],
         stdin=subprocess.DEVNULL,
@@ -163,14 +163,14 @@ def spawn_python(*arguments: str) -> Iterator[DaemonProcess]:
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter with `arguments`, warnings as errors, to its end."""
+    """Run this interpreter with `arguments`, with warnings as errors, to its end."""
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         encoding="utf-8",
-        # On Windows it may use the system's code page.
+        # On Windows, the output may be in the system's code page.
         errors="backslashreplace",
         timeout=PATIENCE,
     )
@@ -186,7 +186,7 @@ def runtime_files(ending: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def stopped(daemon: DaemonProcess) -> Iterator[None]:
-    """Suspend the process, as by SIGSTOP, and wait until it is suspended; resume it at the end."""
+    """Suspend the process as SIGSTOP does while the context is entered."""
     if sys.platform == "win32":
         import psutil
 

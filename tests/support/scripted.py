@@ -56,7 +56,7 @@ Script: TypeAlias = Callable[[Served], None]
 
 
 class Generation:
-    """One generation of the daemon `test`; `requests` are those that it has read, `connections` is their number."""
+    """One generation of the daemon `test`. `requests` has the received requests, `connections` counts the connections."""
 
     def __init__(self, serve: Script) -> None:
         self.serve = serve

@@ -14,7 +14,7 @@ from harness_ipc.errors import AuthenticationFailed, HarnessIPCError
 if TYPE_CHECKING:
     from typing import Self
 
-# Seconds, far above the time of anything on a loaded machine.
+# Seconds: far above the time of any operation on a loaded machine.
 PATIENCE = 60.0
 
 
@@ -57,11 +57,11 @@ class FrameConnection:
         return self.framing.buffered > 0 or self.connection.is_readable()
 
     def prove(self, keys: Keys) -> None:
-        """Do the handshake, except for the daemon's verdict: see `confirm`. Raises `AuthenticationFailed`."""
+        """Do the handshake up to the daemon's verdict, which `confirm` receives. Raises `AuthenticationFailed`."""
         self.send_all(self.check_daemon(keys))
 
     def check_daemon(self, keys: Keys) -> list[bytes]:
-        """Do the handshake up to our proof, and return the frames of the proof without sending them."""
+        """Do the handshake up to the client's proof, and return its frames without sending them."""
         handshake = ClientHandshake(keys)
         self.send_bytes(handshake.output.pop())
         while not handshake.may_send:

@@ -1,7 +1,7 @@
 """Run the unit and integration suites under Windows builds of CPython, on Linux, with Wine.
 
 ``python -m tests.windows 3.12 [-- PYTEST ARGUMENTS]`` sets up a Wine prefix and the interpreters in a cache folder (given by
-``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from this side, since pip has no
+``HARNESS_TEST_CACHE``, else the user's), installs the package and the test tools into them from Linux, since pip has no
 network in Wine, and runs the suites. It needs Debian's wine and wine64. docs/platforms.md says what a pass proves.
 """
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0, f"WINEPREFIX={environment['WINEPREFIX']} WINEDEBUG=-all wine {python}"
             return run_suites(python, version, pytest_arguments or SUITES, environment)
 
-    # At once: to start a process takes a second there, most of it spent waiting.
+    # In parallel: a process takes a second to start in Wine, most of which is waiting.
     versions = options.versions or VERSIONS
     with ThreadPoolExecutor(len(versions)) as pool:
         results = list(pool.map(run, versions))
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def wine(version: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield the interpreter of `version` and its environment, and end Wine afterwards."""
     cache = Path(os.environ.get("HARNESS_TEST_CACHE") or platformdirs.user_cache_dir("harness-ipc-tests", False)) / "windows"
-    # A prefix for each: ending its services ends whatever runs in it.
+    # A prefix for each version, since ending Wine's services ends all processes of the prefix.
     prefix = cache / f"prefix-{version}"
     environment = wine_environment(prefix)
     python = install(cache, version)
@@ -88,21 +88,21 @@ def wine_environment(prefix: Path) -> dict[str, str]:
         **os.environ,
         "WINEPREFIX": str(prefix),
         "WINEARCH": "win64",
-        # Wine's own complaints, and the offers to install Mono and Gecko.
+        # Turn off Wine's log, and its dialogs that offer to install Mono and Gecko.
         "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox=",
-        # In the prefix. Pip writes the bytecode of this side's interpreter.
+        # Separate from the bytecode that pip writes, which is for the interpreter on Linux.
         "PYTHONPYCACHEPREFIX": r"C:\bytecode",
         "HARNESS_TEST_REQUIRE": "windows",
     }
-    # There is no display to be shown on, and paths of this side mean nothing there.
+    # There is no display, and paths of Linux are invalid there.
     for variable in ("DISPLAY", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH"):
         environment.pop(variable, None)
     return environment
 
 
 def start_wine(prefix: Path, environment: dict[str, str]) -> None:
-    """Create the prefix if there is none, and start Wine's services without our pipes, which they would keep open."""
+    """Create the prefix if it is missing, and start Wine's services without the caller's pipes, which they would keep open."""
 
     def quietly(*command: str, check: bool = True) -> None:
         null = subprocess.DEVNULL
@@ -111,9 +111,9 @@ def start_wine(prefix: Path, environment: dict[str, str]) -> None:
     if not (prefix / "system.reg").exists():
         prefix.mkdir(parents=True, exist_ok=True)
         quietly("wineboot", "-i")
-        # A fresh prefix says that it is Windows 7.
+        # The default of a new prefix is Windows 7.
         quietly("wine", "winecfg", "-v", "win10")
-    # To stay it has to be started so, by nobody else; -w waits for the end of one that is told to.
+    # Only a wineserver started explicitly stays after its last client: end the implicit one first, and wait for that (-w).
     quietly("wineserver", "-k", check=False)
     quietly("wineserver", "-w", check=False)
     quietly("wineserver", "-p")
@@ -127,7 +127,7 @@ def install(cache: Path, version: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         pinned = Path(__file__).with_name(f"requirements-{version}.txt")
         _pip("--target", str(home), "--require-hashes", "-r", str(pinned))
-        # Whatever asks `platform` would end the process on Wine 8. OpenSSL, which nothing here needs, loads Wine's fonts.
+        # _wmi, which `platform` uses, crashes on Wine 8. OpenSSL is not needed here and loads Wine's fonts.
         for name in ("_wmi", "_ssl", "_hashlib"):
             if (extension := home / "DLLs" / f"{name}.pyd").exists():
                 extension.rename(extension.with_suffix(".off"))
@@ -142,7 +142,7 @@ def install(cache: Path, version: str) -> Path:
 
 
 def compile_modules(python: Path, environment: dict[str, str]) -> None:
-    """Put all modules, compiled, into the file from which `sitecustomize` loads them: an import costs a fourth then."""
+    """Write all compiled modules into the file from which `sitecustomize` loads them: imports take a fourth of the time."""
     command = ["wine", str(python), "-S", str(Path(__file__).with_name("compiled.py")), str(PureWindowsPath("Z:", ROOT))]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
@@ -157,11 +157,11 @@ def _pip(*arguments: str) -> None:
 def run_suites(python: Path, version: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Run pytest and pass its output on. Return its status, and a line with its summary and duration."""
     begun = time.monotonic()
-    # Of some thousand processes Wine loses one, or takes longer for it than any deadline: what fails is run once more, and
-    # the line at the end says how often that was.
-    # A test that takes too long ends its worker, since no signal can end it alone.
+    # Wine loses about one of some thousand processes, or delays it beyond any deadline. Failed tests are run once more, and
+    # the summary has the number of these reruns.
+    # A test that exceeds the timeout ends its worker, since no signal can interrupt it.
     arguments = ["-n", "3", "--dist", "worksteal", "--reruns", "1", "-raR", "--timeout", "400", *arguments]
-    # A regular file as its output, or no input, would end the interpreter on Wine 8.
+    # With a regular file as its output, or without input, the interpreter crashes on Wine 8.
     process = subprocess.Popen(
         ["wine", str(python), "-X", "utf8", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
@@ -173,7 +173,7 @@ def run_suites(python: Path, version: str, arguments: list[str], environment: di
 
     def end_wine() -> None:
         process.wait()
-        # Whatever is left there holds our pipe open.
+        # Processes that are left would keep the pipe open.
         subprocess.run(["wineserver", "-k"], env=environment, check=False)
 
     threading.Thread(target=end_wine, daemon=True).start()

@@ -1,4 +1,4 @@
-"""One client of the load, in a Windows process: ``python -m tests.windows.client NAME SECONDS`` prints what it did as JSON."""
+"""One client of the load, in a Windows process: ``python -m tests.windows.client NAME SECONDS`` prints its counts as JSON."""
 
 from __future__ import annotations
 

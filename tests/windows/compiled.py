@@ -1,4 +1,4 @@
-"""Write the one file that `sitecustomize` loads modules from: under Wine, with -S, by the interpreter that it is for."""
+"""Write the file from which `sitecustomize` loads modules. It is run under Wine, with -S, by the same interpreter."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 import warnings
 import zipfile
 
-# Of the standard library what no test imports.
+# Parts of the standard library that no test imports.
 SKIPPED = {"__pycache__", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "ensurepip"}
 Entry = tuple[str, bool, tuple[int, int] | None]
 
 
 def main(root: str) -> None:
-    """Compile the standard library, what is installed, and the package and the tests at `root`."""
+    """Compile the standard library, installed packages, and the package and its tests at `root`."""
     target = os.path.join(sys.prefix, "compiled")
     cache = f"{target}.cache"
     before: dict[tuple[str, int, int], bytes] = {}
@@ -65,13 +65,13 @@ def main(root: str) -> None:
 
 
 def write_start(library: str, codes: dict[tuple[str, int, int], bytes]) -> None:
-    """Write what is imported before the one file is, into the zip file in which each interpreter looks first."""
+    """Write modules that are imported earlier into the zip file that is first on the path of each interpreter."""
     before = {
         os.path.relpath(path, library): code for (path, *_), code in codes.items() if path.startswith(f"{library}\\encodings\\")
     }
     with open(os.path.join(os.path.dirname(__file__), "sitecustomize.py"), "rb") as source:
         before["sitecustomize.py"] = marshal.dumps(compile(source.read(), "sitecustomize", "exec"))
-    # Not compared with a source.
+    # An unchecked hash: the code is not compared with a source.
     header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
     with zipfile.ZipFile(os.path.join(sys.prefix, f"python{sys.version_info.major}{sys.version_info.minor}.zip"), "w") as file:
         for path, code in before.items():

@@ -1,7 +1,7 @@
 """Mixed load under Windows CPython: eight clients, and the resources of daemon and wineserver, measured on the Linux side.
 
-``python -m tests.windows.load 3.12 600`` prints a line every half minute, and at the end what the clients did. It fails if one
-of them met an error, or if memory or descriptors have grown.
+``python -m tests.windows.load 3.12 600`` prints a line every half minute, and the clients' counts at the end. It fails if one
+of them had an error, or if memory or descriptors have grown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import psutil
 from tests.windows.__main__ import ROOT, wine
 
 CLIENTS = 8
-# Seconds between two measurements, and before the first one that counts, when caches are filled and threads started.
+# Seconds between two measurements, and before the first one, when caches are filled and threads started.
 INTERVAL = 30.0
 WARM_UP = 60.0
-# Permitted growth since the first measurement that counts: fragments of the heap, connections in use.
+# Permitted growth since the first measurement: heap fragmentation, connections in use.
 MEMORY = 8 * 1024 * 1024
 DESCRIPTORS = 40
 
@@ -49,7 +49,7 @@ def main(version: str, seconds: float) -> int:
         places = {f"HARNESS_IPC_{what}_DIR": f"Z:{Path(directory, what)}".replace("/", "\\") for what in ("RUNTIME", "LOG")}
         environment = {**prefix_environment, **places}
         python = ["wine", str(interpreter), "-X", "utf8", "-m"]
-        # A regular file as an output would end the interpreter on Wine 8.
+        # With a regular file as its output, the interpreter crashes on Wine 8.
         pipes = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         pipes["stderr"] = subprocess.STDOUT
         daemon = subprocess.Popen([*python, "tests.support.processes", "load", "{}"], **pipes)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
-"""Load modules from the file that `compiled` has written: each Windows interpreter under Wine imports this first.
+"""Load modules from the file that `compiled` has written. Each Windows interpreter under Wine imports this first.
 
-There a look at the file system costs tens of round trips to Wine's server, and an import takes several looks. The modules keep
-their paths and their order on `sys.path`; folders that the file does not know are read as usual.
+A file system call takes tens of round trips to Wine's server, and an import several such calls. The modules keep
+their paths and their order on `sys.path`; folders that are not in the file are read as usual.
 """
 
 import marshal
@@ -9,14 +9,14 @@ import mmap
 import os
 import sys
 
-# Not importlib's own names for them, which are of several modules more.
+# Not from importlib, which would import several other modules.
 from _frozen_importlib import ModuleSpec
 from _frozen_importlib_external import ExtensionFileLoader, SourceFileLoader, spec_from_file_location
 
 with open(os.path.join(sys.base_prefix, "compiled"), "rb") as _file:
     _data = memoryview(mmap.mmap(_file.fileno(), 0, access=mmap.ACCESS_READ))
 _begin = 8 + int.from_bytes(_data[:8], "little")
-# Of each folder the modules: path, whether a package, and the place of the code, which an extension has not.
+# The modules of each folder: path, whether it is a package, and position of the code (None for extensions).
 _folders: dict[str, dict[str, tuple[str, bool, tuple[int, int] | None]]] = marshal.loads(_data[8:_begin])
 
 
