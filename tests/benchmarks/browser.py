@@ -74,16 +74,16 @@ def show(times: dict[str, list[float]]) -> None:
 
 
 def compare_calls(runner: asyncio.Runner, direct: Direct) -> None:
-    times: dict[str, list[float]] = {"the CDP call in a daemon": [], "the same by helpers._send": []}
+    times: dict[str, list[float]] = {"the CDP call in a daemon": [], "the same by Tab.request": []}
     called, sent = times.values()
     for _ in range(CALLS // TURN):
         runner.run(direct.evaluate("pipe", "1", TURN, called))
         for _ in range(TURN):
             begun = time.perf_counter()
-            helpers._send({"method": "Runtime.evaluate", "params": {"expression": "1", "returnByValue": True}})
+            helpers.default_tab.request({"method": "Runtime.evaluate", "params": {"expression": "1", "returnByValue": True}})
             sent.append(time.perf_counter() - begun)
     show(times)
-    print(f"{'_send adds':40} p50 {(median(sent) - median(called)) * 1000:.3f} ms")
+    print(f"{'Tab.request adds':40} p50 {(median(sent) - median(called)) * 1000:.3f} ms")
 
 
 def compare_transports(runner: asyncio.Runner, direct: Direct) -> None:

@@ -426,27 +426,28 @@ def test_a_daemon_of_another_version(fresh: Path) -> None:
     assert troubles() == []
 
 
-HANGS = """
-async def hang(self, message):
-    import asyncio
-    await asyncio.Event().wait()
-daemon.BrowserApp._connection_status = hang
+# A daemon that runs the statement `reply` for requests that meet `condition`.
+OVERRIDE = """
+import asyncio
+
+class App(daemon.BrowserApp):
+    async def handle(self, message):
+        if {condition}:
+            {reply}
+        return await super().handle(message)
+
+daemon.BrowserApp = App
 """
-RAISES = """
-async def fail(self, message):
-    raise LookupError("as told")
-daemon.BrowserApp._connection_status = fail
-"""
-SAYS_LESS = """
-async def less(self, message):
-    return {"connected": True}
-daemon.BrowserApp._connection_status = less
-"""
+STATES = {
+    "hangs": "await asyncio.Event().wait()",
+    "raises": "raise LookupError('as told')",
+    "says less": "return {'connected': True}",
+}
 
 
-@pytest.mark.parametrize("change", [HANGS, RAISES, SAYS_LESS], ids=["hangs", "raises", "says less"])
-def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, change: str) -> None:
-    start(change)
+@pytest.mark.parametrize("reply", STATES.values(), ids=STATES)
+def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, reply: str) -> None:
+    start(OVERRIDE.format(condition="message.get('meta') == 'connection_status'", reply=reply))
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
     assert trouble.text.startswith("the daemon does not report its state: ")
@@ -456,11 +457,8 @@ def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, change: str) -> None:
 
 
 def test_a_browser_that_answers_only_the_daemon(fresh: Path) -> None:
-    start("""
-async def refuse(self, message):
-    return {"error": {"type": "CDPError", "message": "as\\\\ntold"}}
-daemon.BrowserApp._forward = refuse
-""")
+    error = {"type": "CDPError", "message": "as\\ntold"}
+    start(OVERRIDE.format(condition="'method' in message", reply=f"return {{'error': {error}}}"))
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic) == ("failure", "round trip")
     assert trouble.text == "the browser does not answer: as\\ntold"
