@@ -14,12 +14,20 @@ from harness_ipc.browser.events import MAX_EVENTS, MAX_QUEUE_BYTES, MAX_TOTAL_BY
 MEBI = 1024 * 1024
 # An event requested by a client, whose texts are not truncated.
 WHOLE = "Runtime.bindingCalled"
+LARGE = "x" * MEBI
 
 
 def add(store: EventStore, session: str | None, method: str = "Runtime.consoleAPICalled", **params: Any) -> None:
     frame = json.dumps({"method": method, "params": params, "sessionId": session}, ensure_ascii=False)
     parsed = json.loads(frame)
     store.add(session, method, parsed["params"], session, frame)
+
+
+def add_large(store: EventStore, session: str, number: int = 0, text: str = LARGE) -> None:
+    """Add an event that is not truncated. `text` is as in JSON: a conversion for each event would take most of the test."""
+    params = {"n": number, "payload": text}
+    frame = f'{{"method":"{WHOLE}","params":{{"n":{number},"payload":"{text}"}},"sessionId":"{session}"}}'
+    store.add(session, WHOLE, params, session, frame)
 
 
 def numbers(events: list[dict[str, Any]]) -> list[int]:
@@ -53,7 +61,7 @@ def test_above_16_mebibytes_the_oldest_events_are_dropped() -> None:
     store = EventStore()
     add(store, "quiet", n=-1)
     for number in range(20):
-        add(store, "loud", WHOLE, n=number, payload="x" * MEBI)
+        add_large(store, "loud", number)
         assert store.size <= MAX_QUEUE_BYTES + 100
     assert numbers(store.drain("quiet")) == [-1]
     assert numbers(store.drain("loud")) == list(range(5, 20))
@@ -61,7 +69,7 @@ def test_above_16_mebibytes_the_oldest_events_are_dropped() -> None:
 
 def test_characters_are_counted_as_bytes() -> None:
     store = EventStore()
-    add(store, "s", WHOLE, payload="é" * MEBI)
+    add_large(store, "s", text="é" * MEBI)
     assert 2 * MEBI < store.size < 2 * MEBI + 100
 
 
@@ -71,7 +79,7 @@ def test_above_64_mebibytes_the_largest_session_loses_its_oldest() -> None:
     add(store, "quiet", n=-2)
     for number in range(15):
         for session in "abcde":
-            add(store, session, WHOLE, n=number, payload="x" * MEBI)
+            add_large(store, session, number)
             assert store.size <= MAX_TOTAL_BYTES
     assert store.size > MAX_TOTAL_BYTES - 2 * MEBI
     assert numbers(store.drain("quiet")) == [-2]
@@ -104,7 +112,7 @@ def test_a_drain_of_all_returns_500_events_in_order() -> None:
 def test_a_drain_of_all_returns_at_most_16_mebibytes() -> None:
     store = EventStore()
     for number in range(40):
-        add(store, "abc"[number % 3], WHOLE, n=number, payload="x" * MEBI)
+        add_large(store, "abc"[number % 3], number)
     drained = [numbers(store.drain_all()) for _ in range(4)]
     assert [len(part) for part in drained] == [15, 15, 10, 0]
     assert [number for part in drained for number in part] == list(range(40))
@@ -114,10 +122,11 @@ def test_a_drain_of_all_returns_at_most_16_mebibytes() -> None:
 @pytest.mark.parametrize("text", ["x", "é", "\x7f", "😀", '"'], ids=ascii)
 def test_whatever_is_kept_fits_into_a_reply(text: str) -> None:
     store = EventStore()
-    size = len(json.dumps(text, ensure_ascii=False).encode()) - 2
+    quoted = json.dumps(text, ensure_ascii=False)[1:-1]
+    payload = quoted * (MAX_QUEUE_BYTES // len(quoted.encode()) // 4 - 100)
     for _ in range(4):
         for session in "ab":
-            add(store, session, WHOLE, payload=text * (MAX_QUEUE_BYTES // size // 4 - 100))
+            add_large(store, session, text=payload)
     assert store.size > 1.9 * MAX_QUEUE_BYTES
     events = store.drain_all()
     assert len(events) == 4
@@ -135,7 +144,7 @@ def test_long_texts_of_a_page_are_cut_wherever_they_are() -> None:
 
 def test_truncated_texts_leave_room_for_500_events() -> None:
     store = EventStore()
-    frame = json.dumps({"method": "Runtime.consoleAPICalled", "params": {"args": [{"value": "x" * 2 * MEBI}]}})
+    frame = json.dumps({"method": "Runtime.consoleAPICalled", "params": {"args": [{"value": "x" * 2 * MEBI}]}}).encode()
     for number in range(MAX_EVENTS + 1):
         parsed = json.loads(frame) if number % 100 == 0 else {"args": [{"value": "x" * (MAX_TEXT + 1)}]}
         store.add("s", "Runtime.consoleAPICalled", parsed, "s", frame)
@@ -180,7 +189,7 @@ def test_an_event_may_be_as_deep_as_the_parser_allows() -> None:
 def test_events_stay_until_they_were_delivered() -> None:
     store = EventStore()
     for number in range(10):
-        add(store, "s", WHOLE, n=number, payload="x" * MEBI)
+        add_large(store, "s", number)
     first = store.read("s", delivered=0, until=None)
     # Not confirmed: the same again.
     assert store.read("s", delivered=0, until=None) == first

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness_ipc.browser import local
@@ -155,7 +156,15 @@ def test_a_connection_that_has_ended_has_no_owner() -> None:
         assert local.find_owners(client) == set()
 
 
+@pytest.fixture
+def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide all processes but this one and its parent: for each one, psutil reads all sockets of the machine."""
+    pids, every = {os.getpid(), os.getppid()}, psutil.process_iter
+    monkeypatch.setattr(psutil, "process_iter", lambda: (process for process in every() if process.pid in pids))
+
+
 @needs_socket_table
+@pytest.mark.usefixtures("few_processes")
 def test_ports_of_our_own_processes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         there = listener.getsockname()
@@ -170,6 +179,7 @@ def test_ports_of_our_own_processes() -> None:
 
 
 @needs_socket_table
+@pytest.mark.usefixtures("few_processes")
 def test_another_user_may_listen_on_a_more_specific_address() -> None:
     with socket.create_server(("", 0)) as listener:
         there = ("127.0.0.1", listener.getsockname()[1])

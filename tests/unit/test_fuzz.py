@@ -69,7 +69,7 @@ def stream(*parts: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     return st.lists(st.one_of(*parts), max_size=8).map(b"".join)
 
 
-@examples(150)
+@examples(100)
 @hypothesis.given(how=st.binary(min_size=1, max_size=1), data=stream(FRAMES, FRAMES, HEADERS, st.binary(max_size=20)))
 def test_any_stream_is_its_frames_and_then_one_typed_error(how: bytes, data: bytes) -> None:
     targets.frames(how + data)
@@ -84,7 +84,7 @@ STEPS = st.tuples(st.integers(0, 4), st.one_of(PROOFS, st.binary(max_size=255)))
 )
 
 
-@examples(150)
+@examples(100)
 @hypothesis.given(role=st.integers(0, 2), script=stream(STEPS))
 def test_peers_without_the_key_learn_nothing(role: int, script: bytes) -> None:
     targets.challenge(bytes([role]) + script)
@@ -114,7 +114,7 @@ def spoil(data: bytes, place: int, other: bytes) -> bytes:
     return data[:place] + other + data[place + len(other) :] if other else data[:place]
 
 
-@examples(150)
+@examples(60)
 @hypothesis.given(objects("result", "error", "meta", "type", "message"))
 def test_any_frame_is_a_message_or_one_typed_error(data: bytes) -> None:
     targets.message(data)
@@ -135,13 +135,13 @@ FIELDS = [
 ]
 
 
-@examples(150)
+@examples(60)
 @hypothesis.given(objects(*FIELDS, "app_version", "start_ticks", "boot_id"))
 def test_any_record_is_loaded_or_refused(data: bytes) -> None:
     targets.record(data)
 
 
-@examples(120)
+@examples(100)
 @hypothesis.given(
     st.one_of(st.binary(max_size=70), st.text(st.sampled_from("aZ9_-./\\\n \0é\uff11"), max_size=70).map(str.encode))
 )
@@ -154,7 +154,7 @@ WORDS = st.sampled_from(
 )
 
 
-@examples(80)
+@examples(50)
 @hypothesis.given(how=st.integers(0, 5), word=st.one_of(WORDS, objects("method", "meta")))
 def test_any_argument_gives_one_line_and_a_status(how: int, word: bytes) -> None:
     targets.command(bytes([how]) + word)
