@@ -123,11 +123,11 @@ def _serving(handler: type[socketserver.BaseRequestHandler], port: int = 0, host
 
 @contextlib.contextmanager
 def answering(
-    answer: bytes | None, *, version: bytes | None = None, heard: list[bytes] | None = None, port: int = 0
+    answer: bytes | None, *, version: bytes | None = None, requests: list[bytes] | None = None, port: int = 0
 ) -> Iterator[int]:
     """Yield a port of a server that answers each request with `answer`, or never if it is None.
 
-    `version` is the answer to ``/json/version`` instead. `heard` collects the requests. `port` is the port; 0 means any.
+    `version` is the answer to ``/json/version`` instead. `requests` collects the requests. `port` is the port; 0 means any.
     """
 
     class Handler(socketserver.BaseRequestHandler):
@@ -136,8 +136,8 @@ def answering(
                 asked = b""
                 while not asked.endswith(b"\r\n\r\n") and (piece := self.request.recv(65536)):
                     asked += piece
-                if heard is not None:
-                    heard.append(asked)
+                if requests is not None:
+                    requests.append(asked)
                 reply = version if version is not None and b"/json/version " in asked else answer
                 if reply is not None:
                     self.request.sendall(reply)

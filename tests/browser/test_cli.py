@@ -151,8 +151,8 @@ def test_a_start_that_waits_for_the_user_says_so(fresh: Path, monkeypatch: pytes
             waits = f"the browser of BU_CDP_WS, {place} waits for you: click Allow in its window if it asks"
             assert stderr.readline() == f"harness-browser: {waits}\n"
             silent.close()
-            said, error = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, said) == (6, "")
+            output, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output) == (6, "")
     assert error.startswith("harness-browser: the daemon 'browser' did not start: BU_CDP_WS: ws://127.0.0.1:")
     assert error.count("\n") == 1
     assert "secret" not in error
@@ -353,7 +353,7 @@ def test_a_closed_standard_stream(warm: Path, redirection: str, words: list[str]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "problem"),
     [
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["-c"], "argument -c: expected one argument"),
@@ -370,12 +370,12 @@ def test_a_closed_standard_stream(warm: Path, redirection: str, words: list[str]
     ],
     ids=str,
 )
-def test_wrong_usage(fresh: Path, words: list[str], said: str) -> None:
+def test_wrong_usage(fresh: Path, words: list[str], problem: str) -> None:
     run = harness_browser(*words)
     assert (run.returncode, run.stdout) == (2, "")
     last = run.stderr.splitlines()[-1]
     assert last.startswith("harness-browser: ")
-    assert said in last
+    assert problem in last
     assert "Traceback" not in run.stderr
     assert list(fresh.iterdir()) == processes_of(fresh) == []
 
@@ -856,8 +856,8 @@ def test_reload_after_the_daemon_was_killed(fresh: Path) -> None:
     kill(daemon)
     assert lives(browser)
     run = harness_browser("--reload")
-    said = "browser: was not running; ended the browser that it had left\n"
-    assert (run.returncode, run.stdout, run.stderr) == (0, said, "")
+    expected = "browser: was not running; ended the browser that it had left\n"
+    assert (run.returncode, run.stdout, run.stderr) == (0, expected, "")
     assert not lives(browser)
     assert_nothing_left(fresh)
     assert serves()

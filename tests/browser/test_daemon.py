@@ -438,7 +438,7 @@ def bind(daemon: Client, session: str) -> None:
     ask(daemon, "Runtime.addBinding", session, name="tell")
 
 
-def told(reply: Reply) -> list[str]:
+def payloads(reply: Reply) -> list[str]:
     """Return the first three characters of each text passed to `tell`."""
     return [event["params"]["payload"][:3] for event in reply["events"] if event["method"] == "Runtime.bindingCalled"]
 
@@ -450,10 +450,10 @@ def test_the_last_16_mebibytes_of_events_are_kept(client: Client) -> None:
         bind(client, session)
         value(evaluate(client, f"for (let i = 10; i < 17; i++) tell('{sign}' + i + 'x'.repeat(3e6))", session))
     # All together exceed the size of one reply: the rest stays for the next drain.
-    drained = [told(client.request({"meta": "drain_events"})) for _ in range(3)]
+    drained = [payloads(client.request({"meta": "drain_events"})) for _ in range(3)]
     assert drained == [[f"a{number}" for number in range(12, 17)], [f"b{number}" for number in range(12, 17)], []]
     value(evaluate(client, "for (let i = 10; i < 17; i++) tell('c' + i + 'x'.repeat(3e6))", one))
-    assert told(client.request({"meta": "drain_events", "session_id": one})) == [f"c{number}" for number in range(12, 17)]
+    assert payloads(client.request({"meta": "drain_events", "session_id": one})) == [f"c{number}" for number in range(12, 17)]
     assert_serves(client)
 
 
@@ -754,16 +754,16 @@ def test_a_wait_ends_with_its_client(client: Client) -> None:
 def test_helpers_raise_once_for_a_lost_tab(own: Client) -> None:
     assert helpers.js(COUNT) == 1
     kill(own.request({"meta": "connection_status"})["pid"])
-    told: list[type[Exception]] = []
-    while len(told) < 3:
+    errors: list[type[Exception]] = []
+    while len(errors) < 3:
         try:
             assert helpers.js(COUNT) == 1
         except (BrowserLost, TabClosed) as error:
-            told.append(type(error))
+            errors.append(type(error))
         else:
             break
     # BrowserLost only if the daemon had not noticed the end yet; TabClosed, since no request goes to another tab silently.
-    assert told in ([TabClosed], [BrowserLost, TabClosed])
+    assert errors in ([TabClosed], [BrowserLost, TabClosed])
     assert_serves(own)
 
 

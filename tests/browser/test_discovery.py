@@ -283,7 +283,7 @@ ALLOW = "click Allow in the browser's window if it asks, then try again"
 
 
 @pytest.mark.parametrize(
-    ("variable", "answer", "said", "advice"),
+    ("variable", "answer", "problem", "advice"),
     [
         pytest.param("BU_CDP_WS", None, "can't be reached", MEND, id="websocket refused"),
         pytest.param("BU_CDP_URL", None, "can't be reached", MEND, id="url refused"),
@@ -299,13 +299,13 @@ ALLOW = "click Allow in the browser's window if it asks, then try again"
     ],
 )
 def test_an_unusable_named_browser_is_an_error_with_the_reason(
-    variable: str, answer: bytes | None, said: str, advice: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    variable: str, answer: bytes | None, problem: str, advice: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refusing() if answer is None else answering(answer) as port:
         address = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
         monkeypatch.setenv(variable, f"{address}/{SECRET}")
         text = why_not()
-    assert text.startswith(f"{variable}: {address} {said}")
+    assert text.startswith(f"{variable}: {address} {problem}")
     assert advice.format(variable) in text
     assert SECRET not in text + the_log("browser")
     assert processes_of(fresh) == []
@@ -332,11 +332,11 @@ def test_a_silent_named_browser_may_be_asking_its_user(variable: str, monkeypatc
 
 @pytest.mark.parametrize("way", ["profile", "port"])
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "problem"),
     [pytest.param(FORBIDDEN, "refuses (403)", id="403"), pytest.param(None, "waits for you", id="no answer")],
 )
 def test_a_found_browser_that_must_be_allowed_is_not_skipped(
-    way: str, answer: bytes | None, said: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, answer: bytes | None, problem: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A Chrome that asks its user answers HTTP requests with 404.
     with answering(answer, version=http("404 Not Found")) as port:
@@ -348,7 +348,7 @@ def test_a_found_browser_that_must_be_allowed_is_not_skipped(
             first += f"\ndiscovery.PORTS = ({port},)"
             found = f"port {port}"
         text = why_not(first)
-    assert text.startswith(f"the browser of {found} {said}: click Allow in its window")
+    assert text.startswith(f"the browser of {found} {problem}: click Allow in its window")
     assert "or set HARNESS_CHROME_OWN=1 to use a private browser" in text
     assert SECRET not in text + the_log("browser")
     assert processes_of(fresh) == []
@@ -426,11 +426,11 @@ def test_a_browser_that_listens_on_ipv6_alone_is_found(
 def test_secrets_of_an_address_are_sent_to_its_server(
     variable: str, address: str, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[bytes] = []
-    with answering(FORBIDDEN, heard=heard) as port:
+    requests: list[bytes] = []
+    with answering(FORBIDDEN, requests=requests) as port:
         monkeypatch.setenv(variable, address.format(port=port))
         assert "answered 403" in why_not()
-    head = b"".join(heard).decode()
+    head = b"".join(requests).decode()
     assert head.startswith(asked)
     assert f"\r\nAuthorization: Basic {b64encode(b'who:word').decode()}\r\n" in head
     assert_own_browser_serves(monkeypatch, variable)
@@ -478,10 +478,10 @@ def test_a_program_that_ends_at_once_is_quoted(
 ) -> None:
     program = script(fresh / "program", text)
     monkeypatch.setenv("HARNESS_CHROME", program)
-    said = why_not()
-    assert said.startswith(f"{program} ended with status 1 before it was ready")
-    assert quoted in said
-    assert str(profile / "harness-browser.stderr") in said
+    text = why_not()
+    assert text.startswith(f"{program} ended with status 1 before it was ready")
+    assert quoted in text
+    assert str(profile / "harness-browser.stderr") in text
     assert not TRACES & set(os.listdir(profile))
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
 
@@ -546,8 +546,8 @@ def test_a_profile_that_can_not_be_made_is_named(fresh: Path, monkeypatch: pytes
 
 @needs_posix
 def test_a_port_that_stands_in_the_profile_is_not_believed(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[bytes] = []
-    with answering(PAGE, heard=heard) as port:
+    requests: list[bytes] = []
+    with answering(PAGE, requests=requests) as port:
         profile.mkdir(mode=0o700)
         word = profile / "DevToolsActivePort"
         word.write_text(f"{port}\n/devtools/browser/{SECRET}")
@@ -560,7 +560,7 @@ def test_a_port_that_stands_in_the_profile_is_not_believed(fresh: Path, profile:
         write = f'printf "{port}\\n/devtools/browser/{SECRET}" > "$profile/DevToolsActivePort"'
         monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", f"{find_profile}; {write}; sleep 3600"))
         assert "has not opened its DevTools within 1 s" in why_not("launcher.START_TIMEOUT = 1.0")
-    assert heard == []
+    assert requests == []
     assert SECRET not in the_log("browser")
     assert processes_of(fresh) == []
     assert not TRACES & set(os.listdir(profile))

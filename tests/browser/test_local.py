@@ -191,7 +191,7 @@ def test_a_squatter_that_accepts_nothing_is_skipped(way: str, active_port: Path,
 def test_without_a_known_owner_only_a_named_browser_is_used(active_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
     monkeypatch.setattr(local, "TABLES", (os.devnull,))
-    with answering(http("403 Forbidden"), heard=received) as port:
+    with answering(http("403 Forbidden"), requests=received) as port:
         active_port.write_text(f"{port}\n/devtools/browser/secret")
         reason = why_not()
         assert f"port {port}: 127.0.0.1:{port} is not known to belong to you or to root, and was sent nothing" in reason
@@ -285,9 +285,9 @@ def version_answer(url: str) -> bytes:
 def test_only_the_path_of_a_local_servers_address_is_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
     elsewhere: list[bytes] = []
-    with answering(http("403 Forbidden"), heard=elsewhere) as other:
+    with answering(http("403 Forbidden"), requests=elsewhere) as other:
         answer = version_answer(url.format(other=f"127.0.0.1:{other}"))
-        with answering(http("403 Forbidden"), version=answer, heard=received) as port:
+        with answering(http("403 Forbidden"), version=answer, requests=received) as port:
             monkeypatch.setattr(discovery, "PORTS", (port,))
             assert f"the browser of port {port} refuses (403)" in why_not()
     _, handshake = (data.decode() for data in received)
@@ -301,7 +301,7 @@ def test_only_the_path_of_a_local_servers_address_is_used(url: str, monkeypatch:
 @pytest.mark.usefixtures("no_program")
 def test_a_local_server_without_a_path_is_skipped(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
-    with answering(version_answer(url), heard=received) as port:
+    with answering(version_answer(url), requests=received) as port:
         monkeypatch.setattr(discovery, "PORTS", (port,))
         assert f"also seen: port {port}: http://127.0.0.1:{port} is not a DevTools server" in why_not()
     assert len(received) == 1
@@ -315,7 +315,7 @@ def redirect(location: str) -> bytes:
 def elsewhere() -> Iterator[tuple[int, list[bytes]]]:
     """The port of a server that must not be contacted, and the requests that it received."""
     received: list[bytes] = []
-    with answering(version_answer("ws://127.0.0.1:1/path"), heard=received) as port:
+    with answering(version_answer("ws://127.0.0.1:1/path"), requests=received) as port:
         yield port, received
     assert received == []
 
@@ -350,7 +350,7 @@ def test_a_redirect_of_a_named_server_is_not_followed(
 @pytest.mark.parametrize("has_socket", [True, False], ids=["local", "elsewhere"])
 def test_a_redirect_in_the_handshake_is_not_followed(target: str, has_socket: bool, elsewhere: tuple[int, list[bytes]]) -> None:
     received: list[bytes] = []
-    with answering(redirect(target.format(elsewhere[0])), heard=received) as port:
+    with answering(redirect(target.format(elsewhere[0])), requests=received) as port:
         sock = socket.create_connection(("127.0.0.1", port)) if has_socket else None
         with pytest.raises(ConnectionFailed, match="answered 302") as caught:
             asyncio.run(Connection.open(f"ws://who:word@127.0.0.1:{port}/", lambda *_: None, sock))

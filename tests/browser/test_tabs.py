@@ -93,13 +93,13 @@ def test_a_command_chooses_a_tab_by_id_url_or_as_the_current_one(free: str, site
 
 
 @pytest.mark.parametrize(
-    ("which", "said"), [("no such tab", "no tab has the id 'no such tab'"), ("about:", "tabs have 'about:' in their URL")]
+    ("which", "text"), [("no such tab", "no tab has the id 'no such tab'"), ("about:", "tabs have 'about:' in their URL")]
 )
-def test_a_command_with_an_unknown_tab_runs_nothing(page: str, which: str, said: str) -> None:
+def test_a_command_with_an_unknown_tab_runs_nothing(page: str, which: str, text: str) -> None:
     new_tab()
     run = harness_browser("--tab", which, "-c", "print('ran')")
     assert (run.returncode, run.stdout) == (6, "")
-    assert said in run.stderr
+    assert text in run.stderr
 
 
 def test_the_next_command_starts_in_the_switched_or_new_tab(free: str) -> None:
@@ -224,8 +224,8 @@ print(status, current_tab()["targetId"] == mine, flush=True)
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_forked_child_has_its_own_tab(page: str) -> None:
     before = tabs()
-    with spawned(FORKS) as (_, said):
-        assert said == "0 True"
+    with spawned(FORKS) as (_, line):
+        assert line == "0 True"
     wait_until(lambda: tabs() == before)
 
 

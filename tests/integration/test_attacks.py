@@ -48,7 +48,7 @@ from harness_ipc._protocol.handshake import Keys, role_key
 from harness_ipc._registry import files, records
 from tests.fuzz import targets
 from tests.integration import test_access
-from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, said, serves
+from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, read_to_eof, serves
 from tests.support.marks import needs_linux, needs_posix, needs_root
 from tests.support.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
 from tests.support.wire import FrameConnection, dial_daemon
@@ -133,14 +133,14 @@ class Wire:
         assert not self._thread.is_alive()
 
 
-def told(wire: Wire) -> list[bytes]:
+def sent_frames(wire: Wire) -> list[bytes]:
     """Return the frames of a client. Assert that they are complete."""
     frames, _ = targets.split_frames(bytes(wire.up), MIB)
     assert b"".join(map(frame, frames)) == wire.up
     return frames
 
 
-def told_nothing(frames: list[bytes]) -> bool:
+def proves_nothing(frames: list[bytes]) -> bool:
     """Whether a client sent only its challenge and a failed verdict."""
     return not frames or (len(frames) <= 2 and frames[0].startswith(CHALLENGE) and frames[1:] in ([], [FAILURE]))
 
@@ -167,7 +167,7 @@ def test_a_relay_at_another_address_is_not_taken_for_the_daemon(victim: DaemonPr
         with pytest.raises(AuthenticationFailed):
             request("relayed", HONEST, timeout=PATIENCE)
         wait_until(lambda: wire.up.endswith(FAILURE))
-        assert told_nothing(told(wire))
+        assert proves_nothing(sent_frames(wire))
         assert requests_of() == served
 
 
@@ -183,7 +183,7 @@ def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProc
     served = requests_of()
     # Replayed to the daemon, whose challenge is different this time.
     with raw_socket(bytes(wire.up)) as again:
-        answer = said(again)
+        answer = read_to_eof(again)
     assert answer.endswith(frame(FAILURE))
     assert b'"result"' not in answer
     assert requests_of() == served
@@ -193,7 +193,7 @@ def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProc
         with pytest.raises((AuthenticationFailed, ConnectionLost)):
             dial_through(recorded, record)
         wait_until(lambda: len(daemon.up) > 0)
-    assert told_nothing(told(daemon))
+    assert proves_nothing(sent_frames(daemon))
     assert HONEST_FRAME not in daemon.up
 
 
@@ -230,7 +230,7 @@ def test_a_record_that_points_elsewhere_is_a_typed_error(victim: DaemonProcess, 
         if kind in ("an echo", "a service of another kind", "a liar"):
             assert type(caught.value) is AuthenticationFailed
             wait_until(lambda: len(peer.up) > 0)
-            assert told_nothing(told(peer))
+            assert proves_nothing(sent_frames(peer))
         # The process that the record names is running.
         assert cleanup_endpoint("odd") is False
         assert elsewhere.exists() is (kind != "nothing")
@@ -266,7 +266,7 @@ def listen(address: str) -> int:
         listener.listen()
         print("listening", flush=True)
         with listener.accept()[0] as peer:
-            return len(said(peer))
+            return len(read_to_eof(peer))
 
 
 def each(plans: str) -> list[Any]:
@@ -497,7 +497,7 @@ def test_a_client_refuses_a_daemon_with_another_digest(victim: DaemonProcess, pr
             plant(f"odd-{number}", address=address)
             with pytest.raises(AuthenticationFailed):
                 request(f"odd-{number}", HONEST, timeout=PATIENCE)
-        assert told_nothing(told(forged)), digest
+        assert proves_nothing(sent_frames(forged)), digest
 
 
 # Leaks of the key.
@@ -724,7 +724,7 @@ MANY: list[Bomb] = [
 def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: list[Bomb]) -> None:
     for kind, bomb in bombs:
         data = bomb()
-        with being_honest(), dial_daemon(NAME) as connection:
+        with measured_replies(), dial_daemon(NAME) as connection:
             connection.send_bytes(data)
             reply = json.loads(connection.recv_bytes(64 * MIB))
             # The connection is usable in any case.
@@ -737,7 +737,7 @@ def test_expensive_message_does_not_block_others(victim: DaemonProcess, bombs: l
 
 
 @contextlib.contextmanager
-def being_honest() -> Iterator[None]:
+def measured_replies() -> Iterator[None]:
     """Send requests on another connection meanwhile, and print the longest time of a reply."""
     over = threading.Event()
 
@@ -772,7 +772,7 @@ def test_the_corpus_does_not_harm_a_daemon(victim: DaemonProcess) -> None:
     for stream in targets.corpus("frames").values():
         with raw_socket(stream[1:]) as sock:
             sock.shutdown(socket.SHUT_WR)
-            assert WELCOME not in said(sock)
+            assert WELCOME not in read_to_eof(sock)
         with dial_daemon(NAME) as connection, duplicate(connection) as sock:
             sock.sendall(stream[1:])
     for script in targets.corpus("challenge").values():

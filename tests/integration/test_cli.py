@@ -69,9 +69,9 @@ def test_serve_and_call(tmp_path: Path, app: str, result: int) -> None:
 
 def test_serve_tells_its_endpoint_as_json_without_the_key(tmp_path: Path) -> None:
     with _serve(tmp_path, "service:handle", "--json") as daemon:
-        told = json.loads(daemon.read_line())
-        assert told["pid"] == identify("default") == daemon.pid
-        assert sorted(told) == ["address", "family", "generation", "name", "pid"]
+        printed = json.loads(daemon.read_line())
+        assert printed["pid"] == identify("default") == daemon.pid
+        assert sorted(printed) == ["address", "family", "generation", "name", "pid"]
 
 
 def test_serve_ends_when_idle(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_ping_prints_the_pid(monkeypatch: pytest.MonkeyPatch) -> None:
         shown = _run("ping")
         assert shown.returncode == 0
         assert shown.stdout.startswith(f"pinged: pid {daemon.pid} answered in ")
-        told = json.loads(_run("ping", "--json").stdout)
-        assert (told["name"], told["pid"], told["pong"], told["responsive"]) == ("pinged", daemon.pid, True, True)
-        assert told["round_trip_ms"] > 0
+        printed = json.loads(_run("ping", "--json").stdout)
+        assert (printed["name"], printed["pid"], printed["pong"], printed["responsive"]) == ("pinged", daemon.pid, True, True)
+        assert printed["round_trip_ms"] > 0
 
 
 def test_an_error_reply_is_printed_and_exits_with_1() -> None:

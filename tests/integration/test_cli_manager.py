@@ -134,9 +134,9 @@ def _state(name: str, *options: str) -> tuple[int, str]:
     shown = _run("status", "--name", name, *options)
     assert shown.stderr == ""
     assert shown.stdout.splitlines()[-1] == f"  log       {log_path(name)}"
-    told = _run("status", "--name", name, "--json", *options)
-    assert (told.returncode, told.stderr) == (shown.returncode, "")
-    state = json.loads(told.stdout)["state"]
+    as_json = _run("status", "--name", name, "--json", *options)
+    assert (as_json.returncode, as_json.stderr) == (shown.returncode, "")
+    state = json.loads(as_json.stdout)["state"]
     assert shown.stdout.startswith(f"{name}: {state}")
     return shown.returncode, state
 
@@ -347,8 +347,8 @@ def test_the_defaults_in_the_help_are_the_managers_own() -> None:
 def test_an_empty_list() -> None:
     shown = _run("list")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "harness-ipc: no daemon is running\n")
-    told = _run("list", "--json")
-    assert (told.returncode, told.stdout, told.stderr) == (0, "[]\n", "")
+    as_json = _run("list", "--json")
+    assert (as_json.returncode, as_json.stdout, as_json.stderr) == (0, "[]\n", "")
 
 
 def test_the_list_is_a_table_and_the_statuses_as_json() -> None:
@@ -369,9 +369,9 @@ def test_the_list_is_a_table_and_the_statuses_as_json() -> None:
         assert all(row[column - 1] == " " and row[column] != " " for row in rows)
     assert rows[1].endswith('{"upstream": "fine"}')
 
-    told = json.loads(_run("list", "--json").stdout)
-    assert [(status["name"], status["state"]) for status in told] == [("a", "stale"), ("b-healthy", "running")]
-    assert {tuple(status) for status in told} == {tuple(daemon_status("a").to_json())}
+    as_json = json.loads(_run("list", "--json").stdout)
+    assert [(status["name"], status["state"]) for status in as_json] == [("a", "stale"), ("b-healthy", "running")]
+    assert {tuple(status) for status in as_json} == {tuple(daemon_status("a").to_json())}
 
 
 @needs_posix
@@ -427,9 +427,9 @@ def test_restart_keeps_app_and_directory(here: Path, tmp_path_factory: Any) -> N
     assert new != pid
     assert request("again", {"params": {"x": 4}}) == {"result": 8, "pid": new, "cwd": ROOT}
     assert daemon_status("again").cwd == os.path.realpath(here)
-    told = json.loads(_run("restart", "--name", "again", "--json").stdout)
-    assert (told["state"], told["pid"]) == ("running", identify("again"))
-    assert told["pid"] != new
+    as_json = json.loads(_run("restart", "--name", "again", "--json").stdout)
+    assert (as_json["state"], as_json["pid"]) == ("running", identify("again"))
+    assert as_json["pid"] != new
 
 
 def test_restart_without_a_record() -> None:
@@ -619,11 +619,11 @@ def test_following_ends_silently_with_its_reader() -> None:
 
 
 def test_doctor_reports_for_people_and_for_programs(private_directories: Path) -> None:
-    shown, told = _run("doctor"), _run("doctor", "--json")
-    report = json.loads(told.stdout)
-    assert shown.returncode == told.returncode == (0 if report["ok"] else 1)
+    shown, as_json = _run("doctor"), _run("doctor", "--json")
+    report = json.loads(as_json.stdout)
+    assert shown.returncode == as_json.returncode == (0 if report["ok"] else 1)
     assert len(shown.stdout.splitlines()) == len(report["findings"])
-    assert shown.stderr == told.stderr == ""
+    assert shown.stderr == as_json.stderr == ""
     assert list(private_directories.iterdir()) == []
 
 

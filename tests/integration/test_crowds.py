@@ -174,7 +174,7 @@ def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path)
         client.join()
     assert failures == []
     assert stops > 0
-    check_told(race)
+    check_outcomes(race)
     # A pump keeps its accepting threads.
     warm = 8 if driver == "pump" else 0
     wait_until(lambda: all(map(operator.le, census(), (tasks, threads + warm, descriptors))))
@@ -184,18 +184,18 @@ def test_requests_survive_leaving_clients_during_drains(driver: str, race: Path)
     stop_daemon(crowd.NAME, timeout=PATIENCE)
 
 
-def check_told(directory: Path) -> None:
+def check_outcomes(directory: Path) -> None:
     """Check that each request with a result ran once, and that no request ran twice or was lost."""
     ran = Counter((directory / "ran").read_text().split())
-    told: Counter[str] = Counter()
-    for file in directory.glob("told.*"):
+    outcomes: Counter[str] = Counter()
+    for file in directory.glob("outcomes.*"):
         lines = [line.split() for line in file.read_text().splitlines()]
         fates = {words[1]: words for words in lines}
-        told.update(words[0] for words in fates.values())
+        outcomes.update(words[0] for words in fates.values())
         for name, (word, _, *error) in fates.items():
             # A start may fail if the starter is killed or the daemon is stopped during its start.
             assert word in ("begin", "result", "left") or error[:2] == ["StartFailed", "False"], (name, word, error)
             assert ran[name] in {"result": [1], "error": [0]}.get(word, [0, 1]), (name, word)
     assert max(ran.values()) == 1
-    assert told["result"]
-    assert told["left"]
+    assert outcomes["result"]
+    assert outcomes["left"]

@@ -163,9 +163,9 @@ def _documented(command: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `(\S+)` \| ([a-z ]+) \|", table, re.MULTILINE))
 
 
-def _assert_documented(command: str, *told: dict[str, Any]) -> None:
+def _assert_documented(command: str, *outputs: dict[str, Any]) -> None:
     documented = _documented(command)
-    for shape in told:
+    for shape in outputs:
         assert list(shape) == list(documented)
         for field, value in shape.items():
             assert _JSON_TYPES[type(value)] in documented[field].split(" or "), field

@@ -74,7 +74,7 @@ def raw_socket(data: bytes = b"") -> socket.socket:
     return sock
 
 
-def said(sock: socket.socket) -> bytes:
+def read_to_eof(sock: socket.socket) -> bytes:
     """Return all that the daemon sends until it disconnects."""
     data = b""
     with contextlib.suppress(ConnectionResetError):  # the daemon closed the connection with unread data
@@ -120,7 +120,7 @@ GARBAGE = {
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
 def test_an_invalid_challenge_is_dropped_at_once(victim: DaemonProcess, data: bytes) -> None:
     with raw_socket(data) as sock:
-        assert b"#WELCOME#" not in said(sock)
+        assert b"#WELCOME#" not in read_to_eof(sock)
 
 
 @needs_posix
@@ -128,7 +128,7 @@ def test_an_invalid_challenge_is_dropped_at_once(victim: DaemonProcess, data: by
 def test_silent_peers_are_dropped_and_block_nobody(data: bytes) -> None:
     with attacked_daemon(handshake_timeout=0.5), raw_socket(data) as sock:
         assert serves("victim")
-        assert said(sock) == b""
+        assert read_to_eof(sock) == b""
 
 
 class Bomb:
@@ -161,14 +161,14 @@ class Recorder:
     def __init__(self, connection: FrameConnection, lie: Callable[[bytes], bytes] = bytes) -> None:
         self.connection = connection
         self.lie = lie
-        self.heard: list[bytes] = []
+        self.received: list[bytes] = []
 
     def send_bytes(self, data: bytes) -> None:
         self.connection.send_bytes(self.lie(data))
 
     def recv_bytes(self, limit: int) -> bytes:
-        self.heard.append(self.connection.recv_bytes(limit))
-        return self.heard[-1]
+        self.received.append(self.connection.recv_bytes(limit))
+        return self.received[-1]
 
 
 def test_a_client_with_another_key_refuses_the_daemon(victim: DaemonProcess) -> None:
@@ -201,8 +201,8 @@ def test_a_client_with_a_wrong_answer_is_refused(victim: DaemonProcess, answer: 
         recorder: Any = Recorder(connection, answer)
         with pytest.raises(AuthenticationError):
             answer_challenge(recorder, bytes(32))
-        assert recorder.heard[0].startswith(b"#CHALLENGE#")
-        assert recorder.heard[1:] == [b"#FAILURE#"]
+        assert recorder.received[0].startswith(b"#CHALLENGE#")
+        assert recorder.received[1:] == [b"#FAILURE#"]
         assert is_dropped(connection)
 
 
@@ -291,7 +291,7 @@ def test_a_client_that_dies_before_its_reply_leaves_nothing(victim: DaemonProces
     wait_until(lambda: held_by(victim) <= before)
 
 
-def mischief(number: int) -> Any:
+def bad_connection(number: int) -> Any:
     """Open a bad connection of a kind that depends on `number`, and return it."""
     match number % 6:
         case 0:
@@ -347,7 +347,7 @@ def test_two_hundred_hostile_clients_block_no_honest_one() -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(over.set)
             for number in range(200):
-                stack.enter_context(mischief(number))
+                stack.enter_context(bad_connection(number))
             # Silent peers, those with half a frame, and those with the key are still connected.
             assert process.num_fds() >= before + 100
             assert all(serves("victim") for _ in range(50))

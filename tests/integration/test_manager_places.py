@@ -210,13 +210,13 @@ def watch(other: DaemonProcess, rounds: int) -> int:
     """Check the stranger's results while sending requests, and return the number of replies."""
     answered = 0
     with ThreadPoolExecutor(1) as pool:
-        told = pool.submit(lambda: [json.loads(other.read_line()) for _ in range(rounds)])
-        while not told.done():
+        results = pool.submit(lambda: [json.loads(other.read_line()) for _ in range(rounds)])
+        while not results.done():
             begin = time.monotonic()
             assert serves()
             assert time.monotonic() - begin < 5.0
             answered += 1
-    for outcomes in told.result():
+    for outcomes in results.result():
         assert outcomes == ["forbidden", False, *["UnsafeDirectory"] * 9]
     return answered
 

@@ -53,7 +53,7 @@ deadline = time.monotonic() + 20
 while not harness_ipc.ping("x") and time.monotonic() < deadline:
     time.sleep(0.01)
 status = harness_ipc.daemon_status("x")
-told = {
+found = {
     "state": status.state,
     "log": status.log_path,
     "logged": os.path.exists(status.log_path),
@@ -64,7 +64,7 @@ told = {
     "ended": harness_ipc.daemon_status("x").state,
 }
 print()
-print(json.dumps(told), flush=True)
+print(json.dumps(found), flush=True)
 # What measures this process' coverage can't write as that user.
 os._exit(0)
 """
@@ -81,8 +81,8 @@ def uid() -> Iterator[int]:
 def as_user(uid: int, home: Path | str = "") -> dict[str, Any]:
     done = run_python("-c", AS_USER, str(uid), str(home))
     assert (done.returncode, done.stderr) == (0, "")
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 @needs_linux
@@ -125,8 +125,8 @@ def test_behind_a_squatter_the_fallback_is_made_and_kept(
     monkeypatch.setenv("HOME", str(home))
     fallback = home / ".local" / "state" / "harness-ipc" / "run"
     for _ in ("squatted", "free again"):
-        told = as_user(uid, home)
-        assert (told["state"], told["directory"]) == ("running", str(fallback))
+        found = as_user(uid, home)
+        assert (found["state"], found["directory"]) == ("running", str(fallback))
         if squatted.exists():
             squatted.rmdir()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (fallback, *list(fallback.parents)[:3])] == [0o700] * 4

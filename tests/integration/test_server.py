@@ -248,10 +248,10 @@ def test_serve_forever_ends(way: str) -> None:
 
 def test_on_shutdown_replaces_close() -> None:
     async def main() -> None:
-        told = asyncio.Event()
-        async with serving(on_shutdown=told.set) as server:
+        notified = asyncio.Event()
+        async with serving(on_shutdown=notified.set) as server:
             assert await ask({"meta": "shutdown"}) == {"shutdown": True}
-            await told.wait()
+            await notified.wait()
             assert server.is_serving()
             assert await serves()
 

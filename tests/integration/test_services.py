@@ -299,8 +299,8 @@ async def test_an_expected_error_of_a_health_check_is_logged(caplog: pytest.LogC
         raise RemoteError("no browser", type="Lost", data={"since": 1})
 
     async with serving(health=health) as (_, _, client):
-        told = {"type": "Lost", "message": "no browser", "data": {"since": 1}}
-        assert await client.request({"meta": "health"}) == {"error": told}
+        error = {"type": "Lost", "message": "no browser", "data": {"since": 1}}
+        assert await client.request({"meta": "health"}) == {"error": error}
         assert "health check failed: Lost: no browser" in caplog.text
 
 
@@ -320,10 +320,10 @@ async def test_any_other_error_is_logged_with_its_traceback(caplog: pytest.LogCa
 @in_loop
 async def test_other_methods_run_in_daemon_threads_that_are_kept() -> None:
     async with serving() as (_, _, client):
-        told = [await client.call("who") for _ in range(20)]
-        assert all((name, is_daemon) == ("who", True) for name, is_daemon, _ in told)
+        results = [await client.call("who") for _ in range(20)]
+        assert all((name, is_daemon) == ("who", True) for name, is_daemon, _ in results)
         # A call may come just before the previous thread is idle again and start another one.
-        threads = {thread for _, _, thread in told}
+        threads = {thread for _, _, thread in results}
         assert len(threads) < 20
         assert threading.get_ident() not in threads
 

@@ -430,7 +430,7 @@ OPENING = pytest.mark.parametrize("opening", [reads, reads_without_sharing_remov
 
 
 @contextlib.contextmanager
-def let_go_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[list[OSError]]:
+def close_after_a_failure(name: str, close: Callable[[], None]) -> Iterator[list[OSError]]:
     """Close the open file as soon as `os.<name>` has failed, and yield the failures."""
     real = getattr(os, name)
     failures: list[OSError] = []
@@ -465,7 +465,7 @@ def test_a_record_open_elsewhere_is_replaced(opening: Callable[[Path], Callable[
     registration = acquire_name("test")
     # The daemon also reads the record, to see whose it is.
     call = "open" if opening is holds else "replace"
-    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
+    with close_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
         registration.publish(app_version=None, max_message=MIB)
     assert len(failures) == 1
     assert records.load("test").generation == registration.record.generation
@@ -496,7 +496,7 @@ def test_record_that_is_open_elsewhere_is_withdrawn(
 ) -> None:
     registration = publish()
     call = "open" if opening is holds else call
-    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
+    with close_after_a_failure(call, opening(runtime_path("test", "json"))) as failures:
         getattr(registration, verb)()
     assert len(failures) == 1
     with pytest.raises(DaemonNotRunning):
@@ -516,7 +516,7 @@ def test_stale_record_that_is_open_elsewhere_is_removed(
     psutil.Process(pid).kill()
     wait_until(lambda: daemon_status("test").state == "stale")
     call = "open" if opening is holds else "rename"
-    with let_go_after_a_failure(call, opening(runtime_path("test", "json"))):
+    with close_after_a_failure(call, opening(runtime_path("test", "json"))):
         assert cleanup_endpoint("test") is True
     assert [file for file in runtime_files() if not file.endswith(".start")] == []
     assert_a_daemon_serves()
@@ -524,7 +524,7 @@ def test_stale_record_that_is_open_elsewhere_is_removed(
 
 def test_a_record_locked_for_a_moment_is_read() -> None:
     registration = publish()
-    with let_go_after_a_failure("open", holds(runtime_path("test", "json"))) as failures:
+    with close_after_a_failure("open", holds(runtime_path("test", "json"))) as failures:
         assert records.load("test", again=True).generation == registration.record.generation
     assert len(failures) == 1
     registration.release()
@@ -549,7 +549,7 @@ def test_a_record_that_cannot_be_opened_at_all_is_a_typed_error() -> None:
 def test_a_lock_that_cannot_be_opened_for_a_moment_is_taken() -> None:
     acquire_name("test").release()
     path = runtime_path("test", "lock")
-    with let_go_after_a_failure("open", holds(path)) as failures:
+    with close_after_a_failure("open", holds(path)) as failures:
         acquire_name("test").release()
     assert len(failures) == 1
     close = holds(path)
@@ -729,8 +729,8 @@ def code_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have new processes use the system's code page, which is the default."""
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
-    said = run_python("-c", "import sys; print(sys.flags.utf8_mode, sys.stdout.encoding)").stdout.split()
-    if said[0] != "0" or said[1].lower().replace("-", "") in ("utf8", "cp65001"):
+    output = run_python("-c", "import sys; print(sys.flags.utf8_mode, sys.stdout.encoding)").stdout.split()
+    if output[0] != "0" or output[1].lower().replace("-", "") in ("utf8", "cp65001"):
         pytest.skip("the code page of this system is UTF-8")
 
 

@@ -1,7 +1,7 @@
 """A daemon that records its requests, and clients that record replies: ``python -m tests.support.crowd ROLE DIRECTORY``.
 
-A client sends requests in every possible way, leaves in the middle, cancels, and dies. `told` lines are a word and the id of a
-request: "begin" before it is sent, then "result", "left" (on purpose), "crossed", or "error" with its type and
+A client sends requests in every possible way, leaves in the middle, cancels, and dies. Lines of the files `outcomes` are a word
+and the id of a request: "begin" before it is sent, then "result", "left" (on purpose), "crossed", or "error" with its type and
 `maybe_executed`.
 """
 
@@ -62,7 +62,7 @@ class Asker:
 
     def __init__(self, directory: Path, driver: str) -> None:
         self.start = start_command(directory, driver)
-        self.told = os.open(directory / f"told.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.outcomes = os.open(directory / f"outcomes.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.chance = random.Random()
         self.numbers = itertools.count()
         self.is_dying = False
@@ -71,7 +71,7 @@ class Asker:
         return connect_daemon(NAME, start=self.start, timeout=PATIENCE, request_timeout=PATIENCE)
 
     def note(self, *words: object) -> None:
-        os.write(self.told, (" ".join(map(str, words)) + "\n").encode())
+        os.write(self.outcomes, (" ".join(map(str, words)) + "\n").encode())
 
     def begin(self) -> dict[str, Any]:
         """Return the parameters of a new request."""
