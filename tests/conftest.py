@@ -1,4 +1,4 @@
-"""Every test has its own runtime and log directory, and checks that nothing is left in them."""
+"""Every test has its own runtime and log directory, which is removed with all that the test leaves in it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def private_directories(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Point the package at a short new directory: pytest's own tmp_path may be too long for a socket."""
-    with tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt") as directory:
-        base = Path(directory)
-        monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
-        monkeypatch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
-        monkeypatch.delenv("HARNESS_IPC_NAME", raising=False)
-        yield base
+    with temporary_directory() as directory:
+        yield set_directories(monkeypatch, directory)
+
+
+def temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    """Make a directory with a short name."""
+    return tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt")
+
+
+def set_directories(monkeypatch: pytest.MonkeyPatch, directory: str) -> Path:
+    """Point the package, in this process and in those that it starts, at `directory`; return that."""
+    base = Path(directory)
+    monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
+    monkeypatch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
+    monkeypatch.delenv("HARNESS_IPC_NAME", raising=False)
+    return base
