@@ -227,7 +227,7 @@ def test_a_program_in_a_file(warm: Path, tmp_path: Path) -> None:
     assert ast.literal_eval(run.stdout) == [path, [path, *words], str(tmp_path), 42]
 
 
-def test_a_file_is_the_same_wherever_the_program_goes(warm: Path, tmp_path: Path) -> None:
+def test_dunder_file_is_absolute(warm: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     file_of(tmp_path / "folder", "import os, sys\nos.chdir('..')\nprint([__file__, sys.argv[0]])\nraise ValueError\n")
     relative = os.path.join("folder", "program.py")
@@ -276,7 +276,7 @@ def test_a_file_with_a_mark_and_the_line_ends_of_windows(warm: Path, tmp_path: P
     assert (run.returncode, run.stdout, run.stderr) == (0, "a\nb\n", "")
 
 
-def test_a_program_stands_in_the_place_of_main(warm: Path) -> None:
+def test_a_program_is_the_module_main(warm: Path) -> None:
     source = """
 import __main__, pickle, sys, typing
 class Thing:
@@ -296,12 +296,12 @@ print(set(helpers.__all__) - set(globals()))
     assert ast.literal_eval(names) == sorted([*common, "__main__", "pickle", "sys", "typing", "Thing", "helpers"])
 
 
-def test_a_program_is_compiled_as_it_stands(warm: Path) -> None:
+def test_a_program_inherits_no_future_imports(warm: Path) -> None:
     run = harness_browser("-c", "def f(x: int) -> None: pass\nprint(f.__annotations__)")
     assert (run.stdout, run.stderr) == ("{'x': <class 'int'>, 'return': None}\n", "")
 
 
-def test_a_program_of_nothing(warm: Path) -> None:
+def test_an_empty_program(warm: Path) -> None:
     for run in (harness_browser("-c", ""), harness_browser(stdin=""), harness_browser(os.devnull)):
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -321,7 +321,7 @@ def test_a_file_that_can_not_be_read(fresh: Path, tmp_path: Path) -> None:
 
 
 @needs_posix
-def test_a_path_ends_no_line_and_reaches_no_terminal_raw(fresh: Path) -> None:
+def test_control_characters_in_paths_are_escaped(fresh: Path) -> None:
     run = harness_browser("a\n\x1b[31m\u2028.py")
     assert run.stderr == "harness-browser: a\\n\\x1b[31m\\u2028.py can't be read: No such file or directory\n"
 
@@ -588,7 +588,7 @@ def test_a_closed_reader_is_no_error(warm: Path, monkeypatch: pytest.MonkeyPatch
 
 @needs_posix
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_of_the_doctor_that_has_seen_enough(warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str) -> None:
+def test_a_closed_reader_of_the_doctor_is_no_error(warm: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     run = into_closed_pipe("--doctor")
     assert (run.returncode, run.stderr) == (1, "")

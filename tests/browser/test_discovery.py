@@ -567,7 +567,7 @@ def test_a_port_that_stands_in_the_profile_is_not_believed(fresh: Path, profile:
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME")
 
 
-def test_arguments_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_variable_of_invalid_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME_ARGS", "--user-agent='no end")
     assert "HARNESS_CHROME_ARGS" in why_not()
     assert_own_browser_serves(monkeypatch, "HARNESS_CHROME_ARGS")

@@ -446,7 +446,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("reply", STATES.values(), ids=STATES)
-def test_a_daemon_that_does_not_say_how_it_is(fresh: Path, reply: str) -> None:
+def test_a_daemon_without_a_valid_status(fresh: Path, reply: str) -> None:
     start(OVERRIDE.format(condition="message.get('meta') == 'connection_status'", reply=reply))
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)

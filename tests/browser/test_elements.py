@@ -93,13 +93,13 @@ def test_open_shadow_roots_are_searched(page: str, site: Site) -> None:
     assert logged("input") == ["field"]
 
 
-def test_of_several_the_only_visible_one_is_meant(page: str, site: Site) -> None:
+def test_the_only_visible_match_is_used(page: str, site: Site) -> None:
     show(site, LOG + "<button id=a hidden>One</button><button id=b>Two</button>")
     click("button")
     assert logged("click") == ["b"]
 
 
-def test_several_are_an_error_that_counts_and_names_them(page: str, site: Site) -> None:
+def test_an_ambiguous_selector_lists_its_matches(page: str, site: Site) -> None:
     show(site, "<button id=a>One</button><button id=b>Two</button>")
     expected = r"""'button' matches 2 elements, and has to match one: <button id="a">One, <button id="b">Two"""
     with pytest.raises(ElementNotFound, match=expected) as caught:
@@ -107,7 +107,7 @@ def test_several_are_an_error_that_counts_and_names_them(page: str, site: Site) 
     assert caught.value.data["count"] == 2
 
 
-def test_none_is_an_error_that_names_similar_ones(page: str, site: Site) -> None:
+def test_a_selector_without_a_match_names_similar_elements(page: str, site: Site) -> None:
     show(site, "<button id=submit-order>Order</button><p>Text</p>")
     with pytest.raises(
         ElementNotFound, match=r"'#submit' matches no element; similar are <button id=\"submit-order\">Order: see"
@@ -117,7 +117,7 @@ def test_none_is_an_error_that_names_similar_ones(page: str, site: Site) -> None
         hover("#other")
 
 
-def test_one_in_an_iframe_is_named(page: str, site: Site) -> None:
+def test_a_match_in_an_iframe_is_named(page: str, site: Site) -> None:
     visit(site.url + "/frames")
     with pytest.raises(ElementNotFound, match=r"but one in the iframe <iframe id=\"near\".*frame="):
         click("#here")

@@ -126,14 +126,14 @@ def test_a_picture_that_comes_meanwhile(page: str, slow: Site) -> None:
     assert js("document.readyState") == "complete"
 
 
-def test_a_page_that_another_takes_the_place_of_meanwhile(page: str, slow: Site) -> None:
+def test_a_wait_for_load_includes_the_next_page(page: str, slow: Site) -> None:
     goto_url(f"{slow.url}/picture")
     with once_it_waits(switch_tab(page), lambda evaluate: evaluate("location.href = '/form'")):
         assert wait_for_load(PATIENCE) is True
     assert page_info()["title"] == "A form"
 
 
-def test_time_passes() -> None:
+def test_wait_takes_the_given_time() -> None:
     begun = time.monotonic()
     wait(0.25)
     assert time.monotonic() - begun >= 0.2
@@ -259,7 +259,7 @@ def test_everything_is_selected_and_replaced(page: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("key", ["Entre", "", "ab"])
-def test_a_key_that_there_is_not(page: str, site: Site, key: str) -> None:
+def test_an_unknown_key(page: str, site: Site, key: str) -> None:
     visit(f"{site.url}/keys")
     with pytest.raises(ValueError, match="there is no key"):
         press_key(key)

@@ -392,7 +392,7 @@ def test_a_form_for_an_iframe_is_waited_for(page: str, slow: Site) -> None:
     ],
     ids=["same document", "no content", "download", "no content far", "removed", "removed far", "an iframe that is new"],
 )
-def test_what_takes_an_iframe_nowhere_is_not_waited_for(page: str, slow: Site, act: Callable[[], Any]) -> None:
+def test_an_iframe_without_a_navigation_is_not_awaited(page: str, slow: Site, act: Callable[[], Any]) -> None:
     visit_iframes(slow)
     act()
     assert wait_for_load(PATIENCE) is True

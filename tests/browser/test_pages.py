@@ -169,7 +169,7 @@ def test_leaving_a_page_that_asks_first(page: str, site: Site) -> None:
     wait_until(lambda: page_info()["title"] == "Home")
 
 
-def test_a_dialog_that_there_is_not(page: str) -> None:
+def test_answering_without_a_dialog(page: str) -> None:
     with pytest.raises(CDPError, match="No dialog is showing"):
         handle_dialog()
     assert serves()
@@ -423,14 +423,14 @@ def test_a_process_stays_in_its_tab(page: str) -> None:
         assert current_tab()["targetId"] == mine
 
 
-def test_switching_to_a_tab_that_there_is_not(page: str) -> None:
+def test_switching_to_an_unknown_tab(page: str) -> None:
     with pytest.raises(TabClosed, match="there is no tab nonsense"):
         switch_tab("nonsense")
     assert current_tab()["targetId"] == page
     assert serves()
 
 
-def test_closing_the_tab_one_is_in(page: str) -> None:
+def test_closing_the_current_tab(page: str) -> None:
     tab = new_tab()
     close_tab()
     assert tab not in ids()
@@ -438,7 +438,7 @@ def test_closing_the_tab_one_is_in(page: str) -> None:
     assert serves()
 
 
-def test_closing_the_tab_one_is_in_by_its_name(page: str) -> None:
+def test_closing_the_current_tab_by_its_id(page: str) -> None:
     tab = new_tab()
     close_tab(tab)
     assert tab not in ids()
@@ -453,7 +453,7 @@ def test_closing_another_tab(page: str) -> None:
     assert serves()
 
 
-def test_closing_a_tab_that_there_is_not(page: str) -> None:
+def test_closing_an_unknown_tab(page: str) -> None:
     before = ids()
     with pytest.raises(CDPError, match="No target with given id"):
         close_tab("nonsense")
@@ -573,7 +573,7 @@ def test_cookies_refused_by_the_browser(page: str, method: str, params: dict[str
     assert serves()
 
 
-def test_a_session_that_there_is_not(page: str) -> None:
+def test_an_unknown_session(page: str) -> None:
     with pytest.raises(TabClosed):
         cdp("Runtime.evaluate", "nonsense", expression="1")
     # The session of the process is unaffected.

@@ -172,7 +172,7 @@ def test_a_relay_at_another_address_is_not_taken_for_the_daemon(victim: DaemonPr
 
 
 @needs_posix
-def test_a_handshake_that_was_recorded_is_worth_nothing_again(victim: DaemonProcess, private_directories: Path) -> None:
+def test_a_recorded_handshake_cannot_be_replayed(victim: DaemonProcess, private_directories: Path) -> None:
     record = records.load(NAME)
     relay = str(private_directories / "relay")
     # A transparent relay is allowed: the handshake succeeds and is recorded.
@@ -466,7 +466,7 @@ def test_a_peer_without_the_key_gains_nothing_by_another_digest(victim: DaemonPr
             assert verdicts in ([], [FAILURE]), digest
 
 
-def test_also_under_md5_it_takes_the_key(victim: DaemonProcess) -> None:
+def test_md5_requires_the_key_as_well(victim: DaemonProcess) -> None:
     """The same steps succeed with the key, so its lack is what fails above."""
     record = records.load(NAME)
     with FrameConnection(record.address) as connection:
@@ -632,7 +632,7 @@ def test_text_of_unauthenticated_peers_is_not_logged(victim: DaemonProcess) -> N
     assert not [line for line in log_lines() if "all is well" in line]
 
 
-def test_nothing_that_a_client_sends_forges_a_line_of_the_log() -> None:
+def test_clients_cannot_forge_log_lines() -> None:
     """The text of an exception often contains received text."""
     with spawn_daemon(NAME):
         with connect_daemon(NAME) as client:

@@ -69,7 +69,7 @@ def test_any_name_can_be_a_parameter(arguments: Any, keywords: dict[str, Any], s
 @pytest.mark.parametrize(
     ("params", "keywords", "text"), [({"a": 1}, {"a": 2}, "'a' is given twice"), ([1], {}, "not list"), ("x", {}, "not str")]
 )
-def test_parameters_that_are_none_are_refused(verb: str, params: Any, keywords: dict[str, Any], text: str) -> None:
+def test_invalid_parameters_are_refused(verb: str, params: Any, keywords: dict[str, Any], text: str) -> None:
     with scripted.daemon(echo) as daemon, connect_daemon("test") as client:
         with pytest.raises(TypeError, match=text):
             getattr(client, verb)("m", params, **keywords)

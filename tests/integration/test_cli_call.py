@@ -233,7 +233,7 @@ def test_a_plain_handler_has_no_methods() -> None:
         assert (described["name"], described["app_version"]) == ("words", "7")
 
 
-def test_nothing_is_made_where_no_daemon_is() -> None:
+def test_commands_without_a_daemon_create_nothing() -> None:
     for words in (["describe"], ["call", "count"]):
         assert run(words[0], "--name", "words", *words[1:]) == (3, [], ["harness-ipc: " + NOT_RUNNING])
     assert not os.path.exists(Namespace().runtime_dir)

@@ -323,7 +323,7 @@ def test_a_stop_that_fails_is_logged_and_leaves_nothing() -> None:
     assert_clean()
 
 
-def test_idle_it_ends_by_itself_and_only_then() -> None:
+def test_a_daemon_ends_by_itself_only_when_idle() -> None:
     with spawn_daemon("test", idle_timeout=2.0) as daemon, connect_daemon("test") as kept:
         # Longer than the idle timeout.
         assert kept.call("sleep", seconds=3.0, tag="slept") == "slept"
@@ -352,7 +352,7 @@ def test_a_second_daemon_is_refused_with_the_first_pid() -> None:
         assert serves()
 
 
-def test_one_that_has_not_come_up_yet_is_the_first_too() -> None:
+def test_a_starting_daemon_already_holds_the_name() -> None:
     with spawn_app("StartsForEver", until="starting") as daemon:
         with pytest.raises(AlreadyRunning) as caught:
             run_daemon(App(), "test")

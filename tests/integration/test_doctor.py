@@ -566,7 +566,7 @@ def test_a_check_that_fails_is_a_failure_among_the_others(
 
 
 @needs_posix
-def test_a_path_ends_no_line_and_fits_any_console(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_findings_are_escaped(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_IPC_RUNTIME_DIR", f"{private_directories}/é\n\x1b[31m")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     seen = run_doctor()

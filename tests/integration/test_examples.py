@@ -56,7 +56,7 @@ def wait_until_idle(name: str) -> None:
     wait_until(lambda: bool(daemon_status(name).idle))
 
 
-def test_they_are_as_short_as_they_are_said_to_be() -> None:
+def test_examples_have_the_documented_length() -> None:
     lengths = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in EXAMPLES.glob("*.py")}
     assert lengths.keys() == {"formatter.py", "index.py", "web.py"}
     assert lengths["formatter.py"] <= 45

@@ -282,7 +282,7 @@ def test_a_daemon_killed_a_moment_ago_is_stale(base: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["stop", "ensure", "restart", "clean up", "look"])
-def test_a_pid_that_is_somebody_elses_now_is_never_signalled(verb: str) -> None:
+def test_a_reused_pid_is_never_signalled(verb: str) -> None:
     pid = ensure().pid
     assert pid is not None
     psutil.Process(pid).kill()

@@ -712,7 +712,7 @@ def test_one_connection_is_served_in_order_others_concurrently() -> None:
     run(main)
 
 
-def test_threads_and_kept_clients_are_not_in_each_others_way() -> None:
+def test_many_kept_clients_in_threads_get_their_own_replies() -> None:
     async def main() -> None:
         async with serving():
             with contextlib.ExitStack() as stack:

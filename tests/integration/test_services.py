@@ -428,7 +428,7 @@ run_daemon(Forking(), "test", on_ready=lambda _: print("ready", flush=True))
 
 
 @needs_posix
-def test_a_child_that_a_thread_forks_and_lets_go_ends_there() -> None:
+def test_a_forked_child_that_leaves_its_method_ends() -> None:
     # From 3.12 on, Python warns of a fork beside other threads.
     with spawn_python("-W", "ignore::DeprecationWarning", "-c", FORKING) as daemon:
         assert daemon.read_line() == "ready"
