@@ -926,7 +926,7 @@ while True:
     try:
         page_info()
         break
-    except (ConnectionLost, DaemonNotRunning):  # not yet noticed, just dying, or gone
+    except (ConnectionLost, DaemonNotRunning):  # the daemon is being killed
         pass
 """
 USES_THE_HELPERS = """

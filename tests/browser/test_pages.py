@@ -616,7 +616,7 @@ from harness_ipc.browser.helpers import js
 connection = helpers.connect()
 assert js("6 * 7") == 42
 child = os.fork()
-# Each has its own answers, though both ask at once.
+# Concurrent requests of both get their own replies.
 name = "parent" if child else "child"
 same = all(js(f"'{name} {number}'") == f"{name} {number}" for number in range(200))
 own = helpers.connect() is not connection

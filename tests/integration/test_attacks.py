@@ -317,7 +317,7 @@ async def main():
     async with server, await aconnect_daemon("mine") as client:
         return await client.call("echo", n=1), str(runtime_dir())
 
-# Once as who we are, which imports all: the other user may have no access to this interpreter's library.
+# Run once before the switch, so that all is imported: the other user may have no access to the library.
 asyncio.run(main())
 os.setgroups([])
 os.setgid(int(sys.argv[1]))
@@ -328,7 +328,7 @@ try:
 except UnsafeDirectory as error:
     print("refused", error.path, error.remedy)
 sys.stdout.flush()
-# What measures this process' coverage can't write as that user.
+# Skip exit handlers: coverage cannot write its data as that user.
 os._exit(0)
 """
 

@@ -175,7 +175,7 @@ from harness_ipc import ClientClosed, connect_daemon
 
 client = connect_daemon("test", request_timeout=60)
 over = threading.Event()
-# Before the first fork each thread has its connection: a child may inherit a socket that Python does not know yet.
+# Connect in each thread before the first fork: a child could inherit a socket that is just being created.
 connected = threading.Barrier(5)
 failures = []
 
@@ -200,7 +200,7 @@ for n in range(60):
     child = os.fork()
     if child == 0:
         try:
-            # Before it asks anything: no descriptor of its parent's connections is left open here.
+            # The child has closed the descriptors of its parent's connections before its first request.
             if os.path.isdir("/proc/self/fd"):
                 names = []
                 for fd in os.listdir("/proc/self/fd"):

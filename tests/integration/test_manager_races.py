@@ -176,7 +176,7 @@ def is_in(state):
 
 def stop_often():
     for number in range(stops):
-        # In turn one that serves, and one that starts.
+        # Stop alternately a running daemon and one that is starting.
         while not is_in("starting" if number % 2 else "ready") and time.monotonic() < patience:
             time.sleep(0.0005)
         attempt(stop)

@@ -65,7 +65,7 @@ found = {
 }
 print()
 print(json.dumps(found), flush=True)
-# What measures this process' coverage can't write as that user.
+# Skip exit handlers: coverage cannot write its data as that user.
 os._exit(0)
 """
 
