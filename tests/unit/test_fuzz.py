@@ -120,7 +120,7 @@ def spoil(data: bytes, place: int, other: bytes) -> bytes:
     return data[:place] + other + data[place + len(other) :] if other else data[:place]
 
 
-@examples(60)
+@examples(40)
 @hypothesis.given(objects("result", "error", "meta", "type", "message"))
 def test_any_frame_is_a_message_or_one_typed_error(data: bytes) -> None:
     targets.message(data)
@@ -141,7 +141,7 @@ FIELDS = [
 ]
 
 
-@examples(60)
+@examples(40)
 @hypothesis.given(objects(*FIELDS, "app_version", "start_ticks", "boot_id"))
 def test_any_record_is_loaded_or_refused(data: bytes) -> None:
     targets.record(data)
@@ -158,7 +158,7 @@ WORDS = st.sampled_from(
 )
 
 
-@examples(50)
+@examples(30)
 @hypothesis.given(how=st.integers(0, 5), word=st.one_of(WORDS, objects("method", "meta")))
 def test_any_argument_gives_one_line_and_a_status(how: int, word: bytes) -> None:
     targets.command(bytes([how]) + word)
