@@ -110,7 +110,7 @@ def capture_screenshot(
     """Take a PNG of the viewport, or of the `full` page. Return it as a `Screenshot`, or the `path` it was written to.
 
     Clicks use CSS pixels: divide coordinates in the picture by ``devicePixelRatio``. `max_dim` limits the longer side, in
-    pixels. A full screenshot does not change the page.
+    pixels. A full screenshot leaves the page as it was; Chrome may lay it out for 1x1 pixels meanwhile, which its scripts see.
 
     The file is private (0600), or keeps the mode of your file that it replaces. It is written under an unguessable name and
     renamed; a symbolic link is replaced, not followed. Raises `OSError` if the file can't be written; an existing file is

@@ -83,6 +83,7 @@ def drive(tab: Any, site: str, name: str, end: float) -> int:
         if rounds % EXCURSION == 0:
             other = f"{site}/inner?{name}-{rounds}"
             tab.new_tab(other)
+            check(tab.wait_for_load(60.0), True)
             check(tab.js("location.href + document.querySelector('#here').innerText"), f"{other}inside")
             tab.switch_tab(target)
             check(tab.js("document.title"), f"sent {word}")

@@ -57,8 +57,7 @@ def results(processes: list[subprocess.Popen[str]], patience: float) -> list[Any
         process.stdin.flush()
     with ThreadPoolExecutor(len(processes)) as pool:
         ends = list(pool.map(lambda process: process.communicate(timeout=patience), processes))
-    # The last line is the error of a traceback.
-    assert [errors.splitlines()[-1:] for _, errors in ends] == [[]] * len(processes)
+    assert [errors for _, errors in ends] == [""] * len(processes)
     assert [process.returncode for process in processes] == [0] * len(processes)
     return [json.loads(output) for output, _ in ends]
 

@@ -340,7 +340,7 @@ def test_a_found_browser_that_must_be_allowed_is_not_skipped(
 ) -> None:
     # A Chrome that asks its user answers HTTP requests with 404.
     with answering(answer, version=http("404 Not Found")) as port:
-        first = f"{IN_THE_TESTS}\nconnection.OPEN_TIMEOUT = 0.25"
+        first = IN_THE_TESTS if answer else f"{IN_THE_TESTS}\nconnection.OPEN_TIMEOUT = 0.25"
         if way == "profile":
             active_port.write_text(f"{port}\n/devtools/browser/{SECRET}")
             found = f"DevToolsActivePort of {active_port.parent}, port {port}"
@@ -512,7 +512,7 @@ def test_stopping_during_the_browsers_start_ends_it(
     monkeypatch.setenv("HARNESS_CHROME", script(fresh / "program", text))
     with in_thread(helpers.connect) as starting:
         wait_until((fresh / "program.started").exists)
-        assert stop_daemon("browser")
+        assert stop_daemon("browser", timeout=PATIENCE)
         assert isinstance(starting.exception(), StartFailed)
     assert processes_of(fresh) == []
     assert not TRACES & set(os.listdir(profile))
@@ -616,12 +616,22 @@ def test_the_sandbox_is_off_for_root_only(root: bool, monkeypatch: pytest.Monkey
 @contextlib.contextmanager
 def display(variable: str, base: Path) -> Iterator[str]:
     """Yield the name of a display that takes connections."""
-    number = next(number for number in range(700, 800) if not os.path.exists(f"/tmp/.X11-unix/X{number}"))
-    address = f"\0/tmp/.X11-unix/X{number}" if variable == "DISPLAY" else str(base / "wayland-7")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
+        if variable == "DISPLAY":
+            name = f":{next(number for number in range(700, 799) if binds(server, number))}.0"
+        else:
+            name = "wayland-7"
+            server.bind(str(base / name))
         server.listen(100)
-        yield f":{number}.0" if variable == "DISPLAY" else "wayland-7"
+        yield name
+
+
+def binds(server: socket.socket, number: int) -> bool:
+    """Return whether the socket is bound to this X display's address now."""
+    with contextlib.suppress(OSError):
+        server.bind(f"\0/tmp/.X11-unix/X{number}")
+        return True
+    return False
 
 
 @pytest.mark.parametrize("variable", ["DISPLAY", "WAYLAND_DISPLAY"])
