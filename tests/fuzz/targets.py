@@ -97,17 +97,17 @@ def frames(data: bytes) -> None:
 
 
 class Peer:
-    """The other end of a handshake: sends frames according to its script, and records received ones."""
+    """The other end of a handshake: sends the frames of its script, and records frames of both directions."""
 
     def __init__(self, script: bytes, key: bytes) -> None:
         self._script = io.BytesIO(script)
         self._key = key
-        self.heard: list[bytes] = []
-        self.said: list[bytes] = []
+        self.received: list[bytes] = []
+        self.sent: list[bytes] = []
         self.has_proved_itself = False
 
     def send_bytes(self, frame: bytes) -> None:
-        self.heard.append(bytes(frame))
+        self.received.append(bytes(frame))
 
     def recv_bytes(self, limit: int) -> bytes:
         head = self._script.read(2)
@@ -120,30 +120,30 @@ class Peer:
                 frame = b"#CHALLENGE#" + frame
             case 2:
                 frame = b"#WELCOME#"
-            case 3 if self.heard:  # reflects
-                frame = self.heard[-1]
-            case 4 if challenges := [frame for frame in self.heard if frame.startswith(b"#CHALLENGE#")]:  # has the key
+            case 3 if self.received:  # reflects
+                frame = self.received[-1]
+            case 4 if challenges := [frame for frame in self.received if frame.startswith(b"#CHALLENGE#")]:  # has the key
                 frame = answer_to(challenges[0], self._key)
                 self.has_proved_itself = True
         if len(frame) > limit:
             raise MessageTooLarge("above the limit", size=len(frame), limit=limit)
-        self.said.append(frame)
+        self.sent.append(frame)
         return frame
 
 
 def answer_to(challenge: bytes, key: bytes) -> bytes:
     """Return the answer of `multiprocessing.connection` to a challenge."""
-    told: list[bytes] = []
+    sent: list[bytes] = []
 
     class Link:
         def recv_bytes(self, limit: int) -> bytes:
-            return b"#WELCOME#" if told else challenge
+            return b"#WELCOME#" if sent else challenge
 
         def send_bytes(self, frame: bytes) -> None:
-            told.append(frame)
+            sent.append(frame)
 
     stock.answer_challenge(Link(), key)  # type: ignore[arg-type]
-    return bytes(told[0])
+    return bytes(sent[0])
 
 
 def shake_hands(peer: Peer, handshake: ClientHandshake | ServerHandshake) -> None:
@@ -159,7 +159,7 @@ def shake_hands(peer: Peer, handshake: ClientHandshake | ServerHandshake) -> Non
 
 
 def challenge(data: bytes) -> None:
-    """Do a handshake with a peer: the first byte says in which role."""
+    """Do a handshake with a peer: the first byte chooses the role."""
     role, script = data[0] % 3 if data else 0, data[1:MOST]
     peer = Peer(script, KEYS.client if role == 1 else KEYS.daemon)
     try:
@@ -172,12 +172,12 @@ def challenge(data: bytes) -> None:
     except HarnessIPCError as error:
         check_text(error)
     else:
-        assert peer.said == [b"#WELCOME#"] if role == 2 else peer.has_proved_itself, "let in without the key"
+        assert peer.sent == [b"#WELCOME#"] if role == 2 else peer.has_proved_itself, "let in without the key"
     if role == 0 and not peer.has_proved_itself:
         # A challenge, and the verdict that it failed.
-        assert peer.heard[1:] in ([], [b"#FAILURE#"]), "told something to a stranger"
-    told = b"\n".join(peer.heard)
-    assert not any(key in told for key in (KEY, KEYS.daemon, KEYS.client)), "told the key"
+        assert peer.received[1:] in ([], [b"#FAILURE#"]), "a peer without the key got more than a verdict"
+    sent = b"\n".join(peer.received)
+    assert not any(key in sent for key in (KEY, KEYS.daemon, KEYS.client)), "sent the key"
 
 
 # Messages.

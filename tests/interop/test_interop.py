@@ -86,9 +86,9 @@ def _found(version: str) -> str | None:
         commands.append([launcher, f"-{version}"])
     for command in commands:
         script = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
-        said = subprocess.run([*command, "-c", script], capture_output=True, text=True, timeout=PATIENCE).stdout
-        if said.startswith(f"{version} "):
-            return said.removeprefix(version).strip()
+        output = subprocess.run([*command, "-c", script], capture_output=True, text=True, timeout=PATIENCE).stdout
+        if output.startswith(f"{version} "):
+            return output.removeprefix(version).strip()
     return None
 
 

@@ -144,13 +144,13 @@ class Soak:
         while (left := until - time.monotonic()) > 0:
             self.look_after_clients(replace=True)
             time.sleep(min(left, 0.1))
-            if self.passed() // INTERVAL != self.told // INTERVAL:
-                self.told = self.passed()
-                self.tell()
+            if self.passed() // INTERVAL != self.reported // INTERVAL:
+                self.reported = self.passed()
+                self.print_progress()
 
-    told = 0.0
+    reported = 0.0
 
-    def tell(self) -> None:
+    def print_progress(self) -> None:
         try:
             held = str(self.look())
         except (HarnessIPCError, psutil.Error) as error:

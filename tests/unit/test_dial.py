@@ -245,16 +245,16 @@ if sys.platform != "win32":
             assert not client.send_now([bytes(20 * MIB)])
             assert not client.all_sent
 
-    def test_a_socket_of_darwin_is_told_not_to_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-        told = []
+    def test_a_socket_of_darwin_does_not_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+        options = []
 
         class DarwinSocket(socket.socket):
             def setsockopt(self, *arguments: Any) -> None:
-                told.append(arguments)
+                options.append(arguments)
 
         monkeypatch.setattr(sys, "platform", "darwin")
         left, right = socket.socketpair()
         with right:
             dial.Connection(DarwinSocket(fileno=left.detach()), PeerCredentials(None, None)).close()
         # sys/socket.h: SOL_SOCKET is 0xffff there, SO_NOSIGPIPE 0x1022.
-        assert told == [(socket.SOL_SOCKET, 0x1022, 1)]
+        assert options == [(socket.SOL_SOCKET, 0x1022, 1)]

@@ -172,7 +172,7 @@ def test_any_exception_makes_a_reply_that_can_be_sent(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "content"),
     [
         (RemoteError("text"), {"type": "RemoteError", "message": "text"}),
         (RemoteError("text", type="Locked"), {"type": "Locked", "message": "text"}),
@@ -181,5 +181,5 @@ def test_any_exception_makes_a_reply_that_can_be_sent(error: Exception) -> None:
     ],
     ids=["message", "type", "data", "subclass"],
 )
-def test_a_remote_error_makes_a_reply_with_its_own_message(error: RemoteError, told: dict[str, Any]) -> None:
-    assert messages.error_reply(error) == {"error": told}
+def test_a_remote_error_makes_a_reply_with_its_own_message(error: RemoteError, content: dict[str, Any]) -> None:
+    assert messages.error_reply(error) == {"error": content}

@@ -67,8 +67,8 @@ def load_error(key: str) -> HarnessIPCError:
     """Return the error of loading, after checking that it quotes no part of the key."""
     with pytest.raises(HarnessIPCError) as caught:
         records.load("d")
-    told = "".join(traceback.format_exception(caught.value))
-    assert not any(key[start : start + 8] in told for start in range(len(key) - 7))
+    text = "".join(traceback.format_exception(caught.value))
+    assert not any(key[start : start + 8] in text for start in range(len(key) - 7))
     return caught.value
 
 

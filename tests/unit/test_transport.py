@@ -304,16 +304,16 @@ if sys.platform != "win32":
         monkeypatch.setattr(sys, "platform", "darwin")
         assert dial.peer_credentials(cast(socket.socket, DarwinSocket())) == (4242, 501)
 
-    def test_a_socket_of_darwin_is_told_not_to_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-        told = []
+    def test_a_socket_of_darwin_does_not_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+        options = []
 
         class DarwinSocket(socket.socket):
             def setsockopt(self, *arguments: Any) -> None:
-                told.append(arguments)
+                options.append(arguments)
 
         monkeypatch.setattr(sys, "platform", "darwin")
         left, right = socket.socketpair()
         with right, DarwinSocket(fileno=left.detach()) as sock:
             dial.prepare(sock)
             # sys/socket.h: SOL_SOCKET is 0xffff there, SO_NOSIGPIPE 0x1022.
-            assert told == [(socket.SOL_SOCKET, 0x1022, 1)]
+            assert options == [(socket.SOL_SOCKET, 0x1022, 1)]
