@@ -329,7 +329,7 @@ def test_a_server_may_be_closed_as_soon_as_it_serves() -> None:
     """Even before its threads have started to run."""
 
     async def main() -> None:
-        for _ in range(200):
+        for _ in range(50):
             server, _ = await start_daemon_server(Waiting(), "test")
             server.close()
             await server.wait_closed()

@@ -244,7 +244,7 @@ def test_silent_clients_with_all_descriptors_block_nobody() -> None:
             with silent_crowd(100):
                 wait_until(lambda: bool(log_lines("can't accept connections for now")))
                 assert inside.call("echo", n=2) == {"n": 2}
-                assert fate(is_served) in ("answered", "Busy")
+                assert fate(is_served) in ("answered", "Busy", "ConnectionLost")
                 assert inside.call("echo", n=3) == {"n": 3}
             wait_until(becomes_served)
 
@@ -257,7 +257,8 @@ def test_descriptor_limit_does_not_flood_the_log() -> None:
         # Two descriptors for eight clients: they reach the limit again and again.
         with daemon.limited("RLIMIT_NOFILE", daemon.process.num_fds() + 2):
             outcomes = ask_many(200)
-            assert set(outcomes) <= {"answered", "Busy"}
+            # A handshake of more than a second, on a busy machine, makes room for another one.
+            assert set(outcomes) <= {"answered", "Busy", "ConnectionLost"}
             assert outcomes["answered"] > 0
             assert all(client.call("echo", n=2) == {"n": 2} for client in kept)
         assert len(log_lines("can't accept connections")) <= FEW
