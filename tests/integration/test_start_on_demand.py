@@ -226,8 +226,8 @@ def test_without_a_start_command_nothing_is_started(tmp_path: Path) -> None:
 
 
 def test_a_start_has_its_own_timeout(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path, slow=1.0)
-    assert ask_once(daemon.command, 1, timeout=0.5) > 0
+    daemon = Daemon(tmp_path, slow=2.0)
+    assert ask_once(daemon.command, 1, timeout=1.5) > 0
     assert stop_daemon("test")
     with pytest.raises(DaemonTimeout, match="starting") as caught:
         ask_once(daemon.command, 2, start_timeout=0.3)
