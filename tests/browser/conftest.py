@@ -19,6 +19,7 @@ import pytest
 from harness_ipc import stop_daemon
 from harness_ipc.browser import helpers
 from tests.browser.site import Site
+from tests.conftest import set_directories
 from tests.support.processes import PATIENCE, lives, wait_until
 
 # These modules import websockets, which the extra installs.
@@ -53,8 +54,7 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     """Place all files of daemon and browser below `base`, and hide other browsers, for this process and its children."""
     for variable in VARIABLES:
         patch.delenv(variable, raising=False)
-    patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(base / "run"))
-    patch.setenv("HARNESS_IPC_LOG_DIR", str(base / "log"))
+    set_directories(patch, str(base))
     patch.setenv("HARNESS_CHROME_PROFILE", str(base / "profile"))
     patch.setenv("HARNESS_CHROME_OWN", "1")
     patch.setenv("HARNESS_CHROME_ROOT", "1")

@@ -16,6 +16,13 @@ from tests.support.processes import PATIENCE
 pytestmark = needs_chromium
 
 
+@pytest.fixture
+def stopped(fresh: Path) -> None:
+    """A process in a tab of a daemon that was stopped, with its browser."""
+    helpers.js("window.kept = 42")
+    assert stop_daemon("browser")
+
+
 def test_the_tab_is_found_again_in_the_browser_of_others(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with other_browser(fresh) as theirs:
         monkeypatch.setenv("BU_CDP_URL", theirs.url)
@@ -27,19 +34,15 @@ def test_the_tab_is_found_again_in_the_browser_of_others(fresh: Path, monkeypatc
         stop_daemon("browser")
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("stopped")
 def test_a_lost_tab_raises_before_another_is_used() -> None:
-    helpers.js("window.kept = 42")
-    assert stop_daemon("browser")
     with pytest.raises(TabClosed):
         helpers.js("window.kept = 43")
     assert helpers.js("window.kept") is None
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("stopped")
 def test_after_a_restart_a_page_can_be_gone_to_at_once() -> None:
-    helpers.js("window.kept = 42")
-    assert stop_daemon("browser")
     helpers.goto_url("data:text/html,<title>next</title>")
     assert helpers.wait_for_load(PATIENCE)
     assert helpers.page_info()["title"] == "next"
@@ -52,10 +55,8 @@ def test_a_tab_is_entered_in_the_next_daemon() -> None:
     assert helpers.page_info()["url"] == "about:blank"
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("stopped")
 def test_events_of_a_lost_tab_raise_before_those_of_another() -> None:
-    helpers.js("window.kept = 42")
-    assert stop_daemon("browser")
     with pytest.raises(TabClosed):
         helpers.events("Page.loadEventFired")
     with helpers.events("Page.loadEventFired", timeout=PATIENCE) as events:

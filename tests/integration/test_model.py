@@ -41,6 +41,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._registry import files, records
+from tests.conftest import set_directories, temporary_directory
 from tests.support.managed import command, ensure, kill_all, live_processes, spawn_bystander
 from tests.support.processes import PATIENCE, DaemonProcess, runtime_files, serves, wait_until
 
@@ -187,10 +188,8 @@ class Machine(RuleBasedStateMachine):
         # Started before the variables are set, so it does not count as a daemon of the test.
         bystander = self.stack.enter_context(spawn_bystander())
         self.patch = pytest.MonkeyPatch()
-        self.directory = tempfile.TemporaryDirectory(prefix="hi-", ignore_cleanup_errors=os.name == "nt")
-        self.base = Path(self.directory.name)
-        self.patch.setenv("HARNESS_IPC_RUNTIME_DIR", str(self.base / "run"))
-        self.patch.setenv("HARNESS_IPC_LOG_DIR", str(self.base / "log"))
+        self.directory = temporary_directory()
+        self.base = set_directories(self.patch, self.directory.name)
         # A suspended process does not react to SIGTERM, so do not wait for it.
         self.patch.setattr(manager, "_TERMINATE_PERIOD", SHORT)
         self.names = [Name(name) for name in NAMES]
