@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ._registry.lifetime import Registration
     from .startup import ReadyPipe
 
-# Seconds between two writes of the record.
-_WRITE_INTERVAL = 1.0
 # Bytes of one report as JSON: with its envelope, a write to a Linux pipe is atomic (PIPE_BUF is 4096).
 _MAX_REPORT = 4000
 
@@ -29,25 +27,29 @@ def report_start(value: Any) -> None:
 
 
 class StartProgress:
-    """A context manager, used in the event loop around an app's start, in which `report_start` sends and records values."""
+    """A context manager, used in the event loop around an app's start, in which `report_start` sends and records values.
 
-    def __init__(self, pipe: ReadyPipe, registration: Registration) -> None:
+    `interval`: seconds between two writes of the record.
+    """
+
+    def __init__(self, pipe: ReadyPipe, registration: Registration, *, interval: float = 1.0) -> None:
         self._pipe = pipe
         self._registration = registration
+        self._interval = interval
         self._value: Any = None
         self._written = -inf
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
 
     def report(self, value: Any) -> None:
-        """Send `value`, and write the latest value to the record at most once a second."""
+        """Send `value`, and write the latest value to the record at most once in an interval."""
         if self._ended:
             return
         frame = messages.encode({"value": value}, _MAX_REPORT)
         # A copy: the app may mutate the value later.
         self._value = messages.decode(frame)["value"]
         self._pipe.send_progress(self._value)
-        wait = self._written + _WRITE_INTERVAL - time.monotonic()
+        wait = self._written + self._interval - time.monotonic()
         if wait <= 0:
             self._write()
         elif self._timer is None:

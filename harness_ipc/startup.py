@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     StartMessage = dict[str, Any]
 
 VARIABLE = "HARNESS_IPC_START"
-# Seconds for the starter to make room in the pipe.
-_SEND_PERIOD = 1.0
 # Seconds for the launcher to end after it was released.
 _RELEASE_PERIOD = 2.0
 
@@ -192,11 +190,12 @@ class ReadyPipe:
     """The child's end of the pipe. Without a starter, sending does nothing. `start` describes the start, or is empty.
 
     Its keys: "runtime_dir", "log_dir"; "argv", "cwd" and "leaves_cwd" of the start; "environment", the names of the variables
-    that the starter added; and "detached".
+    that the starter added; and "detached". `send_timeout`: seconds for the starter to make room in a full pipe.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, send_timeout: float = 1.0) -> None:
         self.start: dict[str, Any] = {}
+        self._send_timeout = send_timeout
         self._descriptor: int | None = None
         with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             self.start = dict(json.loads(text))
@@ -218,19 +217,19 @@ class ReadyPipe:
 
     def send(self, **message: Any) -> None:
         """Send one message. Errors are ignored: the starter also watches for the record."""
-        self._write(message, _SEND_PERIOD)
+        self._write(message, self._send_timeout)
 
     def send_progress(self, value: Any) -> None:
         """Send progress if the pipe has room. Not on Windows, where a write would block: the record has it too."""
         if sys.platform != "win32":
             self._write({"state": "progress", "value": value}, 0.0)
 
-    def _write(self, message: StartMessage, period: float) -> None:
-        """Write a message; wait at most `period` seconds whenever the pipe is full."""
+    def _write(self, message: StartMessage, timeout: float) -> None:
+        """Write a message; wait at most `timeout` seconds whenever the pipe is full."""
         if self._descriptor is None or not _is_ours(self._descriptor, self.start):
             return
         data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        deadline = time.monotonic() + period
+        deadline = time.monotonic() + timeout
         with contextlib.suppress(OSError):
             while data:
                 try:
@@ -239,7 +238,7 @@ class ReadyPipe:
                     written = 0
                 if written:
                     data = data[written:]
-                    deadline = time.monotonic() + period
+                    deadline = time.monotonic() + timeout
                 elif time.monotonic() < deadline:
                     time.sleep(0.005)
                 else:

@@ -68,12 +68,13 @@ def test_a_start_does_not_need_its_starter(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_starter_that_does_not_read_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     set_start(monkeypatch, writer)
-    with startup.reporting() as pipe:
-        for _ in range(1000):
-            pipe.send_progress("x" * 3900)
-        pipe.send(state="failed", message="y" * 3900)
-        received = os.read(reader, 1 << 20)
-        pipe.send(state="ready")
+    pipe = startup.ReadyPipe(os.environ[startup.VARIABLE], send_timeout=0.05)
+    for _ in range(1000):
+        pipe.send_progress("x" * 3900)
+    pipe.send(state="failed", message="y" * 3900)
+    received = os.read(reader, 1 << 20)
+    pipe.send(state="ready")
+    pipe.close()
     received += os.read(reader, 1 << 20)
     os.close(reader)
     messages = [json.loads(line) for line in received.splitlines()]
