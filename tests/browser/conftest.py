@@ -1,4 +1,9 @@
-"""A real browser: `page` is a new tab of one shared by a module, `fresh` a directory without processes."""
+"""Real browsers, from the cheapest for a test to the dearest: a new browser takes a second of a core.
+
+`warm` is the directory of a daemon and a browser that all tests of a worker share, and `page` a new tab there; a test that
+kills them has `killable`. With `attached`, daemons are new, but attach to a browser that is shared. `fresh` is a directory
+without processes.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
 
-from harness_ipc import stop_daemon
+from harness_ipc import HarnessIPCError, connect_daemon, stop_daemon
 from harness_ipc.browser import helpers
 from tests.browser.site import Site
 from tests.conftest import set_directories
 from tests.support.processes import PATIENCE, lives, wait_until
+
+if TYPE_CHECKING:
+    from tests.browser.others import OtherBrowser
 
 # These modules import websockets, which the extra installs.
 NEED_EXTRA = [
@@ -69,10 +77,10 @@ def processes_of(base: Path) -> list[psutil.Process]:
     """Return the processes, other than this one, that have `base` in their command line or environment."""
     found = []
     for process in psutil.process_iter():
+        # A zombie has neither.
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if any(str(base) in word for word in [*process.cmdline(), *process.environ().values()]):
+            words = [*process.environ().values(), *process.cmdline()]
+            if process.pid != os.getpid() and any(str(base) in word for word in words):
                 found.append(process)
     return found
 
@@ -173,31 +181,122 @@ def active_port(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return usual / "DevToolsActivePort"
 
 
-@pytest.fixture(scope="module")
-def shared_browser() -> Iterator[Path]:
-    """The directory of a daemon and its browser, shared by the tests of a module."""
+class Pair(NamedTuple):
+    """A daemon and its browser: their directory and their pids."""
+
+    base: Path
+    daemon: int
+    browser: int
+
+
+def pids(name: str = "browser") -> tuple[int, int]:
+    """Return the pids of the daemon and of its browser."""
+    with connect_daemon(name) as client:
+        return client.pid, client.request({"meta": "connection_status"})["pid"]
+
+
+def is_whole(base: Path) -> bool:
+    """Return whether a daemon and its browser run below `base`, and nothing else."""
+    with contextlib.suppress(HarnessIPCError):
+        return main_processes(base).keys() == set(pids())
+    return False
+
+
+def close_tabs() -> None:
+    """Close all tabs. The daemon opens another when it needs one."""
+    for tab in helpers.list_tabs():
+        helpers.close_tab(tab)
+    helpers.disconnect()
+
+
+@pytest.fixture(scope="session")
+def worker_browser() -> Iterator[Path]:
+    """The directory of a daemon and its browser for the tests of a worker."""
     with tempfile.TemporaryDirectory(prefix="hb-") as directory, pytest.MonkeyPatch.context() as patch:
         base = Path(directory)
         use(patch, base)
         try:
-            helpers.connect()
             yield base
         finally:
             use(patch, base)
             end_all(base)
 
 
+@pytest.fixture(scope="module")
+def shared_browser(worker_browser: Path, site: Site) -> Path:
+    """The directory of the shared daemon. What other modules have stored in its browser is removed."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, worker_browser)
+        if not is_whole(worker_browser):
+            end_all(worker_browser)
+        helpers.disconnect()
+        for origin in (site.url, site.other_url):
+            helpers.cdp("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        helpers.cdp("Network.clearBrowserCache")
+        close_tabs()
+    return worker_browser
+
+
 @pytest.fixture
-def page(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The targetId of a new tab of the shared browser. It is the current tab of this process."""
+def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the shared daemon. This process and its children use that daemon."""
     use(monkeypatch, shared_browser)
     helpers.disconnect()
+    yield shared_browser
+    helpers.disconnect()
+
+
+@pytest.fixture
+def page(warm: Path) -> Iterator[str]:
+    """The targetId of a new tab of the shared browser. It is the current tab of this process."""
     target = helpers.new_tab()
     yield target
     helpers.disconnect()
-    for tab in helpers.list_tabs():
-        helpers.close_tab(tab)
+    close_tabs()
+
+
+@pytest.fixture
+def killable(warm: Path) -> Iterator[Pair]:
+    """The shared daemon and its browser, running. A test may end them, and start others with the same environment."""
+    helpers.connect()
     helpers.disconnect()
+    yield Pair(warm, *pids())
+    helpers.disconnect()
+    if is_whole(warm):
+        close_tabs()
+    else:
+        end_all(warm)
+
+
+@pytest.fixture(scope="session")
+def browsers_of_others() -> Iterator[Callable[[], OtherBrowser]]:
+    """A function that returns a browser that no daemon has started, with one empty tab. All tests of a worker share it."""
+    from tests.browser.others import other_browser
+
+    running: list[OtherBrowser] = []
+
+    with tempfile.TemporaryDirectory(prefix="ho-") as directory, contextlib.ExitStack() as stack:
+
+        def get() -> OtherBrowser:
+            if not running or running[-1].process.poll() is not None:
+                with pytest.MonkeyPatch.context() as patch:
+                    use(patch, Path(directory))
+                    running.append(stack.enter_context(other_browser(Path(directory))))
+            running[-1].close_tabs()
+            return running[-1]
+
+        yield get
+
+
+@pytest.fixture
+def attached(
+    fresh: Path, browsers_of_others: Callable[[], OtherBrowser], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[OtherBrowser]:
+    """A shared browser that no daemon has started: those of this test, in the directory `fresh`, attach to it."""
+    browser = browsers_of_others()
+    monkeypatch.setenv("BU_CDP_WS", browser.websocket)
+    yield browser
+    assert browser.process.poll() is None
 
 
 @pytest.fixture

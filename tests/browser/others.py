@@ -56,6 +56,15 @@ class OtherBrowser:
         """Return the url of each tab by its targetId."""
         return {tab["id"]: tab["url"] for tab in self._get("list") if tab["type"] == "page"}
 
+    def close_tabs(self) -> None:
+        """Close all tabs but a new, empty one."""
+        if set(self.tabs().values()) == {"about:blank"} and len(self.tabs()) == 1:
+            return
+        blank = self.call("Target.createTarget", url="about:blank")["targetId"]
+        for tab in self.tabs().keys() - {blank}:
+            self.call("Target.closeTarget", targetId=tab)
+        wait_until(lambda: self.tabs() == {blank: "about:blank"})
+
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call `method` of the browser over a new connection."""
         with connect(self.websocket, max_size=None, proxy=None) as websocket:

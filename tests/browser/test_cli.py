@@ -19,7 +19,6 @@ import pytest
 
 import harness_ipc
 from harness_ipc import connect_daemon, daemon_status
-from harness_ipc.browser import helpers
 from tests.browser.conftest import COMMAND, harness_browser, kill, main_processes, processes_of, suspended, use
 from tests.browser.others import other_browser
 from tests.browser.site import Site
@@ -41,15 +40,6 @@ WITHOUT_WEBSOCKETS = (
     "from harness_ipc.browser.cli import main\n"
     "if __name__ == '__main__': sys.exit(main())"
 )
-
-
-@pytest.fixture
-def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of the shared daemon. This process and its children use that daemon."""
-    use(monkeypatch, shared_browser)
-    helpers.disconnect()
-    yield shared_browser
-    helpers.disconnect()
 
 
 def who(name: str = "browser") -> tuple[int, int, str]:
