@@ -196,9 +196,12 @@ def pids(name: str = "browser") -> tuple[int, int]:
 
 
 def is_whole(base: Path) -> bool:
-    """Return whether a daemon and its browser run below `base`, and nothing else."""
-    with contextlib.suppress(HarnessIPCError):
-        return main_processes(base).keys() == set(pids())
+    """Return whether a daemon and its browser run below `base`, with the settings of `use`, and nothing else."""
+    with contextlib.suppress(HarnessIPCError, psutil.Error):
+        daemon, browser = pids()
+        settings = psutil.Process(daemon).environ()
+        is_as_used = all(settings.get(variable) == os.environ.get(variable) for variable in VARIABLES)
+        return is_as_used and main_processes(base).keys() == {daemon, browser}
     return False
 
 
@@ -256,11 +259,12 @@ def page(warm: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def killable(warm: Path) -> Iterator[Pair]:
-    """The shared daemon and its browser, running. A test may end them, and start others with the same environment."""
-    helpers.connect()
+def killable(warm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """The shared daemon and its browser, in an empty tab. A test may end them, and start others with the same environment."""
+    helpers.page_info()
     helpers.disconnect()
     yield Pair(warm, *pids())
+    use(monkeypatch, warm)
     helpers.disconnect()
     if is_whole(warm):
         close_tabs()
@@ -270,33 +274,37 @@ def killable(warm: Path) -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def browsers_of_others() -> Iterator[Callable[[], OtherBrowser]]:
-    """A function that returns a browser that no daemon has started, with one empty tab. All tests of a worker share it."""
+    """A function that returns the shared browser of `other`. It starts one if there is none."""
     from tests.browser.others import other_browser
 
-    running: list[OtherBrowser] = []
-
+    browser: OtherBrowser | None = None
     with tempfile.TemporaryDirectory(prefix="ho-") as directory, contextlib.ExitStack() as stack:
 
         def get() -> OtherBrowser:
-            if not running or running[-1].process.poll() is not None:
+            nonlocal browser
+            if browser is None or browser.process.poll() is not None:
                 with pytest.MonkeyPatch.context() as patch:
                     use(patch, Path(directory))
-                    running.append(stack.enter_context(other_browser(Path(directory))))
-            running[-1].close_tabs()
-            return running[-1]
+                    browser = stack.enter_context(other_browser(Path(directory)))
+            return browser
 
         yield get
 
 
 @pytest.fixture
-def attached(
-    fresh: Path, browsers_of_others: Callable[[], OtherBrowser], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[OtherBrowser]:
-    """A shared browser that no daemon has started: those of this test, in the directory `fresh`, attach to it."""
+def other(browsers_of_others: Callable[[], OtherBrowser]) -> Iterator[OtherBrowser]:
+    """A browser that no daemon has started, with one empty tab; shared by the tests of a worker. It may not be killed."""
     browser = browsers_of_others()
-    monkeypatch.setenv("BU_CDP_WS", browser.websocket)
+    browser.close_tabs()
     yield browser
     assert browser.process.poll() is None
+
+
+@pytest.fixture
+def attached(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory without processes, like `fresh`. Daemons there attach to the browser `other`."""
+    monkeypatch.setenv("BU_CDP_WS", other.websocket)
+    return fresh
 
 
 @pytest.fixture

@@ -14,12 +14,23 @@ from pathlib import Path
 import pytest
 
 import harness_ipc
-from harness_ipc import daemon_status, ensure_daemon, log_path, request
+from harness_ipc import daemon_status, ensure_daemon, log_path
 from harness_ipc.browser import APP_VERSION, helpers
 from harness_ipc.browser.doctor import Finding
 from harness_ipc.browser.program import find_binary
-from tests.browser.conftest import COMMAND, USUAL, harness_browser, kill, main_processes, processes_of, suspended, use
-from tests.browser.others import other_browser, refusing
+from tests.browser.conftest import (
+    COMMAND,
+    USUAL,
+    Pair,
+    harness_browser,
+    kill,
+    main_processes,
+    pids,
+    processes_of,
+    suspended,
+    use,
+)
+from tests.browser.others import OtherBrowser, refusing, relaying
 from tests.browser.site import Site
 from tests.support.marks import needs_chromium, needs_posix
 from tests.support.processes import PATIENCE, spawn_daemon, wait_until
@@ -93,24 +104,10 @@ def serves() -> bool:
     return harness_browser("-c", "print(js('6 * 7'))").stdout == "42\n"
 
 
-def pids() -> tuple[int, int]:
-    """Return the pids of the daemon and of its browser."""
-    status = daemon_status("browser")
-    assert status.pid is not None
-    return status.pid, request("browser", {"meta": "connection_status"})["pid"]
-
-
-@pytest.fixture
-def warm(fresh: Path) -> tuple[int, int]:
-    """The pids of a new daemon and of its new browser."""
-    assert serves()
-    return pids()
-
-
-def kill_browser(base: Path, daemon: int, browser: int) -> None:
-    """Kill the daemon's managed browser, and wait until all its processes have ended."""
-    kill(browser)
-    wait_until(lambda: [process.pid for process in processes_of(base)] == [daemon])
+def kill_browser(killable: Pair) -> None:
+    """Kill the daemon's browser, and wait until all its processes have ended."""
+    kill(killable.browser)
+    wait_until(lambda: [process.pid for process in processes_of(killable.base)] == [killable.daemon])
 
 
 def start(change: str, name: str = "browser") -> None:
@@ -141,25 +138,27 @@ def test_nothing_runs(fresh: Path) -> None:
     assert list(fresh.iterdir()) == []
 
 
-def test_everything_is_ok(warm: tuple[int, int], fresh: Path, site: Site) -> None:
+def test_everything_is_ok(killable: Pair, site: Site) -> None:
     harness_browser("-c", f"goto_url('{site.url}/form'); wait_for_load()")
     findings = examine()
     assert [(finding.level, finding.remedy) for finding in findings] == [("ok", None)] * len(findings)
     topics = ["python", "harness_ipc", "websockets", "own browser", "daemon browser", "browser", "page", "round trip"]
     assert [finding.topic for finding in findings] == topics
     daemon, browser, page, trip = (finding.text for finding in findings[4:])
-    assert daemon.startswith(f"running, pid {warm[0]}, for ")
-    assert f", our own browser, its profile {fresh / 'profile'}, pid {warm[1]}; it answers the daemon in " in browser
+    assert daemon.startswith(f"running, pid {killable.daemon}, for ")
+    assert (
+        f", our own browser, its profile {killable.base / 'profile'}, pid {killable.browser}; it answers the daemon in "
+        in browser
+    )
     assert page == f"A form, {site.url}/form"
     assert trip.startswith("a request to the daemon, answered by the browser, takes ")
     seen = harness_browser("--doctor")
     assert seen.returncode == 0
     assert [line.partition(":")[0] for line in seen.stdout.splitlines()] == [f"OK       {topic}" for topic in topics]
-    assert pids() == warm
+    assert pids() == killable[1:]
     assert serves()
 
 
-@needs_posix
 @needs_posix
 def test_a_daemon_that_starts(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, go = fresh / "chrome", fresh / "go"
@@ -187,11 +186,11 @@ def test_a_daemon_that_starts(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # The browser.
 
 
-def test_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
-    kill_browser(fresh, *warm)
+def test_a_browser_that_was_killed(killable: Pair) -> None:
+    kill_browser(killable)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
-    assert trouble.text.startswith(f"our own browser, its profile {fresh / 'profile'}: ")
+    assert trouble.text.startswith(f"our own browser, its profile {killable.base / 'profile'}: ")
     assert "lost" in trouble.text
     line = f"FAILURE  browser: {trouble.text} -> {RELOAD}"
     seen = harness_browser("--doctor")
@@ -201,40 +200,40 @@ def test_a_browser_that_was_killed(warm: tuple[int, int], fresh: Path) -> None:
     assert serves()
 
 
-def test_the_next_command_replaces_a_killed_browser(warm: tuple[int, int], fresh: Path) -> None:
-    kill_browser(fresh, *warm)
+def test_the_next_command_replaces_a_killed_browser(killable: Pair) -> None:
+    kill_browser(killable)
     assert [trouble.topic for trouble in troubles()] == ["browser"]
     assert serves()
     assert troubles() == []
     daemon, browser = pids()
-    assert daemon == warm[0]
-    assert browser != warm[1]
+    assert daemon == killable.daemon
+    assert browser != killable.browser
 
 
 @needs_posix
-def test_a_browser_that_is_stopped(warm: tuple[int, int]) -> None:
-    with suspended(warm[1]):
+def test_a_browser_that_is_stopped(killable: Pair) -> None:
+    with suspended(killable.browser):
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
-        assert f"pid {warm[1]}: the browser has not answered " in trouble.text
+        assert f"pid {killable.browser}: the browser has not answered " in trouble.text
     assert troubles() == []
     assert serves()
-    with suspended(warm[1]):
+    with suspended(killable.browser):
         apply(trouble.remedy)
         assert troubles() == []
     assert serves()
 
 
 @needs_posix
-def test_a_browser_that_a_killed_daemon_has_left(warm: tuple[int, int]) -> None:
-    kill(warm[0])
+def test_a_browser_that_a_killed_daemon_has_left(killable: Pair) -> None:
+    kill(killable.daemon)
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "browser", RELOAD)
-    assert trouble.text == f"pid {warm[1]} was left by a daemon that was killed; the next one takes it"
+    assert trouble.text == f"pid {killable.browser} was left by a daemon that was killed; the next one takes it"
     assert found("daemon browser").text.startswith("it was killed: the next command starts it; its log is ")
     assert serves()
     daemon, browser = pids()
-    assert (daemon != warm[0], browser) == (True, warm[1])
+    assert (daemon != killable.daemon, browser) == (True, killable.browser)
     assert troubles() == []
     kill(daemon)
     (trouble,) = troubles()
@@ -245,8 +244,9 @@ def test_a_browser_that_a_killed_daemon_has_left(warm: tuple[int, int]) -> None:
 
 
 @needs_posix
-def test_a_browser_that_was_left_needs_no_program(warm: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    kill(warm[0])
+def test_a_browser_that_was_left_needs_no_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serves()
+    kill(pids()[0])
     monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
     assert serves()
     kill(pids()[0])
@@ -285,7 +285,7 @@ def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_posix
-def test_a_stale_port_file_of_the_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_port_file_of_the_user(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     home = fresh / "it's home"
     profile = home / USUAL
     profile.mkdir(parents=True)
@@ -304,38 +304,39 @@ def test_a_stale_port_file_of_the_user(fresh: Path, monkeypatch: pytest.MonkeyPa
         apply(trouble.remedy)
         assert troubles() == []
     assert not word.exists()
-    monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
+    monkeypatch.setenv("BU_CDP_WS", other.websocket)
     assert serves()
 
 
 @needs_posix
-def test_a_browser_of_the_user_that_runs(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = fresh / "home" / USUAL
-    profile.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(fresh / "home"))
-    for variable in ("HARNESS_CHROME_OWN", "HARNESS_CHROME_PROFILE"):
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("XDG_DATA_HOME", str(fresh / "data"))
-    with other_browser(fresh, profile=f"home/{USUAL}") as other:
-        assert troubles() == []
-        assert found("browser").text == f"the next command uses DevToolsActivePort of {profile}, port {other.port}"
-        assert serves()
-        assert troubles() == []
-        assert f", DevToolsActivePort of {profile}, port {other.port}; it answers the daemon in " in found("browser").text
-        apply(RELOAD)
-        assert other.process.poll() is None
+def test_a_browser_of_the_user_that_runs(active_port: Path, other: OtherBrowser) -> None:
+    active_port.write_text(f"{other.port}\n{other.path}")
+    assert troubles() == []
+    where = f"DevToolsActivePort of {active_port.parent}, port {other.port}"
+    assert found("browser").text == f"the next command uses {where}"
+    assert serves()
+    assert troubles() == []
+    assert f", {where}; it answers the daemon in " in found("browser").text
+    apply(RELOAD)
+    assert other.process.poll() is None
 
 
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
-def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_a_browser_that_the_environment_names(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    def name(port: int) -> str:
+        """Name the browser at a port in the environment. Return its address without the path."""
+        place = f"{'ws' if variable == 'BU_CDP_WS' else 'http'}://127.0.0.1:{port}"
+        monkeypatch.setenv(variable, place + (other.path if variable == "BU_CDP_WS" else ""))
+        return place
+
     # No program to start is needed.
-    with other_browser(fresh) as other:
-        monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
-        address = other.websocket if variable == "BU_CDP_WS" else other.url
-        monkeypatch.setenv(variable, address)
+    monkeypatch.setenv("HARNESS_CHROME", "/nonexistent")
+    with relaying(other.port) as relay:
+        place = name(relay.port)
         (own,) = troubles()
         assert (own.level, own.topic) == ("warning", "own browser")
-        place = address.removesuffix(other.path)
         assert found("browser").text == f"the next command uses {variable}, {place}"
         assert serves()
         (own,) = troubles()
@@ -350,10 +351,13 @@ def test_a_browser_that_the_environment_names(fresh: Path, monkeypatch: pytest.M
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", None)
     assert trouble.text.startswith(f"{variable}: {place} can't be reached (")
     assert trouble.text.endswith(f"fix {variable}, or unset it to use another browser")
-    monkeypatch.delenv(variable)
     monkeypatch.delenv("HARNESS_CHROME")
+    name(other.port)
     assert troubles() == []
     assert serves()
+    harness_browser("--reload")
+    monkeypatch.delenv(variable)
+    assert troubles() == []
 
 
 @pytest.mark.parametrize(
@@ -379,10 +383,10 @@ def test_an_invalid_address(fresh: Path, monkeypatch: pytest.MonkeyPatch, variab
     assert (refused.returncode, "Traceback" in refused.stderr) == (6, False)
 
 
-def test_a_profile_that_another_daemon_uses(warm: tuple[int, int]) -> None:
+def test_a_profile_that_another_daemon_uses(killable: Pair) -> None:
     (trouble,) = troubles("--name", "two")
     assert (trouble.level, trouble.topic) == ("failure", "browser")
-    assert f"pid {warm[0]}" in trouble.text
+    assert f"pid {killable.daemon}" in trouble.text
     apply(RELOAD)
     assert troubles("--name", "two") == []
     assert serves()
@@ -392,18 +396,19 @@ def test_a_profile_that_another_daemon_uses(warm: tuple[int, int]) -> None:
 
 
 @needs_posix
-def test_a_daemon_that_is_stopped(warm: tuple[int, int]) -> None:
-    with suspended(warm[0]):
+def test_a_daemon_that_is_stopped(killable: Pair) -> None:
+    with suspended(killable.daemon):
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "daemon browser", None)
-        assert trouble.text.startswith(f"unresponsive, pid {warm[0]}: ")
+        assert trouble.text.startswith(f"unresponsive, pid {killable.daemon}: ")
         assert trouble.text.endswith(f"; its log is {log_path('browser')}")
     assert troubles() == []
-    assert pids() == warm
+    assert pids() == killable[1:]
     assert serves()
 
 
-def test_a_daemon_of_another_program(fresh: Path) -> None:
+@pytest.mark.usefixtures("attached")
+def test_a_daemon_of_another_program() -> None:
     with spawn_daemon("browser", app_version="other 1") as daemon:
         (trouble,) = troubles()
         assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "daemon browser", None)
@@ -414,7 +419,8 @@ def test_a_daemon_of_another_program(fresh: Path) -> None:
     assert serves()
 
 
-def test_a_daemon_of_another_version(fresh: Path) -> None:
+@pytest.mark.usefixtures("attached")
+def test_a_daemon_of_another_version() -> None:
     start("daemon.APP_VERSION = 'harness-browser 0.0'")
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("warning", "daemon browser", RELOAD)
@@ -445,8 +451,9 @@ STATES = {
 }
 
 
+@pytest.mark.usefixtures("attached")
 @pytest.mark.parametrize("reply", STATES.values(), ids=STATES)
-def test_a_daemon_without_a_valid_status(fresh: Path, reply: str) -> None:
+def test_a_daemon_without_a_valid_status(reply: str) -> None:
     start(OVERRIDE.format(condition="message.get('meta') == 'connection_status'", reply=reply))
     (trouble,) = troubles()
     assert (trouble.level, trouble.topic, trouble.remedy) == ("failure", "browser", RELOAD)
@@ -456,7 +463,8 @@ def test_a_daemon_without_a_valid_status(fresh: Path, reply: str) -> None:
     assert serves()
 
 
-def test_a_browser_that_answers_only_the_daemon(fresh: Path) -> None:
+@pytest.mark.usefixtures("attached")
+def test_a_browser_that_answers_only_the_daemon() -> None:
     error = {"type": "CDPError", "message": "as\\ntold"}
     start(OVERRIDE.format(condition="'method' in message", reply=f"return {{'error': {error}}}"))
     (trouble,) = troubles()
@@ -467,7 +475,8 @@ def test_a_browser_that_answers_only_the_daemon(fresh: Path) -> None:
     assert serves()
 
 
-def test_a_remedy_is_for_the_daemon_that_was_asked_about(fresh: Path) -> None:
+@pytest.mark.usefixtures("attached")
+def test_a_remedy_is_for_the_daemon_that_was_asked_about() -> None:
     start("daemon.APP_VERSION = 'harness-browser 0.0'", "work")
     (trouble,) = troubles("--name", "work")
     apply(trouble.remedy)
@@ -557,8 +566,8 @@ def test_without_the_extra(page: str) -> None:
 
 
 @needs_posix
-def test_a_runtime_directory_that_is_open_to_others(fresh: Path) -> None:
-    run = fresh / "run"
+def test_a_runtime_directory_that_is_open_to_others(attached: Path) -> None:
+    run = attached / "run"
     run.mkdir()
     run.chmod(0o777)
     (trouble,) = troubles()
