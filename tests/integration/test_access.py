@@ -7,10 +7,11 @@ import importlib
 import json
 import os
 import socket
+import subprocess
 import sys
 from multiprocessing.connection import Connection, deliver_challenge
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -42,6 +43,7 @@ STRANGER = 12345
 NAME = "private"
 # Errors of a connection whose peer closed it without reading.
 RESET = ("ConnectionResetError", "BrokenPipeError")
+Attempt: TypeAlias = "Callable[..., Any]"
 
 
 def try_raw(address: str) -> str:
@@ -60,7 +62,7 @@ def try_with_the_key(address: str, authkey: str) -> None:
             deliver_challenge(connection, role_key(bytes.fromhex(authkey), "daemon", address))
 
 
-# Attempts of the stranger, by name: each runs in a new process and prints its result.
+# Attempts of the stranger, by name.
 ATTEMPTS: dict[str, Callable[..., object]] = {
     "load": lambda: records.load(NAME).address,
     "request": lambda: request(NAME, {"method": "echo"}),
@@ -80,26 +82,46 @@ ATTEMPTS: dict[str, Callable[..., object]] = {
 }
 
 
-def attempt(verb: str, *arguments: str) -> Any:
-    """Run an attempt, and return its result, or the names of the error and its base classes."""
-    with spawn_python("-m", "tests.integration.test_access", verb, *arguments) as stranger:
-        return json.loads(stranger.read_line())
-
-
-def main(verb: str, *arguments: str) -> None:
-    # Import before the switch: the stranger may have no access to the interpreter's library.
-    for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil"):
-        importlib.import_module(module)
-    if sys.platform == "win32":
-        raise AssertionError("for POSIX")
+def make_attempt(verb: str, arguments: list[str]) -> Any:
+    """Become the stranger for good. Return the result of an attempt, or the names of the error and its base classes."""
     os.setgroups([])
     os.setgid(STRANGER)
     os.setuid(STRANGER)
     try:
-        outcome: Any = ATTEMPTS[verb](*arguments)
+        return ATTEMPTS[verb](*arguments)
     except Exception as error:
-        outcome = [kind.__name__ for kind in type(error).__mro__]
-    print(json.dumps(outcome), flush=True)
+        return [kind.__name__ for kind in type(error).__mro__]
+
+
+def main() -> None:
+    """Make each attempt that is read, in a child process, and print its result."""
+    # Import before the switch: the stranger may have no access to the interpreter's library.
+    for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil"):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        environment, verb, arguments = json.loads(line)
+        if (child := os.fork()) == 0:
+            os.environ.update(environment)
+            print(json.dumps(make_attempt(verb, arguments)), flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture(scope="module")
+def parent() -> Iterator[DaemonProcess]:
+    """The parent of the processes of the stranger."""
+    with spawn_python("-m", "tests.integration.test_access", stdin=subprocess.PIPE) as process:
+        yield process
+
+
+@pytest.fixture
+def attempt(parent: DaemonProcess) -> Attempt:
+    def make(verb: str, *arguments: str) -> Any:
+        environment = {name: value for name, value in os.environ.items() if name.startswith("HARNESS_IPC_")}
+        parent.write_line(json.dumps([environment, verb, arguments]))
+        return json.loads(parent.read_line())
+
+    return make
 
 
 @pytest.fixture
@@ -128,27 +150,27 @@ def reach(request: pytest.FixtureRequest, private_directories: Path, daemon: Dae
         yield request.param
 
 
-def test_the_stranger_is_a_stranger() -> None:
+def test_the_stranger_is_a_stranger(attempt: Attempt) -> None:
     assert attempt("who") == [STRANGER, STRANGER, STRANGER, []]
 
 
 @pytest.mark.usefixtures("reach")
-@pytest.mark.parametrize("verb", ["load", "request", "connect", "ping", "clean up", "serve"])
-def test_another_user_gets_a_typed_error_by_name(verb: str) -> None:
-    assert attempt(verb)[:3] == ["UnsafeDirectory", "HarnessIPCError", "PermissionError"]
+def test_another_user_gets_a_typed_error_by_name(attempt: Attempt) -> None:
+    for verb in ("load", "request", "connect", "ping", "clean up", "serve"):
+        assert attempt(verb)[:3] == ["UnsafeDirectory", "HarnessIPCError", "PermissionError"], verb
 
 
 @pytest.mark.usefixtures("reach")
-@pytest.mark.parametrize("ext", ["json", "lock"])
-def test_another_user_can_neither_read_nor_replace_known_files(ext: str) -> None:
-    path = str(runtime_path(NAME, ext))
-    assert attempt("open", path)[0] == "PermissionError"
-    assert attempt("unlink", path)[0] == "PermissionError"
-    assert attempt("create", path + "x")[0] == "PermissionError"
+def test_another_user_can_neither_read_nor_replace_known_files(attempt: Attempt) -> None:
+    for ext in ("json", "lock"):
+        path = str(runtime_path(NAME, ext))
+        assert attempt("open", path)[0] == "PermissionError"
+        assert attempt("unlink", path)[0] == "PermissionError"
+        assert attempt("create", path + "x")[0] == "PermissionError"
 
 
 @pytest.mark.usefixtures("reach")
-def test_another_user_cannot_connect_to_a_known_socket() -> None:
+def test_another_user_cannot_connect_to_a_known_socket(attempt: Attempt) -> None:
     address = records.load(NAME).address
     assert attempt("dial", address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
     assert attempt("raw", address)[0] == "PermissionError"
@@ -162,7 +184,7 @@ def opened(private_directories: Path, daemon: DaemonProcess) -> Iterator[records
         yield record
 
 
-def test_other_uid_is_refused_before_a_byte_is_read(opened: records.Record) -> None:
+def test_other_uid_is_refused_before_a_byte_is_read(attempt: Attempt, opened: records.Record) -> None:
     # The peer sent nothing and the handshake may take an hour, so its uid is the reason of the refusal.
     assert attempt("raw", opened.address) == ""
     assert attempt("with the key", opened.address, opened.authkey.hex())[0] in ("EOFError", *RESET)
@@ -172,7 +194,7 @@ def test_other_uid_is_refused_before_a_byte_is_read(opened: records.Record) -> N
     assert opened.authkey.hex() not in log
 
 
-def test_a_client_refuses_a_daemon_of_another_user(opened: records.Record) -> None:
+def test_a_client_refuses_a_daemon_of_another_user(attempt: Attempt, opened: records.Record) -> None:
     """Here the stranger is the client, and this process the other user."""
     assert attempt("dial", opened.address)[:3] == ["AuthenticationFailed", "HarnessIPCError", "PermissionError"]
 
@@ -185,7 +207,7 @@ def test_an_opened_directory_is_refused_by_its_owner(opened: records.Record) -> 
 
 
 @pytest.mark.parametrize("squat", ["mkdir", "link", "create"])
-def test_a_runtime_directory_of_another_user_is_refused(private_directories: Path, squat: str) -> None:
+def test_a_runtime_directory_of_another_user_is_refused(attempt: Attempt, private_directories: Path, squat: str) -> None:
     run, elsewhere = private_directories / "run", private_directories / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     with mode(private_directories, 0o1777):
@@ -211,7 +233,9 @@ def test_a_runtime_directory_of_another_user_is_refused(private_directories: Pat
             assert ping(NAME)
 
 
-def test_other_users_socket_directory_is_refused(private_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_users_socket_directory_is_refused(
+    attempt: Attempt, private_directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     temporary = private_directories / "tmp"
     temporary.mkdir()
     temporary.chmod(0o1777)
@@ -231,4 +255,4 @@ def test_other_users_socket_directory_is_refused(private_directories: Path, monk
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -116,6 +116,12 @@ class DaemonProcess:
         assert self.process.stdout is not None
         return self.process.stdout.readline().rstrip("\n")
 
+    def write_line(self, line: str) -> None:
+        """Write to standard input, which must be a pipe."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -124,12 +130,13 @@ class DaemonProcess:
         return self.process.wait(PATIENCE)
 
     def end(self) -> None:
-        """End the process if it still runs, even if it is suspended, and close the pipe."""
+        """End the process if it still runs, even if it is suspended, and close its pipes."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(PATIENCE)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 @contextlib.contextmanager
@@ -146,11 +153,11 @@ def spawn_daemon(name: str, **options: Any) -> Iterator[DaemonProcess]:
 
 
 @contextlib.contextmanager
-def spawn_python(*arguments: str) -> Iterator[DaemonProcess]:
+def spawn_python(*arguments: str, stdin: int = subprocess.DEVNULL) -> Iterator[DaemonProcess]:
     """Start this interpreter with `arguments`, with warnings as errors. Standard error is that of the test."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", *arguments],
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
