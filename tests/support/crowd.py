@@ -15,7 +15,6 @@ import os
 import random
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,7 @@ class Asker:
     """One client: the ways to send a request, and its records."""
 
     def __init__(self, directory: Path, driver: str) -> None:
+        self.directory = directory
         self.start = start_command(directory, driver)
         self.outcomes = os.open(directory / f"outcomes.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.chance = random.Random()
@@ -156,12 +156,12 @@ class Asker:
         self.is_dying = True
         threading.Timer(self.chance.uniform(0, 0.05), os._exit, [0]).start()
 
-    def run(self, seconds: float) -> None:
+    def run(self) -> None:
+        """Ask until the file "over" exists."""
         ways = [self.once, self.kept, self.in_threads, self.stream, self.leave_stream, self.leave, self.in_tasks]
-        deadline = time.monotonic() + seconds
         before = psutil.Process().num_fds()
         with self.connect() as client:
-            while time.monotonic() < deadline:
+            while not (self.directory / "over").exists():
                 self.chance.choice([self.die, *ways * 20])(client)
         if not self.is_dying:
             # A thread in which a coroutine started the daemon may still be ending.
@@ -172,4 +172,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "daemon":
         run(Path(sys.argv[2]), sys.argv[3])
     else:
-        Asker(Path(sys.argv[2]), sys.argv[3]).run(float(sys.argv[4]))
+        Asker(Path(sys.argv[2]), sys.argv[3]).run()
