@@ -92,7 +92,7 @@ def architecture(theme: str) -> str:
     picture.text(410, 46, "Unix socket or named pipe", colour="muted", more='font-size="12.5"')
     picture.text(410, 66, "JSON, both sides authenticated", colour="muted", more='font-size="12.5"')
     picture.box(320, 84, 180, 112, "daemon", "event loop, threads", "Service methods", colour="accent")
-    picture.box(565, 84, 180, 112, "the expensive thing", "a browser, an index,", "a compiler, a model")
+    picture.box(565, 84, 180, 112, "expensive resource", "a browser, an index,", "a compiler, a model")
     picture.arrow("M500,140 L563,140", both=True)
     picture.box(320, 232, 420, 48, "private directory, 0700", "record: address, key, state · name lock · log")
     picture.arrow("M410,196 L410,230", "writes", (434, 217))
@@ -120,7 +120,7 @@ def states(theme: str) -> str:
     picture.box(360, 186, 170, 48, "stale", "a record, no process")
     picture.arrow("M510,104 L510,184", "crash, kill", (546, 160), dashed=True)
     picture.arrow("M665,104 L665,210 L532,210", "kill", (600, 204), dashed=True)
-    picture.arrow("M360,210 L50,210 L50,106", "the next start, or stop, clears it away", (205, 204))
+    picture.arrow("M360,210 L50,210 L50,106", "the next start, or stop, removes it", (205, 204))
     return picture.svg()
 
 

@@ -50,11 +50,11 @@ LIMITS = (
 )
 # The ratios in the README.
 README_RATIOS = {
-    "kept connection, of U's time": "a request on an open connection, of U's time",
-    "one shot, of U's time": "a request with a new connection, both sides authenticated, of U's time",
-    "8 clients, kept, of U's requests/s": "requests per second of eight clients, of U's",
-    "whole fresh process, of U's client": "a whole process that asks once, of U's client's time",
-    "kept connection, the fastest peer with the same job": "an open connection of the fastest peer with this job, of our time",
+    "kept connection, of U's time": "time of a request on an open connection, relative to U",
+    "one shot, of U's time": "time of a request with a new connection, both sides authenticated, relative to U",
+    "8 clients, kept, of U's requests/s": "requests per second of eight clients, relative to U",
+    "whole fresh process, of U's client": "time of a whole process that sends one request, relative to U's client",
+    "kept connection, the fastest peer with the same job": "time on an open connection of the fastest peer, relative to ours",
 }
 # Every peer that does the same job takes longer than we do.
 SLOWER = ("one shot", "kept connection")
