@@ -261,6 +261,7 @@ def page(warm: Path) -> Iterator[str]:
 @pytest.fixture
 def killable(warm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """The shared daemon and its browser, in an empty tab. A test may end them, and start others with the same environment."""
+    close_tabs()
     helpers.page_info()
     helpers.disconnect()
     yield Pair(warm, *pids())

@@ -31,7 +31,7 @@ from harness_ipc.browser import helpers
 from harness_ipc.browser.errors import BrowserLost, TabClosed
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import find_binary
-from tests.browser.conftest import kill, processes_of, suspended
+from tests.browser.conftest import Pair, kill, processes_of, suspended
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser, relaying
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
@@ -59,9 +59,16 @@ def client(page: str) -> Iterator[Client]:
 
 
 @pytest.fixture
-def own(fresh: Path) -> Iterator[Client]:
-    """A connection to a new daemon with a new browser."""
+def any_tab(warm: Path) -> Iterator[Client]:
+    """A connection to the shared daemon, for requests that need no tab of their own."""
     helpers.connect()
+    with connected() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own(killable: Pair) -> Iterator[Client]:
+    """A connection to the shared daemon, with one empty tab. A test may end that daemon and its browser."""
     with connected() as daemon:
         yield daemon
 
@@ -121,6 +128,11 @@ def main_processes(base: Path) -> set[int]:
     return found
 
 
+def started() -> int:
+    """Return how often a browser was started, by the log."""
+    return the_log("browser").count("started pid ")
+
+
 def assert_serves(daemon: Client) -> None:
     assert value(evaluate(daemon, "6 * 7")) == 42
     status = daemon_status("browser", timeout=PATIENCE)
@@ -159,31 +171,33 @@ def at_once(number: int, what: Any) -> list[Any]:
 # The first page.
 
 
-def test_it_opens_a_page_if_there_are_only_the_browsers_own(theirs: OtherBrowser) -> None:
-    (blank,) = theirs.tabs()
-    internal = theirs.call("Target.createTarget", url="chrome://version")["targetId"]
-    theirs.call("Target.closeTarget", targetId=blank)
-    wait_until(lambda: theirs.tabs() == {internal: "chrome://version/"})
+@pytest.mark.usefixtures("attached")
+def test_it_opens_a_page_if_there_are_only_the_browsers_own(other: OtherBrowser) -> None:
+    (blank,) = other.tabs()
+    internal = other.call("Target.createTarget", url="chrome://version")["targetId"]
+    other.call("Target.closeTarget", targetId=blank)
+    wait_until(lambda: other.tabs() == {internal: "chrome://version/"})
     tab = helpers.current_tab()
     assert tab["url"] == "about:blank"
-    assert theirs.tabs() == {internal: "chrome://version/", tab["targetId"]: "about:blank"}
+    assert other.tabs() == {internal: "chrome://version/", tab["targetId"]: "about:blank"}
     # The same after it was closed.
     helpers.close_tab()
     after = helpers.current_tab()
     assert (after["url"], after["targetId"] == tab["targetId"]) == ("about:blank", False)
-    assert internal in theirs.tabs()
+    assert internal in other.tabs()
     with connected() as daemon:
         assert_serves(daemon)
 
 
-def test_it_prefers_a_real_page_to_an_empty_one(theirs: OtherBrowser, site: Site) -> None:
-    theirs.call("Target.createTarget", url="chrome://version")
-    real = theirs.call("Target.createTarget", url=f"{site.url}/")["targetId"]
-    theirs.call("Target.createTarget", url="about:blank")
-    wait_until(lambda: theirs.tabs().get(real) == f"{site.url}/" and len(theirs.tabs()) == 4)
+@pytest.mark.usefixtures("attached")
+def test_it_prefers_a_real_page_to_an_empty_one(other: OtherBrowser, site: Site) -> None:
+    other.call("Target.createTarget", url="chrome://version")
+    real = other.call("Target.createTarget", url=f"{site.url}/")["targetId"]
+    other.call("Target.createTarget", url="about:blank")
+    wait_until(lambda: other.tabs().get(real) == f"{site.url}/" and len(other.tabs()) == 4)
     assert helpers.current_tab()["targetId"] == real
     assert helpers.js("document.title") == "Home"
-    assert len(theirs.tabs()) == 4
+    assert len(other.tabs()) == 4
 
 
 def test_many_clients_may_close_the_last_tab(own: Client) -> None:
@@ -235,7 +249,7 @@ def test_each_meta_request_has_its_shape(client: Client, page: str, site: Site) 
 
 
 def test_the_current_tab_is_where_the_page_is(client: Client, site: Site) -> None:
-    for number in range(20):
+    for number in range(10):
         url = f"{site.url if number % 2 else site.other_url}/form?{number}"
         ask(client, "Page.navigate", url=url)
         # At once: the new URL may come later than the reply to Page.navigate.
@@ -286,31 +300,31 @@ EVALUATE = {"method": "Runtime.evaluate", "params": {"expression": "6 * 7"}}
     ],
     ids=lambda value: ascii(value) if isinstance(value, dict) else "",
 )
-def test_an_invalid_request_is_an_error(client: Client, message: Reply, code: int | None) -> None:
-    error = error_of(client.request(message), "CDPError")
+def test_an_invalid_request_is_an_error(any_tab: Client, message: Reply, code: int | None) -> None:
+    error = error_of(any_tab.request(message), "CDPError")
     if code is not None:
         assert error["data"]["code"] == code
-    assert_serves(client)
+    assert_serves(any_tab)
     with connected() as other:
         assert_serves(other)
 
 
-def test_optional_keys_of_a_request_may_be_null(client: Client) -> None:
+def test_optional_keys_of_a_request_may_be_null(any_tab: Client) -> None:
     for more in ({"session_id": None}, {"timeout": None}, {"session_id": ""}, {"timeout": 60}):
-        assert value(client.request({**EVALUATE, **more})) == 42
-    assert client.request({"method": "Page.enable", "params": None, "meta": None})["result"] == {}
+        assert value(any_tab.request({**EVALUATE, **more})) == 42
+    assert any_tab.request({"method": "Page.enable", "params": None, "meta": None})["result"] == {}
 
 
-def test_very_long_timeouts_are_accepted(client: Client) -> None:
+def test_very_long_timeouts_are_accepted(any_tab: Client) -> None:
     # 10**400 does not fit in a float.
     for timeout in (1e9, 1e308, 10**400):
-        assert value(client.request({**EVALUATE, "timeout": timeout})) == 42
+        assert value(any_tab.request({**EVALUATE, "timeout": timeout})) == 42
 
 
 @pytest.mark.parametrize("more", [{"session_id": "no such session"}, {"meta": "set_session", "target_id": "no such tab"}])
-def test_closing_an_unknown_tab(client: Client, more: Reply) -> None:
-    error_of(client.request({**EVALUATE, **more}), "TabClosed")
-    assert_serves(client)
+def test_closing_an_unknown_tab(any_tab: Client, more: Reply) -> None:
+    error_of(any_tab.request({**EVALUATE, **more}), "TabClosed")
+    assert_serves(any_tab)
 
 
 def test_requests_to_the_browser_have_no_session(client: Client, page: str) -> None:
@@ -365,7 +379,7 @@ def test_two_clients_drive_two_tabs_at_once(client: Client) -> None:
         with connected() as daemon:
             _, session = new_tab(daemon)
             meeting.wait(PATIENCE)
-            for number in range(1, 101):
+            for number in range(1, 51):
                 count = f"{COUNT}, new Promise(done => setTimeout(() => done('{name} ' + window.count), 1))"
                 reply = evaluate(daemon, count, session)
                 assert (value(reply), reply["session_id"]) == (f"{name} {number}", session)
@@ -591,7 +605,7 @@ def test_the_session_of_a_closed_tab_is_never_another_tab(client: Client) -> Non
 
 
 def test_closing_returns_when_the_tab_is_closed(client: Client) -> None:
-    for _ in range(10):
+    for _ in range(5):
         target, _ = new_tab(client)
         assert ask(client, "Target.closeTarget", targetId=target)["result"] == {"success": True}
         targets = ask(client, "Target.getTargets")["result"]["targetInfos"]
@@ -681,6 +695,7 @@ def test_health_asks_the_browser(own: Client) -> None:
 
 
 def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
+    starts = started()
     old = own.request({"meta": "session"})["session_id"]
     first = own.request({"meta": "connection_status"})["pid"]
     with in_flight(old) as job:
@@ -702,7 +717,7 @@ def test_a_killed_browser_is_replaced_by_the_next_request(own: Client) -> None:
     second = own.request({"meta": "connection_status"})
     assert (second["connected"], second["own"], second["problem"]) == (True, True, None)
     assert second["pid"] not in (None, first)
-    assert the_log("browser").count("started pid") == 2
+    assert started() == starts + 1
     error_of(evaluate(own, COUNT, old), "TabClosed")
     assert value(evaluate(own, "window.count")) == 8
     assert_serves(own)
@@ -767,7 +782,8 @@ def test_helpers_raise_once_for_a_lost_tab(own: Client) -> None:
     assert_serves(own)
 
 
-def test_requests_survive_repeated_kills_of_the_browser(own: Client, fresh: Path) -> None:
+def test_requests_survive_repeated_kills_of_the_browser(own: Client, killable: Pair) -> None:
+    starts = started()
     done = threading.Event()
 
     def run() -> list[str]:
@@ -784,7 +800,7 @@ def test_requests_survive_repeated_kills_of_the_browser(own: Client, fresh: Path
     killed: set[int] = set()
     with in_thread(run) as one, in_thread(run) as two, in_thread(run) as three:
         try:
-            while len(killed) < 4:
+            while len(killed) < 3:
                 pid = own.request({"meta": "connection_status"})["pid"]
                 if pid is not None and pid not in killed and value(evaluate(own, "6 * 7")) == 42:
                     kill(pid)
@@ -797,8 +813,8 @@ def test_requests_survive_repeated_kills_of_the_browser(own: Client, fresh: Path
     assert_serves(own)
     last = own.request({"meta": "connection_status"})["pid"]
     assert last not in killed
-    wait_until(lambda: main_processes(fresh) == {last})
-    assert the_log("browser").count("started pid") == 5
+    wait_until(lambda: main_processes(killable.base) == {last})
+    assert started() == starts + 3
 
 
 @needs_posix
@@ -812,7 +828,7 @@ def test_stopping_during_a_restart_of_the_browser_leaves_nothing(fresh: Path, mo
         kill(daemon.request({"meta": "connection_status"})["pid"])
         wait_until(lambda: not daemon.request({"meta": "connection_status"})["connected"])
         with in_thread(daemon.request, EVALUATE) as job:
-            wait_until(lambda: the_log("browser").count("started pid") == 2)
+            wait_until(lambda: started() == 2)
             assert stop_daemon("browser", timeout=PATIENCE)
             with contextlib.suppress(ConnectionLost):
                 assert "error" in job.result(PATIENCE)
@@ -833,33 +849,42 @@ def test_a_browser_that_was_asked_to_close_is_replaced_as_well(own: Client) -> N
     assert own.request({"meta": "connection_status"})["pid"] not in (None, first)
 
 
-def test_the_browser_of_others_that_is_gone_for_good_is_lost(theirs: OtherBrowser) -> None:
-    helpers.connect()
-    with connected() as daemon:
-        session = daemon.request({"meta": "session"})["session_id"]
-        with in_flight(session) as job:
-            kill_browser(theirs.process)
-            error_of(job.result(PATIENCE), "BrowserLost")
-        # The daemon refuses clients and ends; the next one looks for the browser again.
-        wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
-        with pytest.raises(DaemonNotRunning):
-            daemon.request(EVALUATE)
+def test_the_browser_of_others_that_is_gone_for_good_is_lost(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as there:
+        relay = there.enter_context(relaying(other.port))
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{relay.port}{other.path}")
+        helpers.connect()
+        with connected() as daemon:
+            session = daemon.request({"meta": "session"})["session_id"]
+            with in_flight(session) as job:
+                there.close()
+                error_of(job.result(PATIENCE), "BrowserLost")
+            # The daemon refuses clients and ends; the next one looks for the browser again.
+            wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
+            with pytest.raises(DaemonNotRunning):
+                daemon.request(EVALUATE)
     helpers.disconnect()
     with pytest.raises(StartFailed, match="BU_CDP_WS") as failed:
         helpers.page_info()
-    assert theirs.path.rpartition("/")[2] not in str(failed.value) + the_log("browser")
+    assert other.path.rpartition("/")[2] not in str(failed.value) + the_log("browser")
 
 
 @needs_posix
-def test_a_browser_whose_port_another_program_has_is_lost_once(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Enter a tab, which is lost with the browser.
-    helpers.page_info()
-    pid = daemon_status("browser", timeout=PATIENCE).pid
-    assert pid is not None
-    with contextlib.ExitStack() as stack:
+def test_a_browser_whose_port_another_program_has_is_lost_once(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as there, contextlib.ExitStack() as instead:
+        relay = there.enter_context(relaying(other.port))
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{relay.port}{other.path}")
+        # Enter a tab, which is lost with the browser.
+        helpers.page_info()
+        pid = daemon_status("browser", timeout=PATIENCE).pid
+        assert pid is not None
         with suspended(pid):
-            kill_browser(theirs.process)
-            stack.enter_context(answering(http("404 Not Found"), port=theirs.port))
+            there.close()
+            instead.enter_context(answering(http("404 Not Found"), port=relay.port))
         wait_until(lambda: not helpers.connect().request({"meta": "connection_status"})["connected"])
         with pytest.raises(BrowserLost, match="answered 404"):
             helpers.page_info()
@@ -891,9 +916,11 @@ def test_the_browser_of_others_that_comes_back_is_used_again(
         assert daemon.request({"meta": "session"})["target_id"] in successor.tabs()
 
 
-def test_after_a_cut_connection_each_session_finds_its_tab(theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    with relaying(theirs.port) as relay:
-        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{relay.port}{theirs.path}")
+def test_after_a_cut_connection_each_session_finds_its_tab(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with relaying(other.port) as relay:
+        monkeypatch.setenv("BU_CDP_WS", f"ws://127.0.0.1:{relay.port}{other.path}")
         helpers.connect()
         with connected() as daemon:
             tabs = [new_tab(daemon) for _ in range(3)]
@@ -903,7 +930,7 @@ def test_after_a_cut_connection_each_session_finds_its_tab(theirs: OtherBrowser,
             with in_flight(default) as job:
                 relay.cut()
                 error_of(job.result(PATIENCE), "BrowserLost")
-            replies = at_once(8, lambda other: [evaluate(other, "window.number", session) for _, session in tabs])
+            replies = at_once(8, lambda client: [evaluate(client, "window.number", session) for _, session in tabs])
             for answers in replies:
                 assert [value(answer) for answer in answers] == [0, 1, 2]
             successors = {tuple(answer["session_id"] for answer in answers) for answers in replies}
@@ -917,7 +944,9 @@ def test_after_a_cut_connection_each_session_finds_its_tab(theirs: OtherBrowser,
 # The daemon ends.
 
 
-def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: Path, site: Site) -> None:
+def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, killable: Pair, site: Site) -> None:
+    adoption = "the browser of an earlier daemon is still there"
+    adoptions = the_log("browser").count(adoption)
     helpers.goto_url(f"{site.url}/")
     wait_until(lambda: helpers.current_tab()["title"] == "Home")
     tab = helpers.current_tab()
@@ -932,11 +961,11 @@ def test_a_killed_daemon_leaves_its_browser_to_the_next_one(own: Client, fresh: 
     found = helpers.connect().request({"meta": "connection_status"})
     assert (found["own"], found["pid"]) == (True, browser)
     assert helpers.connect().pid != daemon
-    assert "the browser of an earlier daemon is still there" in the_log("browser")
+    assert the_log("browser").count(adoption) == adoptions + 1
     # The browser belongs to this daemon now, and ends with it.
     helpers.disconnect()
     assert stop_daemon("browser")
-    wait_until(lambda: browser not in main_processes(fresh))
+    wait_until(lambda: browser not in main_processes(killable.base))
     helpers.connect()
     with connected() as successor:
         assert_serves(successor)
@@ -969,14 +998,14 @@ def test_a_browser_is_adopted_after_a_kill_during_its_start(fresh: Path) -> None
     assert main_processes(fresh) == {only}
 
 
-def test_an_orphaned_browser_can_be_ended(own: Client, fresh: Path) -> None:
+def test_an_orphaned_browser_can_be_ended(own: Client, killable: Pair) -> None:
     browser = ManagedBrowser("browser")
     pid = own.request({"meta": "connection_status"})["pid"]
     kill_daemon(own.pid)
     assert browser.pid() == pid
-    assert main_processes(fresh) == {pid}
+    assert main_processes(killable.base) == {pid}
     assert browser.end() is True
-    wait_until(lambda: not processes_of(fresh))
+    wait_until(lambda: not processes_of(killable.base))
     assert browser.end() is False
     assert browser.pid() is None
     helpers.disconnect()
@@ -1029,7 +1058,7 @@ def test_a_foreign_note_signals_nobody(kind: str, fresh: Path) -> None:
         stranger.communicate(timeout=PATIENCE)
 
 
-def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_daemon_ends_with_its_browser(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_BROWSER_IDLE_TIMEOUT", "0.5")
     assert helpers.js("6 * 7") == 42
     helpers.disconnect()
@@ -1039,6 +1068,7 @@ def test_an_idle_daemon_ends_with_its_browser(fresh: Path, monkeypatch: pytest.M
     with pytest.raises(StartFailed, match="HARNESS_BROWSER_IDLE_TIMEOUT='soon' is not a number of seconds"):
         helpers.connect()
     monkeypatch.delenv("HARNESS_BROWSER_IDLE_TIMEOUT")
+    monkeypatch.setenv("BU_CDP_WS", other.websocket)
     helpers.connect()
     with connected() as daemon:
         assert_serves(daemon)

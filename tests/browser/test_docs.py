@@ -25,7 +25,8 @@ def run(name: str, directory: Path) -> str:
     return result.stdout
 
 
-def test_the_guest_book(fresh: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("page")
+def test_the_guest_book(tmp_path: Path) -> None:
     assert run("visit.py", tmp_path) == "Guest book - Ada! was here\nguests.png\n"
     assert (tmp_path / "guests.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

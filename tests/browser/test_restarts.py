@@ -9,7 +9,8 @@ import pytest
 from harness_ipc import stop_daemon
 from harness_ipc.browser import helpers
 from harness_ipc.browser.errors import TabClosed
-from tests.browser.others import other_browser
+from tests.browser.conftest import Pair
+from tests.browser.others import OtherBrowser
 from tests.support.marks import needs_chromium
 from tests.support.processes import PATIENCE
 
@@ -17,21 +18,21 @@ pytestmark = needs_chromium
 
 
 @pytest.fixture
-def stopped(fresh: Path) -> None:
+def stopped(killable: Pair) -> None:
     """A process in a tab of a daemon that was stopped, with its browser."""
     helpers.js("window.kept = 42")
     assert stop_daemon("browser")
 
 
-def test_the_tab_is_found_again_in_the_browser_of_others(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with other_browser(fresh) as theirs:
-        monkeypatch.setenv("BU_CDP_URL", theirs.url)
-        tab = helpers.current_tab()["targetId"]
-        helpers.js("window.kept = 42")
-        assert stop_daemon("browser")
-        assert helpers.js("window.kept") == 42
-        assert helpers.current_tab()["targetId"] == tab
-        stop_daemon("browser")
+def test_the_tab_is_found_again_in_the_browser_of_others(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BU_CDP_URL", other.url)
+    tab = helpers.current_tab()["targetId"]
+    helpers.js("window.kept = 42")
+    assert stop_daemon("browser")
+    assert helpers.js("window.kept") == 42
+    assert helpers.current_tab()["targetId"] == tab
 
 
 @pytest.mark.usefixtures("stopped")
@@ -48,7 +49,7 @@ def test_after_a_restart_a_page_can_be_gone_to_at_once() -> None:
     assert helpers.page_info()["title"] == "next"
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("killable")
 def test_a_tab_is_entered_in_the_next_daemon() -> None:
     helpers.connect()
     assert stop_daemon("browser")

@@ -22,7 +22,8 @@ SECRET = "hush-4711"
 TALKATIVE = "import logging\nlogging.getLogger().setLevel(logging.DEBUG)\nfrom harness_ipc.browser import daemon\ndaemon.main()"
 
 
-def test_the_log_has_nothing_of_what_is_said_to_a_page(fresh: Path, site: Site, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("attached")
+def test_the_log_has_nothing_of_what_is_said_to_a_page(site: Site, tmp_path: Path) -> None:
     ensure_daemon("browser", [sys.executable, "-W", "error", "-c", TALKATIVE, "browser"])
     url = f"{site.url}/form?token={SECRET}"
     visit(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ raise ImportError("planted")
 """
 
 
-def imported_names() -> set[str]:
+@functools.cache
+def imported_names() -> frozenset[str]:
     """Return all top-level modules that the package imports, and all of the standard library, on any system."""
     names = set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
@@ -26,7 +28,7 @@ def imported_names() -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names.add(node.module.partition(".")[0])
-    return names
+    return frozenset(names)
 
 
 class PlantedModules:
