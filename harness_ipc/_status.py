@@ -28,25 +28,27 @@ from .errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Seconds for a daemon to report its state. It waits 0.25 s for its event loop.
+# Seconds for a daemon to answer. A ping waits 0.25 s of them for the daemon's event loop.
 STATUS_TIMEOUT = 2.0
-# Seconds between two polls: for the end of a process that is not our child, or for a lock.
+# Seconds between polls, for the end of a process that is not our child, or for a lock.
 _POLL_INTERVAL = 0.01
 # Daemons that are queried concurrently.
 _AT_ONCE = 8
-# Fields that a status takes from the record.
+# Fields that are copied from the record.
 _KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment", "progress")
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatus:
-    """The state of the daemon `name`. Times are in seconds, `since` in seconds since 1970.
+    """The state of the daemon `name`. Times are in seconds.
 
     `state` is "absent", "starting", "running", "unresponsive" (alive, but its loop is blocked or it does not answer), "stale"
-    (the record of a dead process), "incompatible" (of another schema) or "forbidden" (unsafe, or another user's). `argv` and
-    `cwd` are those of the start, `environment` the names of the variables that the starter added. `healthy` is False if the
-    app's `health` raised an error or returned an "error", True if it returned anything else, and None if the app has no
-    `health` or did not answer; `health` has the error then. `progress` is the last progress of a start, at most a second old.
+    (the record of a dead process), "incompatible" (of another schema) or "forbidden" (unsafe, or another user's). `since`, in
+    seconds since 1970, is when the daemon began to start or, if it is "unresponsive", when its loop was blocked; None if
+    unknown. `uptime` counts from the beginning of the start too. `argv` and `cwd` are those of the start, `environment` has the
+    names of the variables that the starter added. `health` is the result of the app's `health`, or has its error. `healthy` is
+    False if the app's `health` raised an error or returned an "error", True if it returned anything else, and None if the app
+    has no `health` or did not answer. `progress` is the last progress of a start, at most a second old.
     """
 
     name: str

@@ -149,7 +149,7 @@ class Client:
         Raises `DaemonTimeout`, `ConnectionLost`, `Busy`, `MessageTooLarge`, `ProtocolError`, `ClientClosed`, and what
         `connect_daemon` does if a connection has to be opened. The error's `maybe_executed` says whether the request may have
         run. If `message` itself is invalid or too large, nothing is sent. A message with "more" is refused: use `stream`.
-        `Busy` is not retried: the caller knows whether to wait.
+        `Busy` is not retried: the caller decides whether to wait.
         """
         timeout = self.request_timeout if timeout is None else timeout
         return run(Exchange(self._pool, check_request(message), timeout).reply())
@@ -166,7 +166,7 @@ class Client:
     ) -> Any:
         """Send ``{"method": method, "params": {**params, **kwargs}}`` and return ``reply["result"]``.
 
-        `params` is for names that are arguments here, such as "timeout". The daemon is told how many seconds are left.
+        `params` is for names that are arguments here, such as "timeout". The handler gets the deadline: see `current_request`.
         `on_progress` is called with each item that the method reports or yields before its final result.
 
         Raises `RemoteError` for ``reply["error"]``, `TypeError` for a duplicate parameter, and what `request` does.
@@ -256,7 +256,7 @@ def request(
 ) -> Message:
     """Connect to the daemon `name`, send `message`, return the raw reply and close.
 
-    `timeout` in seconds is for everything, with at most 5 of it for connecting. Other arguments are those of `connect_daemon`.
+    `timeout` covers everything, in seconds, with at most 5 for connecting. Other arguments are those of `connect_daemon`.
 
     Raises what `connect_daemon` and `Client.request` raise.
     """
@@ -289,8 +289,8 @@ def ping(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | 
 def identify(name: str, timeout: float = CONNECT_TIMEOUT, *, namespace: Namespace | None = None) -> int | None:
     """Return the process id of the daemon `name`, as reported by the authenticated daemon, or None if it does not answer.
 
-    None means that there is no daemon, that it timed out, disconnected or sent an invalid reply, or that the listener could not
-    authenticate itself.
+    None means that there is no daemon, that it timed out, disconnected or sent an invalid reply, or that the process at its
+    address failed to authenticate itself.
 
     Raises errors that a new daemon would not fix: `InvalidName`, `UnsafeDirectory`, `IncompatibleDaemon` (a record of another
     schema; the daemon may be running), and `ResourceExhausted` (no free descriptor in this process).

@@ -1,20 +1,20 @@
 """The exceptions. Each also derives from a fitting built-in exception.
 
 HarnessIPCError
-├── InvalidName            ValueError              a daemon name that no path may be built from
+├── InvalidName            ValueError              a name that is not 1 to 64 of A-Z a-z 0-9 _ -
 ├── UnsafeDirectory        PermissionError         a directory or file that others could read or replace
-├── DaemonNotRunning       ConnectionRefusedError  no record, or nobody behind it
+├── DaemonNotRunning       ConnectionRefusedError  no record, or a stale one
 ├── AlreadyRunning         RuntimeError            another process has this name
 ├── StartFailed            RuntimeError            a daemon could not start
-├── IncompatibleDaemon     RuntimeError            a daemon whose record has another schema
+├── IncompatibleDaemon     RuntimeError            a daemon of another version, or with a record of another schema
 ├── AuthenticationFailed   PermissionError         the peer has another key, or is another user
 ├── Busy                   RuntimeError            the daemon is full; the text names the limit
-├── DaemonTimeout          TimeoutError            the deadline of a call passed
+├── DaemonTimeout          TimeoutError            a timeout expired
 ├── ConnectionLost         ConnectionError         the peer closed the connection
 ├── ClientClosed           RuntimeError            this client was closed
 ├── ResourceExhausted      OSError                 this process is out of descriptors, memory or threads
 ├── MessageTooLarge        ValueError              a message above the limit of one of the two sides
-├── ProtocolError          ValueError              an invalid message: not JSON, or not an object
+├── ProtocolError          ValueError              an invalid message: not a JSON object, or an unexpected reply
 └── RemoteError            RuntimeError            the handler in the daemon raised an error
     ├── MethodNotFound     LookupError             the service has no such method
     ├── InvalidParams      TypeError               the method does not accept these parameters
@@ -90,7 +90,10 @@ class StartFailed(HarnessIPCError, RuntimeError):
 
 
 class IncompatibleDaemon(HarnessIPCError, RuntimeError):
-    """The record has another schema: this version can ping and stop the daemon, but not send requests to it."""
+    """The daemon has another `app_version` than required, or its record has another schema.
+
+    A daemon with a record of another schema can be pinged and stopped, but takes no other requests.
+    """
 
 
 class AuthenticationFailed(HarnessIPCError, PermissionError):
@@ -102,7 +105,7 @@ class Busy(HarnessIPCError, RuntimeError):
 
 
 class DaemonTimeout(HarnessIPCError, TimeoutError):
-    """The deadline passed. If `maybe_executed` is True, the request may have run, or may still be running."""
+    """A timeout expired. If `maybe_executed` is True, the request may have run, or may still be running."""
 
 
 class ConnectionLost(HarnessIPCError, ConnectionError):
@@ -127,7 +130,7 @@ class MessageTooLarge(HarnessIPCError, ValueError):
 
 
 class ProtocolError(HarnessIPCError, ValueError):
-    """An invalid message: not UTF-8, not JSON (NaN is not), or not an object."""
+    """An invalid message: not UTF-8, not JSON (NaN is not), not an object, or not a reply that the protocol allows."""
 
 
 class RemoteError(HarnessIPCError, RuntimeError):

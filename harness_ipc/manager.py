@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 # Seconds for a drain: the daemon's grace period, and the app's stop.
 STOP_TIMEOUT = 10.0
-# Seconds for a process to end after it was terminated, and after it was killed.
+# Seconds for a process to end after it was terminated, and then after it was killed.
 _TERMINATE_PERIOD = 2.0
 _KILL_PERIOD = 10.0
 # Starts that find the name taken: once may be a race, repeatedly means a daemon in another directory.
@@ -68,7 +68,7 @@ def ensure_daemon(
     `argv` is an app, "module:object", which ``harness-ipc serve`` runs with this interpreter, or the words of a command line
     whose program calls `run_daemon` with this name. If many processes call this at once, only one daemon is started. The child
     is detached; standard input is the null device, and standard output and error go to the log. `env` is added to its
-    environment. `timeout` is for everything, in seconds. `version` is the required `app_version` of a running daemon; on a
+    environment. `timeout` covers everything, in seconds. `version` is the required `app_version` of a running daemon; on a
     mismatch, `on_mismatch` decides whether to raise an error, restart the daemon or accept it. With `on_unhealthy="restart"`, a
     running daemon that reports that it is unhealthy (`DaemonStatus.healthy` is False) is restarted, but not one that does not
     answer. `on_progress` is called with each value that the daemon reports while it starts (`await report(value)` in its app's
@@ -77,7 +77,7 @@ def ensure_daemon(
 
     Raises `StartFailed`, with the end of the log, as soon as the start has failed; `DaemonTimeout` if it is still starting when
     the timeout expires; `IncompatibleDaemon`, `UnsafeDirectory`, `AuthenticationFailed`, `ResourceExhausted` or `InvalidName`;
-    `TypeError` or `ValueError` for an `argv` that is a string or empty.
+    `TypeError` for an `argv` that is another string than "module:object", and `ValueError` if it is empty.
     """
     command = Command.make(name, argv, cwd, env)
     accepted = _Accepted(version, on_mismatch, on_unhealthy)
@@ -85,7 +85,7 @@ def ensure_daemon(
 
 
 class _Accepted(NamedTuple):
-    """Which running daemons `ensure_daemon` accepts, and how it treats others: see there."""
+    """Which running daemons are accepted, and what is done about others: arguments of `ensure_daemon`."""
 
     version: str | None = None
     on_mismatch: str = "error"
@@ -167,7 +167,7 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
         if record is None and found is not None:
-            # Its record was removed, and it has restored it.
+            # A removed record, which the daemon has restored.
             return stop_daemon(name, timeout=timeout, namespace=namespace)
         if record is not None and found not in (None, record.generation):
             break
@@ -264,6 +264,7 @@ def _ask_to_stop(record: records.Record, timeout: float, namespace: Namespace) -
 
 
 def _end(record: records.Record, timeout: float) -> None:
+    """Wait for the daemon's process to end; terminate it after `timeout` seconds, then kill it. Raises `DaemonTimeout`."""
     import psutil
 
     identity = record.public()

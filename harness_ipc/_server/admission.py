@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Above this number the oldest are dropped, but each has at least a second, during which nothing more is accepted. So neither
-# silent clients nor a burst of honest ones can keep an honest client out.
+# At this number nothing more is accepted until those that are older than a second have been dropped. So neither silent clients
+# nor a burst of honest ones can keep an honest client out.
 MAX_PENDING_HANDSHAKES = 256
 MIN_HANDSHAKE_TIME = 1.0
 # Seconds before accept is retried without room, descriptors or memory.
@@ -33,7 +33,7 @@ PAUSE = 0.1
 
 
 class Deadlines:
-    """The deadlines of the connections of one event loop: see `Session.due`."""
+    """The deadlines of one event loop's connections, with one timer. A deadline is `Session.due`, a monotonic time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sessions: Callable[[], list[Session]]) -> None:
         self._loop = loop
@@ -43,7 +43,7 @@ class Deadlines:
         self._next = inf
 
     def set(self, session: Session, seconds: float) -> None:
-        """Close `session` after `seconds`, unless it has a deadline already, or sets `due` to infinity before."""
+        """Set a deadline in `seconds`, unless `session` has one. It is closed then, unless it has set `due` to infinity."""
         if session.due == inf and seconds < inf:
             session.due = time.monotonic() + seconds
             if session.due < self._next:
@@ -87,9 +87,9 @@ class Admission:
             session.connection.close_inherited()
 
     def accept(self) -> tuple[Accepted, str | None] | None:
-        """Accept a client without waiting. Return None if none is waiting, or `is_paused`.
+        """Accept a client without waiting, and return the connection; None if no client is waiting, or if `is_paused`.
 
-        Returns the connection, and if it uses the spare descriptor, the limit that was reached.
+        If the connection uses the spare descriptor, the limit that was reached is returned with it.
         """
         try:
             if not self.make_room():
@@ -103,7 +103,7 @@ class Admission:
             self._log.warning("refused a client: %s", error)
             return None
         except OSError as error:
-            if error.errno == errno.EBADF:  # the server has been closed meanwhile
+            if error.errno == errno.EBADF:  # the server was closed meanwhile
                 return None
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 self._log.error("can't accept connections for now: %s", error)
@@ -137,7 +137,7 @@ class Admission:
             return False
 
     def _drop_silent(self) -> bool:
-        """Close pending handshakes that are older than a second. Return whether there were any."""
+        """Abort pending handshakes that are older than a second. Return whether there were any."""
         latest = time.monotonic() - MIN_HANDSHAKE_TIME
         silent = [session for session in self._pending if session.accepted_at <= latest]
         for session in silent:
@@ -181,7 +181,7 @@ class Admission:
         return len(self._sessions)
 
     def log_end(self, session: Session, error: Exception | None) -> None:
-        """Log why a connection ends: debug for a normal end, a warning for a fault of the client, an error for one of ours."""
+        """Log why a connection ends: debug for a normal end, a warning for a fault of the client, an error for a bug."""
         pid = session.peer.pid
         if error is None:
             logger.debug("the client with pid %s has disconnected", pid)

@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def answer_builtin(server: DaemonServer, host: Host, session: Session, message: Message) -> bool:
-    """Answer such a request, now or later, in the thread of the session's host. Return False for other requests."""
+    """Answer a built-in request, or any request of a client above a limit, now or later. Return False for other requests.
+
+    Call it in the thread of the session's host.
+    """
     verb = message.get("meta")
     if verb == messages.PING:
         host.start_ping(session)
@@ -40,7 +43,10 @@ def answer_builtin(server: DaemonServer, host: Host, session: Session, message: 
 
 
 def send_pong(server: DaemonServer, session: Session, since: float, responsive: bool = True) -> None:
-    """Reply to a ping, in the thread of the session's host. The server's loop has taken since the time `since`."""
+    """Reply to a ping, in the thread of the session's host.
+
+    `since` is the monotonic time at which the server's loop was asked, or if it is not `responsive`, last ran.
+    """
     counters = server.requests.counters
     pong = {
         "pong": True,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 # Seconds that a ping waits for the server's loop. A loop that takes longer is unresponsive.
-_PATIENCE = 0.25
+_LOOP_TIMEOUT = 0.25
 
 
 class Greeter(threading.Thread):
@@ -36,10 +36,11 @@ class Greeter(threading.Thread):
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
         self.deadlines = Deadlines(self.loop, lambda: server.admission.hosted_by(self))
         self._server = server
-        # Pings that wait for the server's loop, and their timers; the time of the unanswered question to it.
+        # Pings that wait for the server's loop, and their timers.
         self._pings: dict[Session, asyncio.TimerHandle] = {}
+        # When the callback that the server's loop has not run yet was scheduled.
         self._asked_at: float | None = None
-        # The last time that the server's loop was responsive, if `DaemonServer.beat` is called.
+        # When the server's loop was last responsive, if `DaemonServer.beat` is called.
         self.beat_at: float | None = None
 
     def run(self) -> None:
@@ -70,11 +71,11 @@ class Greeter(threading.Thread):
         session.move(self._server, message)
 
     def start_ping(self, session: Session) -> None:
-        """Answer a ping when the server's loop has responded, or after 0.25 s."""
+        """Answer a ping when the server's loop has run a callback, or after 0.25 s."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self._server.loop.call_soon_threadsafe(self.loop.call_soon_threadsafe, self._on_answer, self._asked_at)
-        self._pings[session] = self.loop.call_later(_PATIENCE, self._give_up, session)
+        self._pings[session] = self.loop.call_later(_LOOP_TIMEOUT, self._on_timeout, session)
 
     def _on_answer(self, asked_at: float) -> None:
         self._asked_at = None
@@ -83,7 +84,7 @@ class Greeter(threading.Thread):
             timer.cancel()
             send_pong(self._server, session, asked_at)
 
-    def _give_up(self, session: Session) -> None:
+    def _on_timeout(self, session: Session) -> None:
         del self._pings[session]
         assert self._asked_at is not None
         send_pong(self._server, session, self.beat_at or self._asked_at, responsive=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .session import Host, Session
 
 # Seconds until the greeter accepts a client that the server's loop has not accepted.
-_LOOP_PATIENCE = 0.1
+_LOOP_TIMEOUT = 0.1
 # Bytes of the first read.
 _FIRST_READ = 4096
 
@@ -32,13 +32,13 @@ class LoopAcceptor:
         self._server = server
         self._listener = server.admission.listener
         self._descriptor = self._listener.fileno()
-        # The number of accepted clients when the loop was found blocked.
-        self._stalled_at = -1
+        # The number of accepted clients when the server's loop was found blocked, or -1.
+        self._accepted_when_blocked = -1
 
     def start(self) -> None:
         """Start accepting."""
         self._resume()
-        self._server.greeter.loop.call_soon_threadsafe(self._stand_by)
+        self._server.greeter.loop.call_soon_threadsafe(self._accept_while_loop_blocked)
 
     def close(self) -> None:
         """Stop accepting."""
@@ -73,25 +73,25 @@ class LoopAcceptor:
 
     # In the greeter's thread.
 
-    def _stand_by(self) -> None:
+    def _accept_while_loop_blocked(self) -> None:
         if not self._server.is_draining:
             with contextlib.suppress(OSError):  # it was closed meanwhile
                 self._server.greeter.loop.add_reader(self._descriptor, self._on_waiting_client)
 
     def _on_waiting_client(self) -> None:
         admission = self._server.admission
-        if self._stalled_at == admission.accepted and self._accept(self._server.greeter):
-            self._stalled_at = admission.accepted
+        if self._accepted_when_blocked == admission.accepted and self._accept(self._server.greeter):
+            self._accepted_when_blocked = admission.accepted
         else:
-            # Leave it to the server's loop unless that is blocked. It may also be paused.
+            # Leave the client to the server's loop unless that is blocked. Accepting may also be paused.
             self._server.greeter.loop.remove_reader(self._descriptor)
-            self._server.greeter.loop.call_later(_LOOP_PATIENCE, self._look_again, admission.accepted)
+            self._server.greeter.loop.call_later(_LOOP_TIMEOUT, self._check_again, admission.accepted)
 
-    def _look_again(self, accepted: int) -> None:
+    def _check_again(self, accepted: int) -> None:
         admission = self._server.admission
-        self._stand_by()
+        self._accept_while_loop_blocked()
         if admission.accepted == accepted and not admission.is_paused():
-            self._stalled_at = accepted
+            self._accepted_when_blocked = accepted
 
 
 class LoopTransport:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Threads that stay in accept. On Windows each offers a pipe instance; a client that finds none has to wait and retry.
+# The number of threads to keep in accept. On Windows each offers a pipe instance; a client that finds none has to retry.
 _WARM_THREADS = 8
 # Seconds before a failed accept is retried.
 _PAUSE = 0.1
@@ -99,7 +99,7 @@ class PumpTransport:
             callback, argument = self._events.popleft()
             callback(argument)
 
-    def _on_taken(self, size: int) -> None:
+    def _on_written(self, size: int) -> None:
         self.unsent -= size
         if not self.unsent:
             self.session.on_drained()
@@ -119,7 +119,7 @@ class PumpTransport:
         except Exception as raised:
             error = raised
         try:
-            self._tell(self.session.on_lost, error)
+            self._post(self.session.on_lost, error)
             self._closing.wait()
             # Send the rest, which may say why the connection is closed, as far as possible without waiting.
             while not self._port.is_writing and self._begin_write():
@@ -129,7 +129,7 @@ class PumpTransport:
         finally:
             self._port.close()
 
-    def _tell(self, callback: Callable[[Any], None], argument: Any) -> None:
+    def _post(self, callback: Callable[[Any], None], argument: Any) -> None:
         # Queue the event first: the loop that the session is handed over to looks for it.
         self._events.append((callback, argument))
         if (loop := self._loop) is not None:
@@ -140,14 +140,14 @@ class PumpTransport:
         while not self._closing.is_set():
             if not self._port.is_writing:
                 if writing:
-                    self._tell(self._on_taken, writing)
+                    self._post(self._on_written, writing)
                 if writing := self._begin_write():
                     continue
             reading = not (self._reading_paused or self._undelivered)
             data = self._port.wait(inf, reading=reading, limit=self.session.protocol.max_frame)
             if data:
                 self._undelivered = True
-                self._tell(self._on_data, data)
+                self._post(self._on_data, data)
             elif data is not None:
                 return
 
@@ -238,7 +238,7 @@ class ThreadAcceptor:
             if not self._closing.is_set():
                 self._log.error("can't accept connections for now: %s", error)
                 self._closing.wait(_PAUSE)
-        if port is not None and not self._has_stand_in():
+        if port is not None and not self._hand_over_accepting():
             port.close()
             port = None
         if port is not None:
@@ -253,7 +253,7 @@ class ThreadAcceptor:
                 self._listener.close()
             return False
 
-    def _has_stand_in(self) -> bool:
+    def _hand_over_accepting(self) -> bool:
         """Ensure that another thread accepts, and that there is room. Return whether this thread may serve its connection."""
         while not self._closing.is_set() and not self._server.admission.make_room():
             self._closing.wait(_PAUSE)

@@ -97,12 +97,12 @@ class CurrentRequest:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has disconnected, or the daemon no longer waits for the reply."""
+        """Whether the caller has disconnected, or a stopping daemon no longer waits: the result will be discarded."""
         return self._cancelled
 
     @property
     def deadline(self) -> float:
-        """The monotonic time in seconds at which the caller stops waiting; infinity if unknown."""
+        """The monotonic time in seconds at which the caller stops waiting (a stream's: for its first item), or infinity."""
         return self._deadline
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ def current_request() -> CurrentRequest:
     """Return the request that this task or thread is handling.
 
     It has `peer`, the caller's process, with `pid` and `uid`; `method`; `deadline`, the monotonic time in seconds at which the
-    caller stops waiting; and `cancelled`, whether nobody waits any more. Raises `LookupError` outside a handler.
+    caller stops waiting; and `cancelled`, whether its result will be discarded. Raises `LookupError` outside a handler.
     """
     request = _current.get()
     if request is None:
@@ -125,10 +125,10 @@ def current_request() -> CurrentRequest:
 
 
 async def report(value: Any) -> None:
-    """Send `value`, any JSON, to the caller of the current request as progress; wait if the caller reads too slowly.
+    """Send `value`, any JSON, to the caller of the current request as progress. Waits while the caller reads too slowly.
 
     In an app's `start` the value goes to the processes that wait for the start (`on_progress` of `ensure_daemon`), and may have
-    4000 bytes of JSON. Does nothing if the caller did not ask for progress. Raises `ProtocolError`, and in `start`
+    at most 4000 bytes of JSON. Does nothing if the caller did not ask for progress. Raises `ProtocolError`, and in `start`
     `MessageTooLarge`.
     """
     request = _current.get()
@@ -229,7 +229,7 @@ class Requests:
         except (asyncio.CancelledError, GeneratorExit):
             reply = _cancelled_reply(request)
         except BaseException as error:
-            # Includes SystemExit and KeyboardInterrupt, which would stop the loop.
+            # BaseException: SystemExit and KeyboardInterrupt would stop the loop.
             if self._is_inherited:
                 end_child(error)
             reply = messages.error_reply(error)
@@ -303,14 +303,14 @@ class Requests:
         try:
             return messages.encode(reply, self._max_message, self._encoder)
         except BaseException as error:  # a dict subclass may raise anything
-            sorry = messages.error_reply(error)
-            self._log.error("the reply can't be sent: %(type)s: %(message)s", sorry["error"], error=error)
+            unsendable = messages.error_reply(error)
+            self._log.error("the reply can't be sent: %(type)s: %(message)s", unsendable["error"], error=error)
             failed = reply.get("error") if isinstance(reply, dict) else None
             if isinstance(failed, dict) and failed.pop("data", None) is not None:
                 # Send the error without its data.
                 return self._encode(reply)
             # Without a limit: the error is short, and the request needs a reply.
-            return messages.encode(sorry)
+            return messages.encode(unsendable)
 
 
 def _cancelled_reply(request: CurrentRequest) -> Message:

@@ -79,19 +79,19 @@ async def start_daemon_server(
     reply is sent. `registration` is the result of `acquire_name` if the caller holds the name and releases it; by default the
     server acquires the name, and releases it when it is closed.
 
-    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid time.
+    Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`, and `ValueError` for an invalid timeout.
     """
     for seconds in (handshake_timeout, grace_period):
         deadline_after(seconds)
-    release = registration is None
+    owns_registration = registration is None
     registration = registration or acquire_name(name, namespace=namespace)
     keys = Keys(registration.record.authkey, registration.record.address)
     options = Options(keys, max_connections, max_message, handshake_timeout, grace_period, cancel_on_disconnect)
     with contextlib.ExitStack() as undo:
-        if release:
+        if owns_registration:
             undo.callback(registration.release)
         listener = undo.enter_context(contextlib.closing(Listener(registration.record.address)))
-        server = DaemonServer(registration, listener, options, release=release, on_shutdown=on_shutdown)
+        server = DaemonServer(registration, listener, options, owns_registration=owns_registration, on_shutdown=on_shutdown)
         undo.callback(server.greeter.stop)
         server.requests = Requests(handler, Hooks(health, after_request), max_message)
         registration.publish(app_version=app_version, max_message=max_message)
@@ -134,12 +134,12 @@ class DaemonServer:
         listener: Listener,
         options: Options,
         *,
-        release: bool,
+        owns_registration: bool,
         on_shutdown: Callable[[], None] | None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._registration = registration
-        self._release = release
+        self._owns_registration = owns_registration
         self.on_shutdown = on_shutdown or self.close
         self.options = options
         self.admission = Admission(listener, options.max_connections)
@@ -165,7 +165,7 @@ class DaemonServer:
         return self.admission.connections
 
     def beat(self) -> None:
-        """Record that the loop is responsive. If called every few seconds, a ping can report how long the loop is blocked."""
+        """Record that the loop is responsive. If called every few seconds, a ping can report how long the loop was blocked."""
         self.greeter.beat_at = time.monotonic()
 
     def is_reachable(self) -> bool:
@@ -194,7 +194,7 @@ class DaemonServer:
             self.loop.call_soon(self.check_closed)
         except RuntimeError:  # the loop is closed
             self.greeter.stop()
-            if self._release:
+            if self._owns_registration:
                 self._registration.release()
 
     async def wait_closed(self) -> None:
@@ -264,7 +264,7 @@ class DaemonServer:
         """Answer a ping in the loop's next iteration."""
         self.loop.call_soon(send_pong, self, session, time.monotonic())
 
-    # The end.
+    # Closing.
 
     def _for_each(self, do: Callable[[Session], None]) -> None:
         """Call `do` with each connection, in the thread of its host."""
@@ -279,7 +279,7 @@ class DaemonServer:
         if self.admission.all() or self.requests.tasks or not self._acceptor.has_ended:
             return
         self.greeter.stop()
-        if self._release:
+        if self._owns_registration:
             self._registration.release()
         self._closed.set_result(None)
 

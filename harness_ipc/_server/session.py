@@ -67,13 +67,13 @@ if TYPE_CHECKING:
 _MAX_UNSENT = 64 * 1024
 # Seconds to receive the rest of a frame: the default timeout of a client's call.
 FRAME_TIMEOUT = 60.0
-# Items that a handler may send before it yields to the loop: with a fast reader it would never wait.
+# The number of items after which a handler yields to the loop: with a fast reader it would never wait.
 _MAX_BURST = 16
 _IN_FLIGHT = (ACTIVE, CANCELLING, REPLYING)
 
 
 class Session:
-    """A connection, from accept to close. `full` is the limit because of which its client is rejected, or None.
+    """A connection, from accept to close. `full` is the text of the limit because of which its client is rejected, or None.
 
     Only the thread of `host`'s loop may use it; `host` is None while it is handed over. `transport` is its connection, unless
     it is handed over or closed. `due` is its deadline: see `Deadlines`.
@@ -143,7 +143,7 @@ class Session:
                 self.close()
             elif self.protocol.state == REPLYING:
                 self.protocol.reply_taken()
-                self._next()
+                self._after_reply()
         except Exception as error:
             self.close(error)
 
@@ -220,9 +220,9 @@ class Session:
             # Before the client sees EOF.
             self._server.admission.log_end(self, error)
         finally:  # log handlers of the app may raise
-            self._end(transport, error)
+            self._close_transport(transport, error)
 
-    def _end(self, transport: Transport, error: Exception | None) -> None:
+    def _close_transport(self, transport: Transport, error: Exception | None) -> None:
         if error is not None:
             # The protocol may have queued the reason for the client.
             with contextlib.suppress(Exception):
@@ -265,15 +265,15 @@ class Session:
             if task is not None and not task.done():
                 self._task = task
 
-    def _next(self) -> None:
+    def _after_reply(self) -> None:
         if self._server.is_draining or self.full:
             self.leave()
         elif self.transport is not None and self.host is not None and self.protocol.buffered:
             self.transport.resume_reading()
             # Later: pipelined requests would recurse, and starve the other clients.
-            self.host.loop.call_soon(self._go_on)
+            self.host.loop.call_soon(self._advance_if_idle)
 
-    def _go_on(self) -> None:
+    def _advance_if_idle(self) -> None:
         try:
             if self.protocol.state == IDLE:
                 self._advance()
