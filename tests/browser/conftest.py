@@ -1,8 +1,8 @@
 """Real browsers, from the cheapest for a test to the dearest: a new browser takes a second of a core.
 
-`warm` is the directory of a daemon and a browser that all tests of a worker share, and `page` a new tab there; a test that
-kills them has `killable`. With `attached`, daemons are new, but attach to a browser that is shared. `fresh` is a directory
-without processes.
+`warm` is the directory of a daemon and a browser that all tests of a worker share, and `page` a new tab there. A tab takes more
+than most tests, so those that leave it as it was share `empty_page` or `used_page`. A test that kills daemon or browser has
+`killable`. With `attached`, daemons are new, but attach to a browser that is shared. `fresh` is a directory without processes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pytest
 
 from harness_ipc import HarnessIPCError, connect_daemon, stop_daemon
 from harness_ipc.browser import helpers
+from tests.browser.shared_tab import SharedTab, empty_state, open_tabs, view_state
 from tests.browser.site import Site
 from tests.conftest import set_directories
 from tests.support.processes import PATIENCE, lives, wait_until
@@ -207,7 +208,7 @@ def is_whole(base: Path) -> bool:
 
 def close_tabs() -> None:
     """Close all tabs. The daemon opens another when it needs one."""
-    for tab in helpers.list_tabs():
+    for tab in open_tabs():
         helpers.close_tab(tab)
     helpers.disconnect()
 
@@ -240,22 +241,46 @@ def shared_browser(worker_browser: Path, site: Site) -> Path:
     return worker_browser
 
 
+@pytest.fixture(scope="session")
+def shared_tab() -> SharedTab:
+    return SharedTab()
+
+
 @pytest.fixture
-def warm(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of the shared daemon. This process and its children use that daemon."""
+def warm(shared_browser: Path, shared_tab: SharedTab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the shared daemon. This process and its children use that daemon, in whatever tabs there are."""
     use(monkeypatch, shared_browser)
+    shared_tab.target = ""
     helpers.disconnect()
     yield shared_browser
     helpers.disconnect()
 
 
 @pytest.fixture
-def page(warm: Path) -> Iterator[str]:
-    """The targetId of a new tab of the shared browser. It is the current tab of this process."""
-    target = helpers.new_tab()
-    yield target
-    helpers.disconnect()
-    close_tabs()
+def page(shared_browser: Path, shared_tab: SharedTab, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The targetId of a new tab, the only one of the shared browser. It is the current tab of this process."""
+    use(monkeypatch, shared_browser)
+    with shared_tab.entered() as target:
+        yield target
+
+
+@pytest.fixture
+def empty_page(shared_browser: Path, shared_tab: SharedTab, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `page`, for tests that change nothing in the empty document: another may have run in the tab."""
+    use(monkeypatch, shared_browser)
+    with shared_tab.entered(empty_state) as target:
+        yield target
+
+
+@pytest.fixture
+def used_page(shared_browser: Path, shared_tab: SharedTab, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `page`, for tests that begin with a `visit`: another may have visited a page in the tab, and used the mouse.
+
+    A test must not end before its navigations and requests.
+    """
+    use(monkeypatch, shared_browser)
+    with shared_tab.entered(view_state) as target:
+        yield target
 
 
 @pytest.fixture

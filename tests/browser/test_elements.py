@@ -61,20 +61,20 @@ def remote_object() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("target", ["#a", "button.main", "//button[text()='One']", "xpath=//*[@id='a']"])
-def test_a_selector(page: str, site: Site, target: str) -> None:
+def test_a_selector(used_page: str, site: Site, target: str) -> None:
     one_button(site)
     click(target)
     assert logged("click") == ["a"]
 
 
 @pytest.mark.parametrize("form", ["{}", "@{}", "ref={}"])
-def test_a_reference(page: str, site: Site, form: str) -> None:
+def test_a_reference(used_page: str, site: Site, form: str) -> None:
     click(form.format(one_button(site)))
     assert logged("click") == ["a"]
 
 
 @pytest.mark.parametrize("node", [node_ids, backend_ids, remote_object])
-def test_a_node_of_cdp(page: str, site: Site, node: Any) -> None:
+def test_a_node_of_cdp(used_page: str, site: Site, node: Any) -> None:
     one_button(site)
     target = node()
     click(target)
@@ -83,7 +83,7 @@ def test_a_node_of_cdp(page: str, site: Site, node: Any) -> None:
     assert logged("click") == ["a", "a"]
 
 
-def test_open_shadow_roots_are_searched(page: str, site: Site) -> None:
+def test_open_shadow_roots_are_searched(used_page: str, site: Site) -> None:
     show(site, LOG + "<div><template shadowrootmode=open><button id=deep><b>In</b></button></template></div>")
     click("#deep b")
     assert logged("click") == [""]
@@ -93,13 +93,13 @@ def test_open_shadow_roots_are_searched(page: str, site: Site) -> None:
     assert logged("input") == ["field"]
 
 
-def test_the_only_visible_match_is_used(page: str, site: Site) -> None:
+def test_the_only_visible_match_is_used(used_page: str, site: Site) -> None:
     show(site, LOG + "<button id=a hidden>One</button><button id=b>Two</button>")
     click("button")
     assert logged("click") == ["b"]
 
 
-def test_an_ambiguous_selector_lists_its_matches(page: str, site: Site) -> None:
+def test_an_ambiguous_selector_lists_its_matches(used_page: str, site: Site) -> None:
     show(site, "<button id=a>One</button><button id=b>Two</button>")
     expected = r"""'button' matches 2 elements, and has to match one: <button id="a">One, <button id="b">Two"""
     with pytest.raises(ElementNotFound, match=expected) as caught:
@@ -107,7 +107,7 @@ def test_an_ambiguous_selector_lists_its_matches(page: str, site: Site) -> None:
     assert caught.value.data["count"] == 2
 
 
-def test_a_selector_without_a_match_names_similar_elements(page: str, site: Site) -> None:
+def test_a_selector_without_a_match_names_similar_elements(used_page: str, site: Site) -> None:
     show(site, "<button id=submit-order>Order</button><p>Text</p>")
     with pytest.raises(
         ElementNotFound, match=r"'#submit' matches no element; similar are <button id=\"submit-order\">Order: see"
@@ -117,24 +117,24 @@ def test_a_selector_without_a_match_names_similar_elements(page: str, site: Site
         hover("#other")
 
 
-def test_a_match_in_an_iframe_is_named(page: str, site: Site) -> None:
+def test_a_match_in_an_iframe_is_named(used_page: str, site: Site) -> None:
     visit(site.url + "/frames")
     with pytest.raises(ElementNotFound, match=r"but one in the iframe <iframe id=\"near\".*frame="):
         click("#here")
 
 
-def test_an_invalid_selector_has_chromes_reason(page: str, site: Site) -> None:
+def test_an_invalid_selector_has_chromes_reason(empty_page: str, site: Site) -> None:
     with pytest.raises(InvalidArgument, match=r"'button\[' is not a valid selector"):
         click("button[")
 
 
 @pytest.mark.parametrize("target", [5, None, {}, {"role": "button"}])
-def test_an_invalid_target(page: str, target: Any) -> None:
+def test_an_invalid_target(empty_page: str, target: Any) -> None:
     with pytest.raises(TypeError, match=r"selector|objectId"):
         click(target)
 
 
-def test_a_node_that_is_gone(page: str, site: Site) -> None:
+def test_a_node_that_is_gone(used_page: str, site: Site) -> None:
     name = one_button(site)
     given = backend_ids()
     js("window.kept = document.querySelector('#a'); kept.remove()")
@@ -146,14 +146,14 @@ def test_a_node_that_is_gone(page: str, site: Site) -> None:
 # Clicks.
 
 
-def test_buttons_and_double_clicks(page: str, site: Site) -> None:
+def test_buttons_and_double_clicks(used_page: str, site: Site) -> None:
     one_button(site)
     click("#a", clicks=2)
     click("#a", "right")
     assert (logged("dblclick"), logged("contextmenu"), logged("click")) == (["a"], ["a"], ["a", "a"])
 
 
-def test_an_element_is_scrolled_into_view(page: str, site: Site) -> None:
+def test_an_element_is_scrolled_into_view(used_page: str, site: Site) -> None:
     show(
         site,
         LOG + "<div style='height:4000px'></div><div style='height:99px;overflow:auto'><p style='height:900px'></p>"
@@ -166,14 +166,14 @@ def test_an_element_is_scrolled_into_view(page: str, site: Site) -> None:
     assert page_info()["sy"] > 0
 
 
-def test_the_error_names_the_covering_element(page: str, site: Site) -> None:
+def test_the_error_names_the_covering_element(used_page: str, site: Site) -> None:
     show(site, LOG + "<button id=a>One</button><div id=veil style='position:fixed;inset:0'>Accept cookies</div>")
     with pytest.raises(ElementNotReady, match="'#a' is covered by <div id=\"veil\">Accept cookies: nothing was done"):
         click("#a")
     assert logged("click") == []
 
 
-def test_a_sticky_header_is_scrolled_away_from(page: str, site: Site) -> None:
+def test_a_sticky_header_is_scrolled_away_from(used_page: str, site: Site) -> None:
     show(
         site,
         LOG + "<div style='position:sticky;top:0;height:200px;background:#eee'>Bar</div>"
@@ -184,7 +184,7 @@ def test_a_sticky_header_is_scrolled_away_from(page: str, site: Site) -> None:
     assert logged("click") == ["a"]
 
 
-def test_a_click_waits_until_an_element_stands_still(page: str, site: Site) -> None:
+def test_a_click_waits_until_an_element_stands_still(used_page: str, site: Site) -> None:
     show(
         site,
         LOG + "<button id=a style='position:relative'>One</button>"
@@ -205,7 +205,7 @@ def test_a_click_waits_until_an_element_stands_still(page: str, site: Site) -> N
         ("<select><option id=a>One</select>", r"use select_option\(\)"),
     ],
 )
-def test_elements_that_cannot_be_clicked(page: str, site: Site, body: str, problem: str) -> None:
+def test_elements_that_cannot_be_clicked(used_page: str, site: Site, body: str, problem: str) -> None:
     show(site, body)
     with pytest.raises(ElementNotReady, match=problem):
         click("#a")
@@ -219,19 +219,19 @@ def test_elements_that_cannot_be_clicked(page: str, site: Site, body: str, probl
         "<label><input id=a type=checkbox style='position:absolute;opacity:0'><b style='position:relative'>Yes</b></label>",
     ],
 )
-def test_a_box_is_clicked_by_its_label_where_that_hides_it(page: str, site: Site, body: str) -> None:
+def test_a_box_is_clicked_by_its_label_where_that_hides_it(used_page: str, site: Site, body: str) -> None:
     show(site, body)
     click("#a")
     assert js("document.querySelector('#a').checked") is True
 
 
-def test_an_icon_that_ignores_the_mouse_is_its_buttons(page: str, site: Site) -> None:
+def test_an_icon_that_ignores_the_mouse_is_its_buttons(used_page: str, site: Site) -> None:
     show(site, LOG + "<button id=a><svg id=icon width=20 height=20 style='pointer-events:none'></svg></button>")
     click("#icon")
     assert logged("click") == ["a"]
 
 
-def test_a_click_that_opens_a_dialog_has_happened(page: str, site: Site) -> None:
+def test_a_click_that_opens_a_dialog_has_happened(used_page: str, site: Site) -> None:
     show(site, "<button onclick='alert(1)'>One</button>")
     click("button")
     handle_dialog()
@@ -250,7 +250,7 @@ FRAMED = f"{LOG}<body style='margin:0'><div style='height:900px'></div><button i
 
 @pytest.mark.parametrize("origin", ["url", "other_url"])
 @pytest.mark.parametrize("by", ["reference", "selector", "url part"])
-def test_an_element_in_an_iframe(page: str, site: Site, origin: str, by: str) -> None:
+def test_an_element_in_an_iframe(used_page: str, site: Site, origin: str, by: str) -> None:
     site.pages["/framed"] = FRAMED
     source = getattr(site, origin) + "/framed"
     show(site, f"<div style='height:1500px'></div><iframe id=frame src={source} style='border:9px solid;margin:7px'></iframe>")
@@ -269,14 +269,14 @@ def test_an_element_in_an_iframe(page: str, site: Site, origin: str, by: str) ->
     assert snapshot().endswith(": x")
 
 
-def test_the_error_names_the_element_over_an_iframe(page: str, site: Site) -> None:
+def test_the_error_names_the_element_over_an_iframe(used_page: str, site: Site) -> None:
     site.pages["/framed"] = FRAMED
     show(site, f"<iframe src={site.other_url}/framed></iframe><div id=veil style='position:fixed;inset:0'>Wait</div>")
     with pytest.raises(ElementNotReady, match='is covered by <div id="veil">Wait'):
         click(reference(snapshot(), '"In"'))
 
 
-def test_an_iframe_that_is_not_there(page: str, site: Site) -> None:
+def test_an_iframe_that_is_not_there(used_page: str, site: Site) -> None:
     one_button(site)
     with pytest.raises(ElementNotFound, match="no iframe has '/nowhere' in its URL"):
         click("#a", frame="/nowhere")
@@ -300,20 +300,20 @@ def test_an_iframe_that_is_not_there(page: str, site: Site) -> None:
         ("<label id=label>Name<input id=a></label>", "by its label"),
     ],
 )
-def test_a_field_is_filled_and_its_events_fire(page: str, site: Site, field: str, text: str) -> None:
+def test_a_field_is_filled_and_its_events_fire(used_page: str, site: Site, field: str, text: str) -> None:
     show(site, LOG + field)
     fill_input("#label" if "label" in field else "#a", text)
     assert js("document.querySelector('#a').value") == text
     assert (logged("input"), logged("change")) == (["a"], ["a"])
 
 
-def test_text_is_appended(page: str, site: Site) -> None:
+def test_text_is_appended(used_page: str, site: Site) -> None:
     show(site, "<input id=a value=old>")
     fill_input("#a", "er", clear_first=False)
     assert js("document.querySelector('#a').value") == "older"
 
 
-def test_a_framework_that_watches_the_value_notices(page: str, site: Site) -> None:
+def test_a_framework_that_watches_the_value_notices(used_page: str, site: Site) -> None:
     # As React does: it overrides the `value` property, and ignores an input event if the value was set through that.
     show(
         site,
@@ -326,7 +326,7 @@ document.addEventListener('input', e => { if (e.target.value !== tracked) state 
     assert js("state") == "noticed"
 
 
-def test_contenteditable_elements(page: str, site: Site) -> None:
+def test_contenteditable_elements(used_page: str, site: Site) -> None:
     show(site, LOG + "<div id=a contenteditable>old <b>text</b></div>")
     fill_input("#a", "new")
     assert js("document.querySelector('#a').textContent") == "new"
@@ -352,7 +352,7 @@ def test_contenteditable_elements(page: str, site: Site) -> None:
         ("<input id=a type=number>", InvalidArgument, "takes a number"),
     ],
 )
-def test_elements_that_cannot_be_filled(page: str, site: Site, field: str, error: type[Exception], problem: str) -> None:
+def test_elements_that_cannot_be_filled(used_page: str, site: Site, field: str, error: type[Exception], problem: str) -> None:
     show(site, LOG + field)
     with pytest.raises(error, match=problem):
         fill_input("#a", "some text")
@@ -363,14 +363,14 @@ SELECT = "<select id=a {}><option value=s>Small<option value=m>Medium size<optio
 
 
 @pytest.mark.parametrize("choice", ["m", "Medium size", 1])
-def test_an_option_by_value_label_or_index(page: str, site: Site, choice: str | int) -> None:
+def test_an_option_by_value_label_or_index(used_page: str, site: Site, choice: str | int) -> None:
     show(site, LOG + SELECT.format(""))
     assert select_option("#a", choice) == ["Medium size"]
     assert js("document.querySelector('#a').value") == "m"
     assert (logged("input"), logged("change")) == (["a"], ["a"])
 
 
-def test_several_options(page: str, site: Site) -> None:
+def test_several_options(used_page: str, site: Site) -> None:
     show(site, SELECT.format("multiple"))
     assert select_option("#a", "s", "m") == ["Small", "Medium size"]
     assert select_option("#a", ["m"]) == ["Medium size"]
@@ -387,7 +387,7 @@ def test_several_options(page: str, site: Site) -> None:
     ],
 )
 def test_options_that_cannot_be_selected(
-    page: str, site: Site, choices: list[Any], error: type[Exception], problem: str
+    used_page: str, site: Site, choices: list[Any], error: type[Exception], problem: str
 ) -> None:
     show(site, SELECT.format(""))
     with pytest.raises(error, match=problem):
@@ -407,7 +407,7 @@ def test_options_that_cannot_be_selected(
         "<div id=a><input type=file hidden></div>",
     ],
 )
-def test_a_file_is_uploaded(page: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+def test_a_file_is_uploaded(used_page: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     show(site, LOG + body)
     (tmp_path / "photo.txt").write_text("pixels")
     monkeypatch.chdir(tmp_path)
@@ -418,7 +418,7 @@ def test_a_file_is_uploaded(page: str, site: Site, tmp_path: Path, monkeypatch: 
     assert (len(logged("input")), len(logged("change"))) == (1, 1)
 
 
-def test_several_files(page: str, site: Site, tmp_path: Path) -> None:
+def test_several_files(used_page: str, site: Site, tmp_path: Path) -> None:
     show(site, "<input id=a type=file multiple>")
     files: list[str | os.PathLike[str]] = [tmp_path / "one", tmp_path / "two"]
     for file in files:
@@ -428,7 +428,7 @@ def test_several_files(page: str, site: Site, tmp_path: Path) -> None:
     assert js("document.querySelector('input').files.length") == 2
 
 
-def test_files_that_cannot_be_uploaded(page: str, site: Site, tmp_path: Path) -> None:
+def test_files_that_cannot_be_uploaded(used_page: str, site: Site, tmp_path: Path) -> None:
     show(site, "<input id=a type=file><p id=b>Text</p>")
     (tmp_path / "one").write_text("x")
     with pytest.raises(FileNotFoundError, match="there is no such file to upload"):

@@ -59,25 +59,25 @@ EXPECTED: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-def test_elements_match_all_criteria(page: str, site: Site) -> None:
+def test_elements_match_all_criteria(used_page: str, site: Site) -> None:
     show(site, PAGE)
     for criteria, ids in EXPECTED:
         assert (criteria, [id_of(one) for one in find(**criteria)]) == (criteria, ids)
 
 
-def test_found_references_can_be_clicked(page: str, site: Site) -> None:
+def test_found_references_can_be_clicked(used_page: str, site: Site) -> None:
     show(site, PAGE + "<script>onclick = e => document.title = e.target.id</script>")
     fill_input(find(label="Password")[0], "x")
     click(find(role="button", name="Save", exact=True)[0])
     assert js("[document.querySelector('#pass').value, document.title]") == ["x", "save"]
 
 
-def test_iframes_are_searched(page: str, site: Site) -> None:
+def test_iframes_are_searched(used_page: str, site: Site) -> None:
     visit(site.url + "/frames")
     assert [text_of(one) for one in find(text="inside")] == ["inside", "inside"]
 
 
-def test_criteria_that_can_not_be_used(page: str) -> None:
+def test_criteria_that_can_not_be_used(empty_page: str) -> None:
     with pytest.raises(TypeError, match="needs a role, name, text"):
         find()
     with pytest.raises(TypeError, match=r"find\(\): role must be str, not int: 5"):

@@ -142,7 +142,7 @@ def test_wait_takes_the_given_time() -> None:
 # Input.
 
 
-def test_a_form_is_sent_with_the_enter_key(page: str, site: Site) -> None:
+def test_a_form_is_sent_with_the_enter_key(used_page: str, site: Site) -> None:
     visit(f"{site.url}/form")
     click_at_xy(*FIELD)
     type_text("Grüße, 日本 👩‍👩‍👧")
@@ -151,7 +151,7 @@ def test_a_form_is_sent_with_the_enter_key(page: str, site: Site) -> None:
     assert js("document.title") == "sent Grüße, 日本 👩‍👩‍👧!"
 
 
-def test_a_form_is_sent_with_its_button(page: str, site: Site) -> None:
+def test_a_form_is_sent_with_its_button(used_page: str, site: Site) -> None:
     visit(f"{site.url}/form")
     click_at_xy(*FIELD)
     type_text("word")
@@ -159,7 +159,7 @@ def test_a_form_is_sent_with_its_button(page: str, site: Site) -> None:
     assert js("document.title") == "sent word"
 
 
-def test_keys_edit_a_text(page: str, site: Site) -> None:
+def test_keys_edit_a_text(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     click_at_xy(*TEXT)
     for key in ("a", "B", "7", "Space", "é", "🎈", "Enter", "c", "ArrowLeft", "d", "Home", "e", "End", "f"):
@@ -173,7 +173,7 @@ def test_keys_edit_a_text(page: str, site: Site) -> None:
     assert js("document.getElementById('text').value") == ""
 
 
-def test_the_tab_key_moves_the_focus(page: str, site: Site) -> None:
+def test_the_tab_key_moves_the_focus(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     click_at_xy(*TEXT)
     press_key("Tab")
@@ -182,7 +182,7 @@ def test_the_tab_key_moves_the_focus(page: str, site: Site) -> None:
     assert js("document.activeElement.id") == "text"
 
 
-def test_the_page_sees_which_key_it_is(page: str, site: Site) -> None:
+def test_the_page_sees_which_key_it_is(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     pressed: list[tuple[str, int, str, int]] = [
         ("a", 0, "KeyA", 65),
@@ -226,7 +226,7 @@ def test_the_page_sees_which_key_it_is(page: str, site: Site) -> None:
         ("Shift", 0, ["Shift", "ShiftLeft", 0]),
     ],
 )
-def test_keys_and_modifiers_by_their_names(page: str, site: Site, key: str, modifiers: Any, seen: list[Any]) -> None:
+def test_keys_and_modifiers_by_their_names(used_page: str, site: Site, key: str, modifiers: Any, seen: list[Any]) -> None:
     visit(f"{site.url}/keys")
     press_key(key, modifiers)
     assert js("keys.map(([kind, key, code, , modifiers]) => [kind, key, code, modifiers])") == [
@@ -235,7 +235,7 @@ def test_keys_and_modifiers_by_their_names(page: str, site: Site, key: str, modi
     ]
 
 
-def test_a_key_that_a_script_sends(page: str, site: Site) -> None:
+def test_a_key_that_a_script_sends(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     js("for (const kind of ['keypress', 'keydown']) next.addEventListener(kind, e => "
        "document.title = [e.type, e.key, e.code, e.keyCode, e.isTrusted, document.activeElement.id])")  # fmt: skip
@@ -249,7 +249,7 @@ def test_a_key_that_a_script_sends(page: str, site: Site) -> None:
         dispatch_key("#next", event="click")
 
 
-def test_everything_is_selected_and_replaced(page: str, site: Site) -> None:
+def test_everything_is_selected_and_replaced(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     click_at_xy(*TEXT)
     type_text("before")
@@ -259,7 +259,7 @@ def test_everything_is_selected_and_replaced(page: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("key", ["Entre", "", "ab"])
-def test_an_unknown_key(page: str, site: Site, key: str) -> None:
+def test_an_unknown_key(used_page: str, site: Site, key: str) -> None:
     visit(f"{site.url}/keys")
     with pytest.raises(ValueError, match="there is no key"):
         press_key(key)
@@ -267,7 +267,7 @@ def test_an_unknown_key(page: str, site: Site, key: str) -> None:
     assert js("keys.map(seen => seen[1])") == ["x", "x"]
 
 
-def test_the_page_sees_which_click_it_is(page: str, site: Site) -> None:
+def test_the_page_sees_which_click_it_is(used_page: str, site: Site) -> None:
     visit(f"{site.url}/keys")
     click_at_xy(400, 300)
     click_at_xy(410, 310, clicks=2)

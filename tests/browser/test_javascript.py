@@ -55,12 +55,12 @@ def serves() -> bool:
         ("-5n", -5),
     ],
 )
-def test_a_value_of_javascript(page: str, expression: str, value: object) -> None:
+def test_a_value_of_javascript(empty_page: str, expression: str, value: object) -> None:
     # repr: nan != nan, and -0.0 == 0.
     assert repr(js(expression)) == repr(value)
 
 
-def test_half_a_pair_of_surrogates(page: str) -> None:
+def test_half_a_pair_of_surrogates(empty_page: str) -> None:
     assert js("'\ud83d'.charCodeAt(0)") == 0xD83D
     assert js("'\\udfff'") == "\udfff"
     assert js("'\ud83d' + '\udc4d'") == "👍"
@@ -87,7 +87,7 @@ def test_half_a_pair_of_surrogates(page: str) -> None:
         (r"throw new Error('\r\u007f')", r"Error: \r\x7f"),
     ],
 )
-def test_javascript_exceptions(page: str, expression: str, text: str) -> None:
+def test_javascript_exceptions(empty_page: str, expression: str, text: str) -> None:
     with pytest.raises(JavaScriptError) as caught:
         js(expression)
     assert str(caught.value).splitlines()[0] == text
@@ -95,7 +95,7 @@ def test_javascript_exceptions(page: str, expression: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("expression", ["a b", "(", "await (", "return ("])
-def test_invalid_javascript(page: str, expression: str) -> None:
+def test_invalid_javascript(empty_page: str, expression: str) -> None:
     with pytest.raises(JavaScriptError, match=r"^SyntaxError: "):
         js(expression)
     assert serves()
@@ -129,7 +129,7 @@ def test_code_with_a_runtime_syntax_error_runs_once(page: str, statement: str) -
         "const a = {}; a.a = a; a",
     ],
 )
-def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
+def test_a_value_that_can_not_be_carried(empty_page: str, expression: str) -> None:
     with pytest.raises(CDPError, match=r"Runtime\.\w+: Object "):
         js(expression)
     assert serves()
@@ -146,14 +146,14 @@ def test_a_value_that_can_not_be_carried(page: str, expression: str) -> None:
         "await new Promise(done => setTimeout(done, 1)); for (;;);",
     ],
 )
-def test_code_that_computes_for_too_long_is_ended(page: str, expression: str) -> None:
+def test_code_that_computes_for_too_long_is_ended(empty_page: str, expression: str) -> None:
     with pytest.raises(BrowserTimeout, match=r"^the code ran for more than 1 s, and was terminated$"):
         js(expression, timeout=1)
     assert serves()
 
 
 @pytest.mark.parametrize("expression", ["new Promise(() => {})", "await new Promise(() => {})"])
-def test_a_promise_that_is_never_settled(page: str, expression: str) -> None:
+def test_a_promise_that_is_never_settled(empty_page: str, expression: str) -> None:
     with pytest.raises(
         BrowserTimeout, match=r"^the code has not finished within 1 s: it waits for a promise that is not settled"
     ):
@@ -194,7 +194,7 @@ def test_a_promise_that_is_never_settled(page: str, expression: str) -> None:
         ("'const'", "const"),
     ],
 )
-def test_declarations_are_the_calls_own(page: str, expression: str, value: object) -> None:
+def test_declarations_are_the_calls_own(empty_page: str, expression: str, value: object) -> None:
     for _ in range(2):
         assert js(expression) == value
     names = ["rows", "Row", "limit", "n"]
@@ -247,7 +247,9 @@ def test_this_and_strictness_are_those_of_a_script(page: str) -> None:
         ("let a = 1; let a = 2", "SyntaxError: Identifier 'a' has already been declared", (0, 15)),
     ],
 )
-def test_an_error_names_the_place_in_the_code(page: str, expression: str, text: str, place: tuple[int, int | None]) -> None:
+def test_an_error_names_the_place_in_the_code(
+    empty_page: str, expression: str, text: str, place: tuple[int, int | None]
+) -> None:
     with pytest.raises(JavaScriptError) as caught:
         js(expression)
     assert str(caught.value).startswith(text)
@@ -265,7 +267,7 @@ def test_an_error_names_the_place_in_the_code(page: str, expression: str, text: 
         "const a = document.title; return a",
     ],
 )
-def test_a_page_that_forbids_scripts(page: str, site: Site, expression: str) -> None:
+def test_a_page_that_forbids_scripts(used_page: str, site: Site, expression: str) -> None:
     visit(f"{site.url}/strict")
     assert js(expression) == "Strict"
 

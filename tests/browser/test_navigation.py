@@ -77,7 +77,7 @@ def call_in(session: str, method: str, **params: Any) -> None:
     ],
     ids=["click", "key", "link", "submit", "location", "timer"],
 )
-def test_a_wait_includes_navigations_started_before(page: str, slow: Site, begin: Callable[[], Any], path: str) -> None:
+def test_a_wait_includes_navigations_started_before(used_page: str, slow: Site, begin: Callable[[], Any], path: str) -> None:
     visit(f"{slow.url}/start")
     begin()
     with in_thread(wait_for_load, PATIENCE) as waiting:
@@ -88,7 +88,7 @@ def test_a_wait_includes_navigations_started_before(page: str, slow: Site, begin
     assert page_info()["title"] == "Late"
 
 
-def test_a_click_and_a_wait_again_and_again(page: str, site: Site) -> None:
+def test_a_click_and_a_wait_again_and_again(used_page: str, site: Site) -> None:
     for _ in range(5):
         visit(f"{site.url}/start")
         js("document.forms[0].action = '/form'")
@@ -97,7 +97,7 @@ def test_a_click_and_a_wait_again_and_again(page: str, site: Site) -> None:
         assert js("document.title") == "A form"
 
 
-def test_a_page_that_leads_on_at_once(page: str, site: Site) -> None:
+def test_a_page_that_leads_on_at_once(used_page: str, site: Site) -> None:
     for _ in range(3):
         visit(f"{site.url}/refresh")
         assert page_info()["title"] == "A form"
@@ -155,7 +155,7 @@ LATER = "document.body.insertAdjacentHTML('beforeend', `<p id=late>It is here</p
 
 
 @pytest.mark.parametrize("selector", ["#late", "//p[.='It is here']"])
-def test_an_element_that_comes(page: str, site: Site, selector: str) -> None:
+def test_an_element_that_comes(used_page: str, site: Site, selector: str) -> None:
     visit(f"{site.url}/")
     assert wait_for_element(selector, timeout=0.2) is False
     js(f"setTimeout(() => {LATER}, 50)")
@@ -163,7 +163,7 @@ def test_an_element_that_comes(page: str, site: Site, selector: str) -> None:
     assert js("document.querySelector('#late').textContent") == "It is here"
 
 
-def test_an_element_that_becomes_visible(page: str, site: Site) -> None:
+def test_an_element_that_becomes_visible(used_page: str, site: Site) -> None:
     visit(f"{site.url}/")
     js(f"{LATER}; document.head.insertAdjacentHTML('beforeend', '<style id=hides>#late {{display: none}}</style>')")
     assert wait_for_element("#late", timeout=PATIENCE) is True
@@ -173,13 +173,13 @@ def test_an_element_that_becomes_visible(page: str, site: Site) -> None:
     assert wait_for_element("#late", visible=True, timeout=PATIENCE) is True
 
 
-def test_an_element_in_a_shadow_root(page: str, site: Site) -> None:
+def test_an_element_in_a_shadow_root(used_page: str, site: Site) -> None:
     visit(f"{site.url}/")
     js("window.root = document.body.attachShadow({mode: 'open'}); setTimeout(() => root.innerHTML = '<i id=deep>', 50)")
     assert wait_for_element("#deep", timeout=PATIENCE) is True
 
 
-def test_an_element_of_the_next_document(page: str, slow: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_element_of_the_next_document(used_page: str, slow: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(slow.pages, "/slow-next", "<title>Next</title><p id=next>")
     visit(f"{slow.url}/start")
     js("setTimeout(() => location.href = '/slow-next', 50)")
@@ -191,7 +191,7 @@ def test_an_element_of_the_next_document(page: str, slow: Site, monkeypatch: pyt
     assert page_info()["title"] == "Next"
 
 
-def test_an_element_that_both_documents_have(page: str, site: Site) -> None:
+def test_an_element_that_both_documents_have(used_page: str, site: Site) -> None:
     visit(f"{site.url}/start")
     js("document.forms[0].action = '/form'")
     click_at_xy(*SEND)
@@ -199,7 +199,7 @@ def test_an_element_that_both_documents_have(page: str, site: Site) -> None:
     assert js("location.pathname") == "/form"
 
 
-def test_an_invalid_selector(page: str, site: Site) -> None:
+def test_an_invalid_selector(empty_page: str, site: Site) -> None:
     with pytest.raises(InvalidArgument, match="not a valid selector"):
         wait_for_element("p[", timeout=PATIENCE)
     with pytest.raises(TypeError, match=r"wait_for_element\(\): selector must be str"):
@@ -210,14 +210,14 @@ def test_an_invalid_selector(page: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["/orders/7", "**/orders/*", "http://127.0.0.1:*/orders/7"])
-def test_an_address_that_a_script_changes(page: str, site: Site, pattern: str) -> None:
+def test_an_address_that_a_script_changes(used_page: str, site: Site, pattern: str) -> None:
     visit(f"{site.url}/start")
     assert wait_for_url(pattern, timeout=0.2) is False
     js("setTimeout(() => history.pushState(0, '', '/orders/7'), 50)")
     assert wait_for_url(pattern, timeout=PATIENCE) is True
 
 
-def test_the_address_of_the_next_document(page: str, slow: Site) -> None:
+def test_the_address_of_the_next_document(used_page: str, slow: Site) -> None:
     visit(f"{slow.url}/start")
     click_at_xy(*LINK)
     with in_thread(lambda: wait_for_url("*://*/slow-link", timeout=PATIENCE)) as waiting:
@@ -231,7 +231,7 @@ def test_the_address_of_the_next_document(page: str, slow: Site) -> None:
 # The network.
 
 
-def test_requests_that_are_under_way(page: str, slow: Site) -> None:
+def test_requests_that_are_under_way(used_page: str, slow: Site) -> None:
     visit(f"{slow.url}/start")
     js("void fetch('/slow-answer').then(() => document.title = 'Answered')")
     assert wait_for_network_idle(0, timeout=0.2) is False
@@ -280,7 +280,7 @@ def test_requests_of_a_document_that_was_left(page: str, slow: Site) -> None:
     ],
     ids=["element", "url", "network"],
 )
-def test_a_dialog_ends_each_wait(page: str, site: Site, wait: Callable[[], bool]) -> None:
+def test_a_dialog_ends_each_wait(used_page: str, site: Site, wait: Callable[[], bool]) -> None:
     visit(f"{site.url}/")
     js("setTimeout(() => alert('Look'), 100)")
     with pytest.raises(DialogOpen, match="Look"):
@@ -357,7 +357,7 @@ def visit_iframes(site: Site) -> None:
     ids=["link to near", "link to far", "src", "link inside", "script inside"],
 )
 def test_a_navigation_of_an_iframe_is_waited_for(
-    page: str, slow: Site, name: str, begin: Callable[[str], Any], path: str
+    used_page: str, slow: Site, name: str, begin: Callable[[str], Any], path: str
 ) -> None:
     visit_iframes(slow)
     frame = iframe_target(f"#{name}")
@@ -370,7 +370,7 @@ def test_a_navigation_of_an_iframe_is_waited_for(
     assert js("[document.title, document.readyState]", frame) == ["Late", "complete"]
 
 
-def test_a_form_for_an_iframe_is_waited_for(page: str, slow: Site) -> None:
+def test_a_form_for_an_iframe_is_waited_for(used_page: str, slow: Site) -> None:
     visit_iframes(slow)
     click("#send")
     assert wait_for_load(timeout=0.2) is False

@@ -71,7 +71,7 @@ def serves() -> bool:
     ],
 )
 def test_a_click_that_opens_a_dialog(
-    page: str, site: Site, place: tuple[int, int], kind: str, message: str, answer: dict[str, Any], title: str
+    used_page: str, site: Site, place: tuple[int, int], kind: str, message: str, answer: dict[str, Any], title: str
 ) -> None:
     visit(f"{site.url}/dialog")
     click_at_xy(*place)
@@ -81,7 +81,7 @@ def test_a_click_that_opens_a_dialog(
     assert page_info()["title"] == title
 
 
-def test_a_key_that_opens_a_dialog(page: str, site: Site) -> None:
+def test_a_key_that_opens_a_dialog(used_page: str, site: Site) -> None:
     visit(f"{site.url}/dialog")
     js("document.querySelector('button').focus()")
     press_key("Enter")
@@ -103,7 +103,7 @@ def test_a_key_that_opens_a_dialog(page: str, site: Site) -> None:
     ],
     ids=["js", "type_text", "press_key", "click_at_xy", "scroll", "capture_screenshot", "wait_for_load"],
 )
-def test_nothing_runs_under_a_dialog(page: str, site: Site, act: Callable[[], object]) -> None:
+def test_nothing_runs_under_a_dialog(used_page: str, site: Site, act: Callable[[], object]) -> None:
     visit(f"{site.url}/dialog")
     click_at_xy(*ALERT)
     with pytest.raises(DialogOpen, match="alert: 'Look'") as caught:
@@ -169,7 +169,7 @@ def test_leaving_a_page_that_asks_first(page: str, site: Site) -> None:
     wait_until(lambda: page_info()["title"] == "Home")
 
 
-def test_answering_without_a_dialog(page: str) -> None:
+def test_answering_without_a_dialog(empty_page: str) -> None:
     with pytest.raises(CDPError, match="No dialog is showing"):
         handle_dialog()
     assert serves()
@@ -179,7 +179,7 @@ def test_answering_without_a_dialog(page: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["near", "far"])
-def test_javascript_in_an_iframe(page: str, site: Site, name: str) -> None:
+def test_javascript_in_an_iframe(used_page: str, site: Site, name: str) -> None:
     visit(f"{site.url}/frames")
     here = "[location.search, document.getElementById('here').textContent]"
     frame = iframe_target(f"inner?{name}")
@@ -195,7 +195,7 @@ def test_javascript_in_an_iframe(page: str, site: Site, name: str) -> None:
     assert js("location.href") == f"{site.url}/frames"
 
 
-def test_javascript_in_an_iframe_that_is_not_there(page: str, site: Site) -> None:
+def test_javascript_in_an_iframe_that_is_not_there(used_page: str, site: Site) -> None:
     visit(f"{site.url}/frames")
     assert iframe_target("nowhere") is None
     for which in ("title", "iframe"):
@@ -209,7 +209,7 @@ def test_javascript_in_an_iframe_that_is_not_there(page: str, site: Site) -> Non
         js("1", "nowhere", frame="nowhere")
 
 
-def test_javascript_in_an_iframe_within_an_iframe(page: str, site: Site) -> None:
+def test_javascript_in_an_iframe_within_an_iframe(used_page: str, site: Site) -> None:
     site.pages["/outer"] = "<iframe src=/inner?deep></iframe>"
     site.pages["/outside"] = f"<!doctype html><iframe src={site.other_url}/outer></iframe><iframe srcdoc='<p>in'></iframe>"
     visit(f"{site.url}/outside")
@@ -217,7 +217,7 @@ def test_javascript_in_an_iframe_within_an_iframe(page: str, site: Site) -> None
     assert js("document.body.textContent", iframe_target("about:srcdoc")) == "in"
 
 
-def test_an_iframe_that_navigates_keeps_its_id(page: str, site: Site) -> None:
+def test_an_iframe_that_navigates_keeps_its_id(used_page: str, site: Site) -> None:
     visit(f"{site.url}/frames")
     frame = iframe_target("inner?near")
     for place in (f"{site.url}/inner?there", f"{site.other_url}/inner?there", f"{site.url}/inner?back"):
@@ -233,7 +233,7 @@ def test_javascript_in_another_tab_while_a_dialog_holds_this_one(page: str, site
     assert js("document.title", page) == "Inner"
 
 
-def test_an_iframe_that_opens_a_dialog(page: str, site: Site) -> None:
+def test_an_iframe_that_opens_a_dialog(used_page: str, site: Site) -> None:
     visit(f"{site.url}/frames")
     frame = iframe_target("inner?far")
     try:
@@ -255,7 +255,7 @@ def test_closing_a_tab_blocked_by_an_iframe(page: str, site: Site) -> None:
     assert serves()
 
 
-def test_an_iframe_that_goes_away_meanwhile(page: str, site: Site) -> None:
+def test_an_iframe_that_goes_away_meanwhile(used_page: str, site: Site) -> None:
     visit(f"{site.url}/frames")
     js("addEventListener('message', () => document.getElementById('far').remove())")
     with pytest.raises(CDPError, match="this may have run"):
@@ -308,14 +308,14 @@ def test_a_screenshot_to_a_file(page: str, tmp_path: Path) -> None:
 
 
 @needs_posix
-def test_a_screenshot_to_a_file_with_a_long_name(page: str, tmp_path: Path) -> None:
+def test_a_screenshot_to_a_file_with_a_long_name(empty_page: str, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 251 + ".png")
     capture_screenshot(path)
     assert os.listdir(tmp_path) == [path.name]
 
 
 @needs_root
-def test_a_screenshot_in_a_directory_that_others_write_to(page: str, tmp_path: Path) -> None:
+def test_a_screenshot_in_a_directory_that_others_write_to(empty_page: str, tmp_path: Path) -> None:
     stranger = 12345
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -335,7 +335,7 @@ def test_a_screenshot_in_a_directory_that_others_write_to(page: str, tmp_path: P
 
 
 @pytest.mark.parametrize("place", ["taken", "nowhere/shot.png"])
-def test_a_screenshot_that_can_not_be_written(page: str, tmp_path: Path, place: str) -> None:
+def test_a_screenshot_that_can_not_be_written(empty_page: str, tmp_path: Path, place: str) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError) as caught:  # noqa: PT011 - of whatever kind
         capture_screenshot(tmp_path / place)
@@ -354,7 +354,7 @@ def test_a_screenshot_of_20_megabytes(page: str, site: Site) -> None:
     assert serves()
 
 
-def test_a_page_of_100_000_nodes(page: str, site: Site) -> None:
+def test_a_page_of_100_000_nodes(used_page: str, site: Site) -> None:
     visit(f"{site.url}/many")
     left = [cdp("DOM.getDocument", depth=-1, timeout=PATIENCE)["root"]]
     count = 0
@@ -423,10 +423,10 @@ def test_a_process_stays_in_its_tab(page: str) -> None:
         assert current_tab()["targetId"] == mine
 
 
-def test_switching_to_an_unknown_tab(page: str) -> None:
+def test_switching_to_an_unknown_tab(empty_page: str) -> None:
     with pytest.raises(TabClosed, match="there is no tab nonsense"):
         switch_tab("nonsense")
-    assert current_tab()["targetId"] == page
+    assert current_tab()["targetId"] == empty_page
     assert serves()
 
 
@@ -453,7 +453,7 @@ def test_closing_another_tab(page: str) -> None:
     assert serves()
 
 
-def test_closing_an_unknown_tab(page: str) -> None:
+def test_closing_an_unknown_tab(empty_page: str) -> None:
     before = ids()
     with pytest.raises(CDPError, match="No target with given id"):
         close_tab("nonsense")
@@ -566,18 +566,18 @@ def test_the_first_events_of_a_process_are_those_of_its_tab(page: str) -> None:
         ("", {}, -32600),
     ],
 )
-def test_cookies_refused_by_the_browser(page: str, method: str, params: dict[str, Any], code: int) -> None:
+def test_cookies_refused_by_the_browser(empty_page: str, method: str, params: dict[str, Any], code: int) -> None:
     with pytest.raises(CDPError) as caught:
         cdp(method, **params)
     assert caught.value.code == code
     assert serves()
 
 
-def test_an_unknown_session(page: str) -> None:
+def test_an_unknown_session(empty_page: str) -> None:
     with pytest.raises(TabClosed):
         cdp("Runtime.evaluate", "nonsense", expression="1")
     # The session of the process is unaffected.
-    assert current_tab()["targetId"] == page
+    assert current_tab()["targetId"] == empty_page
     assert serves()
 
 
@@ -629,7 +629,7 @@ helpers.disconnect()
 
 
 @needs_posix
-def test_a_process_that_forks(page: str) -> None:
+def test_a_process_that_forks(empty_page: str) -> None:
     run = run_python("-c", FORKS)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert serves()

@@ -44,7 +44,7 @@ def left_edge(picture: bytes) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture
-def tall(page: str, site: Site) -> Site:
+def tall(used_page: str, site: Site) -> Site:
     """The tall page, scrolled, with scrollbars. Its recorded events are cleared."""
     visit(f"{site.url}/tall")
     js(f"scrollTo(0, 300); box.scrollTop = 40; {SETTLED}; seen.length = 0")
@@ -110,7 +110,7 @@ def test_the_picture_in_a_terminal_is_one_line(page: str) -> None:
     assert picture.bytes == picture  # type: ignore[attr-defined]
 
 
-def test_the_picture_has_a_private_file_when_it_is_asked_for(page: str) -> None:
+def test_the_picture_has_a_private_file_when_it_is_asked_for(empty_page: str) -> None:
     picture = capture_screenshot()
     path = Path(picture.path)
     assert picture.path == str(path)
@@ -121,7 +121,7 @@ def test_the_picture_has_a_private_file_when_it_is_asked_for(page: str) -> None:
 
 
 @needs_posix
-def test_a_picture_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_shown(empty_page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import webbrowser
 
     shown: list[str] = []
@@ -140,12 +140,12 @@ def test_a_picture_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_posix
-def test_files_are_private(page: str, tmp_path: Path) -> None:
+def test_files_are_private(empty_page: str, tmp_path: Path) -> None:
     for path in (capture_screenshot(tmp_path / "shot.png"), print_pdf(tmp_path / "page.pdf")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_pdf_of_the_page(page: str, site: Site, tmp_path: Path) -> None:
+def test_a_pdf_of_the_page(used_page: str, site: Site, tmp_path: Path) -> None:
     visit(f"{site.url}/tall")
     printed = print_pdf()
     assert printed.startswith(b"%PDF-")

@@ -58,11 +58,11 @@ def text_of(name: str) -> str:
         ('<button>"\x1b[31m\u202e"</button>', r'- button "\"\x1b[31m\u202e\"" [ref=N]'),
     ],
 )
-def test_a_line_has_role_name_states_and_value(page: str, site: Site, body: str, expected: str) -> None:
+def test_a_line_has_role_name_states_and_value(used_page: str, site: Site, body: str, expected: str) -> None:
     assert re.sub(r"ref=e\d+", "ref=N", show(site, body)) == expected
 
 
-def test_interactive_shows_only_actionable_elements(page: str, site: Site) -> None:
+def test_interactive_shows_only_actionable_elements(used_page: str, site: Site) -> None:
     show(
         site, "<h1>Head</h1><p>Text</p><nav><a href=/a>One</a></nav><div onclick=1><b>Card</b></div><div tabindex=0>Stop</div>"
     )
@@ -70,12 +70,12 @@ def test_interactive_shows_only_actionable_elements(page: str, site: Site) -> No
     assert re.sub(r"ref=e\d+", "ref=N", snapshot(interactive=True)) == expected
 
 
-def test_a_container_with_a_delegated_listener_is_not_clickable(page: str, site: Site) -> None:
+def test_a_container_with_a_delegated_listener_is_not_clickable(used_page: str, site: Site) -> None:
     text = show(site, "<div id=root><button>One</button></div><script>root.addEventListener('click', () => 0)</script>")
     assert "clickable" not in text
 
 
-def test_names_and_texts_are_cut(page: str, site: Site) -> None:
+def test_names_and_texts_are_cut(used_page: str, site: Site) -> None:
     text = show(site, f"<button>{'x' * 5000}</button><p>{'y' * 5000}</p>")
     assert "x" * 200 + "…" in text
     assert "y" * 1000 + "…" in text
@@ -83,13 +83,13 @@ def test_names_and_texts_are_cut(page: str, site: Site) -> None:
     assert "y" * 1001 not in text
 
 
-def test_iframes_are_included(page: str, site: Site) -> None:
+def test_iframes_are_included(used_page: str, site: Site) -> None:
     visit(site.url + "/frames")
     lines = [re.sub(r" \[ref=e\d+\]", "", line) for line in snapshot().splitlines()]
     assert lines == ["- iframe", "  - paragraph: inside", "- iframe", "  - paragraph: inside"]
 
 
-def test_a_node_keeps_its_reference(page: str, site: Site) -> None:
+def test_a_node_keeps_its_reference(used_page: str, site: Site) -> None:
     first = reference(show(site, "<button>One</button><button>Two</button>"), "Two")
     js("document.querySelector('button').before(document.createElement('hr'))")
     assert reference(snapshot(), "Two") == first
@@ -97,7 +97,7 @@ def test_a_node_keeps_its_reference(page: str, site: Site) -> None:
     assert text_of(first) == "Two"
 
 
-def test_a_later_command_understands_a_reference(page: str, site: Site) -> None:
+def test_a_later_command_understands_a_reference(used_page: str, site: Site) -> None:
     name = reference(show(site, "<button>One</button>"), "One")
     # Leave the tab: the next command begins in the last one that is not in use.
     helpers.disconnect()
@@ -106,14 +106,14 @@ def test_a_later_command_understands_a_reference(page: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize("frame", ["near", "far"])
-def test_a_reference_into_an_iframe(page: str, site: Site, frame: str) -> None:
+def test_a_reference_into_an_iframe(used_page: str, site: Site, frame: str) -> None:
     visit(site.url + "/frames")
     lines = [line for line in snapshot().splitlines() if "inside" in line]
     assert text_of(reference(lines[frame == "far"], "inside")) == "inside"
 
 
 @pytest.mark.parametrize("end", ["document.querySelector('button').remove()", "location.reload()"])
-def test_a_reference_whose_node_is_gone_is_an_error(page: str, site: Site, end: str) -> None:
+def test_a_reference_whose_node_is_gone_is_an_error(used_page: str, site: Site, end: str) -> None:
     name = reference(show(site, "<button>One</button><p>Stays</p>"), "One")
     js(f"window.kept = document.querySelector('button'); {end}")
     if "reload" in end:
@@ -123,7 +123,7 @@ def test_a_reference_whose_node_is_gone_is_an_error(page: str, site: Site, end: 
     assert name not in re.findall(r"e\d+", snapshot())
 
 
-def test_a_page_of_another_site_does_not_get_old_references(page: str, site: Site) -> None:
+def test_a_page_of_another_site_does_not_get_old_references(used_page: str, site: Site) -> None:
     name = reference(show(site, "<button>One</button>"), "One")
     visit(site.other_url + "/shown")
     with pytest.raises(ElementNotFound, match="gone"):
@@ -133,7 +133,7 @@ def test_a_page_of_another_site_does_not_get_old_references(page: str, site: Sit
         text_of(name)
 
 
-def test_a_reference_that_was_never_given(page: str) -> None:
+def test_a_reference_that_was_never_given(empty_page: str) -> None:
     with pytest.raises(ElementNotFound, match="there is no e999999 in this tab: call snapshot"):
         text_of("e999999")
 
@@ -145,7 +145,7 @@ def test_another_tab_has_its_own_references(page: str, site: Site) -> None:
         text_of(name)
 
 
-def test_a_dialog_is_reported(page: str, site: Site) -> None:
+def test_a_dialog_is_reported(used_page: str, site: Site) -> None:
     show(site, "")
     with pytest.raises(DialogOpen):
         js("alert('Look')")
