@@ -163,7 +163,7 @@ class AsyncClient:
         return self._client.app_version
 
     async def request(self, message: Message, *, timeout: float | None = None) -> Message:
-        """See `Client.request`; the timeout also counts the wait for a turn where 64 calls run."""
+        """See `Client.request`. The timeout includes the wait while 64 other calls run."""
         return await self._ask(self._exchange(check_request(message), timeout))
 
     async def call(

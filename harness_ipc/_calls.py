@@ -119,8 +119,8 @@ def _remote_error(error: Any, classes: ErrorClasses) -> RemoteError:
     if error.get("executed") is False:
         return _NOT_EXECUTED.get(kind, RemoteError)(text, type=kind, data=data, maybe_executed=False)
     known = classes.get(kind, RemoteError)
-    # Not known(...): an application's class may have another signature. Nor known.__new__: that is RuntimeError's, which Python
-    # refuses for an OSError.
+    # Not known(...): an application's class may have another signature. Not known.__new__: for a class that also derives from
+    # OSError, that is RuntimeError's, which Python refuses.
     base: Any = known
     while "__new__" not in vars(base):
         base = base.__base__
@@ -162,7 +162,7 @@ class _Items:
     def _end(self) -> None:
         self._ended = True
         if self._receiving:
-            # Another task, or the frame below a signal handler, may be waiting for an item: it closes the connection itself.
+            # Another task, or the code that a signal handler interrupted, waits for an item: it closes the connection itself.
             self._exchange.cancel()
         else:
             self._exchange.close()

@@ -93,7 +93,7 @@ def converter(hint: Any, known: dict[type, Convert] | None = None) -> Convert:
     """Return the conversion of JSON to `hint`. `known` has the dataclasses that enclose it. Raises `TypeError`.
 
     Supported are int, float, str, bool, None, list, dict, unions, Literal, dataclasses, Path, datetime and bytes. Values for
-    any other annotation pass unchanged. A bool is not accepted as an int, nor a str; an int is accepted as a float.
+    any other annotation pass unchanged. An int is accepted as a float; a bool or a str is not accepted as an int.
     """
     known = {} if known is None else known
     hint = getattr(hint, "__supertype__", hint)  # NewType

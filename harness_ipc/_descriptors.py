@@ -59,7 +59,7 @@ def end_child(error: BaseException | None) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open closed ones of descriptors 0, 1 and 2 on the null device, before a file or a pipe gets their number."""
+    """Open the null device for those of descriptors 0, 1 and 2 that are closed, before a file or a pipe gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -68,7 +68,7 @@ class Exchange:
         # Whether the request was sent on `_link`, and the error of each generation that refused it.
         self._sent = False
         self._refused: dict[str, HarnessIPCError] = {}
-        # The operation in progress, for the text of a timeout; "" for the reply.
+        # The operation in progress, for the text of a timeout: "" for the reply, None for a start, which has its own text.
         self._awaited: str | None = "accept a connection" if message is None else ""
 
     def __del__(self) -> None:
@@ -124,18 +124,18 @@ class Exchange:
             has_more = reply.get("continues") is True and not self._cancelled
             return reply
         except HarnessIPCError as error:
-            self._complete(error)
+            self._annotate(error)
             raise
         finally:
             if not has_more:
                 self.close()
 
-    def _complete(self, error: HarnessIPCError) -> None:
+    def _annotate(self, error: HarnessIPCError) -> None:
         """Set `maybe_executed` and the text of a timeout. Raises `ClientClosed` if this side closed the connection."""
         # After a failed handshake, or if it was refused, the request has not run.
         error.maybe_executed = self._may_have_run() and not isinstance(error, (AuthenticationFailed, Busy))
         if isinstance(error, ConnectionLost):
-            self._check(maybe_executed=error.maybe_executed)
+            self._check_open(maybe_executed=error.maybe_executed)
         if isinstance(error, DaemonTimeout) and self._awaited is not None:
             message, seconds = self._message or {}, round(time.monotonic() - self._begin, 1)
             operation = str(message.get("method") or message.get("meta") or "a request")
@@ -145,7 +145,7 @@ class Exchange:
     def _may_have_run(self) -> bool:
         return self._sent and self._link is not None and self._link.connection.all_sent
 
-    def _check(self, *, maybe_executed: bool = False) -> None:
+    def _check_open(self, *, maybe_executed: bool = False) -> None:
         """Raise `ClientClosed` if the client is closed or the exchange cancelled."""
         if self._state.closed:
             raise ClientClosed("this client is closed: connect again", maybe_executed=maybe_executed)
@@ -161,7 +161,7 @@ class Exchange:
                     break
                 self._link = link = state.idle.pop()
                 state.busy.add(link)
-            self._check()
+            self._check_open()
             if serving_threads:
                 self._io.check(link.record)
             # A readable idle connection is at EOF: the daemon sends nothing unsolicited but a goodbye.
@@ -176,7 +176,7 @@ class Exchange:
 
         The daemon is authenticated when this returns. If it fails, the request has not run.
         """
-        self._check()
+        self._check_open()
         starts, refused = 0, dict(self._refused)
         while True:
             try:
@@ -189,13 +189,13 @@ class Exchange:
                 starts += 1
                 self._awaited = None
                 self.deadline = await self._io.run(partial(start_daemon, self._pool, self.deadline))
-                self._check()
+                self._check_open()
                 refused = dict(self._refused)
                 continue
             try:
                 return await self._connect(record)
             except (DaemonNotRunning, ConnectionLost) as error:
-                self._check()
+                self._check_open()
                 self.close()
                 refused[record.generation] = error
 
@@ -216,7 +216,7 @@ class Exchange:
         with self._state.guard:
             self._link = link
             self._state.busy.add(link)
-        self._check()
+        self._check_open()
         connection.deadline = deadline
         try:
             while protocol.next_event() is None:
@@ -230,7 +230,7 @@ class Exchange:
             with contextlib.suppress(HarnessIPCError):
                 await io.send(connection, protocol.data_to_send())
             raise
-        self._check()
+        self._check_open()
         return link
 
     async def _ask(self, link: Link) -> Message | None:

@@ -49,14 +49,14 @@ if sys.platform != "win32":
         os._exit(os.waitstatus_to_exitcode(status))
 
     def clean_slate() -> None:
-        """Reset what a process inherits and the starter may have changed."""
+        """Reset inherited settings that the starter may have changed: signal dispositions, umask and nice level."""
         for number in signal.valid_signals():
             attempt(signal.signal, number, signal.SIG_DFL)
         os.umask(os.umask(0o077) | 0o022)
         attempt(os.setpriority, os.PRIO_PROCESS, 0, 0)
 
     def attempt(function: "Callable[..., Any]", *arguments: object) -> None:
-        """Call `function`, ignoring a refusal by the system."""
+        """Call `function`, and ignore an error."""
         try:  # noqa: SIM105 - without the import of contextlib
             function(*arguments)
         except (OSError, ValueError):

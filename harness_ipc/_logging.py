@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # The limit of the log, and of its one predecessor, in bytes.
 LOG_BYTES = 5 * 1024 * 1024
-# Seconds between two checks of the size of a log that other writers append to.
-_LOOK_INTERVAL = 0.25
+# Seconds between checks of the size of a log that other writers append to.
+_CHECK_INTERVAL = 0.25
 _COPY_BYTES = 256 * 1024
 
 
@@ -51,19 +51,20 @@ class BoundedLog(logging.Handler):
         except OSError as error:
             self._end.close()
             raise files.log_failure(path, "opened", error) from error
-        # Afterwards: logging closes each initialized handler at exit.
+        # After the files are open: logging closes each initialized handler at exit.
         super().__init__()
         self.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.error: OSError | None = None
         self._path = path
         self._pid = os.getpid()
-        self._told = True
+        # Whether the current failure was reported.
+        self._reported = True
 
     def check_writable(self) -> None:
         """Raise `StartFailed` if the last write failed. From now on, failures are reported on standard error."""
         if self.error is not None:
             raise files.log_failure(self._path, "written", self.error) from self.error
-        self._told = False
+        self._reported = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append an entry."""
@@ -75,29 +76,29 @@ class BoundedLog(logging.Handler):
             self.error = None
         except OSError as error:
             self.error = error
-            if not self._told:
-                self._told = True
+            if not self._reported:
+                self._reported = True
                 with contextlib.suppress(OSError):
                     print(files.log_failure(self._path, "written", error), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
-    def takes_prints(self) -> bool:
+    def receives_prints(self) -> bool:
         """Return whether standard output or error is redirected to the file."""
-        return self.follows(1) or self.follows(2)
+        return self.receives(1) or self.receives(2)
 
-    def limit_size(self, coming: int = 0) -> None:
-        """Move the content to the predecessor if `coming` more bytes would exceed the limit. Does nothing in a forked child.
+    def limit_size(self, added: int = 0) -> None:
+        """Move the content to the predecessor if `added` more bytes would exceed the limit. Does nothing in a forked child.
 
         Called for each request: it takes a microsecond if there is nothing to do.
         """
         try:
-            if os.fstat(self._end.fileno()).st_size + coming <= LOG_BYTES or self._pid != os.getpid():
+            if os.fstat(self._end.fileno()).st_size + added <= LOG_BYTES or self._pid != os.getpid():
                 return
             assert self.lock is not None
             with self.lock:
                 # Another thread may have moved it.
-                if (size := os.fstat(self._end.fileno()).st_size) and size + coming > LOG_BYTES:
+                if (size := os.fstat(self._end.fileno()).st_size) and size + added > LOG_BYTES:
                     # Without room for a copy, the content is dropped.
                     with contextlib.suppress(OSError, HarnessIPCError):
                         self._copy(max(0, size - LOG_BYTES))
@@ -116,16 +117,16 @@ class BoundedLog(logging.Handler):
                 left -= len(data)
                 copy.write(data)
 
-    def follows(self, descriptor: int) -> bool:
-        """Return whether `descriptor` refers to the file."""
+    def receives(self, descriptor: int) -> bool:
+        """Return whether the output to `descriptor` goes to the file."""
         try:
             return os.path.sameopenfile(descriptor, self._end.fileno())
         except OSError:
             return False
 
-    def watch(self, over: threading.Event) -> None:
-        """Limit the size until `over` is set."""
-        while not over.wait(_LOOK_INTERVAL):
+    def watch(self, stop: threading.Event) -> None:
+        """Limit the size until `stop` is set."""
+        while not stop.wait(_CHECK_INTERVAL):
             self.limit_size()
 
     def close(self) -> None:
@@ -158,7 +159,7 @@ def _lossy_streams(log: BoundedLog) -> Iterator[None]:
             if isinstance(raw, io.FileIO) and not raw.closed and raw.fileno() == number:
                 with contextlib.suppress(OSError):
                     stream.flush()
-                if log.follows(number):
+                if log.receives(number):
                     stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
                 writer = io.BufferedWriter(_StandardStream(number, "w", closefd=False))
                 new = io.TextIOWrapper(writer, stream.encoding, stream.errors, line_buffering=True)
@@ -167,7 +168,7 @@ def _lossy_streams(log: BoundedLog) -> Iterator[None]:
         yield
 
 
-def _leave_to_log(error: BaseException) -> None:
+def _suppress_traceback(error: BaseException) -> None:
     """Keep the interpreter from printing `error` to the log a second time if it is uncaught."""
     hook = sys.excepthook
     sys.excepthook = lambda kind, uncaught, trace: None if uncaught is error else hook(kind, uncaught, trace)
@@ -180,7 +181,7 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
     Raises `StartFailed` and `UnsafeDirectory`.
     """
     log = BoundedLog(path)
-    over = threading.Event()
+    stop = threading.Event()
     root = logging.getLogger()
     level = root.level
     root.addHandler(log)
@@ -188,9 +189,9 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
     logging.captureWarnings(True)
     try:
         with _lossy_streams(log):
-            if log.takes_prints():
+            if log.receives_prints():
                 with contextlib.suppress(RuntimeError):  # no thread can be started
-                    threading.Thread(target=log.watch, args=(over,), name="harness-ipc-log", daemon=True).start()
+                    threading.Thread(target=log.watch, args=(stop,), name="harness-ipc-log", daemon=True).start()
             yield log
     except BaseException as error:
         logger = logging.getLogger(__name__)
@@ -198,11 +199,11 @@ def logging_to(name: str, path: str) -> Iterator[BoundedLog]:
             logger.error("%s failed: %s", name, error, exc_info=error.__cause__)
         else:
             logger.critical("%s crashed", name, exc_info=True)
-        if log.follows(2):
-            _leave_to_log(error)
+        if log.receives(2):
+            _suppress_traceback(error)
         raise
     finally:
-        over.set()
+        stop.set()
         logging.captureWarnings(False)
         root.setLevel(level)
         root.removeHandler(log)

@@ -34,7 +34,7 @@ def start_daemon(pool: Pool, deadline: float) -> float:
         try:
             ensure_daemon(pool.name, pool.start, **pool.start_options, namespace=namespace)
         except StartFailed as error:
-            # It was stopped while starting: the caller finds no daemon, as if it was stopped a moment later.
+            # Stopped while starting: the caller finds no daemon, as if it had been stopped a moment later.
             if error.type != TERMINATED:
                 raise
     return deadline + time.monotonic() - begin

@@ -91,7 +91,7 @@ class Pool:
         self.start_options = start_options or {}
         self.error_classes = error_classes or {}
         self.max_idle = max_idle
-        # Of the generation that was connected to last.
+        # The record of the generation that was connected to last.
         self.record: records.Record
         self.state = State()
 
@@ -117,7 +117,8 @@ class Pool:
     def load(self, *, again: bool, refused: dict[str, HarnessIPCError] | None = None) -> records.Record:
         """Return the record of the daemon.
 
-        Raises what `records.load` does, and the error in `refused` for a generation that is there.
+        Raises what `records.load` does, the error in `refused` if its generation has one, and `IncompatibleDaemon` or
+        `WrongVersion` for another version than `start_options` require.
         """
         record = records.load(self.name, again=again, any_schema=self.any_schema, namespace=self.namespace)
         if self.generation not in (None, record.generation):

@@ -1,4 +1,4 @@
-"""A limit for log entries that clients can cause by the thousand: one of each kind in ten seconds, with a count."""
+"""A rate limit for log entries that clients can cause: one of each kind in ten seconds, with a count of the suppressed."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class RateLimitedLogger:
         kind = message if error is None else (message, *_lines_of(error))
         now = time.monotonic()
         with self._lock:
-            logged_at, left_out = self._kinds.get(kind, (-inf, 0))
+            logged_at, suppressed = self._kinds.get(kind, (-inf, 0))
             if now - logged_at < _PERIOD:
-                self._kinds[kind] = logged_at, left_out + 1
+                self._kinds[kind] = logged_at, suppressed + 1
                 return
             # Reinserted, to keep the order by time.
             self._kinds.pop(kind, None)
             if len(self._kinds) >= _MAX_KINDS:
                 del self._kinds[next(iter(self._kinds))]
             self._kinds[kind] = now, 0
-        more = f" (and {left_out} more like this since the last one was logged)" if left_out else ""
+        more = f" (and {suppressed} more like this since the last one was logged)" if suppressed else ""
         self._logger.log(level, f"{message}{more}", *values, exc_info=error if traceback else None)
 
 

@@ -31,9 +31,9 @@ _EXIT_PERIOD = 2.0
 # The `StartFailed.type` of a daemon that was stopped while starting.
 TERMINATED = "SIGTERM"
 _LOG_TAIL = 4096  # bytes
-# Seconds between two checks of the record of a child that sends no messages.
-_LOOK_INTERVAL = 0.05
-# Log lines that are no error: the banner of a start, and entries of level DEBUG or INFO.
+# Seconds between checks of the record of a child that sends no messages.
+_CHECK_INTERVAL = 0.05
+# Log lines that do not explain a failure: the banner of a start, and entries of level DEBUG or INFO.
 _OWN_LINE = re.compile(r"--- |\d{4}-\d\d-\d\d \S+ (DEBUG|INFO) ")
 
 
@@ -47,15 +47,16 @@ class StartWait:
     def __init__(
         self, name: str, timeout: float, namespace: Namespace, on_progress: Callable[[Any], object] | None = None
     ) -> None:
-        """Start the timeout. Raises `ValueError`."""
+        """Start the wait. Raises `ValueError` for an invalid timeout."""
         self.name = name
         self.namespace = namespace
         self.timeout = timeout
         self._deadline = deadline_after(timeout)
         self._on_progress = on_progress
-        # The last progress passed on, and whether it came by the pipe, in which case the record may be older.
+        # The last progress passed on.
         self._last: Any = None
-        self._hears = False
+        # Whether the pipe carries progress: the record is not read then, since it may be older.
+        self._pipe_has_progress = False
 
     def remaining(self) -> float:
         """Return the seconds left. Raises `StartTimeout` if there are none."""
@@ -68,14 +69,14 @@ class StartWait:
         if not sleep_until_retry(self._deadline):
             raise StartTimeout
         progress = None
-        if self._on_progress is not None and not self._hears:
+        if self._on_progress is not None and not self._pipe_has_progress:
             with contextlib.suppress(HarnessIPCError):
                 progress = records.read(self.name, namespace=self.namespace).public().get("progress")
         self._pass_on(progress)
 
-    def hear(self, progress: Any) -> None:
+    def receive_progress(self, progress: Any) -> None:
         """Pass on progress that the child has sent."""
-        self._hears = True
+        self._pipe_has_progress = True
         self._pass_on(progress)
 
     def _pass_on(self, progress: Any) -> None:
@@ -141,15 +142,16 @@ def _spawn(command: Command, log: str, namespace: Namespace) -> tuple[startup.Ch
 
 
 def _next_message(child: startup.Child, wait: StartWait) -> startup.StartMessage:
-    """Return the child's next message, or for a silent one the state "published", or "ended" with its "status".
+    """Return the child's next message other than progress, which is passed on.
 
-    Progress is passed on. Raises `StartTimeout`.
+    For a child that sends none, return the state "published" once its record is ready, or "ended" with its "status". Raises
+    `StartTimeout`.
     """
     while True:
         ended = child.process.poll() is not None
-        message = child.next_message(min(_LOOK_INTERVAL, wait.remaining()))
+        message = child.next_message(min(_CHECK_INTERVAL, wait.remaining()))
         if message is not None and message.get("state") == "progress":
-            wait.hear(message.get("value"))
+            wait.receive_progress(message.get("value"))
             continue
         if message is not None:
             return message

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two checks of the record and the socket, each of which records that the loop is responsive.
+# Seconds between checks that clients can still find the daemon. Each check also records that the loop is responsive.
 _LOOK_INTERVAL = 2.0
 
 # `has_acquired`: whether this thread is in an `acquire_daemon` block.
@@ -47,7 +47,7 @@ class App(Protocol):
 
     ``async start()`` acquires resources, before clients can find the daemon. ``async stop()`` releases them, after the last
     request, and also if `start` failed. ``async health() -> dict`` checks the app's dependencies: the daemon is unhealthy if it
-    raises an error or returns a dict with an "error". None means an empty dict.
+    raises an error or returns a dict with an "error". Returning None is the same as returning an empty dict.
     """
 
     def handle(self, message: Message, /) -> Awaitable[Message] | AsyncIterator[Any]:
@@ -77,11 +77,12 @@ def run_daemon(
     in the loop once clients can connect, and `on_drain` when the daemon starts to drain, for example to end infinite streams.
     `acquired` is the result of `acquire_daemon`, for a program with slow work to do before it has an app. `namespace` defaults
     to that of the `ensure_daemon` that started this process, if any. The other arguments are those of `start_daemon_server`. A
-    daemon started by `ensure_daemon` without `cwd=` makes `sys.path` absolute and changes to ``/``, which nobody removes.
+    daemon started by `ensure_daemon` without `cwd=` makes `sys.path` absolute and changes to ``/``: the directory of its
+    starter may be removed.
 
     Raises `AlreadyRunning`, `StartFailed`, `UnsafeDirectory` or `InvalidName`; `TypeError` if `app` can't be served,
-    `ValueError` for an invalid time, and `RuntimeError` inside a running event loop or in a module that ``harness-ipc serve``
-    imports. A clean end returns.
+    `ValueError` for an invalid timeout, and `RuntimeError` in a running event loop, or while ``harness-ipc serve`` imports the
+    module. Returns after a clean shutdown.
     """
     application = check_app(app)
     _check_context(acquired)
@@ -101,7 +102,7 @@ def run_daemon(
             health=application.health,
             on_shutdown=stop.set,
             # After each request: the handler or its children may have printed a lot.
-            after_request=daemon.log.limit_size if daemon.log.takes_prints() else None,
+            after_request=daemon.log.limit_size if daemon.log.receives_prints() else None,
             registration=daemon.registration,
             namespace=daemon.namespace,
         )
@@ -111,7 +112,7 @@ def run_daemon(
             daemon.report.close()
             if on_ready is not None:
                 on_ready(server)
-            await _stop_or_idle(server, stop, idle_timeout)
+            await _wait_until_done(server, stop, idle_timeout)
             logger.info("draining")
             on_drain()
 
@@ -142,7 +143,7 @@ def run_daemon(
 
 
 class AcquiredDaemon(NamedTuple):
-    """A name held by this process: no other process can acquire it, and the starter waits for the ready message."""
+    """A name held by this process, which no other process can acquire, and what `run_daemon` needs to serve it."""
 
     registration: Registration
     report: startup.ReadyPipe
@@ -159,11 +160,11 @@ def acquire_daemon(name: str, *, namespace: Namespace | None = None) -> Iterator
     open_standard_streams()
     raise_descriptor_limit()
     with startup.reporting() as report:
-        told = report.start.get
-        namespace = namespace or Namespace(runtime_dir=told("runtime_dir"), log_dir=told("log_dir"))
-        start = {key: told(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
-        start["environment"] = {key: os.environ[key] for key in told("environment", ()) if key in os.environ}
-        registration = acquire_name(name, namespace=namespace, **start)
+        start = report.start
+        namespace = namespace or Namespace(runtime_dir=start.get("runtime_dir"), log_dir=start.get("log_dir"))
+        fields = {key: start.get(key) for key in ("argv", "cwd", "leaves_cwd", "detached")}
+        fields["environment"] = {key: os.environ[key] for key in start.get("environment", ()) if key in os.environ}
+        registration = acquire_name(name, namespace=namespace, **fields)
         try:
             with logging_to(name, str(log_path(name, namespace=namespace))) as log:
                 version = ".".join(map(str, sys.version_info[:3]))
@@ -182,11 +183,11 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         try:
             loop.run_until_complete(main)
         finally:
-            if left := asyncio.all_tasks(loop):
-                for task in left:
+            if tasks := asyncio.all_tasks(loop):
+                for task in tasks:
                     task.cancel()
-                _, left = loop.run_until_complete(asyncio.wait(left, timeout=CANCEL_PERIOD))
-            for task in left:
+                _, tasks = loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_PERIOD))
+            for task in tasks:
                 logger.error("task did not stop within %g s of cancellation: %r", CANCEL_PERIOD, task)
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
@@ -197,7 +198,7 @@ async def _do_nothing() -> None:
 
 
 class _Functions(NamedTuple):
-    """The coroutine functions of an app."""
+    """The functions of an app. `handle` may also be an async generator function."""
 
     handle: Handler
     start: Callable[[], Coroutine[Any, Any, None]] = _do_nothing
@@ -262,7 +263,7 @@ async def _start(app: _Functions, stop: asyncio.Event) -> bool:
     return True
 
 
-async def _stop_or_idle(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
+async def _wait_until_done(server: DaemonServer, stop: asyncio.Event, idle_timeout: float | None) -> None:
     """Wait until the daemon should end: `stop` is set, it is idle, or clients can't find it any more."""
     while not stop.is_set():
         server.beat()

@@ -168,14 +168,14 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
                 left[socket] = "the socket of a daemon that died", remedy
     for entry in entries:
         path = os.path.join(directory, entry)
-        if _SOCKET.fullmatch(entry) and path not in used and entry not in left and _nobody_listens(path):
+        if _SOCKET.fullmatch(entry) and path not in used and entry not in left and _has_no_listener(path):
             left[entry] = "a socket without a record, where nobody listens", _remove(path)
         if entry in left and os.path.lexists(path):
             what, remedy = left[entry]
             yield Finding("warning", "leftovers", f"{path}: {what}", remedy)
 
 
-def _nobody_listens(address: str) -> bool:
+def _has_no_listener(address: str) -> bool:
     # A daemon that ends removes its record a moment before its socket.
     try:
         _transport.connect(address, _transport.deadline_after(_CONNECT_TIMEOUT)).close()

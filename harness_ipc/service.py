@@ -86,8 +86,8 @@ class Service(Dispatcher):
     ``async def start(self)``, called before clients can find the daemon, ``stop``, called after the last request, and
     ``health``, which returns a dict.
 
-    Creating an instance raises `TypeError` for an annotation that can't be resolved, and for a method with the name of an
-    attribute of this class.
+    Creating an instance raises `TypeError` for an annotation that can't be resolved, and for a method with a reserved name:
+    ``start``, ``stop``, ``health``, or an attribute of this class.
     """
 
     _methods: ClassVar[dict[str, _Method]] = {}
@@ -241,7 +241,7 @@ def _show_signature(function: Callable[..., Any]) -> str:
 
 
 def _returns_stream(method: _Method) -> bool:
-    """Return whether the return annotation of a non-generator function is an iterator."""
+    """Return whether a method that is not a generator has the return annotation of a stream."""
     returned = method.signature.rpartition(" -> ")[2].partition("[")[0]
     return returned.rpartition(".")[2] in ("AsyncIterator", "AsyncIterable", "AsyncGenerator")
 

@@ -28,7 +28,7 @@ _RELEASE_PERIOD = 2.0
 
 
 def spawn_kwargs() -> dict[str, Any]:
-    """Return arguments of `subprocess.Popen` that detach a child from our session or console, so that it outlives us."""
+    """Return arguments of `subprocess.Popen` that detach a child from this process's session or console: it outlives them."""
     if sys.platform == "win32":
         # Not DETACHED_PROCESS: it overrides CREATE_NO_WINDOW, and each console program that the child runs would open a window
         # ("Process Creation Flags" in the Win32 documentation).
@@ -40,12 +40,12 @@ if sys.platform == "win32":
     import msvcrt
 
     def _popen(
-        argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
+        argv: Sequence[str], writer: int, stdin: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
     ) -> subprocess.Popen[bytes]:
         os.set_inheritable(writer, True)
         handle = msvcrt.get_osfhandle(writer)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
-        # The job of a terminal or an agent may kill its processes when it ends, and may not allow a breakaway.
+        # A job object of a terminal or an agent may kill its processes when it is closed, and may forbid a breakaway.
         for how, flag in (("breakaway", subprocess.CREATE_BREAKAWAY_FROM_JOB), ("job", 0)):
             detached = spawn_kwargs()
             detached["creationflags"] |= flag
@@ -76,7 +76,7 @@ if sys.platform == "win32":
     def _open_inherited(start: dict[str, Any]) -> int:
         return msvcrt.open_osfhandle(start["handle"], os.O_WRONLY)
 
-    def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
+    def _is_ready_pipe(descriptor: int, start: dict[str, Any]) -> bool:
         """Return whether `descriptor` is the pipe of the starter."""
         import ctypes
 
@@ -92,13 +92,13 @@ else:
     import stat
 
     def _popen(
-        argv: Sequence[str], writer: int, leash: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
+        argv: Sequence[str], writer: int, stdin: int, start: dict[str, Any], env: Mapping[str, str], options: dict[str, Any]
     ) -> subprocess.Popen[bytes]:
         # The executable of a frozen application can't run the launcher.
         if sys.executable and not getattr(sys, "frozen", False):
             launcher = os.path.join(os.path.dirname(__file__), "_launcher.py")
             argv = [sys.executable, "-I", "-S", launcher, str(writer), *argv]
-            options["stdin"] = leash
+            options["stdin"] = stdin
         text = json.dumps({"fd": writer, "inode": os.fstat(writer).st_ino, "detached": "session", **start})
         return subprocess.Popen(argv, env={**env, VARIABLE: text}, pass_fds=(writer,), **spawn_kwargs(), **options)
 
@@ -114,7 +114,7 @@ else:
     def _open_inherited(start: dict[str, Any]) -> int:
         return int(start["fd"])
 
-    def _is_ours(descriptor: int, start: dict[str, Any]) -> bool:
+    def _is_ready_pipe(descriptor: int, start: dict[str, Any]) -> bool:
         """Return whether `descriptor` is the pipe with the inode given by the starter."""
         try:
             found = os.fstat(descriptor)
@@ -139,17 +139,18 @@ class Child:
         self._id = os.urandom(8).hex()
         self._data = b""
         self._reader, writer = os.pipe()
-        leash, self._leash = os.pipe()
+        # The launcher exits at EOF on its standard input.
+        launcher_stdin, self._launcher_stdin = os.pipe()
         try:
             options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": cwd}
-            self.process = _popen(argv, writer, leash, {**start, "id": self._id}, environment, options)
+            self.process = _popen(argv, writer, launcher_stdin, {**start, "id": self._id}, environment, options)
         except BaseException:
             os.close(self._reader)
-            os.close(self._leash)
+            os.close(self._launcher_stdin)
             raise
         finally:
             os.close(writer)
-            os.close(leash)
+            os.close(launcher_stdin)
 
     def next_message(self, timeout: float) -> StartMessage | None:
         """Return the next message, or None after `timeout` seconds. At EOF, return None at once."""
@@ -178,11 +179,11 @@ class Child:
     def close(self) -> None:
         """Release the child: wait for the launcher, to leave no zombie, but not for the child."""
         os.close(self._reader)
-        os.close(self._leash)
+        os.close(self._launcher_stdin)
         deadline = time.monotonic() + (_RELEASE_PERIOD if os.name == "posix" else 0.0)
         while self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        # Avoid the ResourceWarning: the child keeps running.
+        # Avoid the ResourceWarning of Popen: the child keeps running.
         self.process.returncode = self.process.returncode or 0
 
 
@@ -200,7 +201,7 @@ class ReadyPipe:
         with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             self.start = dict(json.loads(text))
             descriptor = _open_inherited(self.start)
-            if _is_ours(descriptor, self.start):
+            if _is_ready_pipe(descriptor, self.start):
                 os.set_inheritable(descriptor, False)
                 self._descriptor = descriptor
                 if sys.platform != "win32":
@@ -208,7 +209,7 @@ class ReadyPipe:
         close_in_child(self)
 
     def leave_directory(self) -> None:
-        """Change to ``/`` unless `cwd` was given: the directory may be removed later. `sys.path` is made absolute before."""
+        """Make `sys.path` absolute; then change to ``/``, unless `cwd` was given: the directory may be removed later."""
         if self.start:
             with contextlib.suppress(OSError):
                 sys.path[:] = [os.path.abspath(entry) for entry in sys.path]
@@ -225,8 +226,8 @@ class ReadyPipe:
             self._write({"state": "progress", "value": value}, 0.0)
 
     def _write(self, message: StartMessage, timeout: float) -> None:
-        """Write a message; wait at most `timeout` seconds whenever the pipe is full."""
-        if self._descriptor is None or not _is_ours(self._descriptor, self.start):
+        """Write a message; give up if the pipe is full for `timeout` seconds."""
+        if self._descriptor is None or not _is_ready_pipe(self._descriptor, self.start):
             return
         data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         deadline = time.monotonic() + timeout
@@ -248,7 +249,7 @@ class ReadyPipe:
         """Close the pipe."""
         descriptor, self._descriptor = self._descriptor, None
         # The program may have closed the descriptor, and opened another file with the same number.
-        if descriptor is not None and _is_ours(descriptor, self.start):
+        if descriptor is not None and _is_ready_pipe(descriptor, self.start):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .._status import DaemonStatus
 
 # Seconds before a command reports that it is still running.
-_SILENCE = 1.0
+_REPORT_DELAY = 1.0
 
 
 def print_status(status: DaemonStatus) -> None:
@@ -115,7 +115,7 @@ def progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any]
 
     Yields a function that sets the value shown after the seconds.
     """
-    over = threading.Event()
+    done = threading.Event()
     begun = time.monotonic()
     name, log = options.name, log_path(options.name, namespace=options.namespace)
     shown = ""
@@ -126,7 +126,7 @@ def progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any]
 
     def show() -> None:
         width = 0
-        while not over.wait(_SILENCE):
+        while not done.wait(_REPORT_DELAY):
             if not sys.stderr.isatty():
                 print_error(f"still {doing} {name}; its log is {log}")
                 return
@@ -135,10 +135,10 @@ def progress(doing: str, options: argparse.Namespace) -> Iterator[Callable[[Any]
             width = len(text)
         print(f"\r{' ' * width}\r" if width else "", end="", file=sys.stderr, flush=True)
 
-    watcher = threading.Thread(target=show, daemon=True)
-    watcher.start()
+    reporter = threading.Thread(target=show, daemon=True)
+    reporter.start()
     try:
         yield set_shown
     finally:
-        over.set()
-        watcher.join()
+        done.set()
+        reporter.join()
