@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 
-# Where `weakref.WeakSet` is defined. threading imports this module anyway; importing weakref takes each client longer.
+# Not weakref, which takes each client longer to import: threading imports this module anyway.
 from _weakrefset import WeakSet
 
 TYPE_CHECKING = False

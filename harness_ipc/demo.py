@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _NAME = "demo"
 _PROCESSES = 4
-_KEPT = 500
-_ONE_SHOT = 250
+_KEPT_REQUESTS = 500
+_ONE_SHOT_REQUESTS = 250
 # The timeout of each wait in seconds, far above the usual time.
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 
 
 async def handle(message: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +42,14 @@ async def handle(message: dict[str, Any]) -> dict[str, Any]:
 
 def run(*, as_json: bool = False) -> int:
     """Run the tour and return the exit status: 0 if everything worked, else 1."""
-    say = _Speaker(sys.stderr if as_json else sys.stdout)
+    printer = _Printer(sys.stderr if as_json else sys.stdout)
     directory = tempfile.mkdtemp(prefix="harness-ipc-")
     saved = {key: os.environ.get(key) for key in ("HARNESS_IPC_RUNTIME_DIR", "HARNESS_IPC_LOG_DIR")}
     os.environ["HARNESS_IPC_RUNTIME_DIR"] = os.path.join(directory, "run")
     os.environ["HARNESS_IPC_LOG_DIR"] = os.path.join(directory, "log")
     try:
         with contextlib.ExitStack() as processes:
-            report = _tour(processes, directory, say)
+            report = _tour(processes, directory, printer)
     finally:
         for key, value in saved.items():
             if value is None:
@@ -58,7 +58,7 @@ def run(*, as_json: bool = False) -> int:
                 os.environ[key] = value
         shutil.rmtree(directory, ignore_errors=True)
     report["left_behind"] = [directory] if os.path.exists(directory) else []
-    say.line("left", ", ".join(report["left_behind"]) or "nothing: no process, no file")
+    printer.line("left", ", ".join(report["left_behind"]) or "nothing: no process, no file")
     report["ok"] = (
         not report["left_behind"]
         and report["wrong_replies"] == 0
@@ -73,7 +73,7 @@ def run(*, as_json: bool = False) -> int:
     return 0 if report["ok"] else 1
 
 
-def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dict[str, Any]:
+def _tour(processes: contextlib.ExitStack, directory: str, printer: _Printer) -> dict[str, Any]:
     start = time.perf_counter()
     errors = processes.enter_context(open(os.path.join(directory, "stderr"), "w+b"))  # noqa: SIM115 - the stack closes it
     serve = ["-P", "-m", "harness_ipc", "serve", "harness_ipc.demo:handle", "--name", _NAME, "--json"]
@@ -83,29 +83,29 @@ def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dic
     if ready is None:
         errors.seek(0)
         raise StartFailed("the demo's daemon did not start", log_tail=errors.read().decode("utf-8", "replace"))
-    say.line("daemon", f"pid {ready['pid']} ready in {(time.perf_counter() - start) * 1000:.0f} ms at {ready['address']}")
+    printer.line("daemon", f"pid {ready['pid']} ready in {(time.perf_counter() - start) * 1000:.0f} ms at {ready['address']}")
 
-    silent = _Player(processes, "silent", errors)
-    intruder = _Player(processes, "intruder", errors)
-    honest = [_Player(processes, "client", errors) for _ in range(_PROCESSES)]
-    total = _PROCESSES * (_KEPT + _ONE_SHOT)
-    while any(player.thread.is_alive() for player in honest):
-        say.progress("clients", sum(player.done for player in honest), total)
-        next(player for player in [*honest, silent] if player.thread.is_alive()).thread.join(0.1)
-    results = [player.result() for player in honest]
-    say.line("clients", f"{total} requests from {_PROCESSES} processes answered, each with its own reply")
+    silent = _ClientProcess(processes, "silent", errors)
+    intruder = _ClientProcess(processes, "intruder", errors)
+    honest = [_ClientProcess(processes, "client", errors) for _ in range(_PROCESSES)]
+    total = _PROCESSES * (_KEPT_REQUESTS + _ONE_SHOT_REQUESTS)
+    while any(process.thread.is_alive() for process in honest):
+        printer.progress("clients", sum(process.done for process in honest), total)
+        next(process for process in [*honest, silent] if process.thread.is_alive()).thread.join(0.1)
+    results = [process.result() for process in honest]
+    printer.line("clients", f"{total} requests from {_PROCESSES} processes answered, each with its own reply")
 
     refused = intruder.result()
-    say.line("intruder", f"with a wrong key: {refused['verdict']}")
-    say.progress("silent", 0, 1)
+    printer.line("intruder", f"with a wrong key: {refused['verdict']}")
+    printer.progress("silent", 0, 1)
     dropped = silent.result()
-    say.line("silent", f"client without a proof: {dropped['verdict']}")
+    printer.line("silent", f"client without a proof: {dropped['verdict']}")
 
     start = time.perf_counter()
     pid = client.identify(_NAME)
-    say.line("daemon", f"pid {pid} still serves: answered in {(time.perf_counter() - start) * 1000:.1f} ms")
+    printer.line("daemon", f"pid {pid} still serves: answered in {(time.perf_counter() - start) * 1000:.1f} ms")
     client.request(_NAME, {"meta": messages.SHUTDOWN})
-    daemon.wait(_PATIENCE)
+    daemon.wait(_TIMEOUT)
     return {
         "requests": total,
         "processes": _PROCESSES,
@@ -120,7 +120,7 @@ def _tour(processes: contextlib.ExitStack, directory: str, say: _Speaker) -> dic
     }
 
 
-class _Speaker:
+class _Printer:
     """Prints what happens. On a terminal, progress is updated in place."""
 
     def __init__(self, stream: Any) -> None:
@@ -145,22 +145,22 @@ class _Speaker:
         return "\r" + " " * 78 + "\r" if pending else ""
 
 
-class _Player:
-    """A process with one part of the demo, and the thread that reads its output."""
+class _ClientProcess:
+    """A process with one of the demo's clients, and the thread that reads its output. `kind`: client, intruder or silent."""
 
-    def __init__(self, processes: contextlib.ExitStack, part: str, errors: Any) -> None:
-        self.part = part
+    def __init__(self, processes: contextlib.ExitStack, kind: str, errors: Any) -> None:
+        self.kind = kind
         self.done = 0
         self._result: dict[str, Any] | None = None
-        self._process = processes.enter_context(_spawned(["-P", "-m", "harness_ipc.demo", part], errors))
+        self._process = processes.enter_context(_spawned(["-P", "-m", "harness_ipc.demo", kind], errors))
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 
     def result(self) -> dict[str, Any]:
         """Wait for the process and return its result."""
-        self.thread.join(_PATIENCE)
+        self.thread.join(_TIMEOUT)
         if self._result is None:
-            raise HarnessIPCError(f"the demo's {self.part} process failed: its exit status is {self._process.poll()}")
+            raise HarnessIPCError(f"the demo's {self.kind} process failed: its exit status is {self._process.poll()}")
         return self._result
 
     def _follow(self) -> None:
@@ -196,36 +196,36 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 def _print_table(report: dict[str, Any]) -> None:
     print(f"\n  {'':16}{'requests':>9}{'processes':>11}{'p50':>11}{'p99':>11}")
-    for label, key, each in (("kept connection", "kept", _KEPT), ("one shot", "one_shot", _ONE_SHOT)):
+    for label, key, each in (("kept connection", "kept", _KEPT_REQUESTS), ("one shot", "one_shot", _ONE_SHOT_REQUESTS)):
         p50, p99 = (f"{report[key][percentile]:.3f} ms" for percentile in ("p50_ms", "p99_ms"))
         print(f"  {label:16}{each * report['processes']:>9}{report['processes']:>11}{p50:>11}{p99:>11}")
     print(f"  transport       {report['transport']}")
     print(f"  authentication  {report['authentication']}")
 
 
-# The parts of the other processes: `python -m harness_ipc.demo PART`.
+# The clients: `python -m harness_ipc.demo KIND`.
 
 
-def _play_client() -> dict[str, Any]:
+def _run_client() -> dict[str, Any]:
     wrong = 0
     kept, one_shot = [], []
     with client.connect_daemon(_NAME) as daemon:
-        for number in range(_KEPT):
+        for number in range(_KEPT_REQUESTS):
             start = time.perf_counter()
             wrong += daemon.call("echo", number=number, pid=os.getpid()) != {"number": number, "pid": os.getpid()}
             kept.append(time.perf_counter() - start)
             if number % 50 == 0:
-                _tell({"done": number})
-    for number in range(_ONE_SHOT):
+                _print_json({"done": number})
+    for number in range(_ONE_SHOT_REQUESTS):
         start = time.perf_counter()
         wrong += client.request(_NAME, {"method": "echo", "params": number}) != {"result": number}
         one_shot.append(time.perf_counter() - start)
         if number % 50 == 0:
-            _tell({"done": _KEPT + number})
+            _print_json({"done": _KEPT_REQUESTS + number})
     return {"wrong": wrong, "kept": kept, "one_shot": one_shot}
 
 
-def _play_intruder() -> dict[str, Any]:
+def _run_intruder() -> dict[str, Any]:
     """Ignore the daemon's proof, and answer its challenge with another key."""
     record = records.load(_NAME)
     with Client(record.address) as connection:
@@ -239,21 +239,21 @@ def _play_intruder() -> dict[str, Any]:
         return {"refused": False, "verdict": "let in"}
 
 
-def _play_silent() -> dict[str, Any]:
+def _run_silent() -> dict[str, Any]:
     start = time.monotonic()
     record = records.load(_NAME)
     with Client(record.address) as connection:
         try:
-            if connection.poll(_PATIENCE):
+            if connection.poll(_TIMEOUT):
                 connection.recv_bytes(MAX_FRAME)
         except EOFError:
             return {"refused": True, "verdict": f"dropped after {time.monotonic() - start:.1f} s"}
         return {"refused": False, "verdict": "was answered"}
 
 
-def _tell(line: dict[str, Any]) -> None:
+def _print_json(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    _tell({"client": _play_client, "intruder": _play_intruder, "silent": _play_silent}[sys.argv[1]]())
+    _print_json({"client": _run_client, "intruder": _run_intruder, "silent": _run_silent}[sys.argv[1]]())

@@ -75,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     add("status", "show the daemon's state and problems", name, timeout=_STATUS_TIMEOUT, json="the status")
     listing = add("list", "list the application's daemons", json="a list of statuses")
     listing.add_argument("--all", action="store_true", help="list the daemons of all applications")
-    ended = "stop the daemon if it is running, and wait until it has ended"
-    add("stop", ended, name, timeout=_STOP_TIMEOUT, timeout_help=in_flight, json="the result")
-    again = "stop the daemon and start it again with the same command"
-    add("restart", again, name, timeout=_START_TIMEOUT, json="its status")
+    stop = "stop the daemon if it is running, and wait until it has ended"
+    add("stop", stop, name, timeout=_STOP_TIMEOUT, timeout_help=in_flight, json="the result")
+    restart = "stop the daemon and start it again with the same command"
+    add("restart", restart, name, timeout=_START_TIMEOUT, json="its status")
     _add_log_lines(add("logs", "show the end of the daemon's log", name))
     add("doctor", "find problems that keep daemons from working, and commands that fix them", json="the findings")
     return parser

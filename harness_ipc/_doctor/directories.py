@@ -71,7 +71,7 @@ def _directory(topic: str, path: str, why: str, variable: str, forbidden: int) -
     if not os.path.isdir(place):
         return Finding("failure", topic, f"{text}, but {place} is not a directory", elsewhere)
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        return Finding("failure", topic, f"{text}, but {place} can't be written", trust.give_back(path) or elsewhere)
+        return Finding("failure", topic, f"{text}, but {place} can't be written", trust.chown_remedy(path) or elsewhere)
     kind = _file_system(place)
     if kind is not None:
         text += f", on {kind}"

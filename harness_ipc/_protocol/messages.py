@@ -25,7 +25,7 @@ SHUTDOWN = "shutdown"
 # Sent unsolicited by a daemon that closes: unanswered requests on this connection have not run and will not run.
 GOODBYE_FRAME = b'{"meta":"goodbye"}'
 # The keys of a reply that are reserved for the channel.
-_CHANNELS_OWN = ("meta", "continues")
+_RESERVED_KEYS = ("meta", "continues")
 
 
 def _reject_constant(constant: str) -> NoReturn:
@@ -60,7 +60,7 @@ class Encoder(json.JSONEncoder):
     def __init__(self, convert: Callable[[Any], Any]) -> None:
         # ensure_ascii preserves lone surrogates, which occur in page text and have no UTF-8.
         super().__init__(allow_nan=False, ensure_ascii=True, separators=(",", ":"), default=convert)
-        # Private. The base class creates one for each message, which takes half of the time of a short message.
+        # c_make_encoder is private. The base class calls it for each message, which takes half of the time of a short message.
         make = getattr(json.encoder, "c_make_encoder", None)
         quote = json.encoder.encode_basestring_ascii
         self._encode = make and make(None, convert, quote, None, ":", ",", False, False, False)
@@ -172,7 +172,7 @@ def check_reply(reply: Any) -> Message:
     """Return a handler's `reply`. Raises `TypeError` unless it is a dict, and `ProtocolError` for a reserved key."""
     if not isinstance(reply, dict):
         raise TypeError(f"the handler returned {type(reply).__name__}: a reply must be a dict")
-    for key in _CHANNELS_OWN:
+    for key in _RESERVED_KEYS:
         if key in reply:
             raise ProtocolError(f'the key "{key}" of a reply is reserved')
     error = reply.get("error")

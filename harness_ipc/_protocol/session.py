@@ -3,8 +3,8 @@
     ServerProtocol   HELLO -> ANSWERED -> IDLE -> ACTIVE [-> CANCELLING] -> REPLYING -> IDLE ...
     ClientProtocol   HELLO -> ANSWERED -> IDLE -> AWAITING [-> STREAMING] -> IDLE ...;  ANSWERED -> PROVING -> AWAITING
 
-LEAVING: there is something to send before the connection is closed. GONE: the daemon said goodbye. Received data that is not
-yet processed and data to send are not part of the state.
+LEAVING: the connection is closed once all data is sent. GONE: the daemon said goodbye. Received data that is not yet processed
+and data to send are not part of the state.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class _Protocol:
     __slots__ = ("_frames", "_max_message", "_output", "state")
 
     _states: dict[tuple[str, str], str]
+    # Raised for an event that the state does not allow: by a client because of its peer, by a server because of its caller.
     _misuse: type[Exception]
 
     def __init__(self, framing: Framing, max_message: int, output: list[bytes]) -> None:
@@ -188,7 +189,7 @@ class ServerProtocol(_Protocol):
         self._output.append(frame)
 
     def reply_taken(self) -> None:
-        """Go on to the next request."""
+        """Record that the final reply is sent: the next request may be processed."""
         self._move("reply taken")
 
     def cancel(self) -> None:
@@ -196,7 +197,7 @@ class ServerProtocol(_Protocol):
         self._move("cancel")
 
     def fail(self, error: Exception) -> None:
-        """Between two requests, send the client the reason why its next one can't be read, and end the connection."""
+        """End the connection between two requests, and send the client the reason: its next request can't be read."""
         self._move("fail")
         self._frames.clear()
         self._output.append(messages.encode(messages.not_executed(error)))

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 _PRIVATE = 0o077
 LOG_DIRECTORY = 0o022
 
-# Seconds to retry: on Windows, a file that a reader or a virus scanner has open can't be replaced, removed or opened.
-SHARING_PATIENCE = 1.0
-_SHARING_STEP = 0.01
+# Seconds to retry, and between retries: on Windows, a file that another process (a virus scanner) has open can't be replaced,
+# removed or opened.
+SHARING_TIMEOUT = 1.0
+_SHARING_INTERVAL = 0.01
 
 ANOTHER_PLACE = "make room, or set HARNESS_IPC_RUNTIME_DIR to a directory of your own on a local disk"
 
@@ -88,8 +89,9 @@ def create_private_dir(path: str, *, forbidden: int = _PRIVATE, tighten: bool = 
     if check_private_dir(path, forbidden=forbidden):
         return
     trust.check_ancestors(path)
-    remedy = f"run `{trust.give_back(path) or trust.elsewhere()}`, or set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR"
-    with start_failures(f"{path} can't be created", f"{remedy} to directories that you can write"):
+    remedy = trust.chown_remedy(path) or trust.relocation_remedy()
+    advice = f"run `{remedy}`, or set HARNESS_IPC_RUNTIME_DIR and HARNESS_IPC_LOG_DIR to directories that you can write"
+    with start_failures(f"{path} can't be created", advice):
         _make_dir(path)
     check_private_dir(path, forbidden=forbidden)
 
@@ -166,7 +168,7 @@ def _unreadable(path: str, error: OSError) -> HarnessIPCError:
             f"{path} can't be read: {error.strerror}; close files or connections that are not used, or raise the limit"
         )
     if isinstance(error, PermissionError):
-        return trust.refusal(path, f"can't be read ({error.strerror})", trust.make_readable(path))
+        return trust.refusal(path, f"can't be read ({error.strerror})", trust.chmod_remedy(path))
     return ConnectionLost(f"{path} can't be read: {error.strerror}")
 
 
@@ -252,7 +254,7 @@ def log_failure(path: str, what: str, error: OSError) -> StartFailed:
     )
 
 
-def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_PATIENCE) -> T:
+def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, seconds: float = SHARING_TIMEOUT) -> T:
     """Return ``action(*arguments)``; on Windows, retry for `seconds` while another process has the file open."""
     deadline = time.monotonic() + seconds
     while True:
@@ -261,7 +263,7 @@ def retry_on_sharing_violation(action: Callable[..., T], *arguments: object, sec
         except PermissionError:
             if sys.platform != "win32" or time.monotonic() >= deadline:
                 raise
-            time.sleep(_SHARING_STEP)
+            time.sleep(_SHARING_INTERVAL)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A daemon's registration: the name lock, and the record that its holder writes.
 
-Only one process at a time holds a name, even if a cleaner removes old files: a process with the lock also respects the record
-of a living process, and never replaces a record that it has not removed.
+Only one process at a time holds a name, even if a cleaner of old files removes the lock: a process that acquires the lock gives
+way to the record of a living process, and creates its own record only where there is none.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-# Seconds that a process may hold the lock just to clean up, and at most between two attempts to acquire a name.
-_LOCK_PATIENCE = 0.5
-_RETRY = 0.02
+# Seconds to wait for a lock, which another process may hold just to clean up, and between attempts at most.
+_LOCK_TIMEOUT = 0.5
+_RETRY_INTERVAL = 0.02
 # Retries after another process has removed a file.
 _TRIES = 20
 # Seconds for other processes (on Windows, a virus scanner) to close the record before it becomes ready.
-_READY_PATIENCE = 5.0
+_READY_TIMEOUT = 5.0
 # Seconds between updates of the files' times, which keep a cleaner of old files from removing them.
 TOUCH_INTERVAL = 3600.0
 
@@ -72,10 +72,10 @@ class Registration:
         self._pid = os.getpid()
         self._path = os.path.join(self._directory, f"{name}.json")
         self._touched = time.monotonic()
-        self._lock = self._claim()
+        self._lock = self._acquire_name()
         self._lock.share_directory()
 
-    def _claim(self) -> NameLock:
+    def _acquire_name(self) -> NameLock:
         for _ in range(_TRIES):
             lock = _acquire(self._directory, self.record.name)
             try:
@@ -88,7 +88,7 @@ class Registration:
                 lock.release()
                 raise
             lock.release()
-            time.sleep(random.random() * _RETRY)  # noqa: S311 - no secret
+            time.sleep(random.random() * _RETRY_INTERVAL)  # noqa: S311 - no secret
         raise StartFailed(f"another program keeps removing the lock of {self.record.name!r} from {self._directory}: stop it")
 
     def report(self, progress: Any) -> None:
@@ -104,9 +104,9 @@ class Registration:
         self.record = record
 
     def look(self) -> bool:
-        """Return whether clients still find this generation. Restores a lock or a record that was removed.
+        """Restore a lock or a record that was removed, and return whether clients can find this generation.
 
-        If unknown (e.g. EMFILE, or the directory is open to others), assumes that they do.
+        True if that is unknown, e.g. because of EMFILE, or while others can read the directory.
         """
         try:
             if not self._lock.is_current():
@@ -159,8 +159,8 @@ class Registration:
                 # A cleaner may have removed the draft.
                 with contextlib.suppress(FileNotFoundError), _draft(self._directory, record.name, data) as draft:
                     if self._is_own():
-                        patience = _READY_PATIENCE if record.state == records.READY else files.SHARING_PATIENCE
-                        files.retry_on_sharing_violation(os.replace, draft, self._path, seconds=patience)
+                        timeout = _READY_TIMEOUT if record.state == records.READY else files.SHARING_TIMEOUT
+                        files.retry_on_sharing_violation(os.replace, draft, self._path, seconds=timeout)
                         return
                     if files.move_if_absent(draft, self._path):
                         return
@@ -220,9 +220,9 @@ def is_living(record: Record) -> bool:
 
 
 def _acquire(directory: str, name: str) -> NameLock:
-    """Acquire the lock of a name that no living process holds, and remove drafts. Raises what `Registration` does."""
+    """Acquire the lock of a name, if no living process holds the name, and remove drafts. Raises what `Registration` does."""
     lock = NameLock(os.path.join(directory, f"{name}.lock"))
-    deadline = time.monotonic() + _LOCK_PATIENCE
+    deadline = time.monotonic() + _LOCK_TIMEOUT
     try:
         while True:
             acquired = lock.try_acquire()
@@ -232,7 +232,7 @@ def _acquire(directory: str, name: str) -> NameLock:
                 return lock
             if living is not None or time.monotonic() >= deadline:
                 raise _already_running(name, living)
-            time.sleep(_RETRY / 2)
+            time.sleep(_RETRY_INTERVAL / 2)
     except BaseException:
         lock.release()
         raise
@@ -253,7 +253,7 @@ def _read_living(path: str, name: str) -> Record | None:
 
 
 def _remove_dead(directory: str, name: str) -> Record | None:
-    """Remove the record of `name` and the socket named in it. If its process is alive, keep both and return the record."""
+    """Remove the record of `name` and its socket. If its process is alive, keep both and return the record."""
     path = os.path.join(directory, f"{name}.json")
     if (living := _read_living(path, name)) is None:
         with contextlib.suppress(FileNotFoundError):

@@ -168,7 +168,7 @@ def _absolute(path: str, variable: str) -> str:
     except FileNotFoundError:
         why = "the current directory was removed"
     text = f"{path} can't be resolved, since {why}: set {variable} to an absolute path"
-    raise UnsafeDirectory(text, path=path, remedy=trust.elsewhere()) from None
+    raise UnsafeDirectory(text, path=path, remedy=trust.relocation_remedy()) from None
 
 
 def _platform_log_dir(app: str) -> str | None:
@@ -200,7 +200,7 @@ def runtime_root() -> tuple[str, str]:
         profile = os.path.expanduser("~")
         if not os.path.isabs(profile):
             text = f"there is no home directory for the records: set USERPROFILE or {_RUNTIME_VARIABLE}"
-            raise UnsafeDirectory(text, path=profile, remedy=trust.elsewhere())
+            raise UnsafeDirectory(text, path=profile, remedy=trust.relocation_remedy())
         import ctypes
 
         # Files of an elevated process belong to the administrators: the user's other processes can't read them.

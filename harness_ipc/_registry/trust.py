@@ -1,4 +1,4 @@
-"""Checks whether other users could replace or read a path, and finds a shell command that fixes it. Changes nothing.
+"""Checks whether other users could replace or read a path, and returns a shell command that fixes it. Changes nothing.
 
 On Windows there is little to check: the access control list of the user's profile protects the files in it.
 """
@@ -57,24 +57,24 @@ def check_ancestors(path: str) -> None:
     if sys.platform == "win32":
         return
     uid = os.geteuid()
-    open_ones: list[tuple[str, int]] = []
+    writable: list[tuple[str, int]] = []
     try:
         for entry, info in _walk(os.path.dirname(path)):
             if info.st_uid not in (0, uid, os.lstat("/").st_uid):
-                remedy = _sudo_with_home(info.st_uid, uid) or elsewhere()
+                remedy = _home_remedy(info.st_uid, uid) or relocation_remedy()
                 raise refusal(path, f"is in {entry}, which belongs to uid {info.st_uid}", remedy)
             if not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX and others_can_write(info):
-                open_ones.append((entry, info.st_uid))
+                writable.append((entry, info.st_uid))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except UnsafeDirectory:
         raise
     except OSError as error:
         raise denied(path, error) from error
-    if open_ones:
-        entries = [entry for entry, _ in open_ones]
-        ours = all(owner == uid and not is_shared(entry) for entry, owner in open_ones)
-        remedy = f"chmod go-w {' '.join(map(_quote, entries))}" if ours else elsewhere()
+    if writable:
+        entries = [entry for entry, _ in writable]
+        ours = all(owner == uid and not is_shared(entry) for entry, owner in writable)
+        remedy = f"chmod go-w {' '.join(map(_quote, entries))}" if ours else relocation_remedy()
         raise refusal(path, f"is in {entries[0]}, where others can write", remedy)
 
 
@@ -119,7 +119,7 @@ def is_shared(path: str) -> bool:
 
 
 def may_close(path: str) -> bool:
-    """Return whether the directory `path` may be closed to others: no other program depends on it or a directory in it."""
+    """Return whether others may be denied the directory `path`: no other program depends on it or on a directory in it."""
     try:
         with os.scandir(path) as entries:
             inside = any(entry.is_dir(follow_symlinks=False) and entry.stat().st_mode & 0o055 for entry in entries)
@@ -143,39 +143,39 @@ def check_private(path: str, info: os.stat_result, kind: int, forbidden: int) ->
     if stat.S_ISLNK(info.st_mode):
         raise refusal(path, "is a symbolic link", f"rm {quoted}" if info.st_uid == uid else f"sudo rm {quoted}")
     if info.st_uid != uid:
-        raise refusal(path, f"belongs to uid {info.st_uid}, not to {uid}", _take_over(path, info, uid))
+        raise refusal(path, f"belongs to uid {info.st_uid}, not to {uid}", _ownership_remedy(path, info, uid))
     if stat.S_IFMT(info.st_mode) != kind:
         raise refusal(path, f"is not a {'directory' if kind == stat.S_IFDIR else 'regular file'}", f"mv {quoted} {quoted}.old")
-    remedy = make_readable(path) if kind == stat.S_IFREG or may_close(path) else elsewhere()
+    remedy = chmod_remedy(path) if kind == stat.S_IFREG or may_close(path) else relocation_remedy()
     raise refusal(path, f"has mode {stat.S_IMODE(info.st_mode):04o}", remedy)
 
 
 def denied(path: str, error: OSError) -> UnsafeDirectory:
     """Return the error for a path that this user can't examine."""
-    return refusal(path, f"can't be examined ({error.strerror})", give_back(path) or elsewhere())
+    return refusal(path, f"can't be examined ({error.strerror})", chown_remedy(path) or relocation_remedy())
 
 
-def make_readable(path: str) -> str:
+def chmod_remedy(path: str) -> str:
     """Return the remedy for an unreadable file or directory of this user."""
     if sys.platform == "win32":
         return f'icacls "{path}" /reset'
     return f"chmod {700 if os.path.isdir(path) else 600} {_quote(path)}"
 
 
-def _take_over(path: str, info: os.stat_result, uid: int) -> str:
+def _ownership_remedy(path: str, info: os.stat_result, uid: int) -> str:
     """Return the remedy for the user `uid` if `path` belongs to another user."""
-    if remedy := _sudo_with_home(info.st_uid, uid):
+    if remedy := _home_remedy(info.st_uid, uid):
         return remedy
     if info.st_uid == 0 and not is_shared(path):
-        return give_back(path) or f"sudo chown -R {uid} {_quote(path)}"
+        return chown_remedy(path) or f"sudo chown -R {uid} {_quote(path)}"
     if not stat.S_ISDIR(info.st_mode):
         return f"sudo rm {_quote(path)}"
-    # In /tmp it can be removed; elsewhere somebody may need it.
+    # In /tmp it can be removed; relocation_remedy somebody may need it.
     squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
-    return f"sudo rm -r {_quote(path)}" if squatted else elsewhere()
+    return f"sudo rm -r {_quote(path)}" if squatted else relocation_remedy()
 
 
-def give_back(path: str) -> str | None:
+def chown_remedy(path: str) -> str | None:
     """Return the remedy if `path`, or a parent directory, was created with sudo in a directory of this user."""
     if sys.platform == "win32":
         return None
@@ -188,7 +188,7 @@ def give_back(path: str) -> str | None:
     return made_by_root
 
 
-def _sudo_with_home(owner: int, uid: int) -> str | None:
+def _home_remedy(owner: int, uid: int) -> str | None:
     """Return the remedy for root with the `HOME` of the user `owner` (sudo without -H)."""
     with contextlib.suppress(OSError):
         if uid == 0 != owner == os.stat(os.environ.get("HOME", "/")).st_uid:
@@ -196,7 +196,7 @@ def _sudo_with_home(owner: int, uid: int) -> str | None:
     return None
 
 
-def elsewhere() -> str:
+def relocation_remedy() -> str:
     """Return the command that sets both directories to another place."""
     if sys.platform == "win32":
         return r"set HARNESS_IPC_RUNTIME_DIR=%USERPROFILE%\.harness-ipc\run"

@@ -229,7 +229,10 @@ if sys.platform != "win32":
             raise ConnectionLost(f"can't create a socket: {error.strerror}") from error
 
     def _has_peer(sock: socket.socket) -> bool:
-        """Whether a blocking connect is done. After a signal Python assumes, as for TCP, that it continues: wrong here."""
+        """Whether a blocking connect has succeeded.
+
+        After a signal, Python assumes that the connect continues in the background. That holds for TCP, but not for AF_UNIX.
+        """
         try:
             sock.getpeername()
         except OSError as error:
