@@ -180,10 +180,11 @@ def test_list_of_daemons_in_several_states(base: Path) -> None:
 # Unresponsive daemons.
 
 
-def wedge(base: Path) -> None:
+def block(base: Path, method: str, file: str) -> None:
+    """Block the daemon's event loop with a request."""
     with contextlib.suppress(DaemonTimeout):
-        request("test", {"method": "wedge"}, timeout=0.1)
-    wait_until((base / "wedged").exists)
+        request("test", {"method": method}, timeout=0.1)
+    wait_until((base / file).exists)
 
 
 def test_a_start_may_wait_for_ever() -> None:
@@ -193,7 +194,7 @@ def test_a_start_may_wait_for_ever() -> None:
 def test_wedged_daemon_is_unresponsive_and_can_be_stopped(base: Path) -> None:
     pid = ensure().pid
     before = time.time()
-    wedge(base)
+    block(base, "wedge", "wedged")
     after = time.time()
     begin = time.monotonic()
     wait_until(lambda: daemon_status("test").state == "unresponsive", 4.0)
@@ -270,7 +271,7 @@ def test_a_daemon_that_does_not_answer_is_not_unhealthy(base: Path) -> None:
     (base / "hang").touch()
     status = ensure_daemon("test", argv, on_unhealthy="restart")
     assert (status.pid, status.healthy) == (pid, None)
-    wedge(base)
+    block(base, "block", "blocked")
     wait_until(lambda: daemon_status("test").state == "unresponsive", 4.0)
     assert ensure_daemon("test", argv, on_unhealthy="restart").pid == pid == identify("test")
     with at_once():

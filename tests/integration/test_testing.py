@@ -35,7 +35,7 @@ Run = Callable[[str], pytest.RunResult]
 
 # The module of a user's app.
 MODULE = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 
 async def app(message):
     match message.get("method"):
@@ -46,8 +46,7 @@ async def app(message):
                 signal.signal(getattr(signal, number), signal.SIG_IGN)
             return {"result": None}
         case "wedge":
-            while True:
-                pass
+            time.sleep(3600)
         case "leave a child":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", "a worker"])
             return {"result": child.pid}

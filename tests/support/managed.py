@@ -66,6 +66,9 @@ class App:
                 (folder / "wedged").touch()
                 while True:
                     pass
+            case "block":
+                (folder / "blocked").touch()
+                time.sleep(3600)
 
     async def stop(self):
         pass
