@@ -29,7 +29,7 @@ from harness_ipc import (
 from harness_ipc._registry import records
 from tests.support import scripted
 from tests.support.marks import needs_linux, needs_posix
-from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, stopped
+from tests.support.processes import PATIENCE, DaemonProcess, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,23 +58,16 @@ def times_out(seconds: float = TIMEOUT) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
-    with spawn_daemon("late") as process:
-        yield process
-        assert serves("late")
-
-
 async def aconnect() -> None:
-    await aconnect_daemon("late", timeout=TIMEOUT)
+    await aconnect_daemon("test", timeout=TIMEOUT)
 
 
 CALLS: dict[str, Callable[[], object]] = {
     # Connecting waits for the daemon's proof, which a stopped daemon does not send.
-    "connect_daemon": lambda: connect_daemon("late", timeout=TIMEOUT),
+    "connect_daemon": lambda: connect_daemon("test", timeout=TIMEOUT),
     "aconnect_daemon": lambda: asyncio.run(aconnect()),
-    "request": lambda: request("late", ECHO, timeout=TIMEOUT),
-    "large request": lambda: request("late", {"method": "echo", "params": {"text": "x" * 40_000_000}}, timeout=TIMEOUT),
+    "request": lambda: request("test", ECHO, timeout=TIMEOUT),
+    "large request": lambda: request("test", {"method": "echo", "params": {"text": "x" * 40_000_000}}, timeout=TIMEOUT),
 }
 
 
@@ -82,22 +75,22 @@ CALLS: dict[str, Callable[[], object]] = {
 def test_a_stopped_daemon_is_a_timeout_for_a_new_connection(daemon: DaemonProcess, call: Callable[[], object]) -> None:
     with stopped(daemon), takes(TIMEOUT), pytest.raises(DaemonTimeout) as caught:
         call()
-    assert re.match(r"timed out after \d+(\.\d+)? s waiting for the daemon 'late' to (answer 'echo'|accept)", str(caught.value))
+    assert re.match(r"timed out after \d+(\.\d+)? s waiting for the daemon 'test' to (answer 'echo'|accept)", str(caught.value))
 
 
 def test_a_stopped_daemon_does_not_answer_a_ping(daemon: DaemonProcess) -> None:
     with stopped(daemon):
         with takes(TIMEOUT):
-            assert not ping("late", timeout=TIMEOUT)
+            assert not ping("test", timeout=TIMEOUT)
         with takes(TIMEOUT):
-            assert identify("late", timeout=TIMEOUT) is None
-    assert ping("late", timeout=PATIENCE)
+            assert identify("test", timeout=TIMEOUT) is None
+    assert ping("test", timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("text", ["", "x" * 40_000_000], ids=["short", "long"])
 @pytest.mark.parametrize("used", [True, False])
 def test_a_kept_client_ignores_a_late_reply(daemon: DaemonProcess, text: str, used: bool) -> None:
-    with connect_daemon("late") as client:
+    with connect_daemon("test") as client:
         if used:
             assert client.call("echo", n=0) == {"n": 0}
         with stopped(daemon):
@@ -110,7 +103,7 @@ def test_a_kept_client_ignores_a_late_reply(daemon: DaemonProcess, text: str, us
 
 def test_a_kept_async_client_ignores_a_late_reply(daemon: DaemonProcess) -> None:
     async def main() -> None:
-        async with await aconnect_daemon("late") as client:
+        async with await aconnect_daemon("test") as client:
             assert await client.call("echo", n=0) == {"n": 0}
             with stopped(daemon):
                 with times_out():
@@ -123,7 +116,7 @@ def test_a_kept_async_client_ignores_a_late_reply(daemon: DaemonProcess) -> None
 
 
 def test_after_a_timeout_the_next_request_gets_its_own_reply(daemon: DaemonProcess) -> None:
-    with connect_daemon("late") as client:
+    with connect_daemon("test") as client:
         with times_out():
             client.call("sleep", seconds=2 * TIMEOUT, tag="late", timeout=TIMEOUT)
         assert client.call("echo", n=1) == {"n": 1}
@@ -131,11 +124,11 @@ def test_after_a_timeout_the_next_request_gets_its_own_reply(daemon: DaemonProce
         time.sleep(2 * TIMEOUT)
         assert client.call("log") == [["begin", "late"]]
     with times_out():
-        request("late", {"method": "sleep", "params": {"seconds": 600, "tag": "later"}}, timeout=TIMEOUT)
+        request("test", {"method": "sleep", "params": {"seconds": 600, "tag": "later"}}, timeout=TIMEOUT)
 
 
 def test_request_timeout_is_the_default_timeout(daemon: DaemonProcess) -> None:
-    with connect_daemon("late", request_timeout=TIMEOUT) as client:
+    with connect_daemon("test", request_timeout=TIMEOUT) as client:
         with times_out():
             client.call("sleep", seconds=600)
         assert client.call("sleep", seconds=TIMEOUT + 0.1, tag="t", timeout=PATIENCE) == "t"
@@ -143,7 +136,7 @@ def test_request_timeout_is_the_default_timeout(daemon: DaemonProcess) -> None:
 
 
 def test_the_first_request_may_come_late(daemon: DaemonProcess) -> None:
-    with connect_daemon("late", timeout=1.0) as client:
+    with connect_daemon("test", timeout=1.0) as client:
         time.sleep(1.1)  # longer than the timeout for connecting
         assert client.call("echo", n=1) == {"n": 1}
 
@@ -165,7 +158,7 @@ def fill_queue(address: str) -> list[socket.socket]:
 @pytest.fixture
 def full_queue(daemon: DaemonProcess) -> Iterator[None]:
     with stopped(daemon), contextlib.ExitStack() as stack:
-        for sock in fill_queue(records.load("late").address):
+        for sock in fill_queue(records.load("test").address):
             stack.enter_context(sock)
         yield
 

@@ -25,7 +25,7 @@ from harness_ipc import (
 )
 from harness_ipc._calls import result_of
 from harness_ipc._registry import records
-from tests.support.processes import PATIENCE, DaemonProcess, serves, spawn_daemon, wait_until
+from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, wait_until
 from tests.support.wire import dial_daemon
 
 if TYPE_CHECKING:
@@ -39,17 +39,10 @@ NEVER = 3600.0
 ENVELOPE = len(b'{"result":""}')
 
 
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
-    with spawn_daemon("limits") as process:
-        yield process
-        assert serves("limits")
-
-
 @contextlib.contextmanager
 def one_connection() -> Iterator[Client]:
     """Yield a connected client that cannot reconnect, since it finds no record. Its connection must survive."""
-    with connect_daemon("limits", request_timeout=PATIENCE) as client, pytest.MonkeyPatch.context() as patched:
+    with connect_daemon("test", request_timeout=PATIENCE) as client, pytest.MonkeyPatch.context() as patched:
         # Removing the record would end the daemon.
         patched.setenv("HARNESS_IPC_RUNTIME_DIR", f"{runtime_dir()}-elsewhere")
         yield client
@@ -80,7 +73,7 @@ def test_a_reply_above_the_limit_is_an_error(daemon: DaemonProcess) -> None:
 
 
 def test_the_limit_is_exact() -> None:
-    with spawn_daemon("limits", max_message=1000), one_connection() as client:
+    with spawn_daemon("test", max_message=1000), one_connection() as client:
         assert client.call("fill", size=1000 - ENVELOPE) == "x" * (1000 - ENVELOPE)
         with pytest.raises(RemoteError, match="of 1001 bytes is above the limit of 1000 bytes"):
             client.call("fill", size=1001 - ENVELOPE)
@@ -94,7 +87,7 @@ def test_the_limit_is_exact() -> None:
 
 
 def test_a_client_refuses_a_reply_above_its_limit(daemon: DaemonProcess) -> None:
-    with connect_daemon("limits", max_message=1000) as client:
+    with connect_daemon("test", max_message=1000) as client:
         with pytest.raises(MessageTooLarge, match="of 2013 bytes is above the limit of 1000 bytes"):
             client.call("fill", size=2000)
         with pytest.raises(MessageTooLarge):
@@ -103,18 +96,18 @@ def test_a_client_refuses_a_reply_above_its_limit(daemon: DaemonProcess) -> None
 
 
 def test_a_larger_limit_on_both_sides_lets_more_pass() -> None:
-    with spawn_daemon("limits", max_message=100 * MIB):
+    with spawn_daemon("test", max_message=100 * MIB):
         message = {"method": "fill", "params": {"size": 65 * MIB}}
-        assert len(request("limits", message, timeout=PATIENCE, max_message=100 * MIB)["result"]) == 65 * MIB
+        assert len(request("test", message, timeout=PATIENCE, max_message=100 * MIB)["result"]) == 65 * MIB
 
 
 def test_a_limit_below_the_channels_replies_hangs_nobody() -> None:
     """The error for an oversized reply is oversized too."""
-    with spawn_daemon("limits", max_message=100):
+    with spawn_daemon("test", max_message=100):
         for _ in range(2):
-            with pytest.raises((RemoteError, ConnectionError)), connect_daemon("limits") as client:
+            with pytest.raises((RemoteError, ConnectionError)), connect_daemon("test") as client:
                 client.call("fill", size=100, timeout=5.0)
-        assert ping("limits")
+        assert ping("test")
 
 
 TEXTS = ["\ud800", "\udfff lone", "\U0001f600\U0010ffff", "a\0b\0", "\u2028\u2029\x7f\x85\x1b", "\\u0000", "e\u0301", ""]
@@ -161,12 +154,12 @@ def test_the_error_for_an_unsendable_reply_names_the_type(daemon: DaemonProcess,
 
 
 @pytest.mark.parametrize("text", ["as told", "", "\ud800 and \0", "two\nlines"], ids=ascii)
-def test_a_handlers_exception_is_an_error_and_is_logged(daemon: DaemonProcess, text: str) -> None:
-    with one_connection() as client:
+def test_a_handlers_exception_is_an_error_and_is_logged(text: str) -> None:
+    with spawn_daemon("test"), one_connection() as client:
         with pytest.raises(RemoteError) as caught:
             client.call("raise", text=text)
         assert (caught.value.type, caught.value.message) == ("ValueError", text)
-    log = log_path("limits").read_text(encoding="utf-8")
+    log = log_path("test").read_text(encoding="utf-8")
     assert "Traceback (most recent call last)" in log
     assert "raise ValueError(params" in log
 
@@ -185,40 +178,40 @@ def test_a_reply_that_cannot_be_read_is_an_error_too(daemon: DaemonProcess) -> N
 
 def test_an_exception_text_above_the_limit_is_an_error() -> None:
     above = pytest.raises(RemoteError, match="above the limit of 1000 bytes")
-    with spawn_daemon("limits", max_message=1000), one_connection() as client, above:
+    with spawn_daemon("test", max_message=1000), one_connection() as client, above:
         result_of(client.request({"method": "raise", "params": {"text": "\n" * 480}}), {})  # 998 bytes, 1004 in the reply
 
 
 def is_served() -> bool:
     try:
-        return request("limits", {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
+        return request("test", {"method": "echo", "params": {"n": 1}}) == {"result": {"n": 1}}
     except Busy:
         return False
 
 
 def test_requests_above_max_connections_are_busy() -> None:
-    with spawn_daemon("limits", max_connections=2) as daemon, contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(connect_daemon("limits")) for _ in range(2))
+    with spawn_daemon("test", max_connections=2) as daemon, contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(connect_daemon("test")) for _ in range(2))
         for client in (first, second):
             assert client.call("echo", n=1) == {"n": 1}
-        with connect_daemon("limits") as third:
+        with connect_daemon("test") as third:
             for _ in range(3):
                 with pytest.raises(Busy):
                     third.call("sleep", seconds=0, tag="must not run")
-            assert ping("limits")
-            assert identify("limits") == records.load("limits").pid
+            assert ping("test")
+            assert identify("test") == records.load("test").pid
             # Connected clients are unaffected, and another one is admitted once there is room.
             assert second.call("log") == []
             first.close()
             wait_until(is_served)
             assert third.call("echo", n=3) == {"n": 3}
         wait_until(is_served)
-        assert first.name == "limits"
+        assert first.name == "test"
 
-        with connect_daemon("limits") as fourth:
+        with connect_daemon("test") as fourth:
             assert fourth.call("echo", n=4) == {"n": 4}
             assert not is_served()
-            assert request("limits", {"meta": "shutdown"}) == {"shutdown": True}
+            assert request("test", {"meta": "shutdown"}) == {"shutdown": True}
             assert daemon.wait() == 0
 
 
@@ -226,7 +219,7 @@ def test_requests_on_one_connection_are_answered_in_order(daemon: DaemonProcess)
     def frame(method: str, **params: Any) -> bytes:
         return json.dumps({"method": method, "params": params}).encode()
 
-    with dial_daemon("limits") as connection:
+    with dial_daemon("test") as connection:
         connection.send_bytes(frame("sleep", seconds=0.2, tag="first"))
         for number in range(100):
             connection.send_bytes(frame("echo", n=number))
@@ -237,16 +230,16 @@ def test_requests_on_one_connection_are_answered_in_order(daemon: DaemonProcess)
 
 def test_requests_on_two_connections_run_at_once(daemon: DaemonProcess) -> None:
     def meet(tag: str) -> Any:
-        return request("limits", {"method": "meet", "params": {"tag": tag}}, timeout=PATIENCE)["result"]
+        return request("test", {"method": "meet", "params": {"tag": tag}}, timeout=PATIENCE)["result"]
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(meet, "ab")) == ["a", "b"]
 
 
 def test_a_long_request_delays_no_short_one(daemon: DaemonProcess) -> None:
-    with connect_daemon("limits") as client, ThreadPoolExecutor(1) as pool:
+    with connect_daemon("test") as client, ThreadPoolExecutor(1) as pool:
         job = pool.submit(client.call, "sleep", seconds=NEVER, tag="long", timeout=NEVER)
-        wait_until(lambda: request("limits", {"method": "log"})["result"] == [["begin", "long"]])
+        wait_until(lambda: request("test", {"method": "log"})["result"] == [["begin", "long"]])
         with one_connection() as other:
             for number in range(100):
                 assert other.call("echo", n=number) == {"n": number}

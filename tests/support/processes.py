@@ -83,6 +83,11 @@ class App:
                 return dict(params["reply"])
             case "fill":
                 return {"result": "x" * params["size"]}
+            case "forget":  # what earlier requests have left
+                self.sick = False
+                self.log.clear()
+                self.meetings.clear()
+                return {"result": None}
             case "raise":
                 raise ValueError(params.get("text", "as told"))
             case "fail health":
