@@ -25,7 +25,7 @@ from harness_ipc.browser.helpers import (
     upload_file,
 )
 from tests.browser.site import Site, visit
-from tests.browser.test_snapshot import reference, show
+from tests.browser.test_snapshot import load, reference, show
 from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
@@ -84,23 +84,23 @@ def test_a_node_of_cdp(used_page: str, site: Site, node: Any) -> None:
 
 
 def test_open_shadow_roots_are_searched(used_page: str, site: Site) -> None:
-    show(site, LOG + "<div><template shadowrootmode=open><button id=deep><b>In</b></button></template></div>")
+    load(site, LOG + "<div><template shadowrootmode=open><button id=deep><b>In</b></button></template></div>")
     click("#deep b")
     assert logged("click") == [""]
     fill_target = "<p><template shadowrootmode=open><input id=field></template></p>"
-    show(site, LOG + fill_target)
+    load(site, LOG + fill_target)
     fill_input("#field", "x")
     assert logged("input") == ["field"]
 
 
 def test_the_only_visible_match_is_used(used_page: str, site: Site) -> None:
-    show(site, LOG + "<button id=a hidden>One</button><button id=b>Two</button>")
+    load(site, LOG + "<button id=a hidden>One</button><button id=b>Two</button>")
     click("button")
     assert logged("click") == ["b"]
 
 
 def test_an_ambiguous_selector_lists_its_matches(used_page: str, site: Site) -> None:
-    show(site, "<button id=a>One</button><button id=b>Two</button>")
+    load(site, "<button id=a>One</button><button id=b>Two</button>")
     expected = r"""'button' matches 2 elements, and has to match one: <button id="a">One, <button id="b">Two"""
     with pytest.raises(ElementNotFound, match=expected) as caught:
         click("button")
@@ -108,7 +108,7 @@ def test_an_ambiguous_selector_lists_its_matches(used_page: str, site: Site) -> 
 
 
 def test_a_selector_without_a_match_names_similar_elements(used_page: str, site: Site) -> None:
-    show(site, "<button id=submit-order>Order</button><p>Text</p>")
+    load(site, "<button id=submit-order>Order</button><p>Text</p>")
     with pytest.raises(
         ElementNotFound, match=r"'#submit' matches no element; similar are <button id=\"submit-order\">Order: see"
     ):
@@ -154,7 +154,7 @@ def test_buttons_and_double_clicks(used_page: str, site: Site) -> None:
 
 
 def test_an_element_is_scrolled_into_view(used_page: str, site: Site) -> None:
-    show(
+    load(
         site,
         LOG + "<div style='height:4000px'></div><div style='height:99px;overflow:auto'><p style='height:900px'></p>"
         "<button id=a>One</button></div>",
@@ -167,14 +167,14 @@ def test_an_element_is_scrolled_into_view(used_page: str, site: Site) -> None:
 
 
 def test_the_error_names_the_covering_element(used_page: str, site: Site) -> None:
-    show(site, LOG + "<button id=a>One</button><div id=veil style='position:fixed;inset:0'>Accept cookies</div>")
+    load(site, LOG + "<button id=a>One</button><div id=veil style='position:fixed;inset:0'>Accept cookies</div>")
     with pytest.raises(ElementNotReady, match="'#a' is covered by <div id=\"veil\">Accept cookies: nothing was done"):
         click("#a")
     assert logged("click") == []
 
 
 def test_a_sticky_header_is_scrolled_away_from(used_page: str, site: Site) -> None:
-    show(
+    load(
         site,
         LOG + "<div style='position:sticky;top:0;height:200px;background:#eee'>Bar</div>"
         "<button id=a>One</button><div style='height:4000px'></div>",
@@ -185,7 +185,7 @@ def test_a_sticky_header_is_scrolled_away_from(used_page: str, site: Site) -> No
 
 
 def test_a_click_waits_until_an_element_stands_still(used_page: str, site: Site) -> None:
-    show(
+    load(
         site,
         LOG + "<button id=a style='position:relative'>One</button>"
         "<script>a.animate([{left: '0px'}, {left: '600px'}], {duration: 400, fill: 'forwards'})</script>",
@@ -206,7 +206,7 @@ def test_a_click_waits_until_an_element_stands_still(used_page: str, site: Site)
     ],
 )
 def test_elements_that_cannot_be_clicked(used_page: str, site: Site, body: str, problem: str) -> None:
-    show(site, body)
+    load(site, body)
     with pytest.raises(ElementNotReady, match=problem):
         click("#a")
 
@@ -220,25 +220,25 @@ def test_elements_that_cannot_be_clicked(used_page: str, site: Site, body: str, 
     ],
 )
 def test_a_box_is_clicked_by_its_label_where_that_hides_it(used_page: str, site: Site, body: str) -> None:
-    show(site, body)
+    load(site, body)
     click("#a")
     assert js("document.querySelector('#a').checked") is True
 
 
 def test_an_icon_that_ignores_the_mouse_is_its_buttons(used_page: str, site: Site) -> None:
-    show(site, LOG + "<button id=a><svg id=icon width=20 height=20 style='pointer-events:none'></svg></button>")
+    load(site, LOG + "<button id=a><svg id=icon width=20 height=20 style='pointer-events:none'></svg></button>")
     click("#icon")
     assert logged("click") == ["a"]
 
 
 def test_a_click_that_opens_a_dialog_has_happened(used_page: str, site: Site) -> None:
-    show(site, "<button onclick='alert(1)'>One</button>")
+    load(site, "<button onclick='alert(1)'>One</button>")
     click("button")
     handle_dialog()
 
 
 def test_hover(page: str, site: Site) -> None:
-    show(site, LOG + "<button id=a disabled>One</button>")
+    load(site, LOG + "<button id=a disabled>One</button>")
     hover("#a")
     assert js("document.querySelector('#a').matches(':hover')") is True
 
@@ -253,7 +253,7 @@ FRAMED = f"{LOG}<body style='margin:0'><div style='height:900px'></div><button i
 def test_an_element_in_an_iframe(used_page: str, site: Site, origin: str, by: str) -> None:
     site.pages["/framed"] = FRAMED
     source = getattr(site, origin) + "/framed"
-    show(site, f"<div style='height:1500px'></div><iframe id=frame src={source} style='border:9px solid;margin:7px'></iframe>")
+    load(site, f"<div style='height:1500px'></div><iframe id=frame src={source} style='border:9px solid;margin:7px'></iframe>")
     button, field, frame = "#a", "#field", "#frame" if by == "selector" else "/framed"
     if by == "reference":
         text = snapshot()
@@ -271,7 +271,7 @@ def test_an_element_in_an_iframe(used_page: str, site: Site, origin: str, by: st
 
 def test_the_error_names_the_element_over_an_iframe(used_page: str, site: Site) -> None:
     site.pages["/framed"] = FRAMED
-    show(site, f"<iframe src={site.other_url}/framed></iframe><div id=veil style='position:fixed;inset:0'>Wait</div>")
+    load(site, f"<iframe src={site.other_url}/framed></iframe><div id=veil style='position:fixed;inset:0'>Wait</div>")
     with pytest.raises(ElementNotReady, match='is covered by <div id="veil">Wait'):
         click(reference(snapshot(), '"In"'))
 
@@ -301,21 +301,21 @@ def test_an_iframe_that_is_not_there(used_page: str, site: Site) -> None:
     ],
 )
 def test_a_field_is_filled_and_its_events_fire(used_page: str, site: Site, field: str, text: str) -> None:
-    show(site, LOG + field)
+    load(site, LOG + field)
     fill_input("#label" if "label" in field else "#a", text)
     assert js("document.querySelector('#a').value") == text
     assert (logged("input"), logged("change")) == (["a"], ["a"])
 
 
 def test_text_is_appended(used_page: str, site: Site) -> None:
-    show(site, "<input id=a value=old>")
+    load(site, "<input id=a value=old>")
     fill_input("#a", "er", clear_first=False)
     assert js("document.querySelector('#a').value") == "older"
 
 
 def test_a_framework_that_watches_the_value_notices(used_page: str, site: Site) -> None:
     # As React does: it overrides the `value` property, and ignores an input event if the value was set through that.
-    show(
+    load(
         site,
         """<input id=a><script>const proto = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value');
 let tracked = '', state = '';
@@ -327,7 +327,7 @@ document.addEventListener('input', e => { if (e.target.value !== tracked) state 
 
 
 def test_contenteditable_elements(used_page: str, site: Site) -> None:
-    show(site, LOG + "<div id=a contenteditable>old <b>text</b></div>")
+    load(site, LOG + "<div id=a contenteditable>old <b>text</b></div>")
     fill_input("#a", "new")
     assert js("document.querySelector('#a').textContent") == "new"
     fill_input("#a", "er", clear_first=False)
@@ -353,7 +353,7 @@ def test_contenteditable_elements(used_page: str, site: Site) -> None:
     ],
 )
 def test_elements_that_cannot_be_filled(used_page: str, site: Site, field: str, error: type[Exception], problem: str) -> None:
-    show(site, LOG + field)
+    load(site, LOG + field)
     with pytest.raises(error, match=problem):
         fill_input("#a", "some text")
     assert logged("input") == []
@@ -364,14 +364,14 @@ SELECT = "<select id=a {}><option value=s>Small<option value=m>Medium size<optio
 
 @pytest.mark.parametrize("choice", ["m", "Medium size", 1])
 def test_an_option_by_value_label_or_index(used_page: str, site: Site, choice: str | int) -> None:
-    show(site, LOG + SELECT.format(""))
+    load(site, LOG + SELECT.format(""))
     assert select_option("#a", choice) == ["Medium size"]
     assert js("document.querySelector('#a').value") == "m"
     assert (logged("input"), logged("change")) == (["a"], ["a"])
 
 
 def test_several_options(used_page: str, site: Site) -> None:
-    show(site, SELECT.format("multiple"))
+    load(site, SELECT.format("multiple"))
     assert select_option("#a", "s", "m") == ["Small", "Medium size"]
     assert select_option("#a", ["m"]) == ["Medium size"]
 
@@ -389,7 +389,7 @@ def test_several_options(used_page: str, site: Site) -> None:
 def test_options_that_cannot_be_selected(
     used_page: str, site: Site, choices: list[Any], error: type[Exception], problem: str
 ) -> None:
-    show(site, SELECT.format(""))
+    load(site, SELECT.format(""))
     with pytest.raises(error, match=problem):
         select_option("#a", *choices)
     with pytest.raises(ElementNotReady, match="is no select"):
@@ -408,7 +408,7 @@ def test_options_that_cannot_be_selected(
     ],
 )
 def test_a_file_is_uploaded(used_page: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    show(site, LOG + body)
+    load(site, LOG + body)
     (tmp_path / "photo.txt").write_text("pixels")
     monkeypatch.chdir(tmp_path)
     upload_file("#a", "photo.txt")
@@ -419,7 +419,7 @@ def test_a_file_is_uploaded(used_page: str, site: Site, tmp_path: Path, monkeypa
 
 
 def test_several_files(used_page: str, site: Site, tmp_path: Path) -> None:
-    show(site, "<input id=a type=file multiple>")
+    load(site, "<input id=a type=file multiple>")
     files: list[str | os.PathLike[str]] = [tmp_path / "one", tmp_path / "two"]
     for file in files:
         Path(file).write_text("x")
@@ -429,7 +429,7 @@ def test_several_files(used_page: str, site: Site, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_uploaded(used_page: str, site: Site, tmp_path: Path) -> None:
-    show(site, "<input id=a type=file><p id=b>Text</p>")
+    load(site, "<input id=a type=file><p id=b>Text</p>")
     (tmp_path / "one").write_text("x")
     with pytest.raises(FileNotFoundError, match="there is no such file to upload"):
         upload_file("#a", tmp_path / "none")

@@ -8,7 +8,7 @@ import pytest
 
 from harness_ipc.browser.helpers import _send, cdp, click, fill_input, find, js
 from tests.browser.site import Site, visit
-from tests.browser.test_snapshot import show, text_of
+from tests.browser.test_snapshot import load, text_of
 from tests.support.marks import needs_chromium
 
 pytestmark = needs_chromium
@@ -60,13 +60,13 @@ EXPECTED: list[tuple[dict[str, Any], list[str]]] = [
 
 
 def test_elements_match_all_criteria(used_page: str, site: Site) -> None:
-    show(site, PAGE)
+    load(site, PAGE)
     for criteria, ids in EXPECTED:
         assert (criteria, [id_of(one) for one in find(**criteria)]) == (criteria, ids)
 
 
 def test_found_references_can_be_clicked(used_page: str, site: Site) -> None:
-    show(site, PAGE + "<script>onclick = e => document.title = e.target.id</script>")
+    load(site, PAGE + "<script>onclick = e => document.title = e.target.id</script>")
     fill_input(find(label="Password")[0], "x")
     click(find(role="button", name="Save", exact=True)[0])
     assert js("[document.querySelector('#pass').value, document.title]") == ["x", "save"]

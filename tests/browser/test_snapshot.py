@@ -15,10 +15,15 @@ from tests.support.marks import needs_chromium
 pytestmark = needs_chromium
 
 
-def show(site: Site, body: str) -> str:
-    """Visit a page with this body, and return its snapshot."""
+def load(site: Site, body: str) -> None:
+    """Visit a page with this body."""
     site.pages["/shown"] = f"<!doctype html><title>Shown</title><body>{body}"
     visit(site.url + "/shown")
+
+
+def show(site: Site, body: str) -> str:
+    """Visit a page with this body, and return its snapshot."""
+    load(site, body)
     return snapshot()
 
 

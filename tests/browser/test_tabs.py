@@ -28,7 +28,7 @@ from harness_ipc.browser.helpers import (
     wait_for_load,
 )
 from tests.browser.conftest import harness_browser
-from tests.browser.others import other_browser
+from tests.browser.others import OtherBrowser
 from tests.browser.site import Site
 from tests.support.processes import PATIENCE, wait_until
 
@@ -319,18 +319,19 @@ print(current_tab()["targetId"], page_info()["title"], flush=True)
 """
 
 
-def test_daemons_on_one_browser_have_tabs_of_their_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_daemons_on_one_browser_have_tabs_of_their_own(
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HARNESS_CHROME_OWN")
-    with other_browser(fresh) as browser:
-        monkeypatch.setenv("BU_CDP_URL", browser.url)
-        (users,) = browser.tabs()
-        assert where("--name", "one") == users
-        second = where("--name", "two")
-        assert second != users == where("--name", "one")
-        with spawned(GOES_ON, BU_NAME="one", BU_TAB_NAME="work") as (process, tab):
-            assert tab not in (users, second)
-            # A stop does not wait for clients that are in a tab.
-            assert harness_browser("--name", "one", "--reload").stderr == ""
-            print(file=process.stdin, flush=True)
-            assert process.stdout.readline() == f"{tab} mine\n"
-        assert {users, second} <= set(browser.tabs())
+    monkeypatch.setenv("BU_CDP_URL", other.url)
+    (users,) = other.tabs()
+    assert where("--name", "one") == users
+    second = where("--name", "two")
+    assert second != users == where("--name", "one")
+    with spawned(GOES_ON, BU_NAME="one", BU_TAB_NAME="work") as (process, tab):
+        assert tab not in (users, second)
+        # A stop does not wait for clients that are in a tab.
+        assert harness_browser("--name", "one", "--reload").stderr == ""
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == f"{tab} mine\n"
+    assert {users, second} <= set(other.tabs())
