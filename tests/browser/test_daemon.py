@@ -476,7 +476,7 @@ def test_a_noisy_page_takes_little_memory(own: Client) -> None:
     _, other = new_tab(own)
     daemon = psutil.Process(own.pid)
     before = daemon.memory_info().rss
-    lines, length = 30, 2_000_000
+    lines, length = 16, 2_000_000
     line = f"console.log('x'.repeat({length}) + i); await new Promise(done => setTimeout(done))"
     with in_flight(loud, expression=f"(async () => {{ for (let i = 10; i < {lines + 10}; i++) {{ {line} }} }})()") as job:
         answers = 0
