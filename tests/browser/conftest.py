@@ -304,6 +304,8 @@ def browsers_of_others() -> Iterator[Callable[[], OtherBrowser]]:
     from tests.browser.others import other_browser
 
     browser: OtherBrowser | None = None
+    # Without the settings of the test that starts it, whose directories are removed.
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ho-") as directory, contextlib.ExitStack() as stack:
 
         def get() -> OtherBrowser:
@@ -311,7 +313,7 @@ def browsers_of_others() -> Iterator[Callable[[], OtherBrowser]]:
             if browser is None or browser.process.poll() is not None:
                 with pytest.MonkeyPatch.context() as patch:
                     use(patch, Path(directory))
-                    browser = stack.enter_context(other_browser(Path(directory)))
+                    browser = stack.enter_context(other_browser(Path(directory), env=environment | {"TMPDIR": directory}))
             return browser
 
         yield get

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness_ipc.browser.helpers import BrowserTimeout, drain_events, js, list_tabs, new_tab, switch_tab, wait_for_download
-from tests.browser.others import other_browser
+from tests.browser.others import OtherBrowser
 from tests.browser.site import Site, visit
 from tests.support.marks import needs_chromium
 from tests.support.processes import PATIENCE, wait_until
@@ -137,13 +137,12 @@ def test_arguments_that_can_not_be_used(tmp_path: Path) -> None:
         _ = wait_for_download(tmp_path).path
 
 
-def test_a_download_of_an_external_browser(fresh: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with other_browser(fresh) as theirs:
-        monkeypatch.setenv("BU_CDP_WS", theirs.websocket)
-        visit(f"{site.url}/")
-        with wait_for_download(tmp_path, timeout=PATIENCE) as download:
-            save("report.csv")
-        assert (tmp_path / "report.csv").read_text() == "bytes"
-        assert download.path == str(tmp_path / "report.csv")
-        assert os.listdir(tmp_path) == ["report.csv"]
-        assert theirs.process.poll() is None
+@pytest.mark.usefixtures("attached")
+def test_a_download_of_an_external_browser(other: OtherBrowser, site: Site, tmp_path: Path) -> None:
+    visit(f"{site.url}/")
+    with wait_for_download(tmp_path, timeout=PATIENCE) as download:
+        save("report.csv")
+    assert (tmp_path / "report.csv").read_text() == "bytes"
+    assert download.path == str(tmp_path / "report.csv")
+    assert os.listdir(tmp_path) == ["report.csv"]
+    assert other.process.poll() is None

@@ -11,18 +11,20 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from harness_ipc import ConnectionLost, daemon_status, process_identity, stop_daemon
+from harness_ipc import ConnectionLost, daemon_status, process_identity
 from harness_ipc.browser import helpers
-from harness_ipc.browser.errors import BrowserError
+from harness_ipc.browser.doctor import examine
+from harness_ipc.browser.errors import BrowserError, BrowserNotFound
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import browser_environment
-from tests.browser.conftest import harness_browser, kill, processes_of, suspended
+from tests.browser.conftest import Pair, harness_browser, kill, processes_of, suspended
 from tests.browser.site import Site
 from tests.support.managed import in_thread, spawn_bystander
 from tests.support.marks import needs_chromium, needs_linux, needs_posix, needs_root
@@ -32,11 +34,11 @@ if sys.platform != "win32":
     import fcntl
     import termios
 
-pytestmark = [needs_chromium, needs_posix, pytest.mark.usefixtures("fresh")]
+pytestmark = [needs_chromium, needs_posix]
 
 STRANGER = 12345
 # Bytes: more than a pipe holds.
-LARGE = 20 * 1024 * 1024
+LARGE = 4 * 1024 * 1024
 
 
 @pytest.fixture
@@ -66,12 +68,25 @@ def waiting_bytes(fifo: Path) -> int:
         os.close(descriptor)
 
 
+@contextlib.asynccontextmanager
+async def driven(browser: ManagedBrowser) -> AsyncIterator[None]:
+    """Start or adopt the browser in this process, check that it works, and end it at the exit of the context."""
+    connection = await browser.connect(lambda *_: None)
+    try:
+        assert "product" in await connection.call("Browser.getVersion")
+        yield
+    finally:
+        await browser.close(connection)
+        await connection.close()
+
+
 # No port.
 
 
-def test_no_process_of_the_browser_listens(fresh: Path, profile: Path) -> None:
+def test_no_process_of_the_browser_listens(warm: Path) -> None:
+    profile = warm / "profile"
     assert helpers.js("6 * 7") == 42
-    family = processes_of(fresh)
+    family = processes_of(warm)
     assert len(family) > 3
     listeners = [
         (process.pid, connection.laddr)
@@ -100,6 +115,7 @@ def test_files_of_the_browser_are_private_with_any_umask(profile: Path) -> None:
     assert [(path, oct(mode)) for path, mode in found.items() if mode & 0o077] == []
 
 
+@pytest.mark.usefixtures("killable")
 def test_large_messages_go_both_ways() -> None:
     assert helpers.js(f"'{'x' * LARGE}'.length", timeout=PATIENCE) == LARGE
     assert helpers.js(f"'y'.repeat({LARGE})", timeout=PATIENCE) == "y" * LARGE
@@ -113,34 +129,33 @@ def test_large_messages_go_both_ways() -> None:
 # Adoption.
 
 
-def test_a_browser_is_usable_after_a_daemon_killed_while_writing(profile: Path) -> None:
+def test_a_browser_is_usable_after_a_daemon_killed_while_writing(killable: Pair) -> None:
     helpers.js("window.kept = 42")
-    pid, daemon = browser_pid(), helpers.connect().pid
-    with suspended(pid), in_thread(helpers.js, f"window.half = '{'x' * LARGE}'.length", timeout=PATIENCE) as job:
+    with suspended(killable.browser), in_thread(helpers.js, f"window.half = '{'x' * LARGE}'.length", timeout=PATIENCE) as job:
         # Wait until the pipe is full.
-        wait_until(lambda: waiting_bytes(profile / "harness-browser.in") >= 64 * 1024)
-        kill(daemon)
+        wait_until(lambda: waiting_bytes(killable.base / "profile" / "harness-browser.in") >= 64 * 1024)
+        kill(killable.daemon)
         assert isinstance(job.exception(PATIENCE), ConnectionLost)
     helpers.disconnect()
     assert helpers.js("[window.kept, window.half]") == [42, None]
-    assert browser_pid() == pid
+    assert browser_pid() == killable.browser
 
 
 # Messages so long that a full pipe ends in the middle of one.
 FLOOD = "window.kept = 42; var n = 0, flood = setInterval(() => console.log(n++, 'x'.repeat(99991)), 1)"
 
 
-def test_a_browser_is_usable_after_a_daemon_killed_while_reading(profile: Path) -> None:
+def test_a_browser_is_usable_after_a_daemon_killed_while_reading(killable: Pair) -> None:
+    profile = killable.base / "profile"
     helpers.js(FLOOD)
-    pid, daemon = browser_pid(), helpers.connect().pid
-    before = len(psutil.Process(daemon).net_connections("inet"))
-    with suspended(daemon):
+    before = len(psutil.Process(killable.daemon).net_connections("inet"))
+    with suspended(killable.daemon):
         # Wait until no further write of Chrome fits.
         wait_until(lambda: waiting_bytes(profile / "harness-browser.out") > 2 * 64 * 1024 and is_full(profile))
-        kill(daemon)
+        kill(killable.daemon)
     helpers.disconnect()
     assert helpers.js("clearInterval(flood), window.kept") == 42
-    assert (browser_pid(), before) == (pid, 0)
+    assert (browser_pid(), before) == (killable.browser, 0)
     # Each event comes once: the sessions of the dead daemon have ended.
     helpers.drain_events()
     helpers.js("console.log('the last')")
@@ -158,22 +173,21 @@ def count_logs(events: list[dict[str, Any]]) -> int:
     return sum(event["method"] == "Runtime.consoleAPICalled" for event in events)
 
 
-def test_requests_intercepted_by_a_killed_daemon_continue(site: Site) -> None:
+def test_requests_intercepted_by_a_killed_daemon_continue(killable: Pair, site: Site) -> None:
     helpers.goto_url(f"{site.url}/")
     helpers.cdp("Fetch.enable")
     helpers.js("window.fetched = 'not yet'; fetch('/form').then(reply => window.fetched = reply.status); 0")
     wait_until(lambda: any(event["method"] == "Fetch.requestPaused" for event in helpers.drain_events()))
-    pid = browser_pid()
     kill_daemon()
     wait_until(lambda: helpers.js("window.fetched") == 200)
-    assert browser_pid() == pid
+    assert browser_pid() == killable.browser
 
 
-def test_many_daemons_that_are_killed_leave_one_root_session(profile: Path) -> None:
+def test_many_daemons_that_are_killed_leave_one_root_session(killable: Pair) -> None:
     sessions = set()
     for _ in range(3):
         helpers.connect()
-        sessions.add(json.loads((profile / "harness-browser.json").read_text())["session"])
+        sessions.add(json.loads((killable.base / "profile" / "harness-browser.json").read_text())["session"])
         kill_daemon()
     assert len(sessions) == 3
     helpers.connect()
@@ -191,11 +205,8 @@ def test_a_browser_with_a_port_is_driven_and_adopted_as_well(profile: Path, monk
         connection = await browser.connect(lambda *_: None)
         pid = browser.pid()
         await connection.close()
-        connection = await browser.connect(lambda *_: None)
-        assert browser.pid() == pid
-        assert "product" in await connection.call("Browser.getVersion")
-        await browser.close(connection)
-        await connection.close()
+        async with driven(browser):
+            assert browser.pid() == pid
         assert browser.pid() is None
 
     asyncio.run(main())
@@ -207,16 +218,18 @@ def test_a_browser_with_a_port_is_driven_and_adopted_as_well(profile: Path, monk
 
 @needs_root
 def test_roots_browser_is_refused_unless_it_is_accepted(fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in (None, "", "0", "yes"):
-        if value is None:
-            monkeypatch.delenv("HARNESS_CHROME_ROOT")
-        else:
-            monkeypatch.setenv("HARNESS_CHROME_ROOT", value)
-        run = harness_browser("-c", "print(page_info())")
-        assert (run.returncode, run.stdout) == (6, "")
-        assert "no browser is started as root, since its sandbox does not work for root" in run.stderr
-        assert "set HARNESS_CHROME_ROOT=1 to accept that" in run.stderr
+    refusal = "no browser is started as root, since its sandbox does not work for root"
+    for value in ("", "0", "yes"):
+        monkeypatch.setenv("HARNESS_CHROME_ROOT", value)
+        with pytest.raises(BrowserNotFound, match=refusal):
+            asyncio.run(ManagedBrowser("browser").connect(lambda *_: None))
         assert not profile.exists()
+    monkeypatch.delenv("HARNESS_CHROME_ROOT")
+    run = harness_browser("-c", "print(page_info())")
+    assert (run.returncode, run.stdout) == (6, "")
+    assert refusal in run.stderr
+    assert "set HARNESS_CHROME_ROOT=1 to accept that" in run.stderr
+    assert not profile.exists()
     doctor = harness_browser("--doctor")
     assert doctor.returncode == 1
     assert [line[:23] for line in doctor.stdout.splitlines() if "HARNESS_CHROME_ROOT=1" in line] == [
@@ -382,12 +395,11 @@ def test_a_profile_that_is_not_private_is_refused(
     fix = ": " if remedy is None else f": run `{remedy}`, or "
     assert f"so it is not private to you{fix}set HARNESS_CHROME_PROFILE to another directory" in run.stderr
     assert os.listdir(profile) == []
-    doctor = harness_browser("--doctor", "--json")
-    (failure,) = (finding for finding in json.loads(doctor.stdout)["findings"] if finding["level"] == "failure")
-    assert (failure["topic"], failure["remedy"]) == ("browser", remedy)
+    (failure,) = (finding for finding in examine("browser") if finding.level == "failure")
+    assert (failure.topic, failure.remedy) == ("browser", remedy)
     assert harness_browser("--reload").returncode == 5
     subprocess.run(remedy or f"rmdir {profile}", shell=True, check=True)
-    assert harness_browser("-c", "print(6 * 7)").stdout == "42\n"
+    assert [finding for finding in examine("browser") if finding.level == "failure"] == []
 
 
 OURS = [f"harness-browser.{name}" for name in ("json", "tmp", "lock", "stderr", "in", "out")]
@@ -411,13 +423,15 @@ def test_planted_files_in_the_profile_do_no_harm(kind: str, fresh: Path, profile
             case _:
                 place.write_text("planted")
                 os.chown(place, STRANGER, STRANGER)
-    assert helpers.js("6 * 7") == 42
-    for name in ("json", "lock", "stderr", "in", "out"):
-        info = (profile / f"harness-browser.{name}").lstat()
-        assert (info.st_uid, info.st_nlink, stat.S_IMODE(info.st_mode)) == (os.geteuid(), 1, 0o600)
-        assert stat.S_ISFIFO(info.st_mode) == (name in ("in", "out"))
-    helpers.disconnect()
-    stop_daemon("browser")
+
+    async def main() -> None:
+        async with driven(ManagedBrowser("browser")):
+            for name in ("json", "lock", "stderr", "in", "out"):
+                info = (profile / f"harness-browser.{name}").lstat()
+                assert (info.st_uid, info.st_nlink, stat.S_IMODE(info.st_mode)) == (os.geteuid(), 1, 0o600)
+                assert stat.S_ISFIFO(info.st_mode) == (name in ("in", "out"))
+
+    asyncio.run(main())
     assert {name: victim.read_text() for name, victim in victims.items()} == dict.fromkeys(victims, "precious")
     assert {stat.S_IMODE(victim.stat().st_mode) for victim in victims.values()} == {0o600}
 
@@ -425,7 +439,9 @@ def test_planted_files_in_the_profile_do_no_harm(kind: str, fresh: Path, profile
 @pytest.mark.parametrize(
     "kind", ["a link", "a hard link", "readable", "large", pytest.param("another user's", marks=needs_root), "of another shape"]
 )
-def test_a_planted_note_signals_nobody(kind: str, fresh: Path, profile: Path) -> None:
+def test_a_planted_note_signals_nobody(kind: str, fresh: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program that ends at once, since it does not know a browser's options.
+    monkeypatch.setenv("HARNESS_CHROME", sys.executable)
     profile.mkdir(mode=0o700)
     note = profile / "harness-browser.json"
     with spawn_bystander() as stranger:
@@ -452,9 +468,8 @@ def test_a_planted_note_signals_nobody(kind: str, fresh: Path, profile: Path) ->
         assert (browser.pid(), browser.taken(), browser.end()) == (None, None, False)
         if not note.exists() and "link" not in kind:
             place.write_text(text)
-        assert helpers.js("6 * 7") == 42
-        helpers.disconnect()
-        stop_daemon("browser")
+        with pytest.raises(BrowserNotFound, match="ended with status 2 before it was ready"):
+            asyncio.run(browser.connect(lambda *_: None))
         assert stranger.process.poll() is None
 
 
@@ -482,4 +497,9 @@ def test_a_foreign_browser_in_the_profile_is_detected(fresh: Path, profile: Path
         run = harness_browser("-c", "1")
         assert run.returncode == 6
         assert f"the profile {profile} is in use by a browser that is not ours" in run.stderr
-    assert harness_browser("-c", "print(6 * 7)").stdout == "42\n"
+
+    async def main() -> None:
+        async with driven(ManagedBrowser("browser")):
+            pass
+
+    asyncio.run(main())

@@ -23,6 +23,7 @@ from harness_ipc.browser.errors import BrowserNotFound
 from tests.browser.conftest import harness_browser
 from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser
 from tests.browser.test_discovery import start, status
+from tests.browser.test_discovery import why_not as why_not_started
 from tests.browser.users import SQUATTER, VICTIM, find_as_victim, squatting
 from tests.support.managed import the_log
 from tests.support.marks import needs_chromium, needs_linux, needs_root
@@ -36,12 +37,6 @@ ADDRESSES = ["127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0"]
 @pytest.fixture
 def no_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME", str(fresh / "nothing"))
-
-
-@pytest.fixture
-def theirs(fresh: Path) -> Iterator[OtherBrowser]:
-    with other_browser(fresh) as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -88,18 +83,18 @@ def test_a_squatter_is_sent_nothing(
 @needs_linux
 @needs_root
 @needs_chromium
-@pytest.mark.parametrize("way", ["port", "profile"])
-def test_a_browser_of_a_squatter_is_not_used(way: str, fresh: Path, theirs: OtherBrowser, active_port: Path) -> None:
-    with squatting(target=theirs.port) as squat:
-        if way == "profile":
-            active_port.write_text(f"{squat.port}\n{theirs.path}")
-            problem = f"{active_port} is stale: 127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}"
-            assert f"WARNING  browser: {problem}, and was sent nothing" in doctor()
-        start("" if way == "profile" else f"discovery.PORTS = ({squat.port},)")
+def test_a_browser_of_a_squatter_is_not_used(other: OtherBrowser, active_port: Path) -> None:
+    with squatting(target=other.port) as squat:
+        active_port.write_text(f"{squat.port}\n{other.path}")
+        problem = f"127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}"
+        assert f"WARNING  browser: {active_port} is stale: {problem}, and was sent nothing" in doctor()
+        start(f"discovery.PORTS = ({squat.port},)")
         assert status()["own"]
         assert helpers.js("6 * 7") == 42
-        assert f"127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}, and was sent nothing" in the_log("browser")
-        assert list(theirs.tabs().values()) == ["about:blank"]
+        assert f"not usable, port {squat.port}: {problem}, and was sent nothing" in the_log("browser")
+        stale = f"a stale DevToolsActivePort ({problem}, and was sent nothing"
+        assert f"not usable, DevToolsActivePort of {active_port.parent}, port {squat.port}: {stale}" in the_log("browser")
+        assert list(other.tabs().values()) == ["about:blank"]
         assert set(squat.received()) == {""}
 
 
@@ -107,19 +102,21 @@ def test_a_browser_of_a_squatter_is_not_used(way: str, fresh: Path, theirs: Othe
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("way", ["port", "profile"])
-def test_a_squatter_takes_the_port_of_a_browser_in_use(way: str, theirs: OtherBrowser, active_port: Path) -> None:
-    if way == "profile":
-        active_port.write_text(theirs.active_port.read_text())
-    first = "" if way == "profile" else f"discovery.PORTS = ({theirs.port},)"
-    start(first)
-    assert not status()["own"]
-    kill_browser(theirs.process)
-    wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
-    with squatting(port=theirs.port) as squat:
+def test_a_squatter_takes_the_port_of_a_browser_in_use(
+    way: str, fresh: Path, active_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with other_browser(fresh) as theirs:
+        if way == "profile":
+            active_port.write_text(theirs.active_port.read_text())
+        first = "" if way == "profile" else f"discovery.PORTS = ({theirs.port},)"
         start(first)
-        assert status()["own"]
-        helpers.disconnect()
-        stop_daemon("browser")
+        assert not status()["own"]
+        kill_browser(theirs.process)
+    wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
+    helpers.disconnect()
+    monkeypatch.setenv("HARNESS_CHROME", str(fresh / "nothing"))
+    with squatting(port=theirs.port) as squat:
+        assert f"127.0.0.1:{theirs.port} belongs to another user, uid {SQUATTER}" in why_not_started(first)
         assert set(squat.received()) == {""}
 
 
@@ -127,8 +124,8 @@ def test_a_squatter_takes_the_port_of_a_browser_in_use(way: str, theirs: OtherBr
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("uid", [VICTIM, 0], ids=["ours", "root's"])
-def test_ports_of_the_user_and_of_root_are_used(uid: int, home: Path, theirs: OtherBrowser) -> None:
-    with squatting(uid=uid, target=theirs.port) as port:
+def test_ports_of_the_user_and_of_root_are_used(uid: int, home: Path, other: OtherBrowser) -> None:
+    with squatting(uid=uid, target=other.port) as port:
         found = find_as_victim(home, port.port)
         assert found["how"] == f"port {port.port}", found
         assert found["findings"] == [f"ok: the next command uses port {port.port}"]
@@ -153,8 +150,8 @@ def test_a_user_finds_its_browser_beside_a_squatter_on_ipv6(fresh: Path, home: P
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("accepts", [True, False], ids=["accepts", "accepts late"])
-def test_a_user_does_not_find_a_port_of_another_user(accepts: bool, home: Path, theirs: OtherBrowser) -> None:
-    with squatting(target=theirs.port, accepts=accepts) as squat:
+def test_a_user_does_not_find_a_port_of_another_user(accepts: bool, home: Path, other: OtherBrowser) -> None:
+    with squatting(target=other.port, accepts=accepts) as squat:
         found = find_as_victim(home, squat.port)
         problem = f"127.0.0.1:{squat.port} belongs to another user, uid {SQUATTER}"
         assert found["error"].startswith("BrowserNotFound: ")
@@ -213,9 +210,9 @@ def test_without_a_known_owner_only_a_named_browser_is_used(active_port: Path, m
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
-def test_a_named_browser_of_any_owner_is_used(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    with squatting(target=theirs.port) as squat:
-        scheme, path = ("ws", theirs.path) if variable == "BU_CDP_WS" else ("http", "")
+def test_a_named_browser_of_any_owner_is_used(variable: str, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+    with squatting(target=other.port) as squat:
+        scheme, path = ("ws", other.path) if variable == "BU_CDP_WS" else ("http", "")
         place = f"{scheme}://127.0.0.1:{squat.port}"
         monkeypatch.setenv(variable, place + path)
         line = f"the next command uses {variable}, {place}, which belongs to uid {SQUATTER}\n"
@@ -233,8 +230,8 @@ def test_a_named_browser_of_any_owner_is_used(variable: str, theirs: OtherBrowse
 @needs_root
 @needs_chromium
 @pytest.mark.parametrize("variable", ["BU_CDP_WS", "BU_CDP_URL"])
-def test_our_own_uid_is_not_named(variable: str, theirs: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, theirs.websocket if variable == "BU_CDP_WS" else theirs.url)
+def test_our_own_uid_is_not_named(variable: str, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, other.websocket if variable == "BU_CDP_WS" else other.url)
     assert helpers.js("6 * 7") == 42
     assert "belongs to" not in the_log("browser") + doctor()
 

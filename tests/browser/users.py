@@ -1,7 +1,7 @@
-"""Other users of this machine. It requires root. Run as a program, it acts as such a user:
+"""Other users of this machine. It requires root.
 
-``squat UID HOST PORT TARGET ACCEPTS IPV6_ONLY BACKLOG`` listens, and relays to the port `TARGET` if that is not 0.
-``find HOME PORT`` looks for a browser there as the user `VICTIM`, with the helpers' code and the doctor's.
+Run as a program with the words ``HOME PORT``, it looks for a browser there as the user `VICTIM`, with the helpers' code and the
+doctor's.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import importlib
 import json
 import logging
 import os
-import select
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.browser.squatter import become
 from tests.support.processes import PATIENCE
 
 VICTIM, SQUATTER = 54321, 54322
@@ -53,84 +52,25 @@ def squatting(
 ) -> Iterator[Squat]:
     """Have the user `uid` listen at `host`. Without `accepts`, it accepts connections only in `received`."""
     words = [str(word) for word in (uid, host, port, target, int(accepts), int(ipv6_only), backlog)]
-    with _running("squat", *words) as process:
+    with _running("squatter", *words) as process:
         yield Squat(process)
 
 
 def find_as_victim(home: Path, port: int) -> dict[str, Any]:
     """Return the result for the user `VICTIM`: `how` or `error`, the `log`, and the doctor's `findings`."""
     os.chown(home, VICTIM, VICTIM)
-    with _running("find", str(home), str(port)) as process:
+    with _running("users", str(home), str(port)) as process:
         return dict(json.loads(process.communicate(timeout=PATIENCE)[0]))
 
 
 @contextlib.contextmanager
-def _running(*words: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-W", "error", "-m", "tests.browser.users", *words]
+def _running(module: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-W", "error", "-m", f"tests.browser.{module}", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         try:
             yield process
         finally:
             process.kill()
-
-
-def become(uid: int) -> None:
-    if sys.platform == "win32":
-        raise AssertionError("for POSIX")
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
-
-
-def squat(uid: str, host: str, port: str, target: str, accepts: str, ipv6_only: str, backlog: str) -> None:
-    become(int(uid))
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if ":" in host:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(ipv6_only))
-        listener.bind((host, int(port)))
-        listener.listen(int(backlog))
-        print(listener.getsockname()[1], flush=True)
-        if accepts == "0":
-            sys.stdin.read()
-        print(json.dumps([data.decode("latin-1") for data in receive(listener, int(target))]), flush=True)
-
-
-def receive(listener: socket.socket, target: int) -> list[bytes]:
-    """Accept and relay until standard input and all connections are closed. Return the data of each connection."""
-    received: dict[socket.socket, bytes] = {}
-    others: dict[socket.socket, socket.socket | None] = {}
-    asked = False
-    while True:
-        watched = [listener, *others, *([] if asked else [sys.stdin])]
-        ready = select.select(watched, [], [], 0 if asked and not others else None)[0]
-        if not ready:
-            return list(received.values())
-        for source in ready:
-            if source is sys.stdin:
-                asked = True
-            elif source is listener:
-                client = listener.accept()[0]
-                received[client] = b""
-                other = others[client] = socket.create_connection(("127.0.0.1", target)) if target else None
-                if other is not None:
-                    others[other] = client
-            elif source in others:
-                relay(source, others, received)
-
-
-def relay(source: Any, others: dict[socket.socket, socket.socket | None], received: dict[socket.socket, bytes]) -> None:
-    other = others[source]
-    with contextlib.suppress(OSError):
-        if data := source.recv(65536):
-            if source in received:
-                received[source] += data
-            if other is not None:
-                other.sendall(data)
-            return
-    for end in filter(None, (source, other)):
-        end.close()
-        others.pop(end, None)
 
 
 def find(home: str, port: str) -> None:
@@ -170,7 +110,4 @@ def find(home: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "squat":
-        squat(*sys.argv[2:])
-    else:
-        find(*sys.argv[2:])
+    find(*sys.argv[1:])
