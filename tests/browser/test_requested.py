@@ -31,17 +31,14 @@ def refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str
     return str(caught.value)
 
 
-@pytest.mark.usefixtures("page")
-def test_a_managed_browser_matches_only_its_settings(shared_browser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holds = f"the daemon 'browser' holds our own browser, its profile {shared_browser / 'profile'}"
+def test_a_managed_browser_matches_only_its_settings(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holds = f"the daemon 'browser' holds our own browser, its profile {warm / 'profile'}"
     url = {"BU_CDP_URL": "http://127.0.0.1:1/secret"}
     asks = "but this command asks for BU_CDP_URL, http://127.0.0.1:1"
     assert refused(url, monkeypatch) == f"{holds}, {asks}: {REPLACE}"
-    profile = {"HARNESS_CHROME_PROFILE": str(shared_browser / "other")}
-    assert f"{holds}, but this command asks for HARNESS_CHROME_PROFILE={shared_browser / 'other'}: " in refused(
-        profile, monkeypatch
-    )
-    assert not (shared_browser / "other").exists()
+    profile = {"HARNESS_CHROME_PROFILE": str(warm / "other")}
+    assert f"{holds}, but this command asks for HARNESS_CHROME_PROFILE={warm / 'other'}: " in refused(profile, monkeypatch)
+    assert not (warm / "other").exists()
     arguments = {"HARNESS_CHROME_ARGS": "--user-agent=secret"}
     assert f"{holds} with no HARNESS_CHROME_ARGS, but this command asks for HARNESS_CHROME_ARGS=--user-agent: " in refused(
         arguments, monkeypatch
