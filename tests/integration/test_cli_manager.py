@@ -32,6 +32,7 @@ from harness_ipc import (
     stop_daemon,
 )
 from harness_ipc._cli.arguments import parse_arguments
+from tests.support.commands import run_command
 from tests.support.marks import needs_posix, needs_root
 from tests.support.processes import PATIENCE, lives, wait_until
 
@@ -93,7 +94,12 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "harness_ipc", *arguments]
 
 
-def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process. tests/integration/test_current_directory.py runs each in its own."""
+    return _without_delay(run_command(*arguments))
+
+
+def _run_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         _command(*arguments),
         stdin=subprocess.DEVNULL,
@@ -103,6 +109,10 @@ def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         **options,
     )
+    return _without_delay(done)
+
+
+def _without_delay(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     # On a loaded machine, a command may take more than a second and report that.
     done.stderr = re.sub(r"harness-ipc: still \w+ing \S.*\n", "", done.stderr)
     return done
@@ -421,7 +431,7 @@ def test_a_long_stop_is_reported(here: Path) -> None:
 
 def test_restart_keeps_app_and_directory(here: Path, tmp_path_factory: Any) -> None:
     pid = _start("again")
-    restarted = _run("restart", "--name", "again", cwd=tmp_path_factory.mktemp("elsewhere"))
+    restarted = _run_process("restart", "--name", "again", cwd=tmp_path_factory.mktemp("elsewhere"))
     new = identify("again")
     assert (restarted.returncode, restarted.stdout, restarted.stderr) == (0, f"again: pid {new} is running\n", "")
     assert new != pid
@@ -557,7 +567,7 @@ def test_control_characters_in_a_log_are_escaped() -> None:
         "red \\x1b[31m title \\x1b]0;x\\x07 back\\x08\\r one byte \\x9b2J reversed \\u202e line \\u2028 tab\tüé😀\n"
         "bytes \\xff\\xfe\n"
     )
-    ascii_only = _run("logs", "--name", "hostile", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    ascii_only = _run_process("logs", "--name", "hostile", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert ascii_only.returncode == 0
     assert "tab\t\\xfc\\xe9\\U0001f600\n" in ascii_only.stdout
 
@@ -641,22 +651,19 @@ def test_doctor_finds_a_directory_that_others_can_read() -> None:
     assert identify("open") == pid
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_frequent_commands_import_nothing_heavy() -> None:
+    _start("light")
+    heavy = ("asyncio", "filelock", "psutil", "harness_ipc.manager", "harness_ipc.daemon", "logging")
+    for command in (
         ["ping", "--name", "light"],
         ["call", "--name", "light", '{"params": {"x": 1}}'],
         ["call", "--name", "light", "m", "x:=1"],
-    ],
-)
-def test_frequent_commands_import_nothing_heavy(command: list[str]) -> None:
-    _start("light")
-    heavy = ("asyncio", "filelock", "psutil", "harness_ipc.manager", "harness_ipc.daemon", "logging")
-    source = (
-        "import sys\nfrom harness_ipc import cli\n"
-        f"assert cli.main({command!r}) == 0\n"
-        f"print([name for name in {heavy!r} if name in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=PATIENCE)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "[]"
+    ):
+        source = (
+            "import sys\nfrom harness_ipc import cli\n"
+            f"assert cli.main({command!r}) == 0\n"
+            f"print([name for name in {heavy!r} if name in sys.modules])"
+        )
+        run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=PATIENCE)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1] == "[]", command

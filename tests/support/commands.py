@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import subprocess
+
 import pytest
 
 from harness_ipc.cli import main
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Return what a process with these arguments returns."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    for stream in streams:
+        stream.seek(0)
+    return subprocess.CompletedProcess(arguments, status, *(stream.read() for stream in streams))
 
 
 def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
