@@ -51,12 +51,12 @@ def daemon_name() -> str:
     return os.environ.get(NAME) or "browser"
 
 
-def is_ours(app_version: str | None) -> bool:
+def is_browser_daemon(app_version: str | None) -> bool:
     """Return whether a daemon with this `app_version` is a browser daemon, of any version."""
     return (app_version or "").startswith("harness-browser ")
 
 
-def not_ours(name: str) -> IncompatibleDaemon:
+def wrong_daemon(name: str) -> IncompatibleDaemon:
     """Return the error for a daemon of another program."""
     return IncompatibleDaemon(f"the running daemon {name!r} belongs to another program: choose another --name, or {NAME}")
 

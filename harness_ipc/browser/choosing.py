@@ -1,4 +1,4 @@
-"""A lock for daemons that share a browser: one at a time chooses a page, and the next one sees that it is attached."""
+"""A lock for daemons that share a browser: one at a time chooses a page, so that two do not choose the same one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Seconds to wait for another daemon, which may be suspended.
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 # Seconds between two attempts to lock.
-_POLL = 0.01
+_POLL_INTERVAL = 0.01
 
 
 @contextlib.asynccontextmanager
-async def alone() -> AsyncIterator[None]:
-    """Keep other daemons of this user from choosing a page during the block."""
+async def exclusive() -> AsyncIterator[None]:
+    """Keep other daemons of this user from choosing a page during the block.
+
+    If one of them has been choosing for ten seconds, a warning is logged, and the block runs nevertheless.
+    """
     lock = filelock.FileLock(runtime_path("harness-browser", "choosing"), mode=0o600, thread_local=False)
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(_TIMEOUT):
             await _acquire(lock)
     except TimeoutError:
-        logger.warning("another daemon has been choosing a page for %g s: both may have the same one", _PATIENCE)
+        logger.warning("another daemon has been choosing a page for %g s: both may have the same one", _TIMEOUT)
     try:
         yield
     finally:
@@ -42,6 +45,6 @@ async def _acquire(lock: filelock.BaseFileLock) -> None:
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(_POLL_INTERVAL)
         else:
             return

@@ -16,7 +16,7 @@ from types import ModuleType, TracebackType
 
 from harness_ipc import Busy, HarnessIPCError, InvalidName, escape_control
 
-from . import NAME, check_extra, command_line, daemon_name, errors, helpers, is_ours, not_ours, own_imports
+from . import NAME, check_extra, command_line, daemon_name, errors, helpers, is_browser_daemon, own_imports, wrong_daemon
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _EXIT_STATUS: list[tuple[type[Exception], int]] = [
     (HarnessIPCError, 6),
 ]
 # Seconds before a start is reported.
-_SILENCE = 2.0
+_REPORT_DELAY = 2.0
 # The directory of harness_ipc, whose frames are removed from tracebacks.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except HarnessIPCError as error:
         _print_error(" ".join(str(error).split()))
-        # Our own errors need no traceback.
-        told = errors.is_ours(getattr(error, "type", ""))
-        for line in [] if told else getattr(error, "log_tail", "").splitlines():
+        # For the browser's errors, the message suffices: the end of the log is not shown.
+        is_own_error = errors.is_browser_error(getattr(error, "type", ""))
+        for line in [] if is_own_error else getattr(error, "log_tail", "").splitlines():
             print("    " + escape_control(line, allow="\t"), file=sys.stderr)
         return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
     except BrokenPipeError:
@@ -160,9 +160,9 @@ def _run(options: Options) -> int:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
             raise
-        _leave_out_our_frames(error)
+        _strip_own_frames(error)
         if sys.stdout is not None:
             # As the interpreter does at exit. A closed pipe is not an error of the program.
             with contextlib.suppress(OSError, ValueError):
@@ -196,7 +196,7 @@ def _escape_other_tracebacks(program: _Program) -> None:
 
 def _connect(options: Options) -> None:
     """Connect to the daemon, starting it if necessary, with progress on stderr; then enter the requested tab."""
-    timer = threading.Timer(_SILENCE, _print_error, [f"starting {daemon_name()} and its browser"])
+    timer = threading.Timer(_REPORT_DELAY, _print_error, [f"starting {daemon_name()} and its browser"])
     timer.daemon = True
     # Only on a terminal: other readers of stderr need no progress.
     if sys.stderr is not None and sys.stderr.isatty():
@@ -211,8 +211,8 @@ def _connect(options: Options) -> None:
         timer.cancel()
 
 
-def _reader_has_gone() -> bool:
-    """Return whether the reader of our standard output has closed the pipe."""
+def _is_stdout_closed() -> bool:
+    """Return whether the reader of this process's standard output has closed the pipe."""
     try:
         sys.stdout.flush()
         if sys.platform == "win32":
@@ -226,8 +226,8 @@ def _reader_has_gone() -> bool:
         return True
 
 
-def _leave_out_our_frames(error: BaseException) -> None:
-    """Remove our frames from the traceback of `error`, and of its causes."""
+def _strip_own_frames(error: BaseException) -> None:
+    """Remove the frames of harness_ipc from the traceback of `error` and of its causes."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -258,8 +258,8 @@ def _reload() -> int:
 
     name = daemon_name()
     status = daemon_status(name)
-    if status.alive and not is_ours(status.app_version):
-        raise not_ours(name)
+    if status.alive and not is_browser_daemon(status.app_version):
+        raise wrong_daemon(name)
     stopped = stop_daemon(name)
     # A killed daemon leaves its browser running.
     left = ManagedBrowser(name).end()

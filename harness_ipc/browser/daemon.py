@@ -29,7 +29,7 @@ from .gone import GoneBrowser
 from .logins import Logins
 from .navigation import Navigation
 from .part import Part, bad_request, named_session, timeout_of
-from .requested import asked, find_mismatch, reload_command
+from .requested import find_mismatch, reload_command, requested_settings
 from .sessions import Sessions
 from .tabs import Tabs
 
@@ -247,7 +247,7 @@ class BrowserApp:
         return {}
 
     def _mismatch(self, message: Message) -> tuple[str, str] | None:
-        wanted = message.get("asked") or {}
+        wanted = message.get("requested_settings") or {}
         if not isinstance(wanted, dict) or not all(isinstance(value, str) for value in wanted.values()):
             raise bad_request("the requested settings must be an object of variables and values")
         assert self._source is not None
@@ -280,7 +280,7 @@ def main() -> None:
     """Run the daemon named by the first argument, or by `BU_NAME`. Raises what `harness_ipc.run_daemon` does."""
     name = sys.argv[1] if len(sys.argv) > 1 else daemon_name()
     # Make paths absolute: they are relative to the starter's directory, which a daemon leaves.
-    os.environ.update(asked(os.environ))
+    os.environ.update(requested_settings(os.environ))
     idle = os.environ.get(IDLE_TIMEOUT)
     try:
         idle_timeout = float(idle) if idle else None

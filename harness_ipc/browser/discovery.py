@@ -20,7 +20,7 @@ from .connection import Connection, ConnectionFailed, ProxyFailed, reason_of
 from .errors import BrowserError, BrowserNotFound
 from .launcher import ManagedBrowser
 from .profile import ACTIVE_PORT, read_active_port
-from .requested import OWN, URL, WEBSOCKET, wants_own
+from .requested import OWN, URL, WEBSOCKET, wants_managed
 from .version import TIMEOUT, ask_websocket_url
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Source:
     # Raises `BrowserNotFound`. Called again to reconnect.
     connect: Callable[[OnEvent], Awaitable[Connection]]
     # Checks whether `connect` would succeed, without prompting the browser's user. Raises `ConnectionFailed`.
-    look: Callable[[], Coroutine[Any, Any, object]] | None = None
+    probe: Callable[[], Coroutine[Any, Any, object]] | None = None
     # The file with its port.
     file: str | None = None
     # The variable that requires this browser, and its address: if it can't be used, that is an error.
@@ -122,7 +122,7 @@ async def find(name: str, on_event: OnEvent) -> tuple[Source, Connection]:
             if error.must_allow:
                 raise BrowserNotFound(_must_allow(source, error)) from None
             logger.info("not usable, %s: %s", source.how, error)
-            if not isinstance(error, NobodyThere):
+            if not isinstance(error, NotListening):
                 seen = f"{source.how}: {error}"
         except BrowserNotFound as error:
             raise BrowserNotFound(f"{error}{f' (also seen: {seen})' if seen else ''}") from None
@@ -138,17 +138,17 @@ def sources(name: str) -> Iterator[Source]:
         if url := os.environ.get(variable):
             how = f"{variable}, {without_secret(url)}"
             named = _NamedBrowser(variable, url)
-            yield Source(how, named.connect, named.look, named=(variable, url))
+            yield Source(how, named.connect, named.probe, named=(variable, url))
             return
-    if not wants_own(os.environ):
+    if not wants_managed(os.environ):
         for profile in (os.path.normpath(os.path.expanduser(f"{_PLACE}/{name}")) for name in _PROFILES):
             if (active := read_active_port(profile)) is not None:
                 how, file = f"{ACTIVE_PORT} of {profile}, port {active[0]}", os.path.join(profile, ACTIVE_PORT)
                 found = _FoundBrowser(how, active[0], profile)
-                yield Source(how, found.connect, found.look, file)
+                yield Source(how, found.connect, found.probe, file)
         for port in PORTS:
             found = _FoundBrowser(f"port {port}", port)
-            yield Source(found.how, found.connect, found.look)
+            yield Source(found.how, found.connect, found.probe)
     own = ManagedBrowser(name)
     yield Source(f"our own browser, its profile {own.profile}", own.connect, own=own)
 
@@ -156,7 +156,7 @@ def sources(name: str) -> Iterator[Source]:
 # Browsers that are not managed.
 
 
-class NobodyThere(ConnectionFailed):
+class NotListening(ConnectionFailed):
     """Nothing listens there."""
 
 
@@ -174,8 +174,8 @@ class _NamedBrowser:
     async def connect(self, on_event: OnEvent) -> Connection:
         return await self._use(lambda url: self._open(url, on_event))
 
-    async def look(self) -> None:
-        await self._use(self._look)
+    async def probe(self) -> None:
+        await self._use(self._probe)
 
     async def _use(self, use: Callable[[str], Awaitable[_T]]) -> _T:
         """Call `use` with the address, or with its host resolved if the browser requires that. Raises `ConnectionFailed`."""
@@ -198,7 +198,7 @@ class _NamedBrowser:
             text = f"{self._variable}: {error}; {advice}"
             raise ConnectionFailed(text, status=error.status, waiting=error.waiting) from None
 
-    async def _look(self, url: str) -> None:
+    async def _probe(self, url: str) -> None:
         if self._variable == URL:
             await ask_websocket_url(url, await self._dial(url))
             return
@@ -223,7 +223,7 @@ class _NamedBrowser:
         else:
             sock = await self._dial(websocket)
         how = f"{self._variable}, {without_secret(url)}"
-        return await _tell_silence(how, Connection.open(websocket, on_event, sock))
+        return await _report_silence(how, Connection.open(websocket, on_event, sock))
 
     async def _dial(self, url: str, *, anywhere: bool = False) -> socket.socket | None:
         """Connect to the address if it is local, or `anywhere`, and log a foreign owner. Return None otherwise."""
@@ -249,7 +249,7 @@ class _FoundBrowser:
 
     async def connect(self, on_event: OnEvent) -> Connection:
         if self._profile is None:
-            host, path = await self.look()
+            host, path = await self.probe()
             return await self._open(host, self._port, path or "/devtools/browser", on_event)
         # The browser may have been restarted meanwhile.
         active = read_active_port(self._profile)
@@ -257,7 +257,7 @@ class _FoundBrowser:
             raise ConnectionFailed(f"{self._profile} has no {ACTIVE_PORT} any more: start the browser")
         self._port, path = active
         try:
-            host, _ = await self.look()
+            host, _ = await self.probe()
             return await self._open(host, self._port, path, on_event)
         except ConnectionFailed as error:
             if error.must_allow or isinstance(error, OwnerUnknown):
@@ -267,7 +267,7 @@ class _FoundBrowser:
                 f"{os.path.join(self._profile, ACTIVE_PORT)}"
             ) from None
 
-    async def look(self) -> tuple[str, str | None]:
+    async def probe(self) -> tuple[str, str | None]:
         """Return the host and the WebSocket's path, which is None without HTTP, as for a Chrome that prompts its user."""
         problem: ConnectionFailed | None = None
         for host in local.LOOPBACKS:
@@ -275,7 +275,7 @@ class _FoundBrowser:
                 return host, await self._ask(host)
             except ConnectionFailed as error:
                 # Prefer the problem of an address where something listens.
-                if problem is None or (isinstance(problem, NobodyThere) and not isinstance(error, NobodyThere)):
+                if problem is None or (isinstance(problem, NotListening) and not isinstance(error, NotListening)):
                     problem = error
         assert problem is not None
         raise problem
@@ -290,7 +290,7 @@ class _FoundBrowser:
         except ValueError:
             path = ""
         except ConnectionFailed as error:
-            if isinstance(error, OwnerUnknown | NobodyThere):
+            if isinstance(error, OwnerUnknown | NotListening):
                 raise
             if error.status == 404 and await asyncio.to_thread(local.is_browser, self._port) is not False:
                 return None
@@ -303,7 +303,7 @@ class _FoundBrowser:
     async def _open(self, host: str, port: int, path: str, on_event: OnEvent) -> Connection:
         sock = await _dial_ours(host, port)
         url = make_url("ws", host, port, path)
-        connection = await _tell_silence(self.how, Connection.open(url, on_event, sock))
+        connection = await _report_silence(self.how, Connection.open(url, on_event, sock))
         try:
             # Other servers have WebSockets too.
             await connection.call("Browser.getVersion", timeout=TIMEOUT)
@@ -315,7 +315,7 @@ class _FoundBrowser:
         return connection
 
 
-async def _tell_silence(how: str, opening: Coroutine[Any, Any, Connection]) -> Connection:
+async def _report_silence(how: str, opening: Coroutine[Any, Any, Connection]) -> Connection:
     """Wait for a connection. Report if it takes long, since the browser may be prompting its user."""
     task = asyncio.ensure_future(opening)
     try:
@@ -343,7 +343,7 @@ async def _dial_ours(host: str, port: int) -> socket.socket:
         raise kind(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
     except (OSError, OverflowError, ValueError) as error:
         nobody = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) in _NO_SUCH_ADDRESS
-        kind = NobodyThere if nobody else ConnectionFailed
+        kind = NotListening if nobody else ConnectionFailed
         raise kind(f"{host}:{port} can't be reached ({reason_of(error)})") from None
 
 

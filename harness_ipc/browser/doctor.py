@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import harness_ipc
 from harness_ipc import HarnessIPCError, UnsafeDirectory, escape_control
 
-from . import APP_VERSION, daemon_name, is_ours, not_ours
-from .requested import BINARY, asked, reload_command
+from . import APP_VERSION, daemon_name, is_browser_daemon, wrong_daemon
+from .requested import BINARY, reload_command, requested_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ def examine(name: str) -> Iterator[Finding]:
         remedy = f"{shlex.quote(sys.executable)} -m pip install 'harness-ipc[browser]'"
         yield Finding("failure", "websockets", f"it can't be imported: {error}", remedy)
         return
-    yield from _own_browser()
+    yield from _managed_browser()
     status = harness_ipc.daemon_status(name)
     if status.state in ("absent", "stale"):
         yield from _without_daemon(name, status)
@@ -79,7 +79,7 @@ def examine(name: str) -> Iterator[Finding]:
         yield from _with_daemon(name, status)
 
 
-def _own_browser() -> Iterator[Finding]:
+def _managed_browser() -> Iterator[Finding]:
     """Report the browser that would be started."""
     from . import program
     from .display import find_broken
@@ -87,8 +87,8 @@ def _own_browser() -> Iterator[Finding]:
     topic = "own browser"
     binary = program.find_binary()
     if binary is None:
-        demanded = os.environ.get(BINARY)
-        text = f"{BINARY}={demanded} is not a program" if demanded else "no Chrome, Chromium, Edge or Brave is installed"
+        named = os.environ.get(BINARY)
+        text = f"{BINARY}={named} is not a program" if named else "no Chrome, Chromium, Edge or Brave is installed"
         yield Finding("warning", topic, f"{text}: only a browser that runs already can be used")
         return
     unreachable = find_broken(os.environ)
@@ -117,12 +117,12 @@ def _next_browser(name: str) -> Iterator[Finding]:
     for source in discovery.sources(name):
         text = f"the next command uses {source.how}"
         if source.own is not None:
-            yield from _next_own(name, source.own, text)
+            yield from _next_managed_browser(name, source.own, text)
             return
-        assert source.look is not None
+        assert source.probe is not None
         try:
             # Without prompting the browser's user.
-            asyncio.run(source.look())
+            asyncio.run(source.probe())
         except ConnectionFailed as error:
             if source.named is not None:
                 yield Finding("failure", "browser", str(error))
@@ -130,14 +130,14 @@ def _next_browser(name: str) -> Iterator[Finding]:
             if source.file is not None and not isinstance(error, discovery.OwnerUnknown):
                 remedy = f"rm {shlex.quote(source.file)}"
                 yield Finding("warning", "browser", f"{source.file} is stale: {error}", remedy)
-            elif not isinstance(error, discovery.NobodyThere):
+            elif not isinstance(error, discovery.NotListening):
                 yield Finding("warning", "browser", f"{source.how} is not used: {error}")
         else:
             yield _named_browser(text, source.named[1]) if source.named else Finding("ok", "browser", text)
             return
 
 
-def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Finding]:
+def _next_managed_browser(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Finding]:
     from . import profile, program
     from .errors import BrowserNotFound
 
@@ -148,7 +148,7 @@ def _next_own(name: str, own: launcher.ManagedBrowser, text: str) -> Iterator[Fi
         problem = own.taken()
         pid = None if problem is not None else own.pid()
         if pid is not None:
-            fate = "takes it" if own.is_as_asked() else "ends it, since it was started with other settings"
+            fate = "takes it" if own.has_current_settings() else "ends it, since it was started with other settings"
             left = f"pid {pid} was left by a daemon that was killed; the next one {fate}"
             yield Finding("warning", "browser", left, reload_command(name))
         elif problem is None and program.find_binary() is None:
@@ -190,8 +190,8 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
     if status.state != "running":
         yield Finding("failure", topic, f"{text}: {status.problem}; its log is {status.log_path}")
         return
-    if not is_ours(status.app_version):
-        yield Finding("failure", topic, str(not_ours(name)))
+    if not is_browser_daemon(status.app_version):
+        yield Finding("failure", topic, str(wrong_daemon(name)))
         return
     text += f", for {status.uptime or 0:.0f} s"
     if status.app_version == APP_VERSION:
@@ -201,9 +201,9 @@ def _with_daemon(name: str, status: DaemonStatus) -> Iterator[Finding]:
         yield Finding("warning", topic, text, reload_command(name))
     try:
         with harness_ipc.connect_daemon(name, timeout=_TIMEOUT, request_timeout=_TIMEOUT) as client:
-            told = client.request({"meta": "connection_status", "asked": asked(os.environ)})
-            yield from _browser(name, told)
-            if told["connected"]:
+            reply = client.request({"meta": "connection_status", "requested_settings": requested_settings(os.environ)})
+            yield from _browser(name, reply)
+            if reply["connected"]:
                 # Otherwise a request would make the daemon start a browser.
                 yield _round_trip(client)
     except (HarnessIPCError, LookupError, TypeError) as error:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .tab import Tab
 
 # Seconds for an element to stop moving.
-_PATIENCE = 2.0
+_STILL_TIMEOUT = 2.0
 # The number of checks until the position of an element in an iframe is stable.
-_LOOKS = 20
+_MAX_CHECKS = 20
 
 
 def click(
@@ -155,12 +155,12 @@ def _place(node: Node, *, acting: bool) -> tuple[float, float]:
     # An invisible element may have a visible label: leave that to the script.
     with contextlib.suppress(ElementNotReady):
         _scroll(node)
-    patience = min(_PATIENCE, node.timeout) * 1000
-    at = node.call(scripts.PLACE, patience, acting)
+    milliseconds = min(_STILL_TIMEOUT, node.timeout) * 1000
+    at = node.call(scripts.PLACE, milliseconds, acting)
     if not at["framed"]:
         return at["x"], at["y"]
     spot = _in_page(node, at)
-    for _ in range(_LOOKS):
+    for _ in range(_MAX_CHECKS):
         expression = f"{scripts.COVER}({spot[0]}, {spot[1]})"
         options: dict[str, Any] = {"expression": expression, "awaitPromise": True, "returnByValue": True}
         cover = node.tab.cdp("Runtime.evaluate", timeout=node.timeout, **options)["result"].get("value")
@@ -169,7 +169,7 @@ def _place(node: Node, *, acting: bool) -> tuple[float, float]:
                 raise node.not_ready(f"is covered by {cover}")
             return spot
         spot = now
-    raise node.not_ready("does not stand still")
+    raise node.not_ready("keeps moving")
 
 
 def _in_page(node: Node, at: dict[str, Any]) -> tuple[float, float]:

@@ -136,7 +136,7 @@ class JavaScriptError(BrowserError):
 CLASSES = {kind.__name__: kind for kind in BrowserError.__subclasses__()}
 
 
-def is_ours(kind: str) -> bool:
+def is_browser_error(kind: str) -> bool:
     """Return whether `kind` is the name of an error of this module."""
     return kind in CLASSES
 

@@ -38,9 +38,9 @@ _MAX_WAITING = 10_000
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
 
 # Domains that the daemon enables for each session: long texts in their events are truncated.
-_UNASKED = ("Inspector.", "Network.", "Page.", "Runtime.", "Target.")
+_ENABLED_DOMAINS = ("Inspector.", "Network.", "Page.", "Runtime.", "Target.")
 # Events of these domains that a client has requested: their texts are data, and are not truncated.
-_ASKED = {"Network.dataReceived", "Page.screencastFrame", "Runtime.bindingCalled"}
+_REQUESTED = {"Network.dataReceived", "Page.screencastFrame", "Runtime.bindingCalled"}
 
 
 class EventStore:
@@ -62,7 +62,7 @@ class EventStore:
         queue are dropped; above 64 MiB in total, the oldest of the largest queue.
         """
         data = frame if isinstance(frame, bytes) else frame.encode()
-        if len(data) > MAX_TEXT and method.startswith(_UNASKED) and method not in _ASKED and shorten(params):
+        if len(data) > MAX_TEXT and method.startswith(_ENABLED_DOMAINS) and method not in _REQUESTED and shorten(params):
             data = _dump(method, params)
         if len(data) > MAX_QUEUE_BYTES:
             data = _dump(method, {"left_out_bytes": len(data)})
@@ -137,7 +137,7 @@ class Events(Part):
         """Drop the events of a session that has ended, and end its streams."""
         self._store.forget(session)
         for listener in self._listeners.get(session, ()):
-            listener.end(TabClosed("the tab that the events are of was closed"))
+            listener.end(TabClosed("the tab of these events was closed"))
 
     def on_connected(self, connection: Connection) -> None:
         """End the streams when the connection is lost."""

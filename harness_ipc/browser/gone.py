@@ -1,4 +1,4 @@
-"""Ends the daemon when a browser that is not managed has ended: the next command then starts a daemon with another one."""
+"""Ends the daemon when its browser, if it is not a managed one, has ended. The next command then starts another daemon."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Seconds to connect to the browser's port.
 _DIAL_TIMEOUT = 2.0
 # Seconds before each check: a browser that ends closes its connections before its port.
-_LOOKS = (0.0, 0.1, 0.4, 1.5, 5.0)
+_CHECK_DELAYS = (0.0, 0.1, 0.4, 1.5, 5.0)
 
 
 class GoneBrowser(Part):
@@ -30,7 +30,7 @@ class GoneBrowser(Part):
 
     def __init__(self, app: BrowserApp) -> None:
         super().__init__(app)
-        self._look: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[None] | None = None
         self._ending = False
 
     def on_connected(self, connection: Connection) -> None:
@@ -49,12 +49,12 @@ class GoneBrowser(Part):
         self._watch()
 
     def _watch(self) -> None:
-        if not self._ending and self.app.own_browser is None and (self._look is None or self._look.done()):
-            self._look = self.start(self._end_if_gone())
+        if not self._ending and self.app.own_browser is None and (self._check is None or self._check.done()):
+            self._check = self.start(self._end_if_gone())
 
     async def _end_if_gone(self) -> None:
         # The browser may still run. Do not reconnect without a request: its user may have to allow that.
-        for seconds in _LOOKS:
+        for seconds in _CHECK_DELAYS:
             await asyncio.sleep(seconds)
             if not self._ending and self.app.address is not None and await _refuses(*self.app.address):
                 self._end()

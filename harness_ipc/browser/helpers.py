@@ -136,7 +136,7 @@ class _DefaultTab(Tab):
         check_seconds("timeout", timeout)
         if threading.current_thread() is not threading.main_thread() and not hasattr(self._of_thread, "place"):
             self.browser.connect()
-            place = self._of_thread.place = self.browser.connection.enter({**self._who, "own": False, **wanted}, timeout)
+            place = self._of_thread.place = self.browser.connection.enter({**self._identity, "own": False, **wanted}, timeout)
             return place
         return super().move(wanted, timeout=timeout)
 

@@ -33,7 +33,7 @@ _BACKSTOP = 10.0
 _LEXICAL = ("let", "const", "class")
 _IF_EVAL = "if (/native code/.test(eval))"
 _BODY = "(async () => {"
-# Code that is valid inside these brackets does not close a surrounding block.
+# Code that is valid in this prefix and its end can't close a surrounding block.
 _CHECK = "[async () => {"
 
 
@@ -78,7 +78,7 @@ def js(
     else:
         return _evaluate(tab, expression, None, timeout)
     if where["frame_id"]:
-        # Of the tab's own session the successor is asked, once it has ended.
+        # None for the tab's own session: if that has ended, the session that replaces it is used.
         session = None if where["node_session"] == where["session_id"] else where["node_session"]
         return _evaluate(tab, expression, session, timeout, where["context"])
     number = tab.cdp("Target.attachToTarget", targetId=target_id, flatten=True, timeout=timeout)["sessionId"]

@@ -38,7 +38,7 @@ from .program import (
     settings_digest,
 )
 from .reasons import find_reason, lacks_display
-from .requested import BINARY, PROFILE, URL, WEBSOCKET, asked
+from .requested import BINARY, PROFILE, URL, WEBSOCKET, requested_settings
 
 if TYPE_CHECKING:
     from typing import Any
@@ -111,14 +111,14 @@ class ManagedBrowser:
 
     async def close(self, connection: Connection) -> None:
         """End the browser: by CDP, then by signals."""
-        patience = 0.0
+        grace_period = 0.0
         with contextlib.suppress(BrowserError):
             await connection.call("Browser.close", timeout=_CLOSE_PERIOD)
-            patience = _CLOSE_PERIOD
-        await asyncio.to_thread(self.end, patience)
+            grace_period = _CLOSE_PERIOD
+        await asyncio.to_thread(self.end, grace_period)
 
-    def end(self, patience: float = 0.0) -> bool:
-        """End the browser of the profile if it has not ended after `patience` seconds. Return whether there was one.
+    def end(self, grace_period: float = 0.0) -> bool:
+        """End the browser of the profile if it has not ended after `grace_period` seconds. Return whether there was one.
 
         Only the process identified in the note is signalled, and its descendants; never the browser of another running daemon.
         Raises `UnsafeDirectory` if others could have written the note.
@@ -131,7 +131,7 @@ class ManagedBrowser:
             except BrowserNotFound:
                 return False
         try:
-            return self._end_process(patience)
+            return self._end_process(grace_period)
         finally:
             self._profile.release()
 
@@ -143,17 +143,17 @@ class ManagedBrowser:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The settings of this browser, as in `requested.asked`."""
+        """The settings of this browser, as in `requested.requested_settings`."""
         # Cached: each command needs it, and searching PATH takes longer than the rest of its request.
-        settings = asked({name: value for name, value in os.environ.items() if name not in (WEBSOCKET, URL)})
+        settings = requested_settings({name: value for name, value in os.environ.items() if name not in (WEBSOCKET, URL)})
         return settings | {BINARY: find_binary() or os.environ.get(BINARY, ""), PROFILE: self.profile}
 
-    def is_as_asked(self) -> bool:
+    def has_current_settings(self) -> bool:
         """Return whether the browser of the profile was started with the current settings. Raises `UnsafeDirectory`."""
         return self._profile.note().settings in (None, settings_digest()) or find_binary() is None
 
     def taken(self) -> str | None:
-        """Return a text if another daemon uses the profile, else None. Raises `UnsafeDirectory`."""
+        """Return the text of the error if another daemon uses the profile, else None. Raises `UnsafeDirectory`."""
         daemon = self._profile.daemon()
         return None if daemon in (None, os.getpid()) else self._profile.in_use(daemon)
 
@@ -178,7 +178,7 @@ class ManagedBrowser:
                     "directory"
                 )
             return None
-        if not self.is_as_asked():
+        if not self.has_current_settings():
             logger.info("the browser of pid %d was started with other settings: it is not adopted", pid)
             return None
         try:
@@ -315,14 +315,14 @@ class ManagedBrowser:
         reason = find_reason(self._profile.read_stderr())
         return f" ({reason})" if reason else ""
 
-    def _end_process(self, patience: float) -> bool:
+    def _end_process(self, grace_period: float) -> bool:
         pid = self.pid()
         if pid is not None:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
                 # psutil signals only this process, not a later one with its pid: check again that it is the browser.
                 if self.pid() == pid:
-                    _end_family(process, patience)
+                    _end_processes(process, grace_period)
             self._profile.remove_singleton(pid)
         if self._child is not None:
             self._child.wait()
@@ -338,18 +338,18 @@ async def _warn(text: str) -> None:
     await report(text)
 
 
-def _end_family(process: psutil.Process, patience: float) -> None:
-    """End the process and its descendants if they have not ended after `patience` seconds."""
-    family = _with_descendants([process])
-    steps = (None, patience), ("SIGTERM", _TERMINATE_PERIOD), ("SIGKILL", _KILL_PERIOD)
+def _end_processes(process: psutil.Process, grace_period: float) -> None:
+    """End the process and its descendants if they have not ended after `grace_period` seconds."""
+    processes = _with_descendants([process])
+    steps = (None, grace_period), ("SIGTERM", _TERMINATE_PERIOD), ("SIGKILL", _KILL_PERIOD)
     for name, period in steps:
         if name is not None:
-            family = _with_descendants(family)
-            _signal(process, family, name)
+            processes = _with_descendants(processes)
+            _signal(process, processes, name)
         deadline = time.monotonic() + period
-        while (family := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
+        while (processes := [member for member in processes if _is_alive(member)]) and time.monotonic() < deadline:
             time.sleep(_POLL)
-        if not family:
+        if not processes:
             break
 
 
@@ -361,13 +361,13 @@ def _with_descendants(processes: list[psutil.Process]) -> list[psutil.Process]:
     return list(found)
 
 
-def _signal(leader: psutil.Process, family: list[psutil.Process], name: str) -> None:
-    # The process group first, which includes children forked at this moment.
+def _signal(leader: psutil.Process, processes: list[psutil.Process], name: str) -> None:
+    # First the process group, which includes children that are being forked.
     if sys.platform != "win32" and _is_alive(leader):
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(leader.pid) == leader.pid:
                 os.killpg(leader.pid, getattr(signal, name))
-    for member in family:
+    for member in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.terminate() if name == "SIGTERM" else member.kill()
 

@@ -31,9 +31,9 @@ class _Tab(Changing):
         # Requests answered with credentials: a second challenge means that they were refused.
         self.answered: set[str] = set()
         # The last challenge: origin, realm, scheme, source, and whether it is for the document.
-        self.asked: Message | None = None
+        self.challenge: Message | None = None
         # The URL of the requested document, until it is committed.
-        self.coming: str | None = None
+        self.requested_url: str | None = None
         # The loader id of the document.
         self.loader: str | None = None
 
@@ -90,9 +90,9 @@ class Logins(Part):
         if tab is None or tab.loader == frame["loaderId"]:
             return
         tab.loader = frame["loaderId"]
-        if tab.coming != (frame.get("unreachableUrl") or frame["url"]):
-            tab.asked = None
-        tab.coming = None
+        if tab.requested_url != (frame.get("unreachableUrl") or frame["url"]):
+            tab.challenge = None
+        tab.requested_url = None
         tab.answered.clear()
         tab.notify()
 
@@ -109,10 +109,10 @@ class Logins(Part):
         else:
             tab.credentials.pop(origin, None)
             is_document = params["resourceType"] == "Document" and params["frameId"] == target
-            tab.asked = {key: challenge.get(key, "") for key in ("origin", "realm", "scheme", "source")}
-            tab.asked |= {"document": is_document, "refused": known is not None}
+            tab.challenge = {key: challenge.get(key, "") for key in ("origin", "realm", "scheme", "source")}
+            tab.challenge |= {"document": is_document, "refused": known is not None}
             if is_document:
-                tab.coming = params["request"]["url"]
+                tab.requested_url = params["request"]["url"]
         self._call("Fetch.continueWithAuth", {"requestId": request, "authChallengeResponse": answer}, session)
 
     def _call(self, method: str, params: Message, session: str) -> None:
@@ -128,7 +128,7 @@ class Logins(Part):
     async def _pending(self, message: Message) -> Message:
         _, session = await self.app.sessions.requested(message)
         tab = self._tabs.get(self.app.sessions.target_of(session))
-        return {"login": tab.asked if tab is not None else None, "session_id": session}
+        return {"login": tab.challenge if tab is not None else None, "session_id": session}
 
     async def _handle(self, message: Message) -> Message:
         """Log in with ``user`` and ``password``, at ``origin`` or that of the last challenge, and reload the document."""
@@ -139,13 +139,13 @@ class Logins(Part):
         tab = self._tabs.get(self.app.sessions.target_of(session))
         if tab is None:
             raise bad_request("this session does not belong to a tab: use a session of the page")
-        asked = tab.asked
+        challenge = tab.challenge
         if origin is None:
-            if asked is None:
+            if challenge is None:
                 raise bad_request("nothing in this tab requires a login: pass origin=, such as 'https://example.org'")
-            origin = str(asked["origin"])
+            origin = str(challenge["origin"])
         tab.credentials[origin] = user, password
-        if asked is None or not asked["document"] or asked["origin"] != origin:
+        if challenge is None or not challenge["document"] or challenge["origin"] != origin:
             return {"session_id": session}
         timeout = timeout_of(message)
         try:
@@ -158,6 +158,6 @@ class Logins(Part):
                     await connection.call("Runtime.evaluate", {"expression": "0"}, session=session)
         except TimeoutError:
             raise BrowserTimeout(f"the page was not reloaded within {timeout:g} s: it may still be loading") from None
-        if tab.asked is not None and tab.asked["document"]:
-            raise LoginFailed(f"{origin} refused the user and the password: pass others", login=tab.asked)
+        if tab.challenge is not None and tab.challenge["document"]:
+            raise LoginFailed(f"{origin} refused the user and the password: pass others", login=tab.challenge)
         return {"session_id": session}

@@ -33,8 +33,8 @@ def find(document: Document, criteria: dict[str, str], *, exact: bool = False) -
         inside = pending.pop()
         if inside.dom is not None:
             sets = [set(_FINDERS[kind](inside, inside.dom, wanted, _fits(wanted, exact))) for kind, wanted in criteria.items()]
-            both = set.intersection(*sets) if sets else set()
-            found += [(inside, number) for number in inside.dom.numbers if number in both]
+            matching = set.intersection(*sets) if sets else set()
+            found += [(inside, number) for number in inside.dom.numbers if number in matching]
         pending += reversed(inside.frames.values())
     return found
 

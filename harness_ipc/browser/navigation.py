@@ -38,7 +38,7 @@ _FIRST = "initialFrameNavigation"
 # Seconds before a page without a document is asked again, unless there is an event first.
 _RETRY = 0.1
 # Seconds after which an iframe that does not answer is busy, or navigating.
-_COMPUTES = 1.0
+_BUSY_TIMEOUT = 1.0
 
 
 class _State(Enum):
@@ -230,9 +230,9 @@ class Navigation(Part):
     @staticmethod
     async def _run_queue(connection: Connection, session: str) -> None:
         """Wait until an iframe has run its pending tasks, unless it is busy."""
-        asked = {"expression": scripts.ADDRESS, "awaitPromise": True}
+        params = {"expression": scripts.ADDRESS, "awaitPromise": True}
         with contextlib.suppress(CDPError, TimeoutError):
-            await connection.call("Runtime.evaluate", asked, session=session, timeout=_COMPUTES)
+            await connection.call("Runtime.evaluate", params, session=session, timeout=_BUSY_TIMEOUT)
 
     async def _is_target_loaded(self, message: Message, connection: Connection, frame: str, pages: list[_Page]) -> bool:
         """Wait until an out-of-process iframe has loaded, or ended. Return False, since there may be more."""
@@ -284,9 +284,9 @@ class Navigation(Part):
         """Return the ``value`` of a script, or None if its document is being replaced."""
         page, timeout = self._page(session), timeout_of(message)
         started, changed = page.started, page.changed
-        asked = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        params = {"expression": expression, "awaitPromise": True, "returnByValue": True}
         try:
-            reply = await connection.call("Runtime.evaluate", asked, session=session, timeout=timeout)
+            reply = await connection.call("Runtime.evaluate", params, session=session, timeout=timeout)
         except CDPError as error:
             if error.code != SERVER_ERROR or error.data.get("crashed"):
                 raise

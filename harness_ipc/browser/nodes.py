@@ -193,7 +193,7 @@ def _given(tab: Tab, target: dict[str, Any], timeout: float) -> Node:
 
 def _put(node: Node, reply: dict[str, Any]) -> None:
     node.object_id = reply.get("objectId", "")
-    # None for the tab's session, so that a session that replaces it is used.
+    # None for the tab's own session: if that has ended, the session that replaces it is used.
     node.session = None if reply["node_session"] == reply["session_id"] else reply["node_session"]
     node.owners = reply["owners"]
 

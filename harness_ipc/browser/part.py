@@ -43,7 +43,7 @@ class Changing:
 
 
 class Part:
-    """One part of the daemon. All methods are optional."""
+    """One part of the daemon. A subclass overrides the methods that it needs."""
 
     def __init__(self, app: BrowserApp) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""A client's connection to the browser daemon, which it starts if necessary, and its places in tabs."""
+"""A client's connection to the browser daemon, which it starts if necessary, and its presence in tabs: `Place`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import threading
 
 from harness_ipc import ConnectionLost, DaemonNotRunning, HarnessIPCError, connect_daemon
 
-from . import MAX_MESSAGE, check_extra, is_ours, not_ours
+from . import MAX_MESSAGE, check_extra, is_browser_daemon, wrong_daemon
 from .errors import CLASSES, BrowserLost, from_reply
 from .own_imports import without_program_directory
-from .requested import asked
+from .requested import requested_settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -164,9 +164,9 @@ def _find(name: str, timeout: float) -> Client:
     """Return the client of a running daemon whose browser is connected, and is the one that the environment asks for."""
     client = connect_daemon(name, max_message=MAX_MESSAGE, errors=CLASSES.values())
     try:
-        if not is_ours(client.app_version):
-            raise not_ours(name)
-        reply = client.request({"meta": "check_browser", "asked": asked(os.environ)}, timeout=timeout)
+        if not is_browser_daemon(client.app_version):
+            raise wrong_daemon(name)
+        reply = client.request({"meta": "check_browser", "requested_settings": requested_settings(os.environ)}, timeout=timeout)
         if "error" in reply:
             raise from_reply(reply["error"])
     except BaseException:

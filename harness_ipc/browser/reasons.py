@@ -31,9 +31,9 @@ def find_reason(text: str) -> str:
     entries = [(match[1], match[2], match[3]) if (match := _ENTRY.match(line)) else ("", "", line) for line in lines]
     known = [text for _, _, text in entries if _NO_DISPLAY.search(text) or _KNOWN.search(text)]
     fatal = [text for level, _, text in entries if level == "FATAL"]
-    told = [text for level, source, text in entries if level in ("", "ERROR") and not _NOISE.search(f"{source} {text}")]
+    others = [text for level, source, text in entries if level in ("", "ERROR") and not _NOISE.search(f"{source} {text}")]
     # The first known reason causes the later ones.
-    chosen = [*known[:1], *fatal[-1:], *told[-1:], *[text for _, _, text in entries][-1:]]
+    chosen = [*known[:1], *fatal[-1:], *others[-1:], *[text for _, _, text in entries][-1:]]
     return ascii(chosen[0] if chosen else "")[1:-1][:300]
 
 

@@ -25,21 +25,21 @@ DOWNLOADS = "HARNESS_CHROME_DOWNLOADS"
 # Permits a start; not a setting of the browser.
 ROOT = "HARNESS_CHROME_ROOT"
 
-_WANT_OWN = (OWN, PROFILE, ARGUMENTS)
-_OF_OWN = (BINARY, ENVIRONMENT, DOWNLOADS)
+_REQUIRE_MANAGED = (OWN, PROFILE, ARGUMENTS)
+_OF_MANAGED = (BINARY, ENVIRONMENT, DOWNLOADS)
 
 
-def wants_own(environment: Mapping[str, str]) -> bool:
+def wants_managed(environment: Mapping[str, str]) -> bool:
     """Return whether the environment requires a managed browser."""
-    return any(environment.get(variable) for variable in _WANT_OWN)
+    return any(environment.get(variable) for variable in _REQUIRE_MANAGED)
 
 
-def asked(environment: Mapping[str, str]) -> dict[str, str]:
+def requested_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that apply, with absolute paths. An address overrides the settings of a managed browser."""
     for variable in (WEBSOCKET, URL):
         if value := environment.get(variable):
             return {variable: value}
-    found = {variable: environment[variable] for variable in (*_WANT_OWN, *_OF_OWN) if environment.get(variable)}
+    found = {variable: environment[variable] for variable in (*_REQUIRE_MANAGED, *_OF_MANAGED) if environment.get(variable)}
     for variable in (PROFILE, DOWNLOADS, BINARY):
         # A program without a directory is searched in PATH.
         if variable in found and (variable != BINARY or os.path.dirname(found[variable])):
@@ -58,19 +58,20 @@ def find_mismatch(
     named: tuple[str, str] | None = None,
     endpoint: str | None = None,
 ) -> tuple[str, str] | None:
-    """Return the first setting in `wanted` (from `asked`) that the daemon's browser does not match, and its own value.
+    """Return the first of the `wanted` settings that the daemon's browser does not match, and its own value; None if all match.
 
-    Both are text; None if all match. `own` are the settings of a managed browser, including `BINARY` and `PROFILE`. For another
-    browser, `named` is the variable and the address by which it was found, if any, and `endpoint` that of its WebSocket.
+    Both are text. `wanted` is a result of `requested_settings`. `own` are the settings of a managed browser, including `BINARY`
+    and `PROFILE`. For another browser, `named` is the variable and the address by which it was found, if any, and `endpoint` is
+    the address of its WebSocket.
     """
     for variable, value in wanted.items():
         if variable in (WEBSOCKET, URL):
             fits = own is None and _is_address(variable, value, named, endpoint)
-        elif variable in _WANT_OWN or own is not None:
+        elif variable in _REQUIRE_MANAGED or own is not None:
             fits = own is not None and (variable == OWN or _is_setting(variable, value, own.get(variable, "")))
         else:
             continue
-        if not fits and own is not None and variable in (ARGUMENTS, *_OF_OWN):
+        if not fits and own is not None and variable in (ARGUMENTS, *_OF_MANAGED):
             return show(variable, value), f" with {show(variable, held) if (held := own.get(variable)) else f'no {variable}'}"
         if not fits:
             return show(variable, value), ""

@@ -145,7 +145,7 @@ const frame = () => new Promise(done => { view.requestAnimationFrame(done); setT
 const box = () => { const at = element.getBoundingClientRect(); return [at.x, at.y, at.width, at.height].join(); };
 const end = performance.now() + patience;
 for (let last = null; last !== box(); await frame()) {
-  if (performance.now() > end) return {problem: "does not stand still"};
+  if (performance.now() > end) return {problem: "keeps moving"};
   last = box();
   await frame();
   if (!element.isConnected) return {gone: true};

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from . import INTERNAL
-from .choosing import alone
+from .choosing import exclusive
 from .errors import SERVER_ERROR, BrowserLost, CDPError, DialogOpen, TabClosed
 from .part import Part, bad_request, named_session
 
@@ -152,7 +152,7 @@ class Sessions(Part):
 
     def _choosing(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Return a lock, for a browser shared by several daemons, that is held while one chooses a page."""
-        return alone() if self.app.own_browser is None else contextlib.nullcontext()
+        return exclusive() if self.app.own_browser is None else contextlib.nullcontext()
 
     def _is_free(self, page: Message) -> bool:
         """Return whether no client and no other program, such as another daemon, uses a page."""

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from . import cookies, dialogs, downloads, elements, event_stream, find, http, keyboard, mouse, nodes, screenshot, snapshot
 
-# Seconds beyond a timeout, since the daemon enforces it and has a better error.
-_GRACE = 2.0
+# Seconds that the client waits beyond a timeout: the daemon enforces it, with a better error.
+_GRACE_PERIOD = 2.0
 
-# Requests that are safe in a tab other than the one expected.
-_GOES_ELSEWHERE = {"Page.navigate", "current_tab", "drain_events", "pending_dialog"}
+# Methods and verbs that do no harm in another tab than the caller expects.
+_SAFE_IN_ANY_TAB = {"Page.navigate", "current_tab", "drain_events", "pending_dialog"}
 
 
 class Browser:
@@ -162,7 +162,7 @@ if not TYPE_CHECKING:
 class Tab:
     """A thread-safe tab of the browser. The first request chooses the tab; `switch_tab` and `new_tab` change it.
 
-    `begin` says which tab to start in: see `Tabs` of the daemon.
+    `begin` requests the first tab: see `tabs.Tabs`, in the daemon.
     """
 
     def __init__(self, browser: Browser, begin: dict[str, Any] | None = None) -> None:
@@ -190,27 +190,27 @@ class Tab:
         return place
 
     @property
-    def _who(self) -> dict[str, Any]:
-        """The part of `begin` that applies in any tab."""
+    def _identity(self) -> dict[str, Any]:
+        """The parts of `begin` that describe the client, not its first tab."""
         return {key: value for key, value in self.begin.items() if key in ("name", "alone")}
 
     def move(self, wanted: dict[str, Any], *, timeout: float = TIMEOUT) -> Place:
         """Go to another tab, and return the place. Raises `TabClosed` if there is none."""
         check_seconds("timeout", timeout)
         if (place := self.place) is None:
-            return self.enter({**self._who, "own": False, **wanted}, timeout=timeout)
+            return self.enter({**self._identity, "own": False, **wanted}, timeout=timeout)
         try:
             place.update(self._ask({"meta": "move_tab", "place": place.number, **wanted}, timeout))
         except TabClosed:
             if place.is_known:
                 raise
-            return self._enter({**self._who, "own": False, **wanted}, timeout)
+            return self._enter({**self._identity, "own": False, **wanted}, timeout)
         return place
 
     def leave(self) -> None:
         """Leave the tab; close it if it was opened for this process. The next request chooses a tab, ignoring `begin`."""
         place, self._place = self.place, None
-        self.begin = self._who
+        self.begin = self._identity
         if place is not None:
             self.browser.connection.leave(place)
 
@@ -243,8 +243,8 @@ class Tab:
                 raise
             # Another daemon runs, and the request did not: return to the tab, if it still exists.
             before = place.target
-            place = self._enter({**self._who, "again": before, "own": place.own}, timeout)
-            if place.target != before and not _GOES_ELSEWHERE & {message.get("method"), message.get("meta")}:
+            place = self._enter({**self._identity, "again": before, "own": place.own}, timeout)
+            if place.target != before and not _SAFE_IN_ANY_TAB & {message.get("method"), message.get("meta")}:
                 raise TabClosed(
                     "the daemon was restarted, and the previous tab is gone: nothing was done; the next request opens a "
                     "new one, so use goto_url()"
@@ -257,7 +257,7 @@ class Tab:
     def _ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         request = {"timeout": min(timeout, LONGEST), **message}
         self.browser.connect()
-        reply = self.browser.connection.ask(request, timeout + _GRACE)
+        reply = self.browser.connection.ask(request, timeout + _GRACE_PERIOD)
         if "error" in reply:
             raise from_reply(reply["error"])
         return reply

@@ -237,10 +237,10 @@ def _fold(element: Element) -> None:
     """Remove text children that repeat the name; move a text that is the only child into the line."""
     children = element.children
     texts = [child for child in children if child.role == "text"]
-    if said := element.name:
-        cut = said[:-1] if said.endswith("…") else None
-        told = [child for child in texts if child.name in said or (cut and child.name.startswith(cut))]
-        element.children = [child for child in children if child not in told]
+    if name := element.name:
+        cut = name[:-1] if name.endswith("…") else None
+        repeated = [child for child in texts if child.name in name or (cut and child.name.startswith(cut))]
+        element.children = [child for child in children if child not in repeated]
     elif len(children) == len(texts) == 1 and not element.value:
         element.value, element.children = texts[0].name, []
     if element.actionable and not element.name and element.role == "generic":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness_ipc.browser.requested import asked, find_mismatch, wants_own
+from harness_ipc.browser.requested import find_mismatch, requested_settings, wants_managed
 
 HTTP, WS = "http://127.0.0.1:9222", "ws://127.0.0.1:9222/devtools/browser/1"
 NAMED, FOUND = ("BU_CDP_URL", HTTP), None
@@ -25,22 +25,22 @@ NAMED, FOUND = ("BU_CDP_URL", HTTP), None
     ],
 )
 def test_settings_that_require_a_managed_browser(environment: dict[str, str], own: bool) -> None:
-    assert wants_own(environment) is own
+    assert wants_managed(environment) is own
 
 
 def test_a_named_browser_overrides_managed_settings() -> None:
     environment = {"BU_CDP_WS": WS, "BU_CDP_URL": HTTP, "HARNESS_CHROME_OWN": "1"}
-    assert asked(environment) == {"BU_CDP_WS": WS}
+    assert requested_settings(environment) == {"BU_CDP_WS": WS}
     del environment["BU_CDP_WS"]
-    assert asked(environment) == {"BU_CDP_URL": HTTP}
+    assert requested_settings(environment) == {"BU_CDP_URL": HTTP}
 
 
 def test_paths_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = {"HARNESS_CHROME_PROFILE": "profile", "HARNESS_CHROME_DOWNLOADS": "saved", "HARNESS_CHROME": os.path.join(".", "x")}
     found = {key: str(Path.cwd() / value) for key, value in here.items()}
-    assert asked({**here, "HARNESS_CHROME_ROOT": "1"}) == found
-    assert asked({"HARNESS_CHROME": "chromium"}) == {"HARNESS_CHROME": "chromium"}
+    assert requested_settings({**here, "HARNESS_CHROME_ROOT": "1"}) == found
+    assert requested_settings({"HARNESS_CHROME": "chromium"}) == {"HARNESS_CHROME": "chromium"}
 
 
 @pytest.mark.parametrize(
