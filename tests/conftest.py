@@ -1,4 +1,4 @@
-"""Every test has its own runtime and log directory, which is removed with all that the test leaves in it."""
+"""Each test has its own runtime and log directory, which is removed with its content."""
 
 from __future__ import annotations
 

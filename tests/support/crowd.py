@@ -1,8 +1,8 @@
 """A daemon that records its requests, and clients that record replies: ``python -m tests.support.crowd ROLE DIRECTORY``.
 
-A client sends requests in every possible way, leaves in the middle, cancels, and dies. Lines of the files `outcomes` are a word
-and the id of a request: "begin" before it is sent, then "result", "left" (on purpose), "crossed", or "error" with its type and
-`maybe_executed`.
+A client sends requests in every way, disconnects during some, cancels some, and may kill itself. Each line of its file
+`outcomes` is a word and the id of a request: "begin" before it is sent; then "result", "left" (on purpose), "crossed" (the
+result of another request), or "error" with its type and `maybe_executed`.
 """
 
 from __future__ import annotations

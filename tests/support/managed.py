@@ -186,7 +186,7 @@ def spawn_bystander() -> Iterator[DaemonProcess]:
 
 
 def waits_for_go(*, blocking: bool = False) -> str:
-    """Return statements for `then` of `command`: the start waits until the test has created the file "go"."""
+    """Return code for `then` of `command`: the app's start waits until the test has created the file "go"."""
     wait = "time.sleep(0.01)" if blocking else "await asyncio.sleep(0.01)"
     return f"""
 class App(App):

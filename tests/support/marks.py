@@ -27,9 +27,9 @@ def _need(name: str, met: bool, reason: str) -> pytest.MarkDecorator:
 _POSIX = sys.platform != "win32"
 
 # AF_UNIX, file modes, SIGSTOP.
-needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals are POSIX")
+needs_posix = _need("posix", _POSIX, "sockets in the file system, modes and signals exist only on POSIX")
 # Named pipes, sharing violations, flags of new processes.
-needs_windows = _need("windows", not _POSIX, "named pipes and their handles are Windows'")
+needs_windows = _need("windows", not _POSIX, "named pipes and their handles exist only on Windows")
 # Switching to another uid.
 needs_root = _need("root", _POSIX and os.geteuid() == 0, "only root can become another user")
 # /proc/self/fd, SO_PEERCRED.

@@ -110,7 +110,7 @@ class App:
 
 
 class DaemonProcess:
-    """A daemon started by a test. `lines` are read from its standard output."""
+    """A daemon, or another Python process, started by a test."""
 
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
         self.process = process
@@ -198,7 +198,7 @@ def runtime_files(ending: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def stopped(daemon: DaemonProcess) -> Iterator[None]:
-    """Suspend the process as SIGSTOP does while the context is entered."""
+    """Suspend the process, as SIGSTOP does, during the block."""
     if sys.platform == "win32":
         import psutil
 
@@ -221,7 +221,7 @@ def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
     """Poll until `condition` is true; fail after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, f"still false after {patience:g} s"
         time.sleep(0.01)
 
 

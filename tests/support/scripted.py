@@ -1,4 +1,4 @@
-"""A daemon with scripted connections, based on the standard library's Listener and challenge."""
+"""A daemon whose replies are scripted, with the Listener and the challenge of the standard library."""
 
 from __future__ import annotations
 

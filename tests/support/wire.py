@@ -1,4 +1,4 @@
-"""Frames over a bare connection, for peers that behave unlike `Client`."""
+"""Frames over a bare connection, for clients that behave unlike `Client`."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_servers_plain_text_reason_is_quoted_without_secrets(body: bytes, quot
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "ws_proxy"])
-def test_a_proxy_is_for_remote_addresses_alone(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_used_only_for_remote_addresses(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_proxy(REMOTE) is None
     monkeypatch.setenv(variable, "proxy.example:3128")
     assert find_proxy(REMOTE) == "http://proxy.example:3128"
@@ -97,7 +97,7 @@ def test_a_proxy_is_for_remote_addresses_alone(variable: str, monkeypatch: pytes
         ("http_proxy", "ftp://proxy.example:1", "its scheme ftp is not http, https, socks4 or socks5"),
     ],
 )
-def test_a_proxy_that_can_not_be_used(variable: str, proxy: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_proxy_is_an_error(variable: str, proxy: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, proxy)
     with pytest.raises(
         UnusableProxy, match=f"of {variable} can't be used: {problem}; change {variable}, or add browser.example"

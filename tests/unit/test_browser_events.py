@@ -120,7 +120,7 @@ def test_a_drain_of_all_returns_at_most_16_mebibytes() -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "é", "\x7f", "😀", '"'], ids=ascii)
-def test_whatever_is_kept_fits_into_a_reply(text: str) -> None:
+def test_kept_events_fit_into_a_reply(text: str) -> None:
     store = EventStore()
     quoted = json.dumps(text, ensure_ascii=False)[1:-1]
     payload = quoted * (MAX_QUEUE_BYTES // len(quoted.encode()) // 4 - 100)
@@ -133,7 +133,7 @@ def test_whatever_is_kept_fits_into_a_reply(text: str) -> None:
     messages.encode({"events": events}, limit=MAX_MESSAGE)
 
 
-def test_long_texts_of_a_page_are_cut_wherever_they_are() -> None:
+def test_long_texts_are_truncated_at_any_depth() -> None:
     store = EventStore()
     short, long = "x" * MAX_TEXT, "é" * (MAX_TEXT + 7)
     add(store, "s", short=short, args=[{"value": long}, [long, 1]], deep={"a": {"b": long}}, n=1)
@@ -152,14 +152,14 @@ def test_truncated_texts_leave_room_for_500_events() -> None:
 
 
 @pytest.mark.parametrize("method", [WHOLE, "Page.screencastFrame", "Network.dataReceived", "Fetch.requestPaused"])
-def test_data_that_a_client_has_asked_for_is_not_cut(method: str) -> None:
+def test_requested_data_is_not_truncated(method: str) -> None:
     store = EventStore()
     add(store, "s", method, data="x" * MEBI)
     assert store.drain("s") == [{"method": method, "params": {"data": "x" * MEBI}, "session_id": "s"}]
 
 
 @pytest.mark.parametrize("method", [WHOLE, "Runtime.consoleAPICalled"])
-def test_of_an_event_above_the_limit_its_size_is_kept(method: str) -> None:
+def test_an_event_above_the_limit_is_replaced_by_its_size(method: str) -> None:
     store = EventStore()
     add(store, "s", n=1)
     # Truncation can't make it smaller.
@@ -186,7 +186,7 @@ def test_an_event_may_be_as_deep_as_the_parser_allows() -> None:
     assert text.endswith("(1 more characters were left out)")
 
 
-def test_events_stay_until_they_were_delivered() -> None:
+def test_events_are_kept_until_they_are_delivered() -> None:
     store = EventStore()
     for number in range(10):
         add_large(store, "s", number)

@@ -141,7 +141,7 @@ def test_unknown_owners_of_a_port(connection: socket.socket, tmp_path: Path, mon
 
 
 @needs_linux
-def test_a_uid_that_stands_for_many_is_not_trusted(connection: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overflow_uid_is_not_trusted(connection: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     many = int(Path("/proc/sys/kernel/overflowuid").read_text())
     monkeypatch.setattr(local, "find_owners", lambda _: frozenset({many}))
     monkeypatch.setattr(os, "geteuid", lambda: many)

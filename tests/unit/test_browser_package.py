@@ -33,7 +33,7 @@ def private_uses(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_it_uses_public_names_alone(path: Path) -> None:
+def test_it_uses_only_public_names(path: Path) -> None:
     assert private_uses(path.read_text(encoding="utf-8")) == []
 
 

@@ -107,7 +107,7 @@ def test_the_last_byte_is_not_sent_while_the_peer_does_not_read(private_director
 
 
 @pytest.mark.parametrize("blocked", ["receive", "send"])
-def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str, private_directories: Path) -> None:
+def test_abort_interrupts_another_thread(blocked: str, private_directories: Path) -> None:
     with connected(private_directories) as (client, _), ThreadPoolExecutor(1) as pool:
         began = threading.Event()
 
@@ -237,7 +237,7 @@ if sys.platform != "win32":
             assert client.fileno() == -1
             peer.close()
 
-    def test_the_loop_sends_and_receives_without_waiting(private_directories: Path) -> None:
+    def test_sending_and_receiving_without_waiting(private_directories: Path) -> None:
         with connected(private_directories) as (client, peer):
             assert client.receive_now(100) is None
             assert client.send_now([b"\0\0\0\1x"])

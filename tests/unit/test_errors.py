@@ -99,7 +99,7 @@ def test_copying_keeps_the_text_and_the_attributes(error: HarnessIPCError, attri
 
 
 @pytest.mark.parametrize("kind", [type(error) for error, _ in INSTANCES])
-def test_only_an_error_of_the_handler_leaves_a_doubt_by_default(kind: type[HarnessIPCError]) -> None:
+def test_only_a_remote_error_may_have_run_by_default(kind: type[HarnessIPCError]) -> None:
     assert kind("text").maybe_executed is (kind is RemoteError)
 
 

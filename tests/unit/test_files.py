@@ -268,7 +268,7 @@ def test_one_remedy_fixes_all_open_parents(private_directories: Path) -> None:
 
 
 @needs_posix
-def test_nothing_is_made_where_others_can_write(private_directories: Path) -> None:
+def test_nothing_is_created_where_others_can_write(private_directories: Path) -> None:
     parent = private_directories / "parent"
     parent.mkdir()
     parent.chmod(0o777)
@@ -279,7 +279,7 @@ def test_nothing_is_made_where_others_can_write(private_directories: Path) -> No
 
 @needs_root
 @pytest.mark.parametrize("kind", ["directory", "link"])
-def test_a_strangers_directory_or_link_on_the_way_is_refused(kind: str, private_directories: Path) -> None:
+def test_another_users_parent_directory_or_link_is_refused(kind: str, private_directories: Path) -> None:
     own, theirs = private_directories / "own", private_directories / "theirs"
     (own / "run").mkdir(0o700, parents=True)
     if kind == "directory":
@@ -363,7 +363,7 @@ def as_stranger(base: Path) -> Iterator[None]:
 
 @needs_root
 @pytest.mark.parametrize("bits", [0o755, 0o700])
-def test_a_parent_made_by_root_is_given_back(bits: int, private_directories: Path) -> None:
+def test_the_remedy_returns_a_parent_created_by_root(bits: int, private_directories: Path) -> None:
     run = private_directories / "made by root" / "state" / "run"
     (run.parent.parent / "state").mkdir(0o700, parents=True)
     run.parent.parent.chmod(bits)
@@ -563,7 +563,7 @@ if sys.platform != "win32":
         return private_directories / f"harness-ipc-{os.geteuid()}"
 
     @needs_linux
-    def test_the_limit_is_the_systems_own() -> None:
+    def test_the_limit_is_that_of_the_system() -> None:
         assert MAX_ADDRESS == 107
 
     def test_the_longest_path_binds_and_connects(private_directories: Path) -> None:
@@ -578,7 +578,7 @@ if sys.platform != "win32":
             listener.close()
 
     @pytest.mark.parametrize("deep", ["one byte too long", "long", "characters fit, bytes do not"])
-    def test_above_the_limit_a_short_private_directory_serves(deep: str, private_directories: Path, temporary: Path) -> None:
+    def test_above_the_limit_a_short_private_directory_is_used(deep: str, private_directories: Path, temporary: Path) -> None:
         if deep == "one byte too long":
             directory = directory_for(private_directories, MAX_ADDRESS + 1)
         else:

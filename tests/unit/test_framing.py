@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[bytes, list[bytes], int]] = {
 
 
 @pytest.mark.parametrize(("stream", "frames", "left"), ROWS.values(), ids=ROWS)
-def test_a_stream_is_its_frames_wherever_it_is_split(stream: bytes, frames: list[bytes], left: int) -> None:
+def test_a_stream_may_be_split_at_any_byte(stream: bytes, frames: list[bytes], left: int) -> None:
     for cut in range(len(stream) + 1):
         framing = StreamFraming()
         received = []
@@ -75,7 +75,7 @@ def test_a_stream_is_its_frames_wherever_it_is_split(stream: bytes, frames: list
         (header(-(2**31)), ProtocolError, None),
     ],
 )
-def test_a_length_that_is_refused_is_refused_before_its_frame(stream: bytes, kind: type[HarnessIPCError], size: int) -> None:
+def test_an_invalid_length_is_refused_before_its_frame_arrives(stream: bytes, kind: type[HarnessIPCError], size: int) -> None:
     framing = StreamFraming()
     framing.feed(header(1) + b"a" + stream)
     assert framing.next_frame(LIMIT) == b"a"

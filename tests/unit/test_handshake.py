@@ -35,7 +35,7 @@ def nonce_in(frame: bytes) -> bytes:
     return frame.removeprefix(CHALLENGE)
 
 
-def test_both_sides_together_take_two_round_trips() -> None:
+def test_the_handshake_takes_two_round_trips() -> None:
     client, server = ClientHandshake(KEYS), ServerHandshake(KEYS)
     turns = 0
     while not (client.may_send and server.done):
@@ -57,7 +57,7 @@ def test_every_handshake_has_new_nonces() -> None:
 
 
 # The digests that a challenge may request, as in multiprocessing.connection.
-FORMS = pytest.mark.parametrize(
+DIGESTS = pytest.mark.parametrize(
     ("nonce", "digest", "prefix"),
     [
         pytest.param(LEGACY_NONCE, "md5", "", id="3.11"),
@@ -69,8 +69,8 @@ FORMS = pytest.mark.parametrize(
 )
 
 
-@FORMS
-def test_a_challenge_is_answered_in_the_form_that_it_asks_for(nonce: bytes, digest: str, prefix: str) -> None:
+@DIGESTS
+def test_a_challenge_is_answered_with_the_requested_digest(nonce: bytes, digest: str, prefix: str) -> None:
     server = ServerHandshake(KEYS)
     server.receive_frame(CHALLENGE + nonce)
     assert sent(server)[0] == mac(KEYS.daemon, nonce, digest, prefix)
@@ -104,7 +104,7 @@ def test_an_answer_has_the_form_of_a_cpython_release(digest: str, prefix: str, a
     assert (sent(client), sent(server)) == ([FAILURE], [FAILURE])
 
 
-NO_CHALLENGE = pytest.mark.parametrize(
+INVALID_CHALLENGES = pytest.mark.parametrize(
     "frame",
     [
         b"",
@@ -125,7 +125,7 @@ NO_CHALLENGE = pytest.mark.parametrize(
 )
 
 
-@NO_CHALLENGE
+@INVALID_CHALLENGES
 def test_the_daemon_does_not_answer_an_invalid_challenge(frame: bytes) -> None:
     server = ServerHandshake(KEYS)
     with pytest.raises(AuthenticationFailed):
@@ -134,7 +134,7 @@ def test_the_daemon_does_not_answer_an_invalid_challenge(frame: bytes) -> None:
     assert not server.done
 
 
-@NO_CHALLENGE
+@INVALID_CHALLENGES
 def test_the_client_does_not_answer_an_invalid_challenge(frame: bytes) -> None:
     client = ClientHandshake(KEYS)
     client.receive_frame(mac(KEYS.daemon, nonce_in(sent(client)[0])))
@@ -236,7 +236,7 @@ def test_a_client_cannot_let_the_daemon_answer_its_own_challenge(one_key_for_bot
     first.receive_frame(WELCOME)
     second.receive_frame(sent(first)[1])
     answer = sent(second)[0]
-    # With one key for both directions, the attack works: so this is the attack.
+    # With one key for both roles the attack succeeds, which shows that it is one.
     if one_key_for_both_roles:
         first.receive_frame(answer)
         assert first.done

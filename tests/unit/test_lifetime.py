@@ -1,4 +1,4 @@
-"""Registration of a name: one process at a time, even if files are removed, without an effect on living daemons."""
+"""Registration of a name: one process at a time holds it, even if files are removed; living daemons are unaffected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_PID = 2**31 - 1
 
 @pytest.fixture
 def run(private_directories: Path) -> Path:
-    """The runtime directory, made."""
+    """The runtime directory, which exists."""
     path = private_directories / "run"
     files.create_private_dir(str(path))
     return path
@@ -121,7 +121,7 @@ def test_a_dead_process_leaves_its_name(dead: dict[str, Any], run: Path) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"torn", b'{"schema": 3}', b"[" * 100_000], ids=["empty", "torn", "later", "deep"])
-def test_an_empty_record_blocks_nobody(data: bytes, run: Path) -> None:
+def test_a_damaged_record_does_not_block_the_name(data: bytes, run: Path) -> None:
     for path in (run / "d.json", run / f"d.{'0' * 32}.tmp"):
         write(path, data)
     assert cleanup_endpoint("d") is True
@@ -204,7 +204,7 @@ def test_a_full_disk_is_a_failed_start_that_leaves_nothing(what: str, run: Path,
     assert content(run) == before
 
 
-# Look.
+# Publish, restore and drain.
 
 
 def test_record_that_cannot_be_replaced(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_times_of_all_files_are_updated(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_linux
-def test_a_cleaner_that_respects_locks_passes_over_the_directory(run: Path) -> None:
+def test_a_cleaner_that_respects_locks_skips_the_directory(run: Path) -> None:
     import fcntl
 
     registrations = [publish("d"), publish("e")]
@@ -320,7 +320,7 @@ def test_a_cleaner_that_respects_locks_passes_over_the_directory(run: Path) -> N
 
 
 @needs_posix
-def test_a_forked_child_takes_neither_record_nor_lock_along(run: Path) -> None:
+def test_a_forked_child_removes_neither_record_nor_lock(run: Path) -> None:
     registration = publish()
     pid = os.fork()
     if pid == 0:
@@ -334,7 +334,7 @@ def test_a_forked_child_takes_neither_record_nor_lock_along(run: Path) -> None:
 
 
 @needs_posix
-def test_a_child_that_forked_does_not_keep_the_name(run: Path) -> None:
+def test_a_forked_child_does_not_keep_the_name(run: Path) -> None:
     reader, writer = os.pipe()
     registration = publish()
     pid = os.fork()

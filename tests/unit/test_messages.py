@@ -53,7 +53,7 @@ def test_a_message_must_be_a_dict(message: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [{1}, object(), 1j, frozenset(), date(2024, 1, 1)], ids=lambda value: type(value).__name__)
-def test_a_value_that_json_has_not_is_refused_by_its_type(value: Any) -> None:
+def test_an_unsendable_value_is_refused_with_its_type(value: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"\b{type(value).__name__}\b"):
         messages.encode({"deep": [{"er": value}]}, LIMIT)
 
@@ -76,7 +76,7 @@ class Point:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_bytes_paths_times_and_dataclasses_are_sent_by_one_rule(value: Any, sent: Any) -> None:
+def test_bytes_paths_times_and_dataclasses_are_converted(value: Any, sent: Any) -> None:
     assert messages.decode(messages.encode({"v": [value]})) == {"v": [sent]}
 
 
@@ -149,7 +149,7 @@ def test_an_invalid_frame_is_a_protocol_error_in_one_line(frame: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_limit_is_the_last_size_that_goes() -> None:
+def test_the_limit_is_inclusive() -> None:
     size = len(messages.encode({"v": "x"}, LIMIT))
     assert messages.encode({"v": "x"}, size)
     with pytest.raises(MessageTooLarge) as caught:

@@ -144,7 +144,7 @@ def test_a_name_becomes_a_file_name(name: str, private_directories: Path) -> Non
     ],
     ids=["runtime_path", "log_path", "load", "acquire_name", "cleanup_endpoint"],
 )
-def test_any_other_name_is_refused_before_anything_is_done(
+def test_an_invalid_name_is_refused_and_nothing_is_created(
     use: Callable[[Any], object], name: Any, private_directories: Path
 ) -> None:
     with pytest.raises(InvalidName):
@@ -155,7 +155,7 @@ def test_any_other_name_is_refused_before_anything_is_done(
 # Directories.
 
 
-def test_looking_creates_nothing(private_directories: Path) -> None:
+def test_queries_create_nothing(private_directories: Path) -> None:
     assert runtime_dir() == private_directories / "run"
     runtime_path("d", "json")
     log_path("d")
@@ -315,7 +315,7 @@ def test_relative_directory_below_a_removed_one(
 @pytest.mark.parametrize(
     "uid", [None, pytest.param(STRANGER, marks=needs_root)], ids=["this user", "a user without directories"]
 )
-def test_the_default_is_one_place_whatever_the_session_says(
+def test_the_default_does_not_depend_on_the_session(
     uid: int | None, private_directories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HARNESS_IPC_RUNTIME_DIR")

@@ -1,4 +1,4 @@
-"""Process identity: the same process is found, another one with its pid never, and unknown ones are reported as unknown."""
+"""Process identity: the same process is found, another one with its pid is not, and unknown ones are reported as unknown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.marks import needs_linux, needs_root
 from tests.support.processes import run_python
 
 
-def test_a_process_is_found_again_by_its_identity() -> None:
+def test_a_process_is_found_by_its_identity() -> None:
     with spawn_bystander() as bystander:
         identity = process_identity(bystander.pid)
         assert identity is not None
@@ -46,11 +46,11 @@ def test_a_zombie_has_ended() -> None:
 
 
 @pytest.mark.parametrize("pid", [True, 0, -1, 1.5, "1", None, 2**31 - 1, 10**30])
-def test_an_invalid_pid_is_no_process(pid: Any) -> None:
+def test_an_invalid_pid_matches_no_process(pid: Any) -> None:
     assert not is_same_process({**processes.own_identity(), "pid": pid})
 
 
-def test_an_empty_identity_is_no_process() -> None:
+def test_an_empty_identity_matches_no_process() -> None:
     assert not is_same_process({})
 
 

@@ -132,9 +132,7 @@ def test_an_exception_that_is_its_own_context_is_a_kind(limited: RateLimitedLogg
     assert len(caplog.records) == 1
 
 
-def test_the_number_of_kinds_that_are_remembered_is_bounded(
-    limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_number_of_remembered_kinds_is_bounded(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(1001):
         limited.warning(f"kind {number}")
     assert len(caplog.records) == 1001

@@ -25,7 +25,7 @@ LASTING = ("schema", "name", "generation", "address", "authkey", "pid", "create_
 
 @pytest.fixture
 def run(private_directories: Path) -> Path:
-    """The runtime directory, made."""
+    """The runtime directory, which exists."""
     path = private_directories / "run"
     files.create_private_dir(str(path))
     return path
@@ -101,7 +101,7 @@ def test_a_record_that_is_not_ready_has_no_key(state: str, starting: Registratio
         records.load("d")
 
 
-def test_each_state_is_seen_at_once(run: Path) -> None:
+def test_each_change_of_state_is_seen_immediately(run: Path) -> None:
     generations = set()
     for _ in range(20):
         registration = acquire_name("d")
@@ -175,12 +175,12 @@ def test_another_schema_without_common_fields_is_incompatible(schema: int, ready
 # Damaged records.
 
 
-def test_no_record_is_no_daemon(run: Path) -> None:
+def test_without_a_record_no_daemon_is_running(run: Path) -> None:
     with pytest.raises(DaemonNotRunning, match="'d'"):
         records.load("d")
 
 
-def test_every_torn_record_is_no_daemon(ready: Registration, run: Path) -> None:
+def test_a_truncated_record_is_not_running(ready: Registration, run: Path) -> None:
     key = ready.record.authkey.hex()
     whole = (run / "d.json").read_bytes().rstrip()
     # Under Wine each takes 20 ms.
@@ -237,7 +237,7 @@ def wrong_fields() -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("field", "value"), list(wrong_fields()), ids=lambda value: "missing" if value is MISSING else ascii(value)[:20]
 )
-def test_a_record_with_one_wrong_field_is_no_daemon(field: str, value: Any, ready: Registration, run: Path) -> None:
+def test_a_record_with_one_wrong_field_is_not_running(field: str, value: Any, ready: Registration, run: Path) -> None:
     key = ready.record.authkey.hex()
     fields = fields_of(run / "d.json")
     if value is MISSING:
@@ -248,7 +248,7 @@ def test_a_record_with_one_wrong_field_is_no_daemon(field: str, value: Any, read
     assert type(load_error(key)) is DaemonNotRunning
 
 
-def test_fields_of_a_later_version_do_not_disturb(ready: Registration, run: Path) -> None:
+def test_fields_of_a_later_version_are_ignored(ready: Registration, run: Path) -> None:
     write(run / "d.json", json.dumps({**fields_of(run / "d.json"), "later": {"a": [1]}}).encode())
     assert records.load("d").generation == ready.record.generation
 

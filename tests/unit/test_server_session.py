@@ -57,10 +57,10 @@ CALLS = {
     "reply taken": ServerProtocol.reply_taken,
     "cancel": ServerProtocol.cancel,
     "leave": ServerProtocol.leave,
-    "fail": lambda server: server.fail(ProtocolError("as told")),
+    "fail": lambda server: server.fail(ProtocolError("text")),
     "close": ServerProtocol.close,
 }
-ERROR = b'{"error":{"type":"ProtocolError","message":"as told","executed":false}}'
+ERROR = b'{"error":{"type":"ProtocolError","message":"text","executed":false}}'
 
 # Calls in each state: the frames out, and the new state. Any other call is an error.
 SENT: dict[tuple[str, str], tuple[list[bytes], str]] = {
@@ -114,7 +114,7 @@ def test_server_events_in_each_state(state: str, frames: list[bytes], expected: 
         assert (found, server.state) == (expected, afterwards)
 
 
-def test_the_rows_have_every_transition() -> None:
+def test_the_rows_cover_every_transition() -> None:
     reached = {
         *SENT,
         *((state, "request") for state, _, found, _ in RECEIVED if found),
@@ -132,7 +132,7 @@ def test_requests_after_a_goodbye_are_discarded(state: str) -> None:
     assert (server.next_event(), server.buffered) == (None, 0)
 
 
-def test_a_goodbye_stands_in_place_of_the_verdict() -> None:
+def test_a_goodbye_replaces_the_verdict() -> None:
     server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
     server.receive_data(stream(CHALLENGE + NONCE))
     assert server.next_event() is None
@@ -142,7 +142,7 @@ def test_a_goodbye_stands_in_place_of_the_verdict() -> None:
     assert sent(server) == [FAREWELL]
 
 
-def test_the_handshake_and_a_request_may_come_split_at_any_byte() -> None:
+def test_the_handshake_and_a_request_may_be_split_at_any_byte() -> None:
     first = stream(CHALLENGE + NONCE)
     for cut in range(len(first) + 1):
         server = ServerProtocol(KEYS, StreamFraming(), LIMIT)
@@ -229,5 +229,5 @@ def test_read_ahead_waits_for_the_reply(state: str) -> None:
     assert (server.next_event(), server.buffered) == (MESSAGE, 0)
 
 
-def test_a_handshakes_frames_are_short() -> None:
+def test_frame_limits_by_state() -> None:
     assert [server_in(state).max_frame for state in ("HELLO", "ANSWERED", "IDLE", "ACTIVE")] == [256, 256, LIMIT, LIMIT]

@@ -213,7 +213,7 @@ def test_values_are_converted_by_their_annotation(name: str, sent: Any, received
         ("integer", {"v" * 10**6: 1}, "there is no 'vvvv"),
     ],
 )
-def test_wrong_parameters_name_the_place_and_the_signature(name: str, params: Any, text: str) -> None:
+def test_an_invalid_parameter_is_an_error_with_path_and_signature(name: str, params: Any, text: str) -> None:
     service = Kinds()
     with pytest.raises(InvalidParams) as caught:
         call(service, name, params)
@@ -250,7 +250,7 @@ def test_a_nesting_that_is_too_deep_is_refused() -> None:
         (["integer"], "there is no method ['integer']"),
     ],
 )
-def test_an_unknown_method_names_those_that_there_are(name: Any, text: str) -> None:
+def test_an_unknown_method_is_an_error_that_names_similar_ones(name: Any, text: str) -> None:
     with pytest.raises(MethodNotFound, match="there is no method") as caught:
         call(Kinds(), name, {})
     assert text in caught.value.message

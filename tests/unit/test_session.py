@@ -121,7 +121,7 @@ def test_client_events_in_each_state(state: str, frames: list[bytes], expected: 
         assert sent(client) == []
 
 
-def test_the_rows_reach_every_transition() -> None:
+def test_the_rows_cover_every_transition() -> None:
     reached = {(state, event) for state, event in session.CLIENT_TRANSITIONS if event in ("answer", "request", "close")}
     for state, frames, _, _ in ROWS:
         client = client_in(state)
@@ -170,7 +170,7 @@ def test_invalid_replies_are_typed_errors(state: str, frame: bytes, kind: type[H
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_request_is_sent_only_where_none_is_in_flight(state: str) -> None:
+def test_a_request_is_sent_only_if_none_is_in_flight(state: str) -> None:
     client = client_in(state)
     if state in ("ANSWERED", "IDLE"):
         client.send_request(REQUEST)
@@ -211,7 +211,7 @@ def test_frame_limit_before_authentication() -> None:
 
 
 @pytest.mark.parametrize("framing", [StreamFraming, PipeFraming])
-def test_both_sides_together_carry_requests_items_and_a_goodbye(framing: Any) -> None:
+def test_both_sides_exchange_requests_items_and_a_goodbye(framing: Any) -> None:
     client, server = ClientProtocol(KEYS, framing(), LIMIT), ServerProtocol(KEYS, framing(), LIMIT)
 
     def carry() -> None:

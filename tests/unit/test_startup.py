@@ -20,7 +20,7 @@ from tests.support.processes import PATIENCE, wait_until
 
 
 @pytest.mark.parametrize("value", ["", "{", "7", "[]", "{}", '{"fd": "x"}', '{"fd": -1, "inode": 1}', '{"fd": 99999}'])
-def test_without_a_starter_nothing_is_said_and_nothing_fails(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_starter_nothing_is_sent_and_nothing_fails(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(startup.VARIABLE, value)
     with startup.reporting() as pipe:
         pipe.send(state="ready")

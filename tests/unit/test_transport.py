@@ -163,7 +163,7 @@ def test_a_disconnected_client_ends_the_session() -> None:
 
 
 @pytest.mark.parametrize("blocked", ["receive", "send"])
-def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str) -> None:
+def test_abort_interrupts_another_thread(blocked: str) -> None:
     with connected() as (client, _):
         block = (client.receive, 10) if blocked == "receive" else (client.send, [bytes(20 * MIB)])
         with in_thread(*block) as result:
@@ -176,20 +176,20 @@ def test_aborting_ends_what_another_thread_is_blocked_in(blocked: str) -> None:
 # Dial and listen.
 
 
-def test_dialing_without_a_listener_is_not_running(private_directories: Path) -> None:
+def test_connecting_without_a_listener_is_not_running(private_directories: Path) -> None:
     with listening() as listener:
         pass
     with pytest.raises(DaemonNotRunning):
         connect(listener.address, time.monotonic() + PATIENCE)
 
 
-def test_dialing_keeps_a_deadline_that_has_passed() -> None:
+def test_connecting_after_the_deadline_is_a_timeout() -> None:
     with listening() as listener, pytest.raises(DaemonTimeout):
         connect(listener.address, time.monotonic() - 1)
 
 
 @needs_linux
-def test_dialing_a_full_accept_queue_ends_at_the_deadline() -> None:
+def test_connecting_to_a_full_accept_queue_ends_at_the_deadline() -> None:
     with listening() as listener, contextlib.ExitStack() as stack:
         while True:
             raw = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -292,7 +292,7 @@ def test_another_users_peer_is_refused_despite_open_modes(stranger: str, private
 if sys.platform != "win32":
     from harness_ipc._transport import dial
 
-    def test_credentials_of_darwin_are_where_its_headers_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_peer_credentials_of_darwin(monkeypatch: pytest.MonkeyPatch) -> None:
         class DarwinSocket:
             def getsockopt(self, level: int, option: int, size: int) -> bytes:
                 # sys/un.h and sys/ucred.h: struct xucred is version, uid, a short number of groups, and sixteen groups.
