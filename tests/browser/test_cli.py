@@ -852,6 +852,7 @@ def test_reload_after_the_daemon_was_killed(killable: Pair) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, expected, "")
     assert not lives(browser)
     assert_nothing_left(base)
+    assert not os.path.lexists(lock_of(base))
     assert serves()
 
 
@@ -880,15 +881,7 @@ def test_reload_does_not_end_a_foreign_browser(attached: Path, other: OtherBrows
     assert harness_browser("-c", "print(js('window.name'))").stdout == "mine\n"
 
 
-# Profiles that a killed browser has left locked.
-
-
-@needs_posix
-def test_reload_leaves_no_lock_of_a_killed_browser(killable: Pair) -> None:
-    kill(killable.daemon)
-    assert harness_browser("--reload").returncode == 0
-    assert not os.path.lexists(lock_of(killable.base))
-    assert serves()
+# Profiles that another browser has left locked.
 
 
 @needs_linux

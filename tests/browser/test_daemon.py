@@ -32,7 +32,7 @@ from harness_ipc.browser.errors import BrowserLost, TabClosed
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import Pair, kill, processes_of, suspended
-from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser, relaying
+from tests.browser.others import OtherBrowser, answering, http, other_browser, relaying
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
 from tests.support.marks import needs_chromium, needs_posix
@@ -71,14 +71,6 @@ def own(killable: Pair) -> Iterator[Client]:
     """A connection to the shared daemon, with one empty tab. A test may end that daemon and its browser."""
     with connected() as daemon:
         yield daemon
-
-
-@pytest.fixture
-def theirs(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OtherBrowser]:
-    """A browser that the daemon did not start, and attaches to."""
-    with other_browser(fresh) as browser:
-        monkeypatch.setenv("BU_CDP_WS", browser.websocket)
-        yield browser
 
 
 def ask(daemon: Client, method: str, session: str | None = None, **params: Any) -> Reply:
@@ -900,16 +892,15 @@ def test_a_browser_whose_port_another_program_has_is_lost_once(
 
 
 def test_the_browser_of_others_that_comes_back_is_used_again(
-    theirs: OtherBrowser, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("BU_CDP_WS")
-    monkeypatch.setenv("BU_CDP_URL", theirs.url)
-    session = helpers.connect().request({"meta": "session"})["session_id"]
-    kill_browser(theirs.process)
+    with relaying(other.port) as relay:
+        monkeypatch.setenv("BU_CDP_URL", f"http://127.0.0.1:{relay.port}")
+        session = helpers.connect().request({"meta": "session"})["session_id"]
     wait_until(lambda: daemon_status("browser", timeout=PATIENCE).state == "absent")
     helpers.disconnect()
-    with other_browser(fresh, port=theirs.port) as successor:
-        assert successor.path != theirs.path
+    with other_browser(fresh, port=relay.port) as successor:
+        assert successor.path != other.path
         daemon = helpers.connect()
         assert_serves(daemon)
         error_of(evaluate(daemon, "6 * 7", session), "TabClosed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +28,13 @@ FETCH = "fetch('/private/api').then(reply => reply.status)"
 
 
 @pytest.fixture
-def alone(page: str) -> None:
+def alone(warm: Path) -> Iterator[None]:
     """A tab in its own context: the browser remembers the logins of a context."""
     context = cdp("Target.createBrowserContext")["browserContextId"]
     target = cdp("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
     switch_tab(target)
+    yield
+    cdp("Target.disposeBrowserContext", browserContextId=context)
 
 
 @pytest.mark.usefixtures("alone")
