@@ -51,7 +51,7 @@ def events(tab: Tab, *methods: str, timeout: float | None = None) -> EventStream
     ```
 
     With `methods`, only events of these. Domains other than Page, Runtime and Network have to be enabled first, as by
-    ``cdp("DOM.enable")``. Leaving the loop, or `close`, ends the stream. `drain_events` returns the events too.
+    ``cdp("DOM.enable")``. `close`, or the end of its ``with`` block, ends the stream. `drain_events` returns the events too.
 
     Raises `BrowserTimeout` if there is no event for `timeout` seconds, and `TabClosed` or `BrowserLost` at the end. If the
     reader is too slow (16 MiB or 10,000 events wait), the oldest events are dropped; `EventsDropped` is raised in their place,
