@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness_ipc import Namespace, connect_daemon
-from tests.support.commands import run_here
+from tests.support.commands import run_command, run_here
 from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python
 
@@ -90,9 +90,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str) -> tuple[int, list[str], list[str]]:
     """Return the exit status and the lines of stdout and stderr."""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, stdin=subprocess.DEVNULL, encoding="utf-8", timeout=PATIENCE
-    )
+    done = run_command(*arguments)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 

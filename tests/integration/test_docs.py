@@ -17,6 +17,7 @@ import pytest
 
 from harness_ipc import Namespace, cli, ensure_daemon, errors, ping, request
 from harness_ipc.testing import RunningDaemon
+from tests.support.commands import run_command
 from tests.support.marks import needs_network, needs_posix
 from tests.support.pages import ALL_FILES, COMMANDS, FILES, OUTPUTS, PAGES, README, ROOT, page
 from tests.support.processes import PATIENCE, spawn_python, wait_until
@@ -153,8 +154,7 @@ def test_the_tests_of_a_daemon(snippets: Path) -> None:
 
 
 def _json_of(*arguments: str) -> Any:
-    command = [sys.executable, "-m", "harness_ipc", *arguments, "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, timeout=PATIENCE).stdout)
+    return json.loads(run_command(*arguments, "--json").stdout)
 
 
 def _documented(command: str) -> dict[str, str]:
@@ -205,15 +205,9 @@ def test_the_block_of_commands_is_what_the_parser_takes() -> None:
 
 
 def _known_commands() -> set[str]:
-    known = re.search(r"invalid choice: 'nonesuch' \(choose from (.*)\)", _usage_error("nonesuch"))
+    known = re.search(r"invalid choice: 'nonesuch' \(choose from (.*)\)", run_command("nonesuch").stderr)
     assert known is not None
     return {*known[1].replace("'", "").split(", ")}
-
-
-def _usage_error(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "harness_ipc", *arguments], capture_output=True, text=True, timeout=PATIENCE
-    ).stderr
 
 
 def test_the_table_of_errors_is_complete() -> None:

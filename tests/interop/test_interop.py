@@ -9,14 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 import harness_ipc
-from harness_ipc import request, runtime_path
+from harness_ipc import request as request_daemon
+from harness_ipc import runtime_path
 from harness_ipc._registry import records
+from tests.conftest import set_directories, temporary_directory
 from tests.support.marks import REQUIRED
 from tests.support.processes import PATIENCE
 
@@ -122,36 +125,50 @@ def interpreter(version: str, *, daemon: bool = False) -> str:
     return python
 
 
+@pytest.fixture(scope="module", params=VERSIONS)
+def directory(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The directory of a daemon of each version, which ends at a request."""
+    python = interpreter(request.param, daemon=True)
+    with temporary_directory() as directory, pytest.MonkeyPatch.context() as patch:
+        set_directories(patch, directory)
+        with subprocess.Popen(
+            [python, "-W", "error", "-c", DAEMON],
+            env=_environment(daemon=True),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as daemon:
+            assert daemon.stdout is not None
+            try:
+                assert daemon.stdout.readline() == "ready\n"
+                assert str(records.load("interop").public()["python"]).startswith(f"{request.param}.")
+                yield directory
+                set_directories(patch, directory)
+                assert request_daemon("interop", {"meta": "shutdown"}) == {"shutdown": True}
+                assert daemon.wait(PATIENCE) == 0
+            finally:
+                daemon.kill()
+
+
+@pytest.fixture
+def daemon_version(directory: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    set_directories(monkeypatch, directory)
+    return ".".join(str(records.load("interop").public()["python"]).split(".")[:2])
+
+
 @pytest.mark.parametrize("client_version", VERSIONS)
-@pytest.mark.parametrize("daemon_version", VERSIONS)
 def test_every_python_understands_every_other(daemon_version: str, client_version: str) -> None:
-    client_python = interpreter(client_version)
-    daemon_python = interpreter(daemon_version, daemon=True)
-    with subprocess.Popen(
-        [daemon_python, "-W", "error", "-c", DAEMON],
-        env=_environment(daemon=True),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as daemon:
-        assert daemon.stdout is not None
-        try:
-            assert daemon.stdout.readline() == "ready\n"
-            assert str(records.load("interop").public()["python"]).startswith(f"{daemon_version}.")
-            for script in (CLIENT, STANDARD_LIBRARY_CLIENT):
-                client = subprocess.run(
-                    [client_python, "-W", "error", "-c", script, str(runtime_path("interop", "json"))],
-                    input=json.dumps(PARAMS),
-                    env=_environment(daemon=False),
-                    capture_output=True,
-                    text=True,
-                    timeout=PATIENCE,
-                )
-                assert (client.returncode, client.stderr) == (0, "")
-                *echoed, versions = map(json.loads, client.stdout.splitlines())
-                assert echoed == PARAMS
-                assert versions == {"daemon": daemon_version, "client": client_version}
-            assert request("interop", {"meta": "shutdown"}) == {"shutdown": True}
-            assert daemon.wait(PATIENCE) == 0
-        finally:
-            daemon.kill()
+    python = interpreter(client_version)
+    for script in (CLIENT, STANDARD_LIBRARY_CLIENT):
+        client = subprocess.run(
+            [python, "-W", "error", "-c", script, str(runtime_path("interop", "json"))],
+            input=json.dumps(PARAMS),
+            env=_environment(daemon=False),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert (client.returncode, client.stderr) == (0, "")
+        *echoed, versions = map(json.loads, client.stdout.splitlines())
+        assert echoed == PARAMS
+        assert versions == {"daemon": daemon_version, "client": client_version}
