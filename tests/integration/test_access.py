@@ -93,11 +93,15 @@ def make_attempt(verb: str, arguments: list[str]) -> Any:
         return [kind.__name__ for kind in type(error).__mro__]
 
 
-def main() -> None:
-    """Make each attempt that is read, in a child process, and print its result."""
-    # Import before the switch: the stranger may have no access to the interpreter's library.
+def import_all() -> None:
+    """Import before the switch: the stranger may have no access to the interpreter's library."""
     for module in ("asyncio", "shlex", "filelock", "platformdirs", "psutil"):
         importlib.import_module(module)
+
+
+def main() -> None:
+    """Make each attempt that is read, in a child process, and print its result."""
+    import_all()
     for line in sys.stdin:
         environment, verb, arguments = json.loads(line)
         if (child := os.fork()) == 0:

@@ -49,6 +49,7 @@ from harness_ipc._registry import files, records
 from tests.fuzz import targets
 from tests.integration import test_access
 from tests.integration.test_hostile import HONEST, HONEST_FRAME, attacked_daemon, frame, raw_socket, read_to_eof, serves
+from tests.support.commands import run_command
 from tests.support.marks import needs_linux, needs_posix, needs_root
 from tests.support.processes import PATIENCE, DaemonProcess, run_python, spawn_daemon, spawn_python, wait_until
 from tests.support.wire import FrameConnection, dial_daemon
@@ -569,9 +570,9 @@ def test_the_key_shows_nowhere_but_in_the_record() -> None:
         assert shows_key(runtime_path(NAME, "json").read_bytes(), record)
         for command in ("status", "ping", "list", "doctor"):
             options = [] if command in ("list", "doctor") else ["--name", NAME]
-            shown += [run_python(*cli, command, *options), run_python(*cli, command, *options, "--json")]
+            shown += [run_command(command, *options), run_command(command, *options, "--json")]
         for message in ("{}", '{"meta": "health"}', '{"method": "raise"}', "nonsense"):
-            shown.append(run_python(*cli, "call", "--name", NAME, message))
+            shown.append(run_command("call", "--name", NAME, message))
         shown.append(run_python(*cli, "serve", "tests.support.processes:App", "--name", NAME))
         shown.append(failing := run_python("-c", FAILING, NAME))
         assert failing.stderr.count("Traceback (most recent call last)") >= 9
@@ -593,7 +594,7 @@ def test_the_key_shows_nowhere_but_in_the_record() -> None:
         assert [path.name for path in files if shows_key(path.read_bytes(), record)] == [f"{NAME}.json"]
     finally:
         stop_daemon(NAME)
-    shown.append(run_python(*cli, "logs", "--name", NAME, "-n", "100000"))
+    shown.append(run_command("logs", "--name", NAME, "-n", "100000"))
     assert "Traceback" in shown[-1].stdout
     assert not shows_key(shown[-1].stdout, record)
 
@@ -801,4 +802,5 @@ def test_descriptors_that_come_with_a_message_are_not_kept(victim: DaemonProcess
 
 
 if __name__ == "__main__":
-    test_access.main(*sys.argv[1:])
+    test_access.import_all()
+    print(json.dumps(test_access.make_attempt(sys.argv[1], sys.argv[2:])), flush=True)
