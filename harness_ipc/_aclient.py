@@ -141,7 +141,7 @@ class AsyncClient:
     def __init__(self, client: Client) -> None:
         self._workers = Workers()
         self._client = client
-        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     def __del__(self) -> None:
         # Connections close themselves; threads would wait for ever.
@@ -228,22 +228,22 @@ class AsyncClient:
 
     async def _ask(self, exchange: Exchange) -> Message:
         loop = asyncio.get_running_loop()
-        if (turns := self._turns.get(loop)) is None:
-            turns = self._turns[loop] = asyncio.Semaphore(_MAX_CALLS)
-        if turns.locked():
+        if (slots := self._slots.get(loop)) is None:
+            slots = self._slots[loop] = asyncio.Semaphore(_MAX_CALLS)
+        if slots.locked():
             try:
                 async with asyncio.timeout(None if exchange.deadline == inf else remaining(exchange.deadline)):
-                    await turns.acquire()
+                    await slots.acquire()
             except TimeoutError:
                 raise DaemonTimeout(
                     f"{_MAX_CALLS} other calls of this client ran until the deadline: use another client, or wait longer"
                 ) from None
         else:
-            await turns.acquire()
+            await slots.acquire()
         try:
             return await self._run(exchange, exchange.reply)
         finally:
-            turns.release()
+            slots.release()
 
     async def _run(self, exchange: Exchange, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `function`, which uses `exchange`, does. When this is cancelled, the exchange ends at once."""

@@ -181,9 +181,9 @@ def _with_answer(record: records.Record, pong: dict[str, Any]) -> dict[str, Any]
 def _without_answer(record: records.Record, error: HarnessIPCError) -> dict[str, Any]:
     """Return the status fields of a daemon that does not answer: it is dead, starting, draining, or hangs."""
     public = record.public()
-    lives = processes.is_same_process(public)
-    unknown = None if lives else processes.why_unknown(public)
-    if not lives and not (unknown and isinstance(error, DaemonTimeout)):
+    is_alive = processes.is_same_process(public)
+    unknown = None if is_alive else processes.why_unknown(public)
+    if not is_alive and not (unknown and isinstance(error, DaemonTimeout)):
         return {"state": "stale", "problem": f"{error} ({unknown})" if unknown else str(error)}
     if record.state == records.STARTING:
         return {"state": "starting", "since": public.get("started_at"), "problem": "it is starting: wait, or see its log"}

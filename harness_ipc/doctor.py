@@ -152,14 +152,14 @@ def _leftovers(namespace: Namespace, entries: list[str], living: set[str]) -> It
         name, kind = match.groups()
         # `stop` removes stale files, but would stop a living daemon too.
         remedy = _remove(os.path.join(directory, entry)) if name in living else _stop(name, namespace)
-        lives, address = False, ""
+        is_alive, address = False, ""
         with contextlib.suppress(HarnessIPCError, OSError, ValueError):
             record = records.read_file(os.path.join(directory, entry), name)
-            lives = name in living if kind == "json" else lifetime.is_living(record)
+            is_alive = name in living if kind == "json" else lifetime.is_living(record)
             address = record.address
         if kind == "json" and not address:
             continue
-        if lives:
+        if is_alive:
             used.add(address)
         else:
             if kind != "json":

@@ -101,7 +101,7 @@ class Service(Dispatcher):
             if cls.__init__ is object.__init__ and (arguments or keywords):
                 raise TypeError(f"{cls.__name__}() takes no arguments")
             self = super().__new__(cls)
-            self.__turns = asyncio.Semaphore(_MAX_THREADS)
+            self.__slots = asyncio.Semaphore(_MAX_THREADS)
             self.__workers = Workers("harness-ipc-method")
             weakref.finalize(self, self.__workers.close)
             return self
@@ -144,9 +144,9 @@ class Service(Dispatcher):
         return _reply(self._run_in_thread(partial(function, **arguments)))
 
     async def _run_in_thread(self, function: Callable[[], Any]) -> Any:
-        turns: asyncio.Semaphore = self.__turns  # type: ignore[attr-defined]
+        slots: asyncio.Semaphore = self.__slots  # type: ignore[attr-defined]
         workers: Workers = self.__workers  # type: ignore[attr-defined]
-        async with turns:
+        async with slots:
             with outliving_caller():  # a thread can't be cancelled
                 failure, result = await workers.run(partial(contextvars.copy_context().run, _catch, function))
         try:

@@ -108,7 +108,7 @@ def _make_dir(path: str) -> None:
 
 
 def _tighten(path: str, descriptor: int, forbidden: int) -> None:
-    """Clear the mode bits `forbidden` of a file or directory of this user that nobody else can write to."""
+    """Clear the mode bits `forbidden` of a file or directory of this user, unless others can write to it."""
     info = os.fstat(descriptor)
     if sys.platform == "win32" or info.st_uid != os.geteuid() or not info.st_mode & forbidden or trust.others_can_write(info):
         return

@@ -170,9 +170,9 @@ def _ownership_remedy(path: str, info: os.stat_result, uid: int) -> str:
         return chown_remedy(path) or f"sudo chown -R {uid} {_quote(path)}"
     if not stat.S_ISDIR(info.st_mode):
         return f"sudo rm {_quote(path)}"
-    # In /tmp it can be removed; relocation_remedy somebody may need it.
-    squatted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
-    return f"sudo rm -r {_quote(path)}" if squatted else relocation_remedy()
+    # In a sticky directory such as /tmp it was planted, and can be removed. Elsewhere it may be needed.
+    planted = os.stat(os.path.dirname(path)).st_mode & stat.S_ISVTX
+    return f"sudo rm -r {_quote(path)}" if planted else relocation_remedy()
 
 
 def chown_remedy(path: str) -> str | None:

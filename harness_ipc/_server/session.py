@@ -197,7 +197,7 @@ class Session:
             self.protocol.leave()
             if self.protocol.state == CLOSED or self._flush():
                 self.close()
-        except Exception as error:  # the other clients still have to be told
+        except Exception as error:  # the other clients must still get their goodbye
             self.close(error)
 
     def cancel(self) -> None:

@@ -174,7 +174,7 @@ if sys.platform != "win32":
     def connect(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
-        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if the peer
+        Raises `DaemonNotRunning` without a listener, `DaemonTimeout` if it does not accept, `AuthenticationFailed` if the peer
         is another user's, and `ResourceExhausted` if this process has no free descriptor or memory.
         """
         remaining(deadline)

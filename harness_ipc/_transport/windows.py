@@ -140,7 +140,7 @@ if sys.platform == "win32":
     def connect(address: str, deadline: float) -> Connection:
         """Connect to `address` before `deadline`, a monotonic time.
 
-        Raises `DaemonNotRunning` if nobody listens there, `DaemonTimeout` if nobody accepts, `AuthenticationFailed` if the pipe
+        Raises `DaemonNotRunning` without a listener, `DaemonTimeout` if it does not accept, `AuthenticationFailed` if the pipe
         is another user's, and `ResourceExhausted` if this process has no free handle or memory.
         """
         while True:

@@ -342,8 +342,8 @@ async def _dial_ours(host: str, port: int) -> socket.socket:
         kind = ConnectionFailed if error.uids else OwnerUnknown
         raise kind(f"{error}, and was sent nothing; if you trust it, name it in {URL}") from None
     except (OSError, OverflowError, ValueError) as error:
-        nobody = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) in _NO_SUCH_ADDRESS
-        kind = NotListening if nobody else ConnectionFailed
+        refused = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) in _NO_SUCH_ADDRESS
+        kind = NotListening if refused else ConnectionFailed
         raise kind(f"{host}:{port} can't be reached ({reason_of(error)})") from None
 
 

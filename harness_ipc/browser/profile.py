@@ -112,8 +112,8 @@ class Profile:
         try:
             self._unlink_planted_lock()
             # The system may release a killed daemon's lock a moment after its end.
-            patience = 0.0 if self.daemon() is not None else _RELEASE_PERIOD
-            self._lock.acquire(timeout=patience, poll_interval=_POLL)
+            timeout = 0.0 if self.daemon() is not None else _RELEASE_PERIOD
+            self._lock.acquire(timeout=timeout, poll_interval=_POLL)
         except filelock.Timeout:
             raise BrowserNotFound(self.in_use(self.daemon())) from None
         except OSError as error:

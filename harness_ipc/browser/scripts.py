@@ -129,7 +129,7 @@ return JSON.stringify({count: 0, near: near.slice(0, 5).map(describe), frames: f
 
 # Where to click an element, once it is in view and not moving: {"x", "y"} in its frame, and the box of the frame's root.
 PLACE = (
-    r"""async function(patience, acting) {"""
+    r"""async function(milliseconds, acting) {"""
     + _COMMON
     + r"""
 let element = this.nodeType === 1 ? this : this.parentElement;
@@ -143,7 +143,7 @@ if (!isVisible(element)) return {problem: "is not visible"};
 const view = element.ownerDocument.defaultView;
 const frame = () => new Promise(done => { view.requestAnimationFrame(done); setTimeout(done, 100); });
 const box = () => { const at = element.getBoundingClientRect(); return [at.x, at.y, at.width, at.height].join(); };
-const end = performance.now() + patience;
+const end = performance.now() + milliseconds;
 for (let last = null; last !== box(); await frame()) {
   if (performance.now() > end) return {problem: "keeps moving"};
   last = box();
