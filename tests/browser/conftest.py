@@ -217,13 +217,10 @@ def close_tabs() -> None:
 def worker_browser() -> Iterator[Path]:
     """The directory of a daemon and its browser for the tests of a worker."""
     with tempfile.TemporaryDirectory(prefix="hb-") as directory, pytest.MonkeyPatch.context() as patch:
-        base = Path(directory)
-        use(patch, base)
-        try:
-            yield base
-        finally:
-            use(patch, base)
-            end_all(base)
+        yield Path(directory)
+        # Not before: other processes of the worker would have the directory in their environment.
+        use(patch, Path(directory))
+        end_all(Path(directory))
 
 
 @pytest.fixture(scope="module")
