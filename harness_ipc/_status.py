@@ -33,9 +33,9 @@ STATUS_TIMEOUT = 2.0
 # Seconds between polls, for the end of a process that is not our child, or for a lock.
 _POLL_INTERVAL = 0.01
 # Daemons that are queried concurrently.
-_AT_ONCE = 8
+_MAX_CONCURRENT = 8
 # Fields that are copied from the record.
-_KNOWN = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment", "progress")
+_RECORD_FIELDS = ("pid", "generation", "version", "app_version", "python", "detached", "argv", "cwd", "environment", "progress")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def list_daemons(*, timeout: float = STATUS_TIMEOUT, namespace: Namespace | None
     entries = (entry.partition(".") for entry in files.list_private_dir(namespace.runtime_dir))
     names = {stem for stem, _, ext in entries if ext == "json" and is_name(stem)}
     # Concurrently: one that does not answer takes the whole timeout.
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_MAX_CONCURRENT) as pool:
         states = list(pool.map(partial(daemon_status, timeout=timeout, namespace=namespace), sorted(names)))
     return [status for status in states if status.state != "absent" or status.pid is not None]
 
@@ -130,7 +130,7 @@ def probe(name: str, timeout: float, namespace: Namespace, *, health: bool) -> t
             return status(state="incompatible", problem=str(error)), error
         except (UnsafeDirectory, ConnectionLost) as error:
             return status(state="forbidden", problem=str(error)), error
-        known = {key: value for key, value in record.public().items() if key in _KNOWN}
+        known = {key: value for key, value in record.public().items() if key in _RECORD_FIELDS}
         try:
             pong = client.request(name, {"meta": messages.PING}, timeout=timeout, namespace=namespace)
         except AuthenticationFailed as error:

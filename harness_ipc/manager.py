@@ -97,7 +97,7 @@ def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonSta
     files.create_private_dir(namespace.runtime_dir, tighten=True)
     # Held by the process that starts the daemon.
     lock = NameLock(os.path.join(namespace.runtime_dir, f"{name}.start"))
-    tries, is_ours = _TRIES, False
+    tries, started_here = _TRIES, False
     try:
         if (status := _find_usable(command, accepted, wait)) is not None:
             return _with_differences(status, command, namespace)
@@ -109,7 +109,7 @@ def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonSta
             # Another process holds the name: it is starting or draining.
             if not lifetime.cleanup_endpoint(name, namespace=namespace):
                 wait.pause()
-            elif is_ours := start(command, wait):
+            elif started_here := start(command, wait):
                 # A second restart would start the same version again.
                 on_mismatch = "error" if accepted.on_mismatch == "restart" else accepted.on_mismatch
                 accepted = accepted._replace(on_mismatch=on_mismatch)
@@ -122,7 +122,7 @@ def _ensure(command: Command, accepted: _Accepted, wait: StartWait) -> DaemonSta
         raise _start_timeout(wait) from None
     finally:
         lock.release()
-    return status if is_ours else _with_differences(status, command, namespace)
+    return status if started_here else _with_differences(status, command, namespace)
 
 
 def _start_timeout(wait: StartWait) -> DaemonTimeout:
@@ -154,15 +154,17 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
         record = records.read(name, again=True, namespace=namespace)
     except DaemonNotRunning:
         record = None
-    own = record is not None and record.pid == os.getpid()
-    known = not own and record is not None and processes.is_same_process(record.public())
-    asked = False
+    is_self = record is not None and record.pid == os.getpid()
+    identified = not is_self and record is not None and processes.is_same_process(record.public())
+    agreed = False
     if record is not None:
         # Even if its process is not found: the key authenticates the daemon.
-        asked = (known and record.state == records.DRAINING) or _ask_to_stop(record, min(timeout, STATUS_TIMEOUT), namespace)
-        if known:
-            _end(record, timeout if asked else 0.0)
-    seconds = timeout + _KILL_PERIOD if known or record is None else max(timeout, STATUS_TIMEOUT)
+        agreed = (identified and record.state == records.DRAINING) or _ask_to_stop(
+            record, min(timeout, STATUS_TIMEOUT), namespace
+        )
+        if identified:
+            _end(record, timeout if agreed else 0.0)
+    seconds = timeout + _KILL_PERIOD if identified or record is None else max(timeout, STATUS_TIMEOUT)
     deadline = deadline_after(seconds)
     while not lifetime.cleanup_endpoint(name, namespace=namespace):
         found = published_generation(name, namespace)
@@ -173,10 +175,10 @@ def stop_daemon(name: str, *, timeout: float = STOP_TIMEOUT, namespace: Namespac
             break
         if not sleep_until_retry(deadline):
             why = "no record identifies the holder of its lock" if record is None else processes.why_unknown(record.public())
-            why = "this process serves it: close its server" if own else why
+            why = "this process serves it: close its server" if is_self else why
             why = f"{why}; nothing was signalled" if why else "its lock is held by a process other than that of the record"
             raise DaemonTimeout(f"timed out after {seconds:g} s waiting for the daemon {name!r} to stop: {why}")
-    return asked or known
+    return agreed or identified
 
 
 def restart_daemon(

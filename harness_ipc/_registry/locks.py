@@ -92,7 +92,7 @@ class NameLock:
         return True
 
     def share_directory(self) -> None:
-        """Hold a shared lock on the directory too, unless a cleaner has it now.
+        """Hold a shared lock on the directory too, unless a cleaner of old files has locked it.
 
         systemd-tmpfiles skips a locked directory; it ignores locks on files.
         """

@@ -47,6 +47,6 @@ def remaining(deadline: float) -> float:
     return seconds
 
 
-def lost(error: OSError) -> ConnectionLost:
+def connection_lost(error: OSError) -> ConnectionLost:
     """Return the error for a broken socket or pipe."""
     return ConnectionLost(f"the connection broke: {str(error) or type(error).__name__}")

@@ -23,7 +23,7 @@ from ..errors import (
     HarnessIPCError,
     ResourceExhausted,
 )
-from .base import PeerCredentials, lost, remaining
+from .base import PeerCredentials, connection_lost, remaining
 
 try:
     # `socket` imports `selectors` and creates enums: 2 ms of the 30 that a client's process takes.
@@ -116,7 +116,7 @@ if sys.platform != "win32":
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise lost(error) from error
+                raise connection_lost(error) from error
             self.all_sent = True
             return True
 
@@ -136,7 +136,7 @@ if sys.platform != "win32":
                 self._may_have_more = False
                 return None
             except OSError as error:
-                raise lost(error) from error
+                raise connection_lost(error) from error
             if not data:
                 raise ConnectionLost("the peer closed the connection")
             self._may_have_more = len(data) == MAX_READ

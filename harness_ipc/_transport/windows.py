@@ -8,7 +8,7 @@ from math import ceil, inf
 
 from .._protocol.framing import check_size
 from ..errors import EXHAUSTED, AuthenticationFailed, ConnectionLost, DaemonNotRunning, HarnessIPCError, ResourceExhausted
-from .base import PeerCredentials, lost, remaining
+from .base import PeerCredentials, connection_lost, remaining
 
 # Bytes of the first read, enough for a short message. The rest of a longer one is read when its length is known.
 FIRST_READ = 4096
@@ -81,7 +81,7 @@ if sys.platform == "win32":
             except HarnessIPCError:
                 raise
             except OSError as error:
-                raise lost(error) from error
+                raise connection_lost(error) from error
 
         def send_now(self, chunks: list[bytes]) -> bool:
             """Send `chunks` and return True. A pipe can't send without waiting."""
@@ -103,7 +103,7 @@ if sys.platform == "win32":
             except BrokenPipeError as error:
                 raise ConnectionLost("the peer closed the connection") from error
             except OSError as error:
-                raise lost(error) from error
+                raise connection_lost(error) from error
 
         def _read(self, size: int) -> tuple[bytes, bool]:
             """Return up to `size` bytes of a message and whether there is more of it."""
