@@ -77,11 +77,13 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
 def processes_of(base: Path) -> list[psutil.Process]:
     """Return the processes, other than this one, that have `base` in their command line or environment."""
     found = []
-    for process in psutil.process_iter():
-        # A zombie has neither.
+    # Not by `process_iter`, which leaves a process out for a while if another one had its pid before.
+    for pid in psutil.pids():
+        # A zombie has neither environment nor command line.
         with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
             words = [*process.environ().values(), *process.cmdline()]
-            if process.pid != os.getpid() and any(str(base) in word for word in words):
+            if pid != os.getpid() and any(str(base) in word for word in words):
                 found.append(process)
     return found
 
@@ -301,8 +303,8 @@ def browsers_of_others() -> Iterator[Callable[[], OtherBrowser]]:
     from tests.browser.others import other_browser
 
     browser: OtherBrowser | None = None
-    # Without the settings of the test that starts it, whose directories are removed.
-    environment = dict(os.environ)
+    # Without directories of the test that starts it, which are removed, and of the shared daemon, whose process it is not.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HARNESS_")}
     with tempfile.TemporaryDirectory(prefix="ho-") as directory, contextlib.ExitStack() as stack:
 
         def get() -> OtherBrowser:
