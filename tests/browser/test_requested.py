@@ -10,7 +10,7 @@ from harness_ipc import daemon_status, stop_daemon
 from harness_ipc.browser import helpers
 from harness_ipc.browser.errors import BrowserMismatch
 from tests.browser.conftest import harness_browser, kill
-from tests.browser.others import kill_browser, other_browser
+from tests.browser.others import OtherBrowser, kill_browser, other_browser
 from tests.support.managed import the_log
 from tests.support.marks import needs_chromium
 
@@ -54,7 +54,7 @@ def test_a_managed_browser_matches_only_its_settings(warm: Path, monkeypatch: py
     assert "secret" not in run.stderr + doctor.stdout + the_log("browser")
 
 
-def test_another_named_browser_is_a_mismatch(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_named_browser_is_a_mismatch(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARNESS_CHROME_OWN")
     monkeypatch.delenv("HARNESS_CHROME_PROFILE")
     monkeypatch.setenv("HOME", str(fresh))
@@ -73,12 +73,10 @@ def test_another_named_browser_is_a_mismatch(fresh: Path, monkeypatch: pytest.Mo
                 helpers.page_info()
         kill_browser(theirs.process)
     # A daemon whose browser has ended makes room for one with other settings.
-    monkeypatch.delenv("BU_CDP_URL")
-    monkeypatch.setenv("HARNESS_CHROME_OWN", "1")
-    monkeypatch.setenv("HARNESS_CHROME_PROFILE", str(fresh / "profile"))
+    monkeypatch.setenv("BU_CDP_URL", other.url)
     helpers.disconnect()
     assert helpers.page_info()["url"] == "about:blank"
-    assert helpers.connect().request({"meta": "connection_status"})["own"]
+    assert helpers.connect().request({"meta": "connection_status"})["found"] == f"BU_CDP_URL, {other.url}"
 
 
 def test_a_browser_that_was_started_otherwise_is_not_adopted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
