@@ -88,9 +88,10 @@ def wine_environment(prefix: Path) -> dict[str, str]:
         **os.environ,
         "WINEPREFIX": str(prefix),
         "WINEARCH": "win64",
-        # Turn off Wine's log, and its dialogs that offer to install Mono and Gecko.
+        # Turn off Wine's log, its dialogs that offer to install Mono and Gecko, and consoles: each is a process, and delivers
+        # no signal here.
         "WINEDEBUG": "-all",
-        "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox=",
+        "WINEDLLOVERRIDES": "mscoree,mshtml,wbemprox,conhost.exe=",
         # Separate from the bytecode that pip writes, which is for the interpreter on Linux.
         "PYTHONPYCACHEPREFIX": r"C:\bytecode",
         "HARNESS_TEST_REQUIRE": "windows",

@@ -10,8 +10,11 @@ import sys
 import warnings
 import zipfile
 
-# Parts of the standard library that no test imports.
-SKIPPED = {"__pycache__", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "ensurepip"}
+# What no test imports: parts of the standard library, and packages that come with the interpreter.
+SKIPPED = {
+    *("__pycache__", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "ensurepip"),
+    *("pip", "setuptools", "pkg_resources", "wheel", "winpython"),
+}
 Entry = tuple[str, bool, tuple[int, int] | None]
 
 
