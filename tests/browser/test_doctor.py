@@ -281,7 +281,7 @@ def test_no_browser_is_installed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
     assert serves()
 
 
-def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrong_program(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CHROME", "/nonexistent/a\nb")
     own, browser = troubles()
     text = "HARNESS_CHROME=/nonexistent/a\nb is not a program: only a browser that runs already can be used"
@@ -291,6 +291,7 @@ def test_the_wrong_program(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "WARNING  own browser: HARNESS_CHROME=/nonexistent/a\\nb is not a program: only a browser that runs " in lines[3]
     monkeypatch.delenv("HARNESS_CHROME")
     assert troubles() == []
+    monkeypatch.setenv("BU_CDP_WS", other.websocket)
     assert serves()
 
 
@@ -497,7 +498,7 @@ def test_a_remedy_is_for_the_daemon_that_was_asked_about() -> None:
     assert harness_browser("--name", "work", "-c", "print(js('6 * 7'))").stdout == "42\n"
 
 
-def test_a_name_of_the_environment(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_the_environment(fresh: Path, other: OtherBrowser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BU_NAME", "work")
     assert serves()
     pid = daemon_status("work").pid
@@ -507,6 +508,7 @@ def test_a_name_of_the_environment(fresh: Path, monkeypatch: pytest.MonkeyPatch)
     (trouble,) = troubles()
     apply(trouble.remedy)
     assert troubles() == []
+    monkeypatch.setenv("BU_CDP_WS", other.websocket)
     assert serves()
 
 
