@@ -15,7 +15,7 @@ import pytest
 
 from harness_ipc import __version__, identify, request
 from harness_ipc._registry import records
-from tests.support.commands import run_here
+from tests.support.commands import run_command
 from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python, stopped
 
@@ -117,14 +117,12 @@ def test_an_error_reply_is_printed_and_exits_with_1() -> None:
         (["ping"], 3, "no daemon 'default' is running"),
     ],
 )
-def test_errors_are_one_line_and_a_status(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, words: str
-) -> None:
-    *found, error = run_here(capsys, *arguments)
-    assert found == [status, ""]
-    assert words in error
-    if not error.startswith("usage:"):
-        assert error.count("\n") == 1
+def test_errors_are_one_line_and_a_status(arguments: list[str], status: int, words: str) -> None:
+    failed = run_command(*arguments)
+    assert (failed.returncode, failed.stdout) == (status, "")
+    assert words in failed.stderr
+    if not failed.stderr.startswith("usage:"):
+        assert failed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

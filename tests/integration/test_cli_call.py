@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness_ipc import Namespace, connect_daemon
-from tests.support.commands import run_command, run_here
+from tests.support.commands import run_command
 from tests.support.marks import needs_posix
 from tests.support.processes import PATIENCE, DaemonProcess, spawn_daemon, spawn_python
 
@@ -163,11 +163,11 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     ],
 )
 @pytest.mark.usefixtures("words")
-def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, text: str) -> None:
-    found, _, error = run_here(capsys, "call", "--name", "words", *arguments)
-    assert (found, error.count("\n")) == (status, 1)
-    assert error.startswith("harness-ipc: ")
-    assert text in error
+def test_errors_are_one_line(arguments: list[str], status: int, text: str) -> None:
+    failed = run_command("call", "--name", "words", *arguments)
+    assert (failed.returncode, failed.stderr.count("\n")) == (status, 1)
+    assert failed.stderr.startswith("harness-ipc: ")
+    assert text in failed.stderr
 
 
 @needs_posix

@@ -6,8 +6,6 @@ import contextlib
 import io
 import subprocess
 
-import pytest
-
 from harness_ipc.cli import main
 
 
@@ -22,12 +20,3 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     for stream in streams:
         stream.seek(0)
     return subprocess.CompletedProcess(arguments, status, *(stream.read() for stream in streams))
-
-
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Return the exit status, stdout and stderr."""
-    try:
-        status = main(arguments)
-    except SystemExit as end:
-        status = int(end.code or 0)
-    return status, *capsys.readouterr()
