@@ -604,12 +604,12 @@ def test_following_a_log_through_its_rotation() -> None:
 
 def test_following_the_log_of_a_daemon() -> None:
     _start("lively")
-    with _running("logs", "--name", "lively", "-n", "0", "-f") as logs:
+    with _running("logs", "--name", "lively", "-n", "1", "-f") as logs:
         assert logs.stdout is not None
+        assert logs.stdout.readline() != ""
         _run("stop", "--name", "lively")
         _start("lively")
-        lines = iter(logs.stdout.readline, "")
-        assert any("ready at" in line for line in lines)
+        assert any("ready at" in line for line in iter(logs.stdout.readline, ""))
 
 
 @needs_posix
