@@ -32,7 +32,7 @@ from harness_ipc.browser.errors import BrowserLost, TabClosed
 from harness_ipc.browser.launcher import ManagedBrowser
 from harness_ipc.browser.program import find_binary
 from tests.browser.conftest import Pair, kill, processes_of, suspended
-from tests.browser.others import OtherBrowser, answering, http, other_browser, relaying
+from tests.browser.others import OtherBrowser, answering, http, kill_browser, other_browser, relaying
 from tests.browser.site import Site
 from tests.support.managed import in_thread, the_log
 from tests.support.marks import needs_chromium, needs_posix
@@ -904,7 +904,11 @@ def test_the_browser_of_others_that_comes_back_is_used_again(
         daemon = helpers.connect()
         assert_serves(daemon)
         error_of(evaluate(daemon, "6 * 7", session), "TabClosed")
-        assert daemon.request({"meta": "session"})["target_id"] in successor.tabs()
+        entered = daemon.request({"meta": "session"})
+        assert entered["target_id"] in successor.tabs()
+        with in_flight(entered["session_id"]) as job:
+            kill_browser(successor.process)
+            error_of(job.result(PATIENCE), "BrowserLost")
 
 
 def test_after_a_cut_connection_each_session_finds_its_tab(
