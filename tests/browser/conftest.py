@@ -26,6 +26,7 @@ from harness_ipc.browser import helpers
 from tests.browser.shared_tab import SharedTab, empty_state, open_tabs, view_state
 from tests.browser.site import Site
 from tests.conftest import set_directories
+from tests.support.managed import all_processes
 from tests.support.processes import PATIENCE, lives, wait_until
 
 if TYPE_CHECKING:
@@ -77,13 +78,11 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
 def processes_of(base: Path) -> list[psutil.Process]:
     """Return the processes, other than this one, that have `base` in their command line or environment."""
     found = []
-    # Not by `process_iter`, which leaves a process out for a while if another one had its pid before.
-    for pid in psutil.pids():
+    for process in all_processes():
         # A zombie has neither environment nor command line.
         with contextlib.suppress(psutil.Error, OSError):
-            process = psutil.Process(pid)
             words = [*process.environ().values(), *process.cmdline()]
-            if pid != os.getpid() and any(str(base) in word for word in words):
+            if process.pid != os.getpid() and any(str(base) in word for word in words):
                 found.append(process)
     return found
 

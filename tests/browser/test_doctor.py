@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shlex
@@ -34,6 +33,7 @@ from tests.browser.conftest import (
 )
 from tests.browser.others import OtherBrowser, refusing, relaying
 from tests.browser.site import Site
+from tests.support.commands import run_command
 from tests.support.marks import needs_chromium, needs_posix
 from tests.support.processes import PATIENCE, spawn_daemon, wait_until
 
@@ -61,33 +61,25 @@ def state(base: Path) -> set[tuple[object, ...]]:
     return {*seen, *((pid, *line) for pid, line in processes if not any(word.endswith("_launcher.py") for word in line))}
 
 
-def run_here(*arguments: str) -> tuple[int, str, str]:
-    """Run the command in this process, which is quicker, and return its exit status and output."""
-    with (
-        mock.patch.dict(os.environ),
-        contextlib.redirect_stdout(io.StringIO()) as output,
-        contextlib.redirect_stderr(io.StringIO()) as error,
-    ):
-        return cli.main(arguments), output.getvalue(), error.getvalue()
-
-
 def examine(*arguments: str) -> list[Finding]:
     """Return the doctor's findings. Assert that its exit status and output fit them, and that it has changed nothing."""
     base = Path(os.environ["HARNESS_IPC_RUNTIME_DIR"]).parent
     # Wait for a stable state: a child that the browser has just forked has the command line of a browser.
     while (before := state(base)) != state(base):
         continue
-    status, output, error = run_here(*arguments, "--doctor", "--json")
+    # It sets the variables that its options stand for.
+    with mock.patch.dict(os.environ):
+        examined = run_command(*arguments, "--doctor", "--json", main=cli.main)
     deadline = time.monotonic() + PATIENCE
     while changed := state(base) ^ before:
         assert time.monotonic() < deadline, changed
-    assert error == ""
-    report = json.loads(output)
+    assert examined.stderr == ""
+    report = json.loads(examined.stdout)
     assert list(report) == ["ok", "findings"]
     assert all(list(finding) == ["level", "topic", "text", "remedy"] for finding in report["findings"])
     findings = [Finding(**finding) for finding in report["findings"]]
     failed = any(finding.level == "failure" for finding in findings)
-    assert (report["ok"], status) == (not failed, int(failed))
+    assert (report["ok"], examined.returncode) == (not failed, int(failed))
     assert {finding.level for finding in findings} <= {"ok", "warning", "failure"}
     return findings
 

@@ -99,6 +99,13 @@ def started(base: Path) -> list[int]:
     return []
 
 
+def all_processes() -> Iterator[psutil.Process]:
+    """Yield each process. `psutil.process_iter` leaves one out for a while if another one had its pid before."""
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            yield psutil.Process(pid)
+
+
 def live_processes() -> list[psutil.Process]:
     """Return all other processes with the runtime directory of this test.
 
@@ -106,7 +113,7 @@ def live_processes() -> list[psutil.Process]:
     waits for it.
     """
     found: dict[int, tuple[psutil.Process, list[str], int]] = {}
-    for process in psutil.process_iter():
+    for process in all_processes():
         with contextlib.suppress(psutil.Error, OSError):
             here = process.environ().get("HARNESS_IPC_RUNTIME_DIR") == os.environ["HARNESS_IPC_RUNTIME_DIR"]
             if here and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
